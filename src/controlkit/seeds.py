@@ -1,0 +1,29 @@
+"""Random draws keyed by what they are for, never by when they are made.
+
+A draw for (seed, step, sample) is the same whatever the batch size, the order of the work, the number
+of workers or the point at which a run was resumed. Every random number in training and sampling comes
+from one of these two functions.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+Key = int | str
+
+
+def _words(key: tuple[Key, ...]) -> list[int]:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
+
+
+def numpy_rng(*key: Key) -> np.random.Generator:
+    """A numpy generator that depends on the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(_words(key))))
+
+
+def torch_rng(*key: Key) -> torch.Generator:
+    """A CPU torch generator that depends on the key alone."""
+    low, high, *_ = _words(key)
+    return torch.Generator().manual_seed((high << 31) ^ low)
