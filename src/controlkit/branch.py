@@ -1,0 +1,217 @@
+"""The paper: a trainable copy of a locked network's blocks, joined to it by zero convolutions.
+
+*Adding Conditional Control to Text-to-Image Diffusion Models*, Zhang, Rao, Agrawala, ICCV 2023. Sections, equations
+and figures are those of the paper. A branch is built from a backbone's description of its taps and a body that the
+backbone supplies; nothing here knows a particular network.
+
+    c   control vector: a hint after the hint encoder    F   a block of the locked network
+    x   input feature map                                Θ   its weights;  Θc the trainable copy's
+    y   output feature map                               Z   zero convolution;  Θz1, Θz2 its weights
+
+Shapes: B batch, C channels, H x W the picture's size in pixels, h x w a tap's.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Site = Literal["encoder", "skip", "middle"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place where a backbone accepts control: a residual of ``channels`` at 1/``stride`` of the picture's size.
+
+    ``site`` says where it is added: inside the ``encoder``, to a ``skip`` connection, or to the ``middle`` block.
+    """
+
+    name: str
+    site: Site
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class ControlSpec:
+    """The paper's ablation (Section 4.2, Figure 8) in three words.
+
+    - ``body``: ``copy``, the trainable copy of the encoder; or ``conv``, ControlNet-lite, one convolution a block.
+    - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
+    - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
+    """
+
+    body: Literal["copy", "conv"] = "copy"
+    join: Literal["zero", "gaussian"] = "zero"
+    taps: Literal["all", "mid"] = "all"
+
+
+# --- Section 3.1: ControlNet --------------------------------------------------------------------------------
+
+
+def zero_conv(channels_in: int, channels_out: int | None = None, kernel: int = 1) -> nn.Conv2d:
+    """Z(.; .): a convolution whose weight and bias are zero (Section 3.1).
+
+    Its gradient is not: with y = wx + b, dy/dw = x and dy/db = 1, so the first step makes w non-zero, and from then
+    on dy/dx = w lets gradients through to what lies before it (equations 6-8 of the first preprint).
+    """
+    conv = nn.Conv2d(channels_in, channels_out or channels_in, kernel, padding=kernel // 2)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+def gaussian_conv(channels_in: int, channels_out: int | None = None, kernel: int = 1) -> nn.Conv2d:
+    """The ablation's join: an ordinary convolution with Gaussian weights (Figure 8b)."""
+    conv = nn.Conv2d(channels_in, channels_out or channels_in, kernel, padding=kernel // 2)
+    nn.init.normal_(conv.weight, std=1.0 / math.sqrt(conv.weight[0].numel()))
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+JOINS: dict[str, Callable[..., nn.Conv2d]] = {"zero": zero_conv, "gaussian": gaussian_conv}
+
+
+class ControlledBlock(nn.Module):
+    """Figure 2b and equation (2), for any block that keeps the number of channels:
+
+        y = F(x; Θ) + Z(F(x + Z(c; Θz1); Θc); Θz2)
+
+    ``block`` is locked and stays the caller's own object; a copy of it is trained. With ``condition=None`` the
+    result is the block's own.
+
+    Shapes: x (B, C, h, w); condition (B, C_c, h, w); result as the block's.
+    """
+
+    def __init__(self, block: nn.Module, channels: int, condition_channels: int | None = None) -> None:
+        super().__init__()
+        self.block = [block]  # in a list: not a submodule, so neither moved, saved nor trained with this one
+        self.copy = copy.deepcopy(block).requires_grad_(True)
+        self.zero_in = zero_conv(condition_channels or channels, channels)
+        self.zero_out = zero_conv(channels)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        y = self.block[0](x)  # F(x; Θ), equation (1)
+        if condition is None:
+            return y
+        return y + self.zero_out(self.copy(x + self.zero_in(condition)))  # equation (2)
+
+
+# --- Section 3.2: ControlNet for text-to-image diffusion ----------------------------------------------------
+
+
+class HintEncoder(nn.Module):
+    """E(.): a hint in pixels becomes a feature map of the latents' size (equation 4: c_f = E(c_i)).
+
+    The paper's text has four convolutions with 4x4 kernels, stride 2, ReLU and 16, 32, 64, 128 channels, which would
+    give 1/16 of the size where it says 1/8. The released code, and every checkpoint, has 3x3 kernels, SiLU, and pairs
+    of convolutions whose second halves the size: 16 | 16, 32 | 32, 96 | 96, 256 | zero. This is that one. It has
+    log2(stride) halvings, so a stride of 8 gives exactly the released encoder.
+
+    Shapes: (B, hint channels, H, W) in the hint's own range -> (B, channels, H/stride, W/stride).
+    """
+
+    WIDTHS = (16, 32, 96, 256)  # of the released code; a longer encoder stays at the last
+
+    def __init__(self, hint_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        halvings = stride.bit_length() - 1
+        if 2**halvings != stride:
+            raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
+        widths = [self.WIDTHS[min(i, len(self.WIDTHS) - 1)] for i in range(halvings + 1)]
+        convs = [nn.Conv2d(hint_channels, widths[0], 3, padding=1)]
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            convs.append(nn.Conv2d(narrow, narrow, 3, padding=1))
+            convs.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
+        convs.append(zero_conv(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, hint: Tensor) -> Tensor:
+        feature = hint  # (B, 3, H, W)
+        for conv in self.convs[:-1]:
+            feature = F.silu(conv(feature))
+        return self.convs[-1](feature)  # (B, C, h, w)
+
+
+class ConvBody(nn.Module):
+    """ControlNet-lite (Figure 8c): each block of the copy replaced by one convolution.
+
+    It sees the noisy latents and the hint, as the copy does, and neither timestep nor prompt.
+    """
+
+    def __init__(self, latent_channels: int, stride: int, taps: tuple[Tap, ...]) -> None:
+        super().__init__()
+        convs = []
+        channels, before = latent_channels, stride
+        for tap in taps:
+            convs.append(nn.Conv2d(channels, tap.channels, 3, padding=1, stride=tap.stride // before))
+            channels, before = tap.channels, tap.stride
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> list[Tensor]:
+        features = [self.convs[0](x) + hint]
+        for conv in self.convs[1:]:
+            features.append(conv(F.silu(features[-1])))
+        return features
+
+
+class ControlBranch(nn.Module):
+    """The trainable side of Figure 3: hint encoder, body, and one join a tap.
+
+    ``body(x, t, text, hint)`` returns one feature a tap, in the order of ``taps``, with the hint's features added
+    once, after its first block (as the released code does; there is no zero convolution before each block). The
+    backbone supplies it: a copy of its encoder and middle block.
+
+    Args:
+        taps: the backbone's skip and middle taps, in order.
+        body: what ``spec.body`` asks for; see ``ConvBody`` for the lite one.
+        stride: the VAE's, pixels a latent.
+        hint_channels: channels of the hint.
+    """
+
+    def __init__(
+        self, taps: tuple[Tap, ...], body: nn.Module, stride: int, hint_channels: int = 3, spec: ControlSpec | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec or ControlSpec()
+        self.taps = taps
+        self.hint_encoder = HintEncoder(hint_channels, taps[0].channels, stride)
+        self.body = body
+        join = JOINS[self.spec.join]
+        joined = [tap for tap in taps if self.spec.taps == "all" or tap.site == "middle"]
+        self.joins = nn.ModuleDict({tap.name: join(tap.channels) for tap in joined})
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """c_f of equation (4), (B, C, h, w). It depends on the hint alone: one evaluation serves every step."""
+        return self.hint_encoder(hint)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, hint_features: Tensor) -> dict[str, Tensor]:
+        """The residual of each joined tap, by name (the second term of equation 2).
+
+        Args:
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: prompt embeddings (B, L, D).
+            hint_features: from ``encode_hint``, (B, C, h, w).
+        """
+        features = self.body(x, t, text, hint_features)
+        pairs = zip(self.taps, features, strict=True)
+        return {tap.name: self.joins[tap.name](f) for tap, f in pairs if tap.name in self.joins}
+
+
+# --- Section 3.4: composing -----------------------------------------------------------------------------------
+
+
+def add_residuals(parts: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor | float]]]) -> dict[str, Tensor]:
+    """Several controls at once are a sum: over branches, strength x residual, tap by tap (Section 3.4).
+
+    Each part is (residuals by tap, strength by tap); a strength broadcasts against (rows, C, h, w).
+    """
+    total: dict[str, Tensor] = {}
+    for residuals, strength in parts:
+        for name, residual in residuals.items():
+            scaled = residual * strength[name]
+            total[name] = total[name] + scaled if name in total else scaled
+    return total

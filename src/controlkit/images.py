@@ -1,0 +1,148 @@
+"""Pixels, their ranges, and the hint's contract.
+
+Pictures on this side of a file are uint8 arrays (H, W, 3), RGB, 0-255. Tensors of pictures are float (B, 3, H, W)
+in [-1, 1]; tensors of hints are in the range their ``Hint`` says. Conversions happen here and nowhere else.
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from controlkit.errors import UserError
+
+Resize = Literal["area", "nearest"]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """The contract of a hint: everything that must be equal in training and in generation.
+
+    It is stored with the weights, and ``tensor`` is the one place where it is applied.
+    """
+
+    annotator: str
+    """Name of the annotator that made the hints, e.g. ``canny``."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """The annotator's options, e.g. ``{"low": 100, "high": 200}``."""
+    channels: int = 3
+    """Channels of the hint: 3 (RGB) or 1 (grey)."""
+    low: float = 0.0
+    high: float = 1.0
+    """The range pixel values 0-255 are mapped to."""
+    colour_order: Literal["RGB", "BGR"] = "RGB"
+    resize: Resize = "area"
+    """How a hint of another size is brought to the picture's: ``area`` for lines and soft maps, ``nearest`` for labels."""
+
+    def to_json(self) -> str:
+        """The contract as JSON, for a weights file's metadata."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Hint":
+        """The contract ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+    def tensor(self, picture: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """A hint picture (H, W, 3) uint8 as the branch reads it: (1, channels, *size), values in [low, high]."""
+        pixels = fit(picture, size, self.resize)
+        if self.channels == 1:
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+        elif self.colour_order == "BGR":
+            pixels = pixels[..., ::-1]
+        values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255.0
+        return values * (self.high - self.low) + self.low
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture file as uint8 RGB (H, W, 3); transparency is laid on white, camera rotation applied."""
+    if not path.is_file():
+        raise UserError(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("RGBA", "LA", "P", "PA"):
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file.") from error
+
+
+def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
+    """Scale to cover ``size`` (height, width) and crop the middle ("Crop and Resize" elsewhere)."""
+    height, width = size
+    if picture.shape[:2] == (height, width):
+        return picture
+    scale = max(height / picture.shape[0], width / picture.shape[1])
+    scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
+    shrink, grow = (cv2.INTER_NEAREST,) * 2 if how == "nearest" else (cv2.INTER_AREA, cv2.INTER_CUBIC)
+    resized = cv2.resize(picture, scaled, interpolation=shrink if scale < 1 else grow)
+    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
+    return resized[top : top + height, left : left + width]
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_pictures(tensor: Tensor) -> list[np.ndarray]:
+    """A tensor (B, 3, H, W) in [-1, 1] as uint8 pictures (H, W, 3)."""
+    pixels = ((tensor.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a neighbour first, then renamed over the target."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def write_png(path: Path, picture: np.ndarray, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG, with its settings as JSON in the text field ``parameters`` (where other tools look for them)."""
+    info = PngImagePlugin.PngInfo()
+    if settings:
+        info.add_text("parameters", json.dumps(settings))
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
+    write_atomic(path, buffer.getvalue())
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
+    """Pictures side by side, each scaled to ``cell`` pixels, with a label above each column."""
+    columns = max(len(row) for row in rows)
+    gap, head = 4, 20 if labels else 0
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + head), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for column, label in enumerate(labels):
+        while label and draw.textlength(label, font) > cell:
+            label = label[:-2] + "…" if not label.endswith("…") else label[:-2].rstrip() + "…"
+        draw.text((gap + column * (cell + gap), 4), label, "black", font)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            how = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
+            scaled = Image.fromarray(picture).resize((cell, cell), how)
+            sheet.paste(scaled, (gap + x * (cell + gap), head + gap + y * (cell + gap)))
+    return np.asarray(sheet)
