@@ -221,8 +221,6 @@ def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float) -> Autoe
     return vae
 
 
-
-
 def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], device: str) -> Tensor:
     """Token rows (B, WINDOW), padded and cut to the window."""
     rows = tokenizer(texts, padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt")

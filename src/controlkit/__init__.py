@@ -1,0 +1,54 @@
+"""ControlKit trains, runs and measures spatial control for text-to-image diffusion (ControlNet, ICCV 2023).
+
+The names below are the public surface; they load on first use, so that importing the package takes no time.
+
+    base = controlkit.load_base("mini")
+    control = controlkit.load_control("canny", base)
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ControlBranch": "branch",
+    "ControlSpec": "branch",
+    "ControlledBlock": "branch",
+    "Tap": "branch",
+    "zero_conv": "branch",
+    "UNetBase": "backbones",
+    "load_base": "backbones",
+    "Hint": "images",
+    "read_picture": "images",
+    "annotate": "annotators",
+    "annotator": "annotators",
+    "SavedControl": "formats",
+    "load_control": "formats",
+    "save_control": "formats",
+    "Control": "sample",
+    "Job": "sample",
+    "Picture": "sample",
+    "Settings": "sample",
+    "generate": "sample",
+    "Pair": "data",
+    "evaluate": "measure",
+    "obedience": "measure",
+    "Recipe": "train",
+    "Record": "train",
+    "read_recipe": "train",
+    "train": "train",
+    "UserError": "errors",
+    "where": "hub",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -174,7 +174,12 @@ class ControlBranch(nn.Module):
     """
 
     def __init__(
-        self, taps: tuple[Tap, ...], body: nn.Module, stride: int, hint_channels: int = 3, spec: ControlSpec | None = None
+        self,
+        taps: tuple[Tap, ...],
+        body: nn.Module,
+        stride: int,
+        hint_channels: int = 3,
+        spec: ControlSpec | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec or ControlSpec()

@@ -71,9 +71,7 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch) -> dict[str, Any]:
     return {"_class_name": "ControlNetModel", "_diffusers_version": unet["_diffusers_version"], **theirs}
 
 
-def save_control(
-    folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32
-) -> None:
+def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32) -> None:
     """Write ``folder`` whole or not at all. A copy-bodied branch makes a folder that stock diffusers loads.
 
     Joins that ``taps: mid`` leaves out are written as zeros, which is what they are.

@@ -77,7 +77,9 @@ def read_picture(path: Path) -> np.ndarray:
                 picture = Image.alpha_composite(white, picture)
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file.") from error
+        raise UserError(
+            f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file."
+        ) from error
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:

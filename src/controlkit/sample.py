@@ -120,7 +120,9 @@ def denoise(
     full = (len(controls), rows, len(base.taps), settings.steps)
     strength = strength.expand(*full, *strength.shape[-2:]).to(x.device)
     with autocast(x.device.type):
-        features = [c.branch.encode_hint(h).repeat(rows // count, 1, 1, 1) for c, h in zip(controls, hints, strict=True)]
+        features = [
+            c.branch.encode_hint(h).repeat(rows // count, 1, 1, 1) for c, h in zip(controls, hints, strict=True)
+        ]
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(x, timestep)
             both = scaled.repeat(rows // count, 1, 1, 1)
@@ -162,8 +164,8 @@ def generate(
     shape = (1, channels, height // base.stride, width // base.stride)
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in chunk]
-        x = torch.cat(noise).to(base.device)
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in chunk]
+        final = noise = torch.cat(draws).to(base.device)
         prompts = [job.prompt for job in chunk]
         if settings.guidance != 1.0:
             prompts = [job.negative for job in chunk] + prompts
@@ -172,9 +174,10 @@ def generate(
             torch.cat([control.hint.tensor(job.hints[i], (height, width)) for job in chunk]).to(base.device)
             for i, control in enumerate(controls)
         ]
-        for x in denoise(base, x, text, hints, controls, settings):
+        for latents in denoise(base, noise, text, hints, controls, settings):
+            final = latents
             on_step(len(chunk))
         with autocast(base.device.type):
-            decoded = base.decode_latents(x)
-        for job, pixels, latents in zip(chunk, to_pictures(decoded), x, strict=True):
+            decoded = base.decode_latents(final)
+        for job, pixels, latents in zip(chunk, to_pictures(decoded), final, strict=True):
             yield Picture(job, pixels, latents)

@@ -151,7 +151,9 @@ def _rasterise(size: int) -> Emoji:
             box = [icon.get(k, icons.get(k, 0)) for k in ("left", "top")]
             box += [icon.get(k, icons[k]) for k in ("width", "height")]
             view = " ".join(map(str, box))
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">'
+            svg = (
+                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">'
+            )
             pictures.append((name, style, _render_svg(f"{svg}{icon['body']}</svg>", round(size * _FILL))))
     # The 3D set is named by code point; the other sets' tables give those their names.
     names_of = {}

@@ -1,0 +1,171 @@
+"""Pairs of picture, prompt and hint: where they come from, and their cache of latents and text embeddings.
+
+A source is a sequence of ``Pair``.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from controlkit.annotators import annotate
+from controlkit.backbones import UNetBase
+from controlkit.errors import UserError
+from controlkit.images import Hint, fit, read_picture, to_tensor, write_atomic, write_png
+from controlkit.mini import world
+from controlkit.precision import autocast
+
+FILL50K_SIZE = 512
+"""Side of the original tutorial set's pictures."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture nobody generated, uint8 (H, W, 3), its prompt; and its hint, if it is not the picture's annotation."""
+
+    picture: np.ndarray
+    prompt: str
+    hint: np.ndarray | None = None
+
+
+def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
+    """The pair's own hint, or the annotation of its picture as the contract says."""
+    return annotate(pair.picture, contract) if pair.hint is None else pair.hint
+
+
+class EmojiPairs(Sequence[Pair]):
+    """Emoji of one split, each on ``variants`` grounds. Hints are annotations."""
+
+    def __init__(
+        self, size: int, split: world.Split, variants: int = 1, seed: int = 0, count: int | None = None
+    ) -> None:
+        self._emoji = world.load_emoji(size)
+        rows = world.rows(self._emoji, split)
+        if count is not None:  # spread over the whole list, which is sorted by style
+            rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+        self._rows, self._variants, self._seed = rows, variants, seed
+
+    def __len__(self) -> int:
+        return len(self._rows) * self._variants
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]  # slices are not needed
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row, visit = self._rows[index % len(self._rows)], index // len(self._rows)
+        return Pair(*world.draw_emoji(self._emoji, row, self._seed, visit))
+
+
+class CirclePairs(Sequence[Pair]):
+    """The original tutorial set, drawn here: coloured circles on coloured grounds, the outline as hint."""
+
+    def __init__(self, size: int, count: int, seed: int = 0, first: int = 0) -> None:
+        self._size, self._count, self._seed, self._first = size, count, seed, first
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        picture, outline, prompt = world.draw_shape(self._size, self._seed, self._first + index, ("circle",))
+        return Pair(picture, prompt, outline)
+
+
+class FolderPairs(Sequence[Pair]):
+    """The original repository's layout: ``prompt.json`` with a JSON object a line, ``source`` hint, ``target`` picture."""
+
+    def __init__(self, folder: Path, size: int, count: int | None = None, first: int = 0) -> None:
+        listing = folder / "prompt.json"
+        if not listing.is_file():
+            raise UserError(
+                f"{folder} holds no prompt.json: expected the tutorial layout (prompt.json, source/, target/)."
+            )
+        try:
+            rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+            self._rows = [(row["source"], row["target"], row["prompt"]) for row in rows]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f'{listing} cannot be read ({error}): expected one JSON object a line with "source", "target" and "prompt".'
+            ) from error
+        self._rows = self._rows[first : None if count is None else first + count]
+        self._folder, self._size = folder, size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        source, target, prompt = self._rows[index]
+        sides = (self._size, self._size)
+        hint, picture = (read_picture(self._folder / name) for name in (source, target))
+        return Pair(fit(picture, sides), prompt, fit(hint, sides))
+
+
+def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:
+    """Write the tutorial set in its own layout; yields the number of pairs written so far.
+
+    ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to go on.
+    """
+    pairs = CirclePairs(size, count, seed)
+    lines = []
+    for i, truth in enumerate(pairs):
+        names = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
+        for name, picture in zip(names.values(), (truth.hint, truth.picture), strict=True):
+            if picture is not None and not (folder / name).exists():
+                write_png(folder / name, picture)
+        lines.append(json.dumps(names | {"prompt": truth.prompt}))
+        yield i + 1
+    write_atomic(folder / "prompt.json", ("\n".join(lines) + "\n").encode())
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cached:
+    """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
+
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` (M, L, D) half, one row a distinct prompt, row 0 the
+    empty prompt; ``prompt_rows`` (N,) says which row is whose.
+    """
+
+    moments: Tensor
+    hints: Tensor
+    text: Tensor
+    prompt_rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+
+def build_cache(
+    base: UNetBase,
+    pairs: Sequence[Pair],
+    contract: Hint,
+    path: Path,
+    on_pair: Callable[[int], None] = lambda done: None,
+    batch: int = 32,
+) -> Cached:
+    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole."""
+    if path.is_file():
+        return Cached(**load_file(path))
+    moments, hints, prompts = [], [], []
+    for first in range(0, len(pairs), batch):
+        chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
+        with autocast(base.device.type):
+            latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
+        moments.append(latents.half().cpu())
+        hints += [hint_of(t, contract) for t in chunk]
+        prompts += [t.prompt for t in chunk]
+        on_pair(len(chunk))
+    distinct = ["", *sorted(set(prompts) - {""})]
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    text = torch.cat([base.encode_text(distinct[i : i + 256]).half().cpu() for i in range(0, len(distinct), 256)])
+    rows = torch.tensor([row_of[prompt] for prompt in prompts])
+    cached = Cached(torch.cat(moments), torch.from_numpy(np.stack(hints)), text, rows)
+    write_atomic(path, save({name: value.contiguous() for name, value in vars(cached).items()}))
+    return cached

@@ -1,0 +1,448 @@
+"""Training a control: the paper's objective as an iterator of records, with exact resume.
+
+``train(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps them, a
+test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields what the
+uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from controlkit.annotators import annotator
+from controlkit.backbones import UNetBase, load_base
+from controlkit.branch import ControlBranch, ControlSpec
+from controlkit.data import Cached, CirclePairs, EmojiPairs, FolderPairs, Pair, build_cache, hint_of
+from controlkit.errors import UserError, nearest
+from controlkit.formats import SavedControl, save_control
+from controlkit.images import Hint, grid, write_atomic, write_png
+from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
+from controlkit.precision import autocast
+from controlkit.sample import Control, Settings
+from controlkit.seeds import numpy_rng, torch_rng
+
+# --- the recipe ---------------------------------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ControlRecipe(_Strict):
+    """What is trained."""
+
+    annotator: str = "canny"
+    """Makes the hints, and measures obedience to them."""
+    options: dict[str, float] = {}
+    """The annotator's options; the rest keep their defaults."""
+    body: Literal["copy", "conv"] = "copy"
+    join: Literal["zero", "gaussian"] = "zero"
+    taps: Literal["all", "mid"] = "all"
+
+
+class DataRecipe(_Strict):
+    """On what."""
+
+    source: str = "emoji"
+    """``emoji`` (the world's, held-out concepts left out), ``fill50k`` (drawn on the fly), or a folder with prompt.json."""
+    count: int | None = Field(None, gt=0)
+    """Pairs to train on; all by default."""
+    variants: int = Field(2, gt=0)
+    """Grounds an emoji is seen on."""
+
+
+class EvaluationRecipe(_Strict):
+    """How often, and on how much, obedience is measured on held-out hints."""
+
+    every: int = Field(250, ge=0)
+    """Steps between evaluations; 0 for none."""
+    num: int = Field(16, gt=0)
+    steps: int = Field(10, gt=0)
+    guidance: float = 4.0
+
+
+class Recipe(_Strict):
+    """A control's training run. Unknown keys are refused, with the nearest known one."""
+
+    base: str = "mini"
+    control: ControlRecipe = ControlRecipe()
+    data: DataRecipe = DataRecipe()
+    steps: int = Field(3000, gt=0)
+    batch: int = Field(32, gt=0)
+    lr: float = Field(1e-5, gt=0)
+    """AdamW's, constant after the warm-up (the paper: 1e-5 for SD)."""
+    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    prompt_dropout: float = Field(0.5, ge=0, le=1)
+    """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
+    seed: int = 0
+    checkpoint_every: int = Field(500, gt=0)
+    keep: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file; ``UserError`` names a wrong key or value and the nearest right one."""
+    if not path.is_file():
+        raise UserError(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
+    """A recipe from plain values; ``origin`` names them in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *path, key = first["loc"]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
+            ) from None
+        raise UserError(
+            f'{origin}: "{name}" is {first["input"]!r}; {first["msg"][0].lower()}{first["msg"][1:]}.'
+        ) from None
+
+
+# --- records ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of a run: what a line of ``log.jsonl`` holds. ``evaluation`` is there on the steps that have one."""
+
+    step: int
+    loss: float
+    seconds: float
+    evaluation: Obedience | None = None
+    verdict: str | None = None
+
+    def to_json(self) -> str:
+        """The log's line; means alone for the figures' main keys, intervals for obedience."""
+        line: dict[str, Any] = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 3)}
+        if self.evaluation is not None:
+            for name in ("fidelity", "floor", "ceiling", "obedience"):
+                line[name] = round(getattr(self.evaluation, name).mean, 5)
+            line["obedience_interval"] = [
+                round(v, 5) for v in (self.evaluation.obedience.low, self.evaluation.obedience.high)
+            ]
+            line["verdict"] = self.verdict
+        return json.dumps(line)
+
+
+def found_step(evaluations: Sequence[tuple[int, Figure]]) -> int | None:
+    """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
+    for (step, first), (_, second) in zip(evaluations, evaluations[1:], strict=False):
+        if min(first.low, second.low) >= FOUND:
+            return step
+    return None
+
+
+def verdict(evaluations: Sequence[tuple[int, Figure]]) -> str:
+    """The state of the run in words (the paper's sudden convergence, Section 3.3 and Figure 4)."""
+    if (step := found_step(evaluations)) is not None:
+        return f"control found at step {step}"
+    if evaluations and evaluations[-1][1].low >= FOUND:
+        return f"control perhaps found at step {evaluations[-1][0]}: the next evaluation will confirm"
+    return "no control yet"
+
+
+# --- the pairs ----------------------------------------------------------------------------------------------
+
+
+def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """(pairs to train on, held-out pairs to measure obedience on)."""
+    data, num = recipe.data, recipe.evaluation.num
+    if data.source == "emoji":
+        pairs = EmojiPairs(base.size, "control", data.variants, recipe.seed, data.count)
+        return pairs, EmojiPairs(base.size, "heldout_concepts", seed=recipe.seed, count=num)
+    if data.source == "fill50k":
+        count = data.count or 50_000
+        return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
+    folder = Path(data.source)
+    everything = len(FolderPairs(folder, base.size))
+    count = min(data.count or everything, everything - num)
+    if count <= 0:
+        raise UserError(f"{folder} has {everything} pairs: expected more than the {num} that evaluation holds out.")
+    return FolderPairs(folder, base.size, count), FolderPairs(folder, base.size, num, first=count)
+
+
+# --- the objective ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's draws: latents z_0, noise, timesteps, text and hints."""
+
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    text: Tensor  # (B, L, D)
+    hints: Tensor  # (B, channels, H, W), in the contract's range
+
+
+def draw_batch(base: UNetBase, cached: Cached, contract: Hint, recipe: Recipe, step: int) -> Batch:
+    """The batch of a step: shuffled epochs, with noise, timestep and prompt dropout keyed by (seed, step, sample)."""
+    latents, noise, times, rows, hints = [], [], [], [], []
+    order: dict[int, np.ndarray] = {}
+    for sample in range(recipe.batch):
+        epoch, place = divmod(step * recipe.batch + sample, len(cached))
+        if epoch not in order:
+            order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
+        index = int(order[epoch][place])
+        moments = cached.moments[index].float()
+        generator = torch_rng("noise", recipe.seed, step, sample)
+        shape = (moments.shape[0] // 2, *moments.shape[1:])
+        latents.append(base.draw_latents(moments[None], torch.randn(shape, generator=generator))[0])
+        noise.append(torch.randn(shape, generator=generator))
+        times.append(int(torch.randint(base.scheduler.config.num_train_timesteps, (), generator=generator)))
+        dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
+        rows.append(0 if dropped else int(cached.prompt_rows[index]))
+        picture = cached.hints[index].numpy()
+        hints.append(contract.tensor(picture, picture.shape[:2]))
+    device = base.device
+    return Batch(
+        torch.stack(latents).to(device),
+        torch.stack(noise).to(device),
+        torch.tensor(times, device=device),
+        cached.text[rows].float().to(device),
+        torch.cat(hints).to(device),
+    )
+
+
+def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
+    """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
+
+    The target is what the base predicts: the noise (eps), or v = alpha eps - sigma x_0.
+    """
+    z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+    residuals = branch(z, batch.t, batch.text, branch.encode_hint(batch.hints))
+    prediction = base.decode_noise(base.encode_noise(z, batch.t, batch.text), residuals)
+    velocity = base.prediction == "v"
+    target = base.scheduler.get_velocity(batch.latents, batch.noise, batch.t) if velocity else batch.noise
+    return F.mse_loss(prediction.float(), target)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def _save_checkpoint(
+    out: Path, step: int, control: SavedControl, base: UNetBase, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
+    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        save_control(scratch / "control", control, base)
+        moments = {
+            f"{index}.{name}": value
+            for index, kept in optimizer.state_dict()["state"].items()
+            for name, value in kept.items()
+        }
+        facts = {"step": str(step), "threads": str(torch.get_num_threads())}
+        branch = {f"branch.{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
+        write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
+        scratch.chmod(0o755)
+        target = folder / f"step-{step:07d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        held = [p.name for p in _checkpoints(out)]
+        raise UserError(
+            f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
+            f"Kept: {', '.join(held) or 'none'}. Make room, then run the same command to go on."
+        ) from error
+    for old in _checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _load_checkpoint(folder: Path, branch: ControlBranch, optimizer: torch.optim.Optimizer) -> int:
+    from safetensors import safe_open
+
+    path = folder / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    tensors = load_file(path)
+    branch.load_state_dict({k.removeprefix("branch."): v for k, v in tensors.items() if k.startswith("branch.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith("branch."):
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if int(facts["threads"]) != torch.get_num_threads():
+        torch.set_num_threads(int(facts["threads"]))  # bit-exactness holds for one thread count
+    return int(facts["step"])
+
+
+def _cut_log(path: Path, step: int) -> list[tuple[int, Figure]]:
+    """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
+    lines = []
+    evaluations = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break  # the line a kill cut short
+        if record["step"] > step:
+            break
+        lines.append(line)
+        if "obedience" in record:
+            evaluations.append((record["step"], Figure(record["obedience"], *record["obedience_interval"])))
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return evaluations
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    base: UNetBase | None = None,
+    on_stage: Callable[[str, int], None] = lambda name, total: None,
+    on_advance: Callable[[int], None] = lambda count: None,
+) -> Iterator[Record]:
+    """Train a control, yielding a record a step; ``OUT/control`` holds the result when the iterator ends.
+
+    ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating.
+    """
+    contract = annotator(recipe.control.annotator).hint(**recipe.control.options)
+    _settle_folder(recipe, out)
+    base = base or load_base(recipe.base)
+    pairs, heldout = training_pairs(recipe, base)
+    on_stage("caching", len(pairs))
+    cached = build_cache(base, pairs, contract, out / "cache.safetensors", on_advance)
+    torch.manual_seed(recipe.seed)
+    spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
+    branch = base.new_branch(spec, contract.channels).train()
+    optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    evaluator = _Evaluator(base, heldout, contract, recipe, out) if recipe.evaluation.every else None
+    step = 0
+    kept = _checkpoints(out)
+    if kept:
+        step = _load_checkpoint(kept[-1], branch, optimizer)
+    evaluations = _cut_log(out / "log.jsonl", step)
+
+    def saved(at: int) -> SavedControl:
+        facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
+        return SavedControl(branch, contract, facts | {"recipe": recipe.model_dump()})
+
+    with (out / "log.jsonl").open("a") as log:
+        while step < recipe.steps:
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * min(1.0, (step + 1) / (recipe.warmup + 1))
+            with autocast(base.device.type):
+                loss = objective(base, branch, draw_batch(base, cached, contract, recipe, step))
+            loss.backward()
+            nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            value, seconds = loss.item(), time.perf_counter() - started
+            if not np.isfinite(value):
+                raise UserError(f"The loss is {value} at step {step}. Lower the learning rate (it is {recipe.lr}).")
+            measured, words = None, None
+            if evaluator and (step % recipe.evaluation.every == 0 or step == recipe.steps):
+                on_stage("evaluating", evaluator.work)
+                measured = evaluator.measure(branch, step, on_advance)
+                evaluations.append((step, measured.obedience))
+                words = verdict(evaluations)
+            record = Record(step, value, seconds, measured, words)
+            log.write(record.to_json() + "\n")
+            log.flush()
+            if step % recipe.checkpoint_every == 0 or step == recipe.steps:
+                _save_checkpoint(out, step, saved(step), base, optimizer, recipe.keep)
+            yield record
+    save_control(out / "control", saved(step), base)
+
+
+def _settle_folder(recipe: Recipe, out: Path) -> None:
+    """Make the run's folder, or check that the one there is of this very recipe."""
+    text = yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+    path = out / "recipe.yaml"
+    if path.is_file() and path.read_text() != text:
+        before = yaml.safe_load(path.read_text())
+        now = yaml.safe_load(text)
+        changed = [key for key in now if before.get(key) != now[key]]
+        raise UserError(
+            f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
+            "or run with the recipe as it was to go on."
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
+    for stale in (out / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(stale)
+    write_atomic(path, text.encode())
+
+
+class _Evaluator:
+    """Obedience on held-out hints; what does not depend on the branch is made once."""
+
+    def __init__(self, base: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path) -> None:
+        self.base, self.contract, self.out = base, contract, out
+        self.pairs = [pairs[i] for i in range(len(pairs))]
+        self.hints = [hint_of(pair, contract) for pair in self.pairs]
+        self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
+        self.work = len(self.pairs) * self.settings.steps * 2
+        self._fixed: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
+
+    def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
+        branch.eval()
+        control = Control(branch, self.contract)
+        first = self._fixed is None
+        made = three_ways(
+            self.base, control, self.pairs, self.hints, self.settings, on_step=on_advance, skip_no_control=not first
+        )
+        if self._fixed is None:
+            ceiling = ceiling_pictures(self.base, [pair.picture for pair in self.pairs])
+            scores = [fidelity(p, self.hints, self.contract) for p in (made["no_control"], ceiling)]
+            self._fixed = (made["no_control"], scores[0], scores[1])
+        without, no_control, ceiling_score = self._fixed
+        scored = [fidelity(made[name], self.hints, self.contract) for name in ("controlled", "shuffled")]
+        shown = [
+            [hint, pair.picture, got, plain]
+            for hint, pair, got, plain in zip(self.hints, self.pairs, made["controlled"], without, strict=True)
+        ]
+        sheet = grid(shown[:8], ["hint", "truth", "controlled", "no control"])
+        write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
+        branch.train()
+        return obedience(scored[0], no_control, scored[1], ceiling_score)
