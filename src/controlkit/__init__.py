@@ -35,7 +35,7 @@ _HOMES = {
     "Recipe": "train",
     "Record": "train",
     "read_recipe": "train",
-    "train": "train",
+    "train_control": "train",
     "UserError": "errors",
     "where": "hub",
 }

@@ -1,6 +1,6 @@
 """Training a control: the paper's objective as an iterator of records, with exact resume.
 
-``train(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps them, a
+``train_control(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps them, a
 test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields what the
 uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
 """
@@ -333,7 +333,7 @@ def _cut_log(path: Path, step: int) -> list[tuple[int, Figure]]:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def train(
+def train_control(
     recipe: Recipe,
     out: Path,
     base: UNetBase | None = None,
