@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H x W the picture's size in pixels, h x w a tap's.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class HintEncoder(nn.Module):
             raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
         widths = [self.WIDTHS[min(i, len(self.WIDTHS) - 1)] for i in range(halvings + 1)]
         convs = [nn.Conv2d(hint_channels, widths[0], 3, padding=1)]
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        for narrow, wide in itertools.pairwise(widths):
             convs.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             convs.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         convs.append(zero_conv(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once

@@ -26,7 +26,7 @@ FILL50K_SIZE = 512
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture nobody generated, uint8 (H, W, 3), its prompt; and its hint, if it is not the picture's annotation."""
+    """A picture nobody generated, uint8 (H, W, 3), its prompt; and its hint, unless the picture's annotation is it."""
 
     picture: np.ndarray
     prompt: str
@@ -36,6 +36,9 @@ class Pair:
 def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
     """The pair's own hint, or the annotation of its picture as the contract says."""
     return annotate(pair.picture, contract) if pair.hint is None else pair.hint
+
+
+_EVALUATION_SEED = 2**31  # far from the seeds people give
 
 
 class EmojiPairs(Sequence[Pair]):
@@ -77,7 +80,7 @@ class CirclePairs(Sequence[Pair]):
 
 
 class FolderPairs(Sequence[Pair]):
-    """The original repository's layout: ``prompt.json`` with a JSON object a line, ``source`` hint, ``target`` picture."""
+    """The original repository's layout: ``prompt.json``, a JSON object a line; ``source`` hint, ``target`` picture."""
 
     def __init__(self, folder: Path, size: int, count: int | None = None, first: int = 0) -> None:
         listing = folder / "prompt.json"
@@ -90,7 +93,7 @@ class FolderPairs(Sequence[Pair]):
             self._rows = [(row["source"], row["target"], row["prompt"]) for row in rows]
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(
-                f'{listing} cannot be read ({error}): expected one JSON object a line with "source", "target" and "prompt".'
+                f'{listing} cannot be read ({error}): expected a JSON object a line with "source", "target", "prompt".'
             ) from error
         self._rows = self._rows[first : None if count is None else first + count]
         self._folder, self._size = folder, size
@@ -103,6 +106,22 @@ class FolderPairs(Sequence[Pair]):
         sides = (self._size, self._size)
         hint, picture = (read_picture(self._folder / name) for name in (source, target))
         return Pair(fit(picture, sides), prompt, fit(hint, sides))
+
+
+def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], list[np.ndarray]]:
+    """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
+
+    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder.
+    """
+    if source == "emoji":
+        unseen = EmojiPairs(size, "heldout_pictures")
+        return EmojiPairs(size, "heldout_concepts", count=num), [pair.picture for pair in unseen]
+    if source == "fill50k":
+        return CirclePairs(size, num, _EVALUATION_SEED), [
+            p.picture for p in CirclePairs(size, 512, _EVALUATION_SEED + 1)
+        ]
+    pairs = FolderPairs(Path(source), size, num)
+    return pairs, [pair.picture for pair in pairs]
 
 
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:
@@ -129,8 +148,8 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
 class Cached:
     """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
 
-    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` (M, L, D) half, one row a distinct prompt, row 0 the
-    empty prompt; ``prompt_rows`` (N,) says which row is whose.
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` (M, L, D) half, one
+    row a distinct prompt, row 0 the empty prompt; ``prompt_rows`` (N,) says which row is whose.
     """
 
     moments: Tensor

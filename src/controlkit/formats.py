@@ -127,7 +127,7 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key).float() for key in file.keys()}
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key).float() for key in file}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): expected a whole safetensors file.") from error
     spec = ControlSpec(**json.loads(metadata.get("controlkit.spec", "{}")))
@@ -136,7 +136,7 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
         differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
         raise UserError(
-            f'The control "{name}" was made for the base "{trained.get("base", "unknown")}" and does not fit "{base.name}": '
+            f'The control "{name}" was made for the base "{trained.get("base", "unknown")}" and not for "{base.name}": '
             f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
         )
     channels = tensors.get("controlnet_cond_embedding.conv_in.weight", torch.empty(0, 3)).shape[1]

@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from controlkit.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "mini" / "weights"
 """The folder of shipped weights; each entry is an ordinary diffusers folder."""
@@ -96,7 +98,7 @@ def _npm_pack(package: Package, tarball: Path) -> None:
         os.replace(packed, tarball)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: "Mapping[str, Tensor]") -> str:
     """Sixteen hex digits that name a set of weights: SHA-256 over names, types, shapes and bytes, half precision.
 
     Half precision, because shipped weights are stored so: the digest is the same before and after.

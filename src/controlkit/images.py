@@ -42,7 +42,7 @@ class Hint:
     """The range pixel values 0-255 are mapped to."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     resize: Resize = "area"
-    """How a hint of another size is brought to the picture's: ``area`` for lines and soft maps, ``nearest`` for labels."""
+    """How a hint is brought to the picture's size: ``area`` for lines and soft maps, ``nearest`` for labels."""
 
     def to_json(self) -> str:
         """The contract as JSON, for a weights file's metadata."""

@@ -67,7 +67,7 @@ def picture_size(base: UNetBase, settings: Settings) -> tuple[int, int]:
     if height % base.multiple or width % base.multiple or min(height, width) <= 0:
         good = [max(round(side / base.multiple), 1) * base.multiple for side in (height, width)]
         raise UserError(
-            f'The base "{base.name}" makes pictures whose sides are multiples of {base.multiple}; got {width}x{height}. '
+            f'The base "{base.name}" makes pictures with sides that {base.multiple} divides; got {width}x{height}. '
             f"The nearest is {good[1]}x{good[0]}."
         )
     return height, width

@@ -1,10 +1,11 @@
 """Training a control: the paper's objective as an iterator of records, with exact resume.
 
-``train_control(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps them, a
-test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields what the
+``train_control(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps
+them, a test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields what the
 uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -58,7 +59,7 @@ class DataRecipe(_Strict):
     """On what."""
 
     source: str = "emoji"
-    """``emoji`` (the world's, held-out concepts left out), ``fill50k`` (drawn on the fly), or a folder with prompt.json."""
+    """``emoji`` (held-out concepts left out), ``fill50k`` (drawn on the fly), or a folder with a prompt.json."""
     count: int | None = Field(None, gt=0)
     """Pairs to train on; all by default."""
     variants: int = Field(2, gt=0)
@@ -162,7 +163,7 @@ class Record:
 
 def found_step(evaluations: Sequence[tuple[int, Figure]]) -> int | None:
     """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
-    for (step, first), (_, second) in zip(evaluations, evaluations[1:], strict=False):
+    for (step, first), (_, second) in itertools.pairwise(evaluations):
         if min(first.low, second.low) >= FOUND:
             return step
     return None

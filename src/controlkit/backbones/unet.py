@@ -206,7 +206,7 @@ def load_base(name: str | Path, device: str = "cpu") -> UNetBase:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(
-            f'There is no base "{name}": expected "mini" or a diffusers pipeline folder, which holds a model_index.json.'
+            f'There is no base "{name}": expected "mini" or a diffusers pipeline folder (with a model_index.json).'
         )
     kind = json.loads(index.read_text()).get("_class_name")
     if kind != "StableDiffusionPipeline":

@@ -1,0 +1,5 @@
+"""``python -m controlkit``: the command line."""
+
+from controlkit.cli import main
+
+main()
