@@ -51,7 +51,7 @@ class Size:
 
 SIZES = {
     "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, (32, 1), (8, 16, 16, 32)),
-    "64": Size(64, (24, 48, 96), 8, 16, (64, 112, 160), 32, (192, 3), (48, 96, 160, 256)),
+    "64": Size(64, (24, 48, 96), 8, 16, (64, 112, 160), 16, (192, 3), (48, 96, 160, 256)),
     "128": Size(128, (32, 64, 128, 192), 8, 16, (96, 160, 224), 32, (192, 3), (48, 96, 160, 256)),
     "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 224), 64, (192, 3), (48, 96, 160, 256)),
 }
@@ -211,7 +211,7 @@ def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float) -> Autoe
             x = x[..., top : top + size.pixels // 2, left : left + size.pixels // 2]
         x = x.to(run.device).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample.float()
+        y = vae.decode(posterior.sample(torch_rng("posterior", step))).sample.float()
         error = F.mse_loss(y, x)
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -318,7 +318,7 @@ def train_unet(
         texts = ["" if rng.random() < 0.1 else text for text in texts]
         with torch.no_grad():
             pixels = pixels.to(run.device).contiguous(memory_format=torch.channels_last)
-            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            latents = vae.encode(pixels).latent_dist.sample(torch_rng("posterior", step)) * vae.config.scaling_factor
             text = text_encoder(tokens_of(tokenizer, texts, run.device)).last_hidden_state
         noise = torch.randn(latents.shape, generator=torch_rng("unet", step)).to(run.device)
         t = torch.from_numpy(rng.integers(schedule.config.num_train_timesteps, size=count)).to(run.device)

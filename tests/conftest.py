@@ -1,6 +1,7 @@
 """What the tests share: a toy base with random weights, drawn joins, and picture packages made up on the spot."""
 
 import colorsys
+import copy
 import importlib
 import json
 import sys
@@ -8,16 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from controlkit import precision
 from controlkit.backbones import load_base
+from controlkit.formats import SavedControl, save_control
+from controlkit.images import Hint
 from controlkit.mini.tower import WINDOW, train_tokenizer
 from controlkit.mini.world import PACKAGES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+recipe = importlib.import_module("recipes.mini")
 torch.set_num_threads(1)  # bit-exactness is claimed for one thread count
+
+
+def relative(ours, theirs):
+    """The relative L2 distance of two tensors, or of two lists of them."""
+    ours, theirs = (torch.cat([t.flatten() for t in ([v] if torch.is_tensor(v) else v)]) for v in (ours, theirs))
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def draw_inputs(base, height=8, width=8, hint_channels=3, seed=1):
+    """Two rows of what a branch reads: latents, timesteps, prompt embeddings and a hint, all at random."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, base.unet.config.in_channels, height, width, generator=generator)
+    hint = torch.rand(2, hint_channels, height * base.stride, width * base.stride, generator=generator)
+    return x, torch.tensor([300, 700]), base.encode_text(["a red apple", ""]), hint
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +49,6 @@ def _float32(monkeypatch):
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory):
     """An untrained base in Stable Diffusion's anatomy, 32 pixels, stride 4, as a diffusers folder."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    recipe = importlib.import_module("recipes.mini")
     root = tmp_path_factory.mktemp("toy")
     texts = ["a red apple, 3d style, on a teal background", "gold circle with navy background", recipe.PLAIN] * 4
     tokenizer = train_tokenizer(texts, 600, root / "tokenizer")
@@ -62,6 +79,23 @@ def toy_base(toy_folder):
 
 
 @pytest.fixture(scope="session")
+def deep_base(toy_base, tmp_path_factory):
+    """The toy's neighbour, another U-Net: SD 1.5's blocks, four resolutions of two layers each."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16, 24),
+        cross_attention_dim=toy_base.unet.config.cross_attention_dim,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    vae, text_encoder = copy.deepcopy(toy_base.vae), copy.deepcopy(toy_base.text_encoder)  # saving halves them
+    recipe.save_base(folder, vae, text_encoder, toy_base.tokenizer, unet)
+    return load_base(folder)
+
+
+@pytest.fixture(scope="session")
 def drawn_joins(toy_base):
     """``drawn_joins(branch, seed)`` draws what is born zero, so that a residual's spread is 0.1 to 1 of its skip's.
 
@@ -69,35 +103,39 @@ def drawn_joins(toy_base):
     """
 
     @torch.no_grad()
-    def draw(branch, seed=0):
+    def draw(branch, seed=0, base=toy_base):
         generator = torch.Generator().manual_seed(seed)
+        x, t, text, hint = draw_inputs(base, hint_channels=branch.hint_encoder.convs[0].in_channels)
+        encoded = base.encode_noise(x, t, text)
+        plain = dict(zip([tap.name for tap in base.taps], [*encoded.skips, encoded.middle], strict=True))
 
-        def randn(*shape):
-            return torch.randn(shape, generator=generator)
-
-        def scale_to(conv, spread, wanted):
+        def redraw(conv, output, wanted):
             for parameter in conv.parameters():
-                parameter.mul_(wanted / spread)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            share = wanted / output().std()
+            for parameter in conv.parameters():
+                parameter.mul_(share)
 
-        convs = branch.hint_encoder.convs
-        for conv in (convs[-1], *branch.joins.values()):
-            conv.weight.copy_(randn(*conv.weight.shape))
-            conv.bias.copy_(randn(*conv.bias.shape))
-        x, t, text = randn(2, 4, 8, 8), torch.tensor([300, 700]), toy_base.encode_text(["a red apple", ""])
-        encoded = toy_base.encode_noise(x, t, text)
-        plain = dict(zip([tap.name for tap in toy_base.taps], [*encoded.skips, encoded.middle], strict=True))
-        side = 8 * toy_base.stride
-        hint = torch.rand(2, convs[0].in_channels, side, side, generator=generator)
-        scale_to(convs[-1], branch.encode_hint(hint).std(), plain["skip_0"].std())
-        for name, residual in branch(x, t, text, branch.encode_hint(hint)).items():
+        redraw(branch.hint_encoder.convs[-1], lambda: branch.encode_hint(hint), plain["skip_0"].std())
+        for name, join in branch.joins.items():
             share = 0.2 + 0.6 * torch.rand((), generator=generator)
-            scale_to(branch.joins[name], residual.std(), share * plain[name].std())
+            redraw(join, lambda name=name: branch(x, t, text, branch.encode_hint(hint))[name], share * plain[name].std())
         return branch
 
     return draw
 
 
-CODES = {  # concept -> code point; of these, three concepts and five pictures are held out
+@pytest.fixture
+def to_diffusers(toy_base, tmp_path):
+    """``to_diffusers(branch)`` is the stock ``ControlNetModel`` read from the folder that we write."""
+    def convert(branch, base=toy_base):
+        save_control(tmp_path / "peer", SavedControl(branch, Hint("canny")), base)
+        return ControlNetModel.from_pretrained(tmp_path / "peer").eval()
+
+    return convert
+
+
+CODES = {  # concept -> code point; of these, three concepts and seven pictures are held out
     "red-apple": "1f34e",
     "banana": "1f34c",
     "cat-face": "1f431",

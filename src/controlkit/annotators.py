@@ -15,7 +15,7 @@ from controlkit.images import Hint
 
 
 def canny(picture: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
-    """Canny edges on the colour picture, thresholds in grey levels, as in the paper (Section 4, 100 and 200)."""
+    """Canny edges on the colour picture; thresholds in grey levels, by default the released annotator's 100 and 200."""
     return np.repeat(cv2.Canny(np.ascontiguousarray(picture), low, high)[..., None], 3, axis=2)
 
 

@@ -14,7 +14,7 @@ Shapes: B batch, C channels, H x W the picture's size in pixels, h x w a tap's.
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,9 +68,8 @@ def zero_conv(channels_in: int, channels_out: int | None = None, kernel: int = 1
 
 def gaussian_conv(channels_in: int, channels_out: int | None = None, kernel: int = 1) -> nn.Conv2d:
     """The ablation's join: an ordinary convolution with Gaussian weights (Figure 8b)."""
-    conv = nn.Conv2d(channels_in, channels_out or channels_in, kernel, padding=kernel // 2)
+    conv = zero_conv(channels_in, channels_out, kernel)
     nn.init.normal_(conv.weight, std=1.0 / math.sqrt(conv.weight[0].numel()))
-    nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -118,7 +117,9 @@ class HintEncoder(nn.Module):
 
     WIDTHS = (16, 32, 96, 256)  # of the released code; a longer encoder stays at the last
 
-    def __init__(self, hint_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, hint_channels: int, channels: int, stride: int, join: Callable[..., nn.Conv2d] = zero_conv
+    ) -> None:
         super().__init__()
         halvings = stride.bit_length() - 1
         if 2**halvings != stride:
@@ -128,7 +129,7 @@ class HintEncoder(nn.Module):
         for narrow, wide in itertools.pairwise(widths):
             convs.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             convs.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
-        convs.append(zero_conv(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once
+        convs.append(join(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once
         self.convs = nn.ModuleList(convs)
 
     def forward(self, hint: Tensor) -> Tensor:
@@ -185,9 +186,9 @@ class ControlBranch(nn.Module):
         super().__init__()
         self.spec = spec or ControlSpec()
         self.taps = taps
-        self.hint_encoder = HintEncoder(hint_channels, taps[0].channels, stride)
         self.body = body
         join = JOINS[self.spec.join]
+        self.hint_encoder = HintEncoder(hint_channels, taps[0].channels, stride, join)
         joined = [tap for tap in taps if self.spec.taps == "all" or tap.site == "middle"]
         self.joins = nn.ModuleDict({tap.name: join(tap.channels) for tap in joined})
 
@@ -210,7 +211,7 @@ class ControlBranch(nn.Module):
 # --- Section 3.4: composing -----------------------------------------------------------------------------------
 
 
-def add_residuals(parts: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor | float]]]) -> dict[str, Tensor]:
+def add_residuals(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor | float]]]) -> dict[str, Tensor]:
     """Several controls at once are a sum: over branches, strength x residual, tap by tap (Section 3.4).
 
     Each part is (residuals by tap, strength by tap); a strength broadcasts against (rows, C, h, w).

@@ -134,8 +134,8 @@ def generate(
         for result in sample.generate(model, jobs, controls, settings, on_step=lambda n: progress.advance(task, n)):
             write_png(out / f"picture-{result.job.seed}.png", result.pixels, facts | {"seed": result.job.seed})
             made.append(result.pixels)
-    for (name, _), picture in zip(asked, hints, strict=True):
-        write_png(out / f"hint-{Path(name).name}.png", picture)
+    for i, ((name, _), picture) in enumerate(zip(asked, hints, strict=True)):
+        write_png(out / f"hint-{i}-{Path(name).name}.png", picture)
     labels = [f"hint: {Path(name).name}" for name, _ in asked] + [f"seed {job.seed}" for job in jobs]
     write_png(out / "grid.png", grid([[*hints, *made]], labels), facts | {"seed": seed})
     _say(f"{num} picture{'s' if num > 1 else ''} in {out}; side by side in {out / 'grid.png'}")
@@ -161,9 +161,12 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
         return None
     width, _, height = text.lower().partition("x")
     try:
-        return int(height or width), int(width)
+        sides = int(height or width), int(width)
     except ValueError:
-        raise UserError(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.') from None
+        sides = (0, 0)
+    if min(sides) <= 0:
+        raise UserError(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+    return sides
 
 
 @app.command(epilog="Example:\n\n    controlkit annotate canny photo.png drawing.jpg --out hints")
@@ -290,6 +293,8 @@ def evaluate(
     Console().print(table)
     if not report["counts"]:
         _warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
+    if not report["quality_kept"]:
+        _warn("quality fell: CLIP-score under 95%, or FID over 110%, of the same base without control")
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")

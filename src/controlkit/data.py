@@ -82,7 +82,7 @@ class CirclePairs(Sequence[Pair]):
 class FolderPairs(Sequence[Pair]):
     """The original repository's layout: ``prompt.json``, a JSON object a line; ``source`` hint, ``target`` picture."""
 
-    def __init__(self, folder: Path, size: int, count: int | None = None, first: int = 0) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
         listing = folder / "prompt.json"
         if not listing.is_file():
             raise UserError(
@@ -95,7 +95,6 @@ class FolderPairs(Sequence[Pair]):
             raise UserError(
                 f'{listing} cannot be read ({error}): expected a JSON object a line with "source", "target", "prompt".'
             ) from error
-        self._rows = self._rows[first : None if count is None else first + count]
         self._folder, self._size = folder, size
 
     def __len__(self) -> int:
@@ -108,10 +107,21 @@ class FolderPairs(Sequence[Pair]):
         return Pair(fit(picture, sides), prompt, fit(hint, sides))
 
 
+def split_folder(folder: Path, size: int) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out): the last tenth of a folder, at most 512 pairs, is never trained on."""
+    pairs = list(FolderPairs(folder, size))
+    held = min(max(len(pairs) // 10, 2), 512)
+    if len(pairs) <= held:
+        raise UserError(
+            f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out to measure with."
+        )
+    return pairs[:-held], pairs[-held:]
+
+
 def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
-    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder.
+    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder (its held-out tenth).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -120,8 +130,8 @@ def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], 
         return CirclePairs(size, num, _EVALUATION_SEED), [
             p.picture for p in CirclePairs(size, 512, _EVALUATION_SEED + 1)
         ]
-    pairs = FolderPairs(Path(source), size, num)
-    return pairs, [pair.picture for pair in pairs]
+    _, unseen = split_folder(Path(source), size)
+    return unseen[:num], [pair.picture for pair in unseen]
 
 
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:

@@ -3,10 +3,12 @@
 One table of names, ``key_table``, is read both ways. Weights are safetensors; nothing is unpickled.
 """
 
+import inspect
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,8 +62,6 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch) -> dict[str, Any]:
     from diffusers import ControlNetModel
 
     unet, theirs = base.unet.config, {}
-    import inspect
-
     for name in inspect.signature(ControlNetModel.__init__).parameters:
         if name in unet:
             theirs[name] = unet[name]
@@ -156,5 +156,9 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
                 f"in the file, expected {tuple(value.shape)}."
             )
     branch.load_state_dict(state)
-    hint = Hint.from_json(metadata["controlkit.hint"]) if "controlkit.hint" in metadata else Hint("canny")
+    hint = Hint("canny")
+    if "controlkit.hint" in metadata:
+        hint = Hint.from_json(metadata["controlkit.hint"])
+    else:
+        warnings.warn(f'"{name}" does not say what its hints are; taken for canny edges in [0, 1].', stacklevel=2)
     return SavedControl(branch.eval().requires_grad_(False), hint, trained)

@@ -99,7 +99,7 @@ def _npm_pack(package: Package, tarball: Path) -> None:
 
 
 def digest(tensors: "Mapping[str, Tensor]") -> str:
-    """Sixteen hex digits that name a set of weights: SHA-256 over names, types, shapes and bytes, half precision.
+    """Sixteen hex digits that name a set of weights: SHA-256 over names, shapes and values in half precision.
 
     Half precision, because shipped weights are stored so: the digest is the same before and after.
     """

@@ -19,7 +19,7 @@ from controlkit.images import Hint, to_pictures
 from controlkit.precision import autocast
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
-"""The paper's prompt for no prompt ("insufficient prompt", Section 4.1)."""
+"""The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def denoise(
         strength = strength_table(controls, rows, len(base.taps), settings.steps)
     full = (len(controls), rows, len(base.taps), settings.steps)
     strength = strength.expand(*full, *strength.shape[-2:]).to(x.device)
+    used = strength.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop
     with autocast(x.device.type):
         features = [
             c.branch.encode_hint(h).repeat(rows // count, 1, 1, 1) for c, h in zip(controls, hints, strict=True)
@@ -127,11 +128,11 @@ def denoise(
             scaled = scheduler.scale_model_input(x, timestep)
             both = scaled.repeat(rows // count, 1, 1, 1)
             t = timestep.to(x.device).expand(rows)
-            parts = []
+            parts: list[tuple[dict[str, Tensor], dict[str, Tensor | float]]] = []
             for i, control in enumerate(controls):
-                if strength[i, :, :, step].any():
+                if used[i][step]:
                     residuals = control.branch(both, t, text, features[i])
-                    scales = {
+                    scales: dict[str, Tensor | float] = {
                         tap.name: _strength_at(strength[i], k, step, residuals[tap.name].shape[-2:])
                         for k, tap in enumerate(base.taps)
                         if tap.name in residuals

@@ -1,8 +1,8 @@
 """Random draws keyed by what they are for, never by when they are made.
 
 A draw for (seed, step, sample) is the same whatever the batch size, the order of the work, the number
-of workers or the point at which a run was resumed. Every random number in training and sampling comes
-from one of these two functions.
+of workers or the point at which a run was resumed. (One exception: the noise a generated picture starts
+from is what ``torch.Generator().manual_seed(seed)`` gives, because that is what a seed means to everyone else.)
 """
 
 import hashlib
@@ -14,7 +14,8 @@ Key = int | str
 
 
 def _words(key: tuple[Key, ...]) -> list[int]:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # numpy's 3 is 3
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
 
 

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from controlkit.annotators import annotator
 from controlkit.backbones import UNetBase, load_base
 from controlkit.branch import ControlBranch, ControlSpec
-from controlkit.data import Cached, CirclePairs, EmojiPairs, FolderPairs, Pair, build_cache, hint_of
+from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, hint_of, split_folder
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import Hint, grid, write_atomic, write_png
@@ -71,7 +72,7 @@ class EvaluationRecipe(_Strict):
 
     every: int = Field(250, ge=0)
     """Steps between evaluations; 0 for none."""
-    num: int = Field(16, gt=0)
+    num: int = Field(16, ge=2)
     steps: int = Field(10, gt=0)
     guidance: float = 4.0
 
@@ -190,12 +191,8 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
-    folder = Path(data.source)
-    everything = len(FolderPairs(folder, base.size))
-    count = min(data.count or everything, everything - num)
-    if count <= 0:
-        raise UserError(f"{folder} has {everything} pairs: expected more than the {num} that evaluation holds out.")
-    return FolderPairs(folder, base.size, count), FolderPairs(folder, base.size, num, first=count)
+    pairs, heldout = split_folder(Path(data.source), base.size)
+    return pairs[: data.count], heldout[:num]
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -275,7 +272,7 @@ def _save_checkpoint(
             for index, kept in optimizer.state_dict()["state"].items()
             for name, value in kept.items()
         }
-        facts = {"step": str(step), "threads": str(torch.get_num_threads())}
+        facts = {"step": str(step), "threads": str(torch.get_num_threads()), "base_digest": base.digest}
         branch = {f"branch.{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
         write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
         scratch.chmod(0o755)
@@ -294,12 +291,15 @@ def _save_checkpoint(
         shutil.rmtree(old)
 
 
-def _load_checkpoint(folder: Path, branch: ControlBranch, optimizer: torch.optim.Optimizer) -> int:
-    from safetensors import safe_open
-
+def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimizer: torch.optim.Optimizer) -> int:
     path = folder / "state.safetensors"
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
+    if facts["base_digest"] != base.digest:
+        raise UserError(
+            f'{folder} was trained on other weights of "{base.name}" (digest {facts["base_digest"]}, now {base.digest}): '
+            "go on with those weights, or give another --out."
+        )
     tensors = load_file(path)
     branch.load_state_dict({k.removeprefix("branch."): v for k, v in tensors.items() if k.startswith("branch.")})
     state: dict[int, dict[str, Tensor]] = {}
@@ -350,7 +350,7 @@ def train_control(
     base = base or load_base(recipe.base)
     pairs, heldout = training_pairs(recipe, base)
     on_stage("caching", len(pairs))
-    cached = build_cache(base, pairs, contract, out / "cache.safetensors", on_advance)
+    cached = build_cache(base, pairs, contract, out / f"cache-{base.digest}.safetensors", on_advance)
     torch.manual_seed(recipe.seed)
     spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
     branch = base.new_branch(spec, contract.channels).train()
@@ -359,7 +359,7 @@ def train_control(
     step = 0
     kept = _checkpoints(out)
     if kept:
-        step = _load_checkpoint(kept[-1], branch, optimizer)
+        step = _load_checkpoint(kept[-1], branch, base, optimizer)
     evaluations = _cut_log(out / "log.jsonl", step)
 
     def saved(at: int) -> SavedControl:
@@ -373,14 +373,15 @@ def train_control(
                 group["lr"] = recipe.lr * min(1.0, (step + 1) / (recipe.warmup + 1))
             with autocast(base.device.type):
                 loss = objective(base, branch, draw_batch(base, cached, contract, recipe, step))
+            value = loss.item()
+            if not np.isfinite(value):
+                raise UserError(f"The loss is {value} at step {step + 1}. Lower the learning rate (it is {recipe.lr}).")
             loss.backward()
             nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            value, seconds = loss.item(), time.perf_counter() - started
-            if not np.isfinite(value):
-                raise UserError(f"The loss is {value} at step {step}. Lower the learning rate (it is {recipe.lr}).")
+            seconds = time.perf_counter() - started
             measured, words = None, None
             if evaluator and (step % recipe.evaluation.every == 0 or step == recipe.steps):
                 on_stage("evaluating", evaluator.work)
@@ -423,8 +424,12 @@ class _Evaluator:
         self.pairs = [pairs[i] for i in range(len(pairs))]
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
-        self.work = len(self.pairs) * self.settings.steps * 2
         self._fixed: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
+
+    @property
+    def work(self) -> int:
+        """Picture-steps the next evaluation takes; the first one also samples without control."""
+        return len(self.pairs) * self.settings.steps * (3 if self._fixed is None else 2)
 
     def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
         branch.eval()

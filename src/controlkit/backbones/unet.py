@@ -39,7 +39,7 @@ class UNetEncoder(nn.Module):
     Built on a base it shares the base's modules; deep-copied it is the body of a control branch.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.conv_in = unet.conv_in
         self.time_proj = unet.time_proj

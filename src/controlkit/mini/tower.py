@@ -1,6 +1,6 @@
 """An image-text tower in the manner of CLIP, small: the text half conditions ``mini``, a second one referees.
 
-Two towers of this class are trained by ``recipes/mini.py``, with different seeds and sizes. One gives its text
+Two towers of this class are trained by ``recipes/mini.py``, with different seeds. One gives its text
 half to the base and is then thrown away; the other never meets the base and scores its pictures (prompt
 adherence, and the features of FID).
 """

@@ -169,8 +169,8 @@ def _rasterise(size: int) -> Emoji:
             pictures.append((names_of[code], "3d", np.asarray(rgba)))
     margin = (size - round(size * _FILL)) // 2
     canvas = np.zeros((len(pictures), size, size, 4), np.uint8)
-    for i, (_, _, rgba) in enumerate(pictures):
-        canvas[i, margin : margin + rgba.shape[0], margin : margin + rgba.shape[1]] = rgba
+    for i, (_, _, drawn) in enumerate(pictures):
+        canvas[i, margin : margin + drawn.shape[0], margin : margin + drawn.shape[1]] = drawn
     return Emoji(size, tuple(p[0] for p in pictures), tuple(p[1] for p in pictures), canvas)
 
 

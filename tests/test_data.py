@@ -1,0 +1,176 @@
+"""Pairs and their cache: the original's layout, splits, and what a training step reads."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit.annotators import annotator, canny
+from controlkit.data import (
+    CirclePairs,
+    EmojiPairs,
+    FolderPairs,
+    Pair,
+    build_cache,
+    hint_of,
+    make_fill50k,
+)
+from controlkit.errors import UserError
+from controlkit.images import read_picture, to_tensor
+from controlkit.mini import world
+
+CANNY = annotator("canny").hint()
+
+
+def same(a, b):
+    return a.prompt == b.prompt and np.array_equal(a.picture, b.picture) and np.array_equal(a.hint, b.hint)
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_s_own_hint_goes_before_its_picture_s_annotation():
+    own = next(iter(CirclePairs(32, 1)))
+    assert hint_of(own, CANNY) is own.hint
+    assert np.array_equal(hint_of(Pair(own.picture, own.prompt), CANNY), canny(own.picture))
+
+
+def test_circles_are_keyed_by_their_number():
+    pairs = CirclePairs(32, 6, seed=1)
+    assert len(list(pairs)) == 6
+    assert all(same(a, b) for a, b in zip(CirclePairs(32, 2, seed=1, first=4), [pairs[4], pairs[5]], strict=True))
+    assert not same(pairs[0], pairs[1]) and not same(pairs[0], CirclePairs(32, 1, seed=2)[0])
+    assert all(" circle with " in pair.prompt for pair in pairs)
+
+
+@pytest.mark.parametrize("split", ["control", "heldout_concepts"])
+def test_emoji_pairs_are_the_split_s_on_each_ground(fake_packages, split):
+    emoji = world.load_emoji(32)
+    captions = [world.caption(emoji.concepts[row], emoji.styles[row], "red") for row in world.rows(emoji, split)]
+    pairs = list(EmojiPairs(32, split, variants=3))
+    assert [pair.prompt.split(", on ")[0] for pair in pairs] == [text.split(", on ")[0] for text in captions] * 3
+    assert len({pair.picture.tobytes() for pair in pairs}) > 0.9 * len(pairs), "another ground or place each time"
+    assert all(pair.hint is None for pair in pairs)
+
+
+def test_a_count_of_emoji_is_spread_over_the_styles(fake_packages):
+    few = EmojiPairs(32, "control", count=10)
+    assert len(few) == len(list(few)) == 10
+    assert {pair.prompt.split(", ")[1] for pair in few} == {f"{style} style" for style in world.STYLES}
+    assert len(EmojiPairs(32, "control", count=10_000)) == len(EmojiPairs(32, "control"))
+
+
+# --- the original's layout ----------------------------------------------------------------------------------
+
+
+def test_fill50k_is_written_in_the_original_s_layout(tmp_path):
+    assert list(make_fill50k(tmp_path, 2)) == [1, 2]
+    lines = (tmp_path / "prompt.json").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": pair.prompt}
+        for i, pair in enumerate(CirclePairs(512, 2))
+    ]
+    assert read_picture(tmp_path / "source/0.png").shape == read_picture(tmp_path / "target/1.png").shape == (512, 512, 3)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"prompt.json", *(f"{side}/{i}.png" for side in ("source", "target") for i in (0, 1))}
+
+
+def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
+    list(make_fill50k(tmp_path, 3, size=32, seed=4))
+    drawn = CirclePairs(32, 3, seed=4)
+    assert all(same(a, b) for a, b in zip(FolderPairs(tmp_path, 32), drawn, strict=True))
+    assert same(FolderPairs(tmp_path, 32, count=1, first=2)[0], drawn[2])
+    assert len(FolderPairs(tmp_path, 32, count=1, first=2)) == 1
+    assert FolderPairs(tmp_path, 16)[0].picture.shape == FolderPairs(tmp_path, 16)[0].hint.shape == (16, 16, 3)
+
+
+def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):
+    assert list(islice(make_fill50k(tmp_path, 4, size=32), 2)) == [1, 2]
+    with pytest.raises(UserError, match=r"holds no prompt\.json"):
+        FolderPairs(tmp_path, 32)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert before
+    list(make_fill50k(tmp_path, 4, size=32))
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not drawn again"
+    assert all(same(a, b) for a, b in zip(FolderPairs(tmp_path, 32), CirclePairs(32, 4), strict=True))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{not json}",
+        b"[1, 2]",
+        b"7",
+        b'{"source": "a", "target": "b"}',
+        b'{"source": "a", "target": "b", "prompt": "c"}\n{"source":',
+        b"\xff\xfe",
+    ],
+)
+def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):
+    (tmp_path / "prompt.json").write_bytes(content)
+    with pytest.raises(UserError, match="expected .* JSON object a line") as caught:
+        FolderPairs(tmp_path, 32)
+    assert str(tmp_path / "prompt.json") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_picture_of_a_set_is_named(tmp_path):
+    list(make_fill50k(tmp_path, 1, size=32))
+    (tmp_path / "target/0.png").unlink()
+    with pytest.raises(UserError, match="target/0.png"):
+        FolderPairs(tmp_path, 32)[0]
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs():
+    """Five pairs; two share a prompt, one has none."""
+    drawn = list(CirclePairs(32, 5))
+    drawn[3] = Pair(drawn[3].picture, drawn[0].prompt)
+    drawn[4] = Pair(drawn[4].picture, "", drawn[4].hint)
+    return drawn
+
+
+def test_a_cache_holds_what_a_step_needs(toy_base, pairs, tmp_path):
+    counted = []
+    cached = build_cache(toy_base, pairs, CANNY, tmp_path / "cache.safetensors", counted.append, batch=2)
+    assert (len(cached), counted) == (5, [2, 2, 1])
+    moments = toy_base.encode_moments(to_tensor([pair.picture for pair in pairs]))
+    assert torch.allclose(cached.moments.float(), moments, atol=1e-2)
+    assert np.array_equal(cached.hints, [hint_of(pair, CANNY) for pair in pairs])
+    assert len(cached.text) == 4, "one row a distinct prompt, the empty one among them"
+    expected = toy_base.encode_text([pair.prompt for pair in pairs])
+    assert torch.allclose(cached.text[cached.prompt_rows].float(), expected, atol=1e-2)
+    assert torch.allclose(cached.text[0].float(), toy_base.encode_text([""])[0], atol=1e-2)
+
+
+def test_row_zero_is_the_empty_prompt_though_no_pair_has_it(toy_base, pairs, tmp_path):
+    cached = build_cache(toy_base, pairs[:2], CANNY, tmp_path / "cache.safetensors")
+    assert torch.allclose(cached.text[0].float(), toy_base.encode_text([""])[0], atol=1e-2)
+    assert 0 not in cached.prompt_rows
+
+
+def test_a_cache_is_built_once_and_read_back_equal(toy_base, pairs, tmp_path, monkeypatch):
+    path = tmp_path / "cache.safetensors"
+    built = build_cache(toy_base, pairs, CANNY, path)
+
+    def encode(*args):
+        raise AssertionError("the cache was built again")
+
+    monkeypatch.setattr(toy_base, "encode_moments", encode)
+    monkeypatch.setattr(toy_base, "encode_text", encode)
+    read = build_cache(toy_base, pairs, CANNY, path)
+    assert all(torch.equal(value, vars(read)[name]) for name, value in vars(built).items())
+    assert vars(read).keys() == vars(built).keys()
+
+
+def test_an_interrupted_cache_leaves_nothing(toy_base, pairs, tmp_path):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(toy_base, pairs, CANNY, tmp_path / "cache.safetensors", interrupt)
+    assert not list(tmp_path.iterdir())

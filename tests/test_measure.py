@@ -1,0 +1,274 @@
+"""Fidelity, obedience, FID and the report: against numbers worked out another way."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit.annotators import annotator, canny
+from controlkit.data import CirclePairs
+from controlkit.measure import (
+    Referee,
+    ceiling_pictures,
+    edge_f1,
+    evaluate,
+    fid,
+    fidelity,
+    mean_figure,
+    obedience,
+    three_ways,
+)
+from controlkit.mini.tower import ImageTextTower
+from controlkit.sample import Control, Settings
+
+# --- edges --------------------------------------------------------------------------------------------------
+
+
+def column(at, side=64):
+    """A line map with one vertical line."""
+    lines = np.zeros((side, side), np.uint8)
+    lines[:, at] = 255
+    return lines
+
+
+def test_equal_lines_score_one():
+    assert edge_f1(column(20), column(20)) == 1.0
+
+
+@pytest.mark.parametrize(("side", "reach"), [(64, 1), (256, 2), (512, 5)])
+def test_the_tolerance_is_a_share_of_the_diagonal_and_at_least_a_pixel(side, reach):
+    assert edge_f1(column(20, side), column(20 + reach, side)) == 1.0
+    assert edge_f1(column(20, side), column(21 + reach, side)) == 0.0
+
+
+def test_the_tolerance_is_a_disc_and_not_a_square():
+    a, b = np.zeros((2, 64, 64), np.uint8)
+    a[10, 10] = b[11, 11] = 255  # 1.4 pixels apart
+    assert edge_f1(a, b) == 0.0
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall():
+    half = column(20).copy()
+    half[32:] = 0
+    too_much = column(20) | column(40) | column(50)
+    assert edge_f1(half, column(20)) == pytest.approx(2 * 1 * (33 / 64) / (1 + 33 / 64))  # one pixel of tolerance
+    assert edge_f1(too_much, column(20)) == pytest.approx(2 * (1 / 3) / (1 + 1 / 3))
+    assert edge_f1(column(20), too_much) == edge_f1(too_much, column(20))
+
+
+def test_emptiness_on_one_side_is_failure_and_on_both_says_nothing():
+    empty = np.zeros((64, 64), np.uint8)
+    assert edge_f1(empty, column(3)) == edge_f1(column(3), empty) == 0.0
+    assert np.isnan(edge_f1(empty, empty))
+
+
+def test_fidelity_annotates_the_picture_as_the_contract_says():
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, 32:] = 40  # fainter than 100/200 sees
+    faint = annotator("canny").hint(low=10, high=20)
+    hint = canny(picture, 10, 20)
+    assert fidelity([picture, picture], [hint, np.zeros_like(hint)], faint).tolist() == [1.0, 0.0]
+    assert fidelity([picture], [hint], annotator("canny").hint()).tolist() == [0.0]
+
+
+# --- obedience ----------------------------------------------------------------------------------------------
+
+
+def rows(count, **spread):
+    """Fidelity of ``count`` pictures under the four conditions, scattered about the paper-like means."""
+    rng = np.random.default_rng(0)
+    means = {"controlled": 0.6, "no_control": 0.2, "shuffled": 0.3, "ceiling": 0.9}
+    return {name: mean + 0.05 * rng.standard_normal(count) for name, mean in means.items()} | spread
+
+
+def test_obedience_is_zero_at_the_floor_and_one_at_the_ceiling():
+    table = rows(20)
+    assert obedience(**table | {"controlled": table["shuffled"]}).obedience.mean == pytest.approx(0)
+    assert obedience(**table | {"controlled": table["ceiling"]}).obedience.mean == pytest.approx(1)
+    got, top, floor = (table[name].mean() for name in ("controlled", "ceiling", "shuffled"))
+    assert obedience(**table).obedience.mean == pytest.approx((got - floor) / (top - floor))
+
+
+@pytest.mark.parametrize("better", ["no_control", "shuffled"])
+def test_the_better_of_the_two_floors_counts(better):
+    measured = obedience(**rows(20, **{better: np.full(20, 0.5)}))
+    assert measured.floor.mean == pytest.approx(0.5)
+    assert getattr(measured, f"floor_{better}").mean == pytest.approx(0.5)
+    assert min(measured.floor_no_control.mean, measured.floor_shuffled.mean) < 0.4
+
+
+@pytest.mark.parametrize("where", ["controlled", "no_control", "shuffled", "ceiling"])
+def test_a_pair_that_says_nothing_is_left_out_of_every_condition(where):
+    table = rows(20)
+    silent = table | {where: np.where(np.arange(20) < 5, np.nan, table[where])}
+    assert obedience(**silent) == obedience(**{name: values[5:] for name, values in table.items()})
+
+
+def test_obedience_of_nothing_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="at least one pair"):
+        obedience(**rows(3, ceiling=np.full(3, np.nan)))
+
+
+def test_intervals_hold_their_mean_and_shrink_with_the_number_of_pictures():
+    few, many = (obedience(**rows(count)) for count in (16, 400))
+    for figure in (*vars(few).values(), *vars(many).values()):
+        assert figure.low < figure.mean < figure.high
+    widths = [measured.obedience.high - measured.obedience.low for measured in (few, many)]
+    assert widths[1] == pytest.approx(widths[0] / 5, rel=0.4)  # as one over the root of the number
+
+
+def test_the_bootstrap_is_paired():
+    level = np.random.default_rng(1).random(30)  # some pictures are easier than others, whatever the condition
+    figure = obedience(level + 0.2, level, level - 1, level + 0.4).obedience
+    assert (figure.low, figure.mean, figure.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(("ceiling", "floor", "counts"), [(0.9, 0.6, True), (0.9, 0.75, False), (0.7, 0.1, False)])
+def test_obedience_counts_only_between_a_low_floor_and_a_high_ceiling(ceiling, floor, counts):
+    assert obedience(**rows(9, ceiling=np.full(9, ceiling), shuffled=np.full(9, floor))).counts is counts
+
+
+# --- quality ------------------------------------------------------------------------------------------------
+
+
+def frechet(made, real):
+    """The closed form, by numpy's eigenvalues."""
+    shift = ((made.mean(0) - real.mean(0)) ** 2).sum()
+    a, b = (np.cov(rows, rowvar=False) for rows in (made, real))
+    return shift + np.trace(a) + np.trace(b) - 2 * np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+
+
+@pytest.fixture(scope="module")
+def features():
+    """300 correlated features, and 200 of another distribution."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((2, 8, 8))
+    return rng.standard_normal((300, 8)) @ mix[0], 0.3 + rng.standard_normal((200, 8)) @ mix[1]
+
+
+def test_fid_is_the_frechet_distance(features):
+    made, real = features
+    figure = fid(*(torch.from_numpy(rows).float() for rows in features), resamples=2)
+    assert figure.mean == pytest.approx(frechet(made, real), rel=1e-3)
+
+
+def test_a_shift_of_the_features_adds_its_square_to_fid(features):
+    real = torch.from_numpy(features[0])
+    assert fid(real, real, resamples=2).mean == pytest.approx(0, abs=1e-6)
+    assert fid(real + 0.5, real, resamples=2).mean == pytest.approx(8 * 0.25, rel=1e-6)
+
+
+def test_fid_lies_in_its_interval_however_few_the_pictures():
+    generator = torch.Generator().manual_seed(0)
+    made, real = (torch.randn(count, 32, generator=generator) for count in (64, 256))
+    figure = fid(1.1 * made, real, resamples=20)
+    assert figure.low < figure.mean < figure.high
+
+
+def test_a_mean_lies_in_its_interval_which_shrinks_with_the_number_of_values():
+    values = np.random.default_rng(0).standard_normal(400)
+    few, many = mean_figure(values[:16]), mean_figure(values)
+    assert few.mean == values[:16].mean()
+    assert few.low < few.mean < few.high
+    assert many.high - many.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert asdict(mean_figure(np.full(5, 2.0))) == {"mean": 2, "low": 2, "high": 2}
+
+
+@pytest.fixture(scope="module")
+def referee(toy_base, tmp_path_factory):
+    """A referee with random weights, in the form the recipe saves."""
+    folder = tmp_path_factory.mktemp("referee")
+    tokens = toy_base.tokenizer
+    text = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 1, "max_position_embeddings": toy_base.window}
+    image = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    ImageTextTower({"pixels": 32, "space": 8, "text": text, "image": image}).save(folder)
+    tokens.save_pretrained(folder)
+    return Referee(folder)
+
+
+def test_the_referee_scores_a_picture_by_the_cosine_with_its_prompt(referee):
+    pictures, prompts = [pair.picture for pair in CirclePairs(32, 3)], ["red circle", "gold circle", "a"]
+    images, texts = referee.embed(pictures), [referee.clip_scores([pictures[0]], [p])[0] for p in prompts]
+    assert torch.allclose(images.norm(dim=-1), torch.ones(3))
+    scores = referee.clip_scores(pictures, prompts)
+    assert scores.shape == (3,) and (abs(scores) <= 1).all()
+    assert scores[0] == pytest.approx(texts[0], abs=1e-6) and len({*texts}) == 3
+
+
+def test_the_referee_sees_pictures_of_any_size(referee):
+    small, large = ([pair.picture for pair in CirclePairs(side, 2)] for side in (32, 64))
+    assert referee.features(small).shape == referee.features(large).shape == (2, 16)
+
+
+def test_the_referee_chooses_the_caption_that_fits(referee, monkeypatch):
+    colours = {"red": 0, "green": 1, "blue": 2}
+    space = torch.eye(3)
+    rows_of = {name: referee.tokenizer(name).input_ids for name in colours}
+
+    def embed_texts(tokens):
+        found = [next(i for name, i in colours.items() if row[: len(rows_of[name])] == rows_of[name])
+                 for row in tokens.tolist()]  # fmt: skip
+        return space[found]
+
+    tower = SimpleNamespace(
+        config=referee.tower.config,
+        embed_images=lambda pixels: space[pixels.mean((2, 3)).argmax(1)],
+        embed_texts=embed_texts,
+    )
+    monkeypatch.setattr(referee, "tower", tower)
+    pictures = [np.full((8, 8, 3), np.eye(3)[i] * 255, np.uint8) for i in range(3)]
+    captions = [["blue", "red"], ["green", "red", "blue"], ["red", "green", "blue"]]
+    assert referee.choose(pictures, captions).tolist() == [1, 0, 2]
+
+
+# --- the whole report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(toy_base, drawn_joins):
+    return Control(drawn_joins(toy_base.new_branch()).eval(), annotator("canny").hint())
+
+
+def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base):
+    truths = [pair.picture for pair in CirclePairs(32, 3)]
+    whole, halves = ceiling_pictures(toy_base, truths), ceiling_pictures(toy_base, truths, batch=2)
+    assert [picture.shape for picture in whole] == [(32, 32, 3)] * 3
+    assert np.abs(np.stack(whole).astype(int) - np.stack(halves)).max() <= 1
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_the_three_ways_share_seeds_and_prompts_and_differ_in_hints_alone(toy_base, drawn):
+    truths = list(CirclePairs(32, 4))
+    hints = [truth.hint for truth in truths]
+    made = three_ways(toy_base, drawn, truths, hints, Settings(1))
+    assert set(made) == {"controlled", "no_control", "shuffled"}
+    again = three_ways(toy_base, drawn, truths, [*hints[2:], *hints[:2]], Settings(1), skip_no_control=True)
+    assert np.array_equal(again["shuffled"], made["controlled"]), "nobody keeps his own hint: a rotation by half"
+    assert not np.array_equal(made["controlled"], made["no_control"])
+    assert "no_control" not in again
+
+
+def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, referee):
+    advanced = []
+    real = [pair.picture for pair in CirclePairs(32, 6, first=100)]
+    truths = list(CirclePairs(32, 4))
+    report = evaluate(toy_base, drawn, truths, real, Settings(2), referee, on_step=advanced.append)
+    figures = {"fidelity", "floor", "floor_no_control", "floor_shuffled", "ceiling", "obedience"}
+    figures |= {"clip_score", "clip_score_no_control", "fid", "fid_no_control"}
+    assert {name for name, value in report.items() if isinstance(value, dict)} == figures | {"settings"}
+    for name in figures:
+        assert set(report[name]) == {"mean", "low", "high"}
+        assert np.isfinite([*report[name].values()]).all()
+    assert report["floor"]["mean"] == max(report["floor_no_control"]["mean"], report["floor_shuffled"]["mean"])
+    assert (report["metric"], report["num"]) == ("edge_f1", 4)
+    assert report["settings"] == {
+        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "seeds": [0, 3], "base": "toy"
+    }  # fmt: skip
+    assert report["seconds"] > 0 and json.loads(json.dumps(report)) == report
+    assert sum(advanced) == 3 * 4 * 2, "three ways, four pictures, two steps"
