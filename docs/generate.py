@@ -17,8 +17,8 @@ def _section(command: Any, name: str) -> str:
     for parameter in command.params:
         if "--help" in parameter.opts:
             continue
-        shown = parameter.metavar or parameter.human_readable_name.upper()
-        label = shown if parameter.param_type_name == "argument" else ", ".join(parameter.opts)
+        is_argument = parameter.param_type_name == "argument"
+        label = parameter.metavar or parameter.name.upper() if is_argument else ", ".join(parameter.opts)
         meaning = getattr(parameter, "help", None) or ""
         default = parameter.default
         if default not in (None, "", False, ()) and not callable(default) and not parameter.required:

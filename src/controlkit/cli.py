@@ -75,7 +75,7 @@ def _warn(text: str) -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    '    controlkit generate "a cat face, 3d style, on a teal background" --control scribble=cat.png --hint --out out\n\n'
+    '    controlkit generate "a cat face, on a teal background" --control scribble=cat.png --hint --out out\n\n'
     '    controlkit generate "a red apple" --control canny=photo.jpg --scale 0.8 --num 4 --seed 7 --out out'
 )
 def generate(

@@ -3,6 +3,7 @@
 A source is a sequence of ``Pair``.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,12 @@ class FolderPairs(Sequence[Pair]):
             ) from error
         self._folder, self._size = folder, size
 
+    def part(self, rows: slice) -> "FolderPairs":
+        """Some of the rows; pictures are still read one at a time."""
+        chosen = copy.copy(self)
+        chosen._rows = self._rows[rows]
+        return chosen
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -107,21 +114,20 @@ class FolderPairs(Sequence[Pair]):
         return Pair(fit(picture, sides), prompt, fit(hint, sides))
 
 
-def split_folder(folder: Path, size: int) -> tuple[list[Pair], list[Pair]]:
+def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): the last tenth of a folder, at most 512 pairs, is never trained on."""
-    pairs = list(FolderPairs(folder, size))
+    pairs = FolderPairs(folder, size)
     held = min(max(len(pairs) // 10, 2), 512)
     if len(pairs) <= held:
-        raise UserError(
-            f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out to measure with."
-        )
-    return pairs[:-held], pairs[-held:]
+        raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
+    return pairs.part(slice(None, -held)), pairs.part(slice(-held, None))
 
 
 def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
-    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder (its held-out tenth).
+    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder (its
+    held-out tenth).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -131,7 +137,7 @@ def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], 
             p.picture for p in CirclePairs(size, 512, _EVALUATION_SEED + 1)
         ]
     _, unseen = split_folder(Path(source), size)
-    return unseen[:num], [pair.picture for pair in unseen]
+    return unseen.part(slice(num)), [pair.picture for pair in unseen]
 
 
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:

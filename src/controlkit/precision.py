@@ -1,6 +1,7 @@
 """Which number format pays on this machine, found by a probe of a fraction of a second.
 
-bfloat16 is 5-7 times faster than float32 on a CPU with AMX, and over two hundred times slower on one with AVX2 alone (docs/decisions.md).
+bfloat16 is 5-7 times faster than float32 on a CPU with AMX, and over two hundred times slower on one with AVX2 alone
+(docs/decisions.md).
 """
 
 import time

@@ -1,8 +1,8 @@
 """Training a control: the paper's objective as an iterator of records, with exact resume.
 
 ``train_control(recipe, out)`` yields one ``Record`` a step; the command line prints them, ``OUT/log.jsonl`` keeps
-them, a test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields what the
-uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
+them, a test takes three and stops. Run again with the same folder, it goes on from the last checkpoint and yields
+what the uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
 """
 
 import itertools
@@ -192,7 +192,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
     pairs, heldout = split_folder(Path(data.source), base.size)
-    return pairs[: data.count], heldout[:num]
+    return pairs.part(slice(data.count)), heldout.part(slice(num))
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimi
         facts = file.metadata()
     if facts["base_digest"] != base.digest:
         raise UserError(
-            f'{folder} was trained on other weights of "{base.name}" (digest {facts["base_digest"]}, now {base.digest}): '
+            f'{folder} was trained on other weights of "{base.name}" ({facts["base_digest"]}, now {base.digest}): '
             "go on with those weights, or give another --out."
         )
     tensors = load_file(path)
