@@ -6,7 +6,7 @@
 
 Run the same command again to go on after an interruption. Each stage gets a share of the budget, keeps its
 state in ``OUT/state``, and finished stages are not run again. The result is ``OUT/mini`` (an ordinary
-``StableDiffusionPipeline`` folder), ``OUT/referee`` and ``OUT/report.json``.
+``StableDiffusionPipeline`` folder) and ``OUT/referee``; ``recipes/report.py`` measures them.
 """
 
 import json

@@ -109,17 +109,21 @@ def drawn_joins(toy_base):
         encoded = base.encode_noise(x, t, text)
         plain = dict(zip([tap.name for tap in base.taps], [*encoded.skips, encoded.middle], strict=True))
 
-        def redraw(conv, output, wanted):
+        def randomise(conv):
             for parameter in conv.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            share = wanted / output().std()
-            for parameter in conv.parameters():
-                parameter.mul_(share)
 
-        redraw(branch.hint_encoder.convs[-1], lambda: branch.encode_hint(hint), plain["skip_0"].std())
-        for name, join in branch.joins.items():
+        def rescale(conv, output, spread):
+            for parameter in conv.parameters():
+                parameter.mul_(spread / output.std())
+
+        entry = branch.hint_encoder.convs[-1]
+        for conv in (entry, *branch.joins.values()):
+            randomise(conv)
+        rescale(entry, branch.encode_hint(hint), plain["skip_0"].std())
+        for name, residual in branch(x, t, text, branch.encode_hint(hint)).items():
             share = 0.2 + 0.6 * torch.rand((), generator=generator)
-            redraw(join, lambda name=name: branch(x, t, text, branch.encode_hint(hint))[name], share * plain[name].std())
+            rescale(branch.joins[name], residual, share * plain[name].std())
         return branch
 
     return draw
@@ -128,6 +132,7 @@ def drawn_joins(toy_base):
 @pytest.fixture
 def to_diffusers(toy_base, tmp_path):
     """``to_diffusers(branch)`` is the stock ``ControlNetModel`` read from the folder that we write."""
+
     def convert(branch, base=toy_base):
         save_control(tmp_path / "peer", SavedControl(branch, Hint("canny")), base)
         return ControlNetModel.from_pretrained(tmp_path / "peer").eval()
@@ -164,10 +169,8 @@ def _packages_folder(tmp_path_factory):
                 ImageDraw.Draw(picture).ellipse((4, 4 + i, 60, 60 - i), _colour(i), "black", 3)
                 picture.save(folder / "assets" / f"{code}.webp", lossless=True)
             continue
-        icons = {
-            name: {"body": f'<circle cx="16" cy="16" r="14" fill="{_colour(i)}"/><rect x="9" y="{i}" width="12" height="12"/>'}
-            for i, name in enumerate(CODES)
-        }
+        disc, bar = '<circle cx="16" cy="16" r="14" fill="{}"/>', '<rect x="9" y="{}" width="12" height="12"/>'
+        icons = {name: {"body": disc.format(_colour(i)) + bar.format(i)} for i, name in enumerate(CODES)}
         (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 32, "height": 32}))
         (folder / "chars.json").write_text(json.dumps({code: name for name, code in CODES.items()}))
     return root

@@ -8,11 +8,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import draw_inputs, relative
 from diffusers import ControlNetModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import draw_inputs, relative
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
@@ -119,6 +119,13 @@ def test_joins_that_the_branch_lacks_are_zeros_for_diffusers(toy_base, drawn_joi
     assert torch.equal(stock.controlnet_mid_block.weight, branch.joins["middle"].weight)
 
 
+def test_diffusers_swaps_the_colours_where_the_contract_does(toy_base, tmp_path):
+    for order in ("RGB", "BGR"):
+        save_control(tmp_path / order, SavedControl(toy_base.new_branch(), Hint("x", colour_order=order)), toy_base)
+        stock = ControlNetModel.from_pretrained(tmp_path / order)
+        assert stock.config.controlnet_conditioning_channel_order.upper() == order
+
+
 def test_a_controlnet_that_diffusers_wrote_loads_here(toy_base, tmp_path):
     torch.manual_seed(0)
     stock = ControlNetModel.from_unet(toy_base.unet, conditioning_embedding_out_channels=(16, 32, 96)).eval()
@@ -140,7 +147,9 @@ def test_a_controlnet_that_diffusers_wrote_loads_here(toy_base, tmp_path):
 
 
 def test_a_control_of_another_base_is_refused_naming_both(saved, deep_base):
-    with pytest.raises(UserError, match=r'control ".*edges" was made for the base "toy" and does not fit "deep"'):
+    with pytest.raises(
+        UserError, match=r'control ".*edges" was made for the base "toy" .* "deep": they differ in taps'
+    ):
         load_control(saved, deep_base)
 
 

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import draw_inputs, relative
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
+from conftest import draw_inputs, relative
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.images import Hint
@@ -58,7 +58,9 @@ def injected(toy_base, monkeypatch):
     """What each step hands to the decoder."""
     caught = []
     decode = toy_base.decode_noise
-    monkeypatch.setattr(toy_base, "decode_noise", lambda encoded, inject: caught.append(inject) or decode(encoded, inject))
+    monkeypatch.setattr(
+        toy_base, "decode_noise", lambda encoded, inject: caught.append(inject) or decode(encoded, inject)
+    )
     return caught
 
 

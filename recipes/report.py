@@ -1,0 +1,117 @@
+"""The figures of the model card: VAE error, prompt adherence, FID, and the contact sheet of ``mini``.
+
+    python recipes/report.py --out docs                      # the shipped base; needs npm once, for the pictures
+    python recipes/report.py --base runs/mini/mini --referee runs/mini/referee --out runs/mini
+
+Writes ``OUT/mini.json`` and ``OUT/mini.png`` (12 concepts x 5 styles).
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.progress import Progress
+
+from controlkit.backbones import load_base
+from controlkit.data import EmojiPairs
+from controlkit.images import grid, write_atomic, write_png
+from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
+from controlkit.mini import world
+from controlkit.sample import Job, Settings, generate
+from controlkit.seeds import numpy_rng
+
+CONCEPTS = (
+    "red-apple",
+    "cat-face",
+    "dog-face",
+    "rocket",
+    "mushroom",
+    "red-heart",
+    "house",
+    "tropical-fish",
+    "grinning-face",
+    "strawberry",
+    "umbrella",
+    "glowing-star",
+)
+CHOICES = 100  # captions the referee picks among, all of one style on one ground
+
+
+def psnr(pictures: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of uint8 pictures, dB; peak 255."""
+    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(pictures, others, strict=True)]
+    return 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
+
+
+def quiz(emoji: world.Emoji, count: int, split: world.Split) -> tuple[list[int], list[str], list[list[str]]]:
+    """``count`` questions: picture rows, grounds, and 100 captions each of its style and ground, the right one first."""
+    rng = numpy_rng("quiz", split)
+    rows = world.rows(emoji, split)
+    chosen = [int(row) for row in rng.choice(rows, size=count, replace=count > len(rows))]
+    grounds = [list(world.GROUNDS)[rng.integers(len(world.GROUNDS))] for _ in chosen]
+    captions = []
+    for row, ground in zip(chosen, grounds, strict=True):
+        style, concept = emoji.styles[row], emoji.concepts[row]
+        others = sorted({c for c, s in zip(emoji.concepts, emoji.styles, strict=True) if s == style and c != concept})
+        wrong = rng.choice(others, size=CHOICES - 1, replace=False)
+        captions.append([world.caption(str(c), style, ground) for c in (concept, *wrong)])
+    return chosen, grounds, captions
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for mini.json and mini.png.")] = Path("docs"),
+    base: Annotated[str, typer.Option(help="The base to report on.")] = "mini",
+    referee: Annotated[Path | None, typer.Option(help="Its referee; the shipped one by default.")] = None,
+    num: Annotated[int, typer.Option(help="Generated pictures to score.")] = 200,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+) -> None:
+    """Measure the embedded base and draw its contact sheet."""
+    started = time.perf_counter()
+    model, judge = load_base(base), Referee(referee)
+    settings = Settings(steps, guidance)
+    emoji = world.load_emoji(model.size)
+    with Progress() as progress:
+        task = progress.add_task("generating", total=(num + len(CONCEPTS) * len(world.STYLES)) * steps)
+
+        def make(jobs: list[Job]) -> list[np.ndarray]:
+            advance = generate(model, jobs, settings=settings, on_step=lambda n: progress.advance(task, n))
+            return [picture.pixels for picture in advance]
+
+        sheet = [
+            make([Job(world.caption(concept, style, ground), 0) for style in world.STYLES])
+            for concept, ground in zip(CONCEPTS, world.GROUNDS, strict=True)
+        ]
+        rows, grounds, captions = quiz(emoji, num, "base")
+        made = make([Job(texts[0], seed) for seed, texts in enumerate(captions)])
+    unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
+    rebuilt = ceiling_pictures(model, unseen)
+    seen = [world.draw_emoji(emoji, row, 0, ground=ground)[0] for row, ground in zip(rows, grounds, strict=True)]
+    held, held_grounds, held_captions = quiz(emoji, num, "heldout_pictures")
+    fresh = [world.draw_emoji(emoji, row, 0, ground=g)[0] for row, g in zip(held, held_grounds, strict=True)]
+    reference = judge.features(unseen)
+    figures = {
+        "vae_psnr_heldout": asdict(mean_figure(psnr(unseen, rebuilt))),
+        "right_caption_generated": asdict(mean_figure((judge.choose(made, captions) == 0).astype(float))),
+        "right_caption_real_seen": asdict(mean_figure((judge.choose(seen, captions) == 0).astype(float))),
+        "right_caption_real_heldout": asdict(mean_figure((judge.choose(fresh, held_captions) == 0).astype(float))),
+        "clip_score_generated": asdict(mean_figure(judge.clip_scores(made, [texts[0] for texts in captions]))),
+        "clip_score_real": asdict(mean_figure(judge.clip_scores(seen, [texts[0] for texts in captions]))),
+        "fid_generated": asdict(fid(judge.features(made), reference)),
+        "fid_vae_reconstruction": asdict(fid(judge.features(rebuilt[:num]), reference)),
+        "num": num,
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())
+    turned = [list(row) for row in zip(*sheet, strict=True)]  # styles down, concepts across
+    write_png(out / "mini.png", grid(turned, [concept.replace("-", " ") for concept in CONCEPTS], cell=96))
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

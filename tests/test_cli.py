@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlkit import cli
+from controlkit.formats import SavedControl, load_control, save_control
+from controlkit.images import Hint, write_png
+from controlkit.train import Recipe
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line as a shell would: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out = capsys.readouterr()
+        return stopped.value.code or 0, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def control(toy_base, tmp_path):
+    save_control(tmp_path / "edges", SavedControl(toy_base.new_branch(), Hint("canny"), {"base": "toy"}), toy_base)
+    return tmp_path / "edges"
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    picture = np.full((48, 40, 3), 250, np.uint8)
+    picture[10:30, 10:30] = (200, 20, 20)
+    write_png(tmp_path / "drawing.png", picture)
+    return tmp_path / "drawing.png"
+
+
+def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, control, drawing, tmp_path):
+    out = tmp_path / "out"
+    command = ["generate", "a red square", "--base", toy_folder, "--control", f"{control}={drawing}", "--out", out]
+    code, _, err = run(*command, "--num", 2, "--steps", 2, "--seed", 5)
+    assert code == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "hint-0-edges.png", "picture-5.png", "picture-6.png"]
+    with Image.open(out / "picture-6.png") as picture:
+        facts = json.loads(picture.text["parameters"])
+        assert picture.size == (32, 32)
+    assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
+
+
+def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
+    for given, prompt in (([], "a high-quality, detailed, and professional image"), ([""], "")):
+        assert run("generate", *given, "--base", toy_folder, "--steps", 1, "--out", tmp_path)[0] == 0
+        with Image.open(tmp_path / "picture-0.png") as picture:
+            assert json.loads(picture.text["parameters"])["prompt"] == prompt
+
+
+def test_a_long_prompt_is_cut_with_a_warning(run, toy_folder, tmp_path):
+    code, _, err = run("generate", "apple " * 60 + "zebra", "--base", toy_folder, "--steps", 1, "--out", tmp_path)
+    assert code == 0
+    assert "cut off" in err and "zebra" in err
+
+
+def test_a_given_hint_is_not_annotated(run, toy_folder, control, drawing, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{control}={drawing}", "--steps", 1]
+    run(*command, "--out", tmp_path / "a")
+    run(*command, "--out", tmp_path / "b", "--hint")
+    hints = [np.asarray(Image.open(tmp_path / name / "hint-0-edges.png")) for name in "ab"]
+    assert set(np.unique(hints[0])) <= {0, 255}
+    assert not np.array_equal(hints[0], hints[1])
+    assert hints[1][0, 0, 0] < 10, "dark lines on light paper become white on black"
+
+
+def test_annotate_writes_a_hint_a_picture(run, drawing, tmp_path):
+    code, out, _ = run("annotate", "canny", drawing, "--out", tmp_path / "hints")
+    assert code == 0 and str(tmp_path / "hints" / "drawing.png") in out
+    assert np.asarray(Image.open(tmp_path / "hints" / "drawing.png")).shape == (48, 40, 3)
+
+
+def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"base: {toy_folder}\ndata: {{source: fill50k, count: 8}}\nsteps: 2\nbatch: 2\n"
+        "evaluation: {every: 2, num: 2, steps: 1}\n"
+    )
+    code, out, err = run("train", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "no control yet" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"fidelity", "floor", "ceiling", "obedience"} <= set(lines[1])
+    assert load_control(tmp_path / "run", toy_base).trained["step"] == 2
+
+
+def test_fill50k_is_drawn(run, tmp_path):
+    assert run("data", "make", "fill50k", "--count", 3, "--size", 32, "--out", tmp_path / "set")[0] == 0
+    assert len((tmp_path / "set" / "prompt.json").read_text().splitlines()) == 3
+
+
+def test_every_setting_of_a_recipe_is_documented():
+    source = cli.__file__.replace("cli.py", "train.py")
+    with open(source) as file:  # noqa: PTH123
+        text = file.read()
+    assert all(f"    {name}: " in text for name in Recipe.model_fields)
+
+
+BAD = {
+    "a missing picture": (["--control", "{control}=nowhere.png"], "nowhere.png"),
+    "an unreadable picture": (["--control", "{control}={broken}"], "cannot be read"),
+    "an unknown control": (["--control", "kanny={drawing}"], 'no control "kanny"'),
+    "an unknown base": (["--base", "sd9"], 'no base "sd9"'),
+    "a size that is no multiple": (["--size", "50x50"], "48x48"),
+    "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
+    "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
+    "too many scales": (["--control", "{control}={drawing}", "--scale", "1", "--scale", "2"], "--scale"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_exit_code_2(run, case, toy_folder, control, drawing, tmp_path):
+    (tmp_path / "broken.png").write_bytes(drawing.read_bytes()[:60])
+    arguments, expected = BAD[case]
+    filled = [a.format(control=control, drawing=drawing, broken=tmp_path / "broken.png") for a in arguments]
+    if "--base" not in filled:
+        filled += ["--base", toy_folder]
+    code, _, err = run("generate", "x", *filled, "--steps", 1, "--out", tmp_path / "out")
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+def test_a_recipe_with_an_unknown_key_names_the_nearest(run, tmp_path):
+    (tmp_path / "r.yaml").write_text("stepz: 3\n")
+    code, _, err = run("train", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert code == 2 and '"stepz"' in err and 'did you mean "steps"' in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_names_what_is_shipped_when_it_does_not_know(run):
+    code, _, err = run("where", "cany")
+    assert code == 2 and "cany" in err
