@@ -48,7 +48,7 @@ def psnr(pictures: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
 
 
 def quiz(emoji: world.Emoji, count: int, split: world.Split) -> tuple[list[int], list[str], list[list[str]]]:
-    """``count`` questions: picture rows, grounds, and 100 captions each of its style and ground, the right one first."""
+    """``count`` questions: picture rows, grounds, and 100 captions each, of its style and ground, the right first."""
     rng = numpy_rng("quiz", split)
     rows = world.rows(emoji, split)
     chosen = [int(row) for row in rng.choice(rows, size=count, replace=count > len(rows))]
