@@ -1,10 +1,13 @@
 """Training: recipes that refuse nonsense, draws keyed by what they are for, the paper's objective, and exact resume."""
 
+import copy
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from itertools import islice
@@ -23,8 +26,8 @@ from controlkit.backbones import UNetBase, load_base
 from controlkit.data import Cached, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, key_table, load_control, save_control
-from controlkit.images import Hint, write_atomic
-from controlkit.measure import Figure
+from controlkit.images import Hint
+from controlkit.measure import Figure, obedience
 from controlkit.mini import world
 from controlkit.train import (
     Batch,
@@ -145,6 +148,7 @@ def test_an_unknown_annotator_or_option_is_refused_before_anything_is_written(co
 # --- every setting is obeyed --------------------------------------------------------------------------------
 
 PROBED = {
+    "base": "toy",
     "data": {"source": "emoji", "count": 4},
     "steps": 3,
     "batch": 2,
@@ -152,23 +156,23 @@ PROBED = {
     "checkpoint_every": 1,
     "evaluation": {"every": 2, "num": 2, "steps": 2},
 }
-SETTINGS = [  # key, another value, what it must change
-    ("base", None, "base"),
+SETTINGS = [  # key, another value, what of the run it must change
+    ("base", "other", "base"),
     ("control.annotator", "scribble", "hints"),
     ("control.options", {"low": 10.0, "high": 30.0}, "hints"),
-    ("control.body", "conv", "names"),
-    ("control.join", "gaussian", "first_loss"),
+    ("control.body", "conv", "tensors"),
+    ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("data.source", "fill50k", "hints"),
     ("data.count", 5, "pairs"),
     ("data.variants", 1, "pairs"),
     ("steps", 4, "steps"),
-    ("batch", 3, "first_loss"),
+    ("batch", 3, "losses"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
     ("weight_decay", 1.0, "weights"),
-    ("prompt_dropout", 1.0, "first_loss"),
-    ("seed", 1, "first_loss"),
+    ("prompt_dropout", 1.0, "losses"),
+    ("seed", 1, "losses"),
     ("checkpoint_every", 2, "checkpoints"),
     ("keep", 1, "checkpoints"),
     ("evaluation.every", 1, "evaluated"),
@@ -178,35 +182,33 @@ SETTINGS = [  # key, another value, what it must change
 ]
 
 
-@pytest.fixture(scope="module")
-def bases(toy_folder, toy_base, tmp_path_factory):
-    """The toy base, and another: the same with a sharper output."""
+@pytest.fixture
+def bases(toy_folder, toy_base, monkeypatch):
+    """The toy base, and another of the same shape, by name."""
     other = load_base(toy_folder)
     other.unet.conv_out.weight.data *= 2
     other.name = "other"
-    return {"toy": toy_base, "other": other}
+    monkeypatch.setattr(train, "load_base", {"toy": toy_base, "other": other}.__getitem__)
 
 
 @pytest.fixture
-def traced(bases, fake_packages, tmp_path, monkeypatch):
-    """``traced(key, value)`` runs the probed recipe with one setting changed and says all that can be seen of the run."""
-    monkeypatch.setattr(train, "load_base", bases.__getitem__)
+def trace(bases, toy_base, fake_packages, tmp_path):
+    """``trace(key, value)`` runs the probed recipe with one setting changed; all that can be seen of the run."""
 
-    def run(key, value):
-        section, _, name = key.rpartition(".")
-        content = PROBED | {"base": "toy", key: value} if not section else PROBED | {"base": "toy"}
-        if section:
-            content[section] = {**content.get(section, {}), name: value}
-        out, stages = tmp_path / key / str(value), []
+    def run(key=None, value=None):
+        content, out, stages = copy.deepcopy(PROBED), tmp_path / f"{key}", []
+        if key:
+            *section, name = key.split(".")
+            (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        cached = load_file(out / "cache.safetensors")
+        hints, weights = load_file(out / "cache.safetensors")["hints"], weights_of(out)
         return {
-            "base": load_control(out, bases["toy"]).trained["base"],
-            "hints": cached["hints"].unique(dim=0).tolist(),
-            "pairs": len(cached["hints"]),
-            "names": sorted(weights_of(out)),
-            "weights": {name: value.tolist() for name, value in weights_of(out).items()},
-            "first_loss": records[0].loss,
+            "base": load_control(out, toy_base).trained["base"],
+            "hints": sorted(hint.numpy().tobytes() for hint in hints),
+            "pairs": len(hints),
+            "tensors": weights.keys(),
+            "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
+            "losses": [record.loss for record in records],
             "steps": len(records),
             "evaluated": [record.step for record in records if record.evaluation],
             "work": {total for name, total in stages if name == "evaluating"},
@@ -217,10 +219,408 @@ def traced(bases, fake_packages, tmp_path, monkeypatch):
     return run
 
 
-_PLAIN = {}
+@pytest.fixture(scope="module")
+def remembered():
+    """What several tests compare with, made once."""
+    return {}
 
 
 @pytest.mark.parametrize(("key", "value", "seen"), SETTINGS, ids=[key for key, *_ in SETTINGS])
-def test_every_setting_changes_the_run(key, value, seen, traced):
-    plain = _PLAIN.setdefault("run", None) or _PLAIN.update(run=traced("steps", 3)) or _PLAIN["run"]
-    assert traced(key, value or "other")[seen] != plain[seen]
+def test_every_setting_changes_the_run(key, value, seen, trace, remembered):
+    if not remembered:
+        remembered.update(trace())
+    assert trace(key, value)[seen] != remembered[seen]
+
+
+def test_no_setting_is_left_out():
+    def keys(model, prefix=""):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from keys(field.annotation, f"{name}.")
+            else:
+                yield prefix + name
+
+    assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
+
+
+# --- the pairs ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_on_was_not_trained_on(toy_base, fake_packages, tmp_path):
+    list(make_fill50k(tmp_path, 7, size=32))
+    for source, counts in (("fill50k", (8, 2)), (str(tmp_path), (5, 2))):
+        trained, heldout = training_pairs(tiny(data={"source": source}), toy_base)
+        assert (len(trained), len(heldout)) == counts
+        seen = {pair.picture.tobytes() for pair in trained}
+        assert not any(pair.picture.tobytes() in seen for pair in heldout)
+    trained, heldout = (
+        {pair.prompt.split(", ")[0].split(" ", 1)[1] for pair in pairs}
+        for pairs in training_pairs(tiny(data={"source": "emoji", "count": None}), toy_base)
+    )
+    concepts = {concept.replace("-", " ") for concept in world.heldout_concepts()}
+    assert heldout <= concepts and not trained & concepts
+
+
+def test_a_folder_too_small_to_hold_any_out_is_refused(toy_base, tmp_path):
+    list(make_fill50k(tmp_path, 2, size=32))
+    with pytest.raises(UserError, match="has 2 pairs: expected more than the 2"):
+        training_pairs(tiny(data={"source": str(tmp_path)}), toy_base)
+
+
+# --- draws --------------------------------------------------------------------------------------------------
+
+CONTRACT = Hint("canny")
+
+
+@pytest.fixture(scope="module")
+def cached():
+    """Ten pairs that can be told apart: pair i has latents i, hint i, and row i + 1 of the text; no spread."""
+    moments = torch.cat([torch.arange(10.0).view(-1, 1, 1, 1).expand(10, 4, 8, 8), torch.full((10, 4, 8, 8), -30.0)], 1)
+    hints = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(10, 32, 32, 3)
+    text = torch.arange(11.0).view(-1, 1, 1).expand(11, 4, 32)
+    return Cached(moments.half(), hints.contiguous(), text.half(), torch.arange(1, 11))
+
+
+def drawn_pairs(batch, toy_base):
+    """Which pairs a batch has."""
+    return (batch.latents.mean((1, 2, 3)) / toy_base.vae.config.scaling_factor).round().int().tolist()
+
+
+def same(a, b):
+    return equal(vars(a), vars(b))
+
+
+def test_a_step_s_batch_is_the_same_whatever_came_before(toy_base, cached):
+    recipe = tiny()
+    first = draw_batch(toy_base, cached, CONTRACT, recipe, 7)
+    torch.randn(100)
+    np.random.default_rng().random()
+    for step in (0, 3, 8):
+        assert not same(draw_batch(toy_base, cached, CONTRACT, recipe, step), first)
+    assert same(draw_batch(toy_base, cached, CONTRACT, recipe, 7), first)
+
+
+def test_a_sample_s_draws_do_not_depend_on_the_batch_s_size(toy_base, cached):
+    small, large = (draw_batch(toy_base, cached, CONTRACT, tiny(batch=batch), 0) for batch in (2, 5))
+    assert same(Batch(**{name: value[:2] for name, value in vars(large).items()}), small)
+    later = [draw_batch(toy_base, cached, CONTRACT, tiny(batch=batch), 3) for batch in (2, 5)]
+    assert torch.equal(later[0].noise, later[1].noise[:2]) and torch.equal(later[0].t, later[1].t[:2])
+
+
+def test_samples_and_steps_have_draws_of_their_own(toy_base, cached):
+    batches = [draw_batch(toy_base, cached, CONTRACT, tiny(seed=seed), step) for seed in (0, 1) for step in (0, 1)]
+    noise = torch.cat([batch.noise for batch in batches])
+    assert len(noise.unique(dim=0)) == len(noise) == 8
+    spread = dataclasses.replace(cached, moments=torch.zeros_like(cached.moments))
+    batch = draw_batch(toy_base, spread, CONTRACT, tiny(), 0)
+    latents = batch.latents / toy_base.vae.config.scaling_factor  # of mean 0 and variance 1: the draw itself
+    assert latents.std() == pytest.approx(1, abs=0.15)
+    assert abs((latents * batch.noise).mean()) < 0.15, "the latents' draw is not the noise"
+
+
+def test_an_epoch_shows_every_pair_once_and_each_its_own_order(toy_base, cached):
+    recipe = tiny(batch=2, prompt_dropout=0.0)
+    epochs = []
+    for epoch in range(2):
+        batches = [draw_batch(toy_base, cached, CONTRACT, recipe, epoch * 5 + step) for step in range(5)]
+        epochs.append([pair for batch in batches for pair in drawn_pairs(batch, toy_base)])
+        for batch in batches:
+            assert (255 * batch.hints[:, 0, 0, 0]).round().int().tolist() == drawn_pairs(batch, toy_base)
+            assert (batch.text[:, 0, 0] - 1).int().tolist() == drawn_pairs(batch, toy_base)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1] and epochs[0] != list(range(10))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_prompts_are_dropped_at_the_share_asked_for(share, toy_base, cached):
+    recipe = tiny(batch=10, prompt_dropout=share)
+    rows = torch.stack([draw_batch(toy_base, cached, CONTRACT, recipe, step).text[:, 0, 0] for step in range(60)])
+    assert (rows == 0).float().mean() == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
+
+
+def test_timesteps_cover_the_schedule(toy_base, cached):
+    recipe = tiny(batch=10)
+    t = torch.cat([draw_batch(toy_base, cached, CONTRACT, recipe, step).t for step in range(60)]).float()
+    assert t.min() < 25 and t.max() > 975
+    assert t.quantile(0.5) == pytest.approx(500, abs=60)
+
+
+# --- the objective ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base_of(toy_base):
+    """``base_of(prediction)``: the toy base, predicting v, or eps on the schedule of SD 1.5."""
+
+    def base(prediction):
+        b = toy_base
+        if prediction == "v":
+            return b
+        settings = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+        scheduler = type(b.scheduler).from_config(b.scheduler.config, **settings)
+        return UNetBase("eps", b.vae, b.text_encoder, b.tokenizer, b.unet, scheduler)
+
+    return base
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(prediction, base_of, drawn_joins, tmp_path):
+    from diffusers import ControlNetModel
+
+    base = base_of(prediction)
+    assert base.prediction == prediction
+    branch = drawn_joins(base.new_branch())
+    save_control(tmp_path / "control", SavedControl(branch, CONTRACT), base)
+    reference = ControlNetModel.from_pretrained(tmp_path / "control")
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    hints, t = torch.rand(3, 3, 32, 32, generator=generator), torch.tensor([0, 500, 999])
+    batch = Batch(latents, noise, t, base.encode_text(["a red apple", "", "gold circle"]), hints)
+
+    alpha = base.scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    z = alpha * latents + sigma * noise
+    down, middle = reference(z, t, batch.text, controlnet_cond=hints, return_dict=False)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    predicted = base.unet(z, t, batch.text, **residuals).sample
+    expected = ((predicted - (noise if prediction == "eps" else alpha * noise - sigma * latents)) ** 2).mean()
+    expected.backward()
+
+    loss = objective(base, branch, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    theirs, names = dict(reference.named_parameters()), key_table(branch)
+    for name, parameter in branch.named_parameters():
+        wanted = theirs[names[name]].grad
+        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-8, name
+        assert wanted.norm() > 0, name
+
+
+def test_training_leaves_the_base_as_it_was(toy_base, tmp_path):
+    modules = {"vae": toy_base.vae, "text": toy_base.text_encoder, "unet": toy_base.unet}
+    before = {f"{n}.{k}": v.clone() for n, module in modules.items() for k, v in module.state_dict().items()}
+    list(train_control(tiny(steps=2), tmp_path, toy_base))
+    after = {f"{n}.{k}": v for n, module in modules.items() for k, v in module.state_dict().items()}
+    assert equal(before, after)
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    assert not any(p.requires_grad or p.grad is not None for p in parameters)
+    assert not any(module.training for module in modules.values())
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(toy_base, tmp_path_factory):
+    """The tiny recipe's run, uninterrupted: its folder."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:  # module fixtures come before conftest's own patch
+        patch.setattr(precision, "bf16_pays", lambda device_type: False)
+        list(train_control(tiny(), out, toy_base))
+    return out
+
+
+def assert_like(whole, out):
+    """A run's outcome is the uninterrupted run's, to the bit."""
+    assert log_of(out) == log_of(whole)
+    assert equal(weights_of(out), weights_of(whole))
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == names
+    for name in names:
+        states = (load_file(run / "checkpoints" / name / "state.safetensors") for run in (whole, out))
+        assert equal(*states)
+    assert not leftovers(out)
+
+
+def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(whole, toy_base):
+    records = log_of(whole)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if "obedience" in record] == [3, 6]
+    evaluated = records[2]
+    assert set(evaluated) == {
+        "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "verdict"
+    }  # fmt: skip
+    assert evaluated["verdict"] == "no control yet"
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
+    assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
+    assert read_recipe(whole / "recipe.yaml") == tiny()
+    control = load_control(whole, toy_base)
+    assert control.hint == Hint("canny", {"low": 100.0, "high": 200.0})
+    assert control.trained["step"] == 6 and control.trained["base_digest"] == toy_base.digest
+    assert Recipe(**control.trained["recipe"]) == tiny()
+    assert not leftovers(whole)
+
+
+def test_records_are_yielded_as_they_are_logged(toy_base, tmp_path):
+    for record in islice(train_control(tiny(), tmp_path, toy_base), 3):
+        last = (tmp_path / "log.jsonl").read_text().splitlines()[-1]
+        assert last == record.to_json()
+    assert record.evaluation and record.verdict and record.seconds > 0
+
+
+def test_training_lowers_the_loss(toy_base, tmp_path):
+    recipe = tiny(steps=40, checkpoint_every=40, data={"count": 2}, evaluation={"every": 0})
+    losses = [record.loss for record in train_control(recipe, tmp_path, toy_base)]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_the_work_announced_is_the_work_done(toy_base, tmp_path):
+    stages = []
+    run = train_control(
+        tiny(), tmp_path, toy_base, lambda name, total: stages.append([name, total, 0]), lambda n: stages[-1].append(n)
+    )
+    list(run)
+    assert [name for name, *_ in stages] == ["caching", "evaluating", "evaluating"]
+    for name, total, *done in stages:
+        assert sum(done) == total, name
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_run_stopped_and_run_again_ends_as_if_never_stopped(steps, whole, toy_base, tmp_path):
+    list(islice(train_control(tiny(), tmp_path, toy_base), steps))
+    again = [record.step for record in train_control(tiny(), tmp_path, toy_base)]
+    assert again == list(range(2 * (steps // 2) + 1, 7)), "it goes on from the last checkpoint"
+    assert_like(whole, tmp_path)
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, toy_base, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert not list(train_control(tiny(), tmp_path / "run", toy_base))
+    assert_like(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("garbage", ['{"step": 6, "lo', "\0\0\0", "7", "{}"])
+def test_a_line_cut_short_is_dropped(garbage, whole, toy_base, tmp_path):
+    list(islice(train_control(tiny(), tmp_path, toy_base), 5))
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write(garbage)
+    list(train_control(tiny(), tmp_path, toy_base))
+    assert_like(whole, tmp_path)
+
+
+def test_a_checkpoint_half_written_when_the_power_went_is_removed(whole, toy_base, tmp_path):
+    list(islice(train_control(tiny(), tmp_path, toy_base), 2))
+    half = tmp_path / "checkpoints" / ".writing-abc"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
+    list(train_control(tiny(), tmp_path, toy_base))
+    assert_like(whole, tmp_path)
+
+
+def test_resuming_goes_back_to_the_checkpoint_s_thread_count(toy_base, tmp_path, monkeypatch):
+    list(islice(train_control(tiny(), tmp_path, toy_base), 2))
+    with safe_open(tmp_path / "checkpoints/step-0000002/state.safetensors", framework="pt") as file:
+        assert file.metadata() == {"step": "2", "threads": str(torch.get_num_threads())}
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    next(train_control(tiny(), tmp_path, toy_base))
+    assert asked == [1]
+
+
+def _train_to_the_end(base_folder, out):
+    precision.bf16_pays = lambda device_type: False
+    torch.set_num_threads(1)
+    list(train_control(tiny(), out, load_base(base_folder)))
+
+
+def test_a_run_killed_at_any_moment_loses_nothing(whole, toy_folder, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["controlkit.train", "diffusers", "transformers"])
+    moments = random.Random(0)
+    log = tmp_path / "log.jsonl"
+    for lines in (1, 3, 5):
+        process = context.Process(target=_train_to_the_end, args=(toy_folder, tmp_path))
+        process.start()
+        while process.is_alive() and (not log.is_file() or len(log.read_text().splitlines()) < lines):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    process = context.Process(target=_train_to_the_end, args=(toy_folder, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert_like(whole, tmp_path)
+
+
+def _full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("full", ["save_control", "write_atomic", "os.replace", "tempfile.mkdtemp"])
+def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_later(full, whole, toy_base, tmp_path, monkeypatch):
+    run = train_control(tiny(), tmp_path, toy_base)
+    list(islice(run, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"controlkit.train.{full}", _full_disk)
+        with pytest.raises(UserError, match=r"step 4 .*No space left on device.*Kept: step-0000002.*go on"):
+            list(run)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+    list(train_control(tiny(), tmp_path, toy_base))
+    assert_like(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"lr": 0.1}, "lr"), ({"seed": 3}, "seed"), ({"control": {"join": "gaussian"}}, "control")]
+)
+def test_another_recipe_in_the_same_folder_is_refused_and_the_difference_named(change, key, whole, toy_base):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"another recipe \(it differs in {key}\b"):
+        next(train_control(tiny(**change), whole, toy_base))
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_recipe_laid_out_otherwise_is_the_same_recipe(whole, toy_base, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(f"# my run\n{path.read_text()}")
+    assert not list(train_control(tiny(), tmp_path / "run", toy_base))
+
+
+def test_a_file_where_the_folder_should_be_is_refused(toy_base, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        next(train_control(tiny(), tmp_path / "run", toy_base))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(toy_base, tmp_path, monkeypatch):
+    run = train_control(tiny(), tmp_path, toy_base)
+    list(islice(run, 2))
+    monkeypatch.setattr(train, "objective", lambda *args: objective(*args) * float("nan"))
+    with pytest.raises(UserError, match=r"nan at step 3.*learning rate.*0\.001"):
+        next(run)
+    assert len(log_of(tmp_path)) == 2
+
+
+# --- found? -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lows", "found", "words"),
+    [
+        ([], None, "no control yet"),
+        ([0.1, 0.2], None, "no control yet"),
+        ([0.1, 0.3], None, "control perhaps found at step 200: the next evaluation will confirm"),
+        ([0.3, 0.2], None, "no control yet"),
+        ([0.3, 0.2, 0.3], None, "control perhaps found at step 300: the next evaluation will confirm"),
+        ([0.1, 0.25, 0.25], 200, "control found at step 200"),
+        ([0.3, 0.4, 0.1], 100, "control found at step 100"),
+        ([0.3, 0.1, 0.3, 0.3, 0.3], 300, "control found at step 300"),
+    ],
+)
+def test_control_is_found_at_the_first_of_two_successive_evaluations(lows, found, words):
+    evaluations = [(100 * (i + 1), Figure(low + 0.5, low, low + 1.0)) for i, low in enumerate(lows)]
+    assert found_step(evaluations) == found
+    assert verdict(evaluations) == words
+
+
+def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monkeypatch):
+    figure = Figure(0.5, 0.4, 0.6)
+    monkeypatch.setattr(train, "obedience", lambda *scores: dataclasses.replace(obedience(*scores), obedience=figure))
+    list(islice(train_control(tiny(), tmp_path, toy_base), 4))
+    last = list(train_control(tiny(), tmp_path, toy_base))[-1]
+    assert last.verdict == "control found at step 3"
+

@@ -127,7 +127,8 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key).float() for key in file}
+            keys: list[str] = file.keys()  # this is no mapping: it cannot be iterated itself
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key).float() for key in keys}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): expected a whole safetensors file.") from error
     spec = ControlSpec(**json.loads(metadata.get("controlkit.spec", "{}")))
