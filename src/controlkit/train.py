@@ -30,7 +30,7 @@ from controlkit.backbones import UNetBase, load_base
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, hint_of, split_folder
 from controlkit.errors import UserError, nearest
-from controlkit.formats import SavedControl, save_control
+from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import Hint, grid, write_atomic, write_png
 from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
 from controlkit.precision import autocast
@@ -54,6 +54,8 @@ class ControlRecipe(_Strict):
     body: Literal["copy", "conv"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
+    start_from: str | None = None
+    """A neighbouring control to start from, by name or folder (the paper starts Hough lines and scribbles from Canny)."""
 
 
 class DataRecipe(_Strict):
@@ -354,6 +356,8 @@ def train_control(
     torch.manual_seed(recipe.seed)
     spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
     branch = base.new_branch(spec, contract.channels).train()
+    if recipe.control.start_from:
+        branch.load_state_dict(_neighbour(recipe.control.start_from, base, spec).state_dict())
     optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     evaluator = _Evaluator(base, heldout, contract, recipe, out) if recipe.evaluation.every else None
     step = 0
@@ -395,6 +399,13 @@ def train_control(
                 _save_checkpoint(out, step, saved(step), base, optimizer, recipe.keep)
             yield record
     save_control(out / "control", saved(step), base)
+
+
+def _neighbour(name: str, base: UNetBase, spec: ControlSpec) -> ControlBranch:
+    branch = load_control(name, base).branch
+    if branch.spec != spec:
+        raise UserError(f'The control "{name}" is {branch.spec}; the recipe asks for {spec}: they must be equal.')
+    return branch
 
 
 def _settle_folder(recipe: Recipe, out: Path) -> None:
