@@ -14,8 +14,10 @@ from controlkit.data import (
     FolderPairs,
     Pair,
     build_cache,
+    evaluation_pairs,
     hint_of,
     make_fill50k,
+    split_folder,
 )
 from controlkit.errors import UserError
 from controlkit.images import read_picture, to_tensor
@@ -72,17 +74,18 @@ def test_fill50k_is_written_in_the_original_s_layout(tmp_path):
         {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": pair.prompt}
         for i, pair in enumerate(CirclePairs(512, 2))
     ]
-    assert read_picture(tmp_path / "source/0.png").shape == read_picture(tmp_path / "target/1.png").shape == (512, 512, 3)
+    pictures = ("source/0.png", "source/1.png", "target/0.png", "target/1.png")
+    assert {read_picture(tmp_path / name).shape for name in pictures} == {(512, 512, 3)}
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"prompt.json", *(f"{side}/{i}.png" for side in ("source", "target") for i in (0, 1))}
+    assert files == {"prompt.json", *pictures}
 
 
 def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
     list(make_fill50k(tmp_path, 3, size=32, seed=4))
     drawn = CirclePairs(32, 3, seed=4)
     assert all(same(a, b) for a, b in zip(FolderPairs(tmp_path, 32), drawn, strict=True))
-    assert same(FolderPairs(tmp_path, 32, count=1, first=2)[0], drawn[2])
-    assert len(FolderPairs(tmp_path, 32, count=1, first=2)) == 1
+    last = FolderPairs(tmp_path, 32).part(slice(2, None))
+    assert len(last) == 1 and same(last[0], drawn[2])
     assert FolderPairs(tmp_path, 16)[0].picture.shape == FolderPairs(tmp_path, 16)[0].hint.shape == (16, 16, 3)
 
 
@@ -95,6 +98,35 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):
     list(make_fill50k(tmp_path, 4, size=32))
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there was not drawn again"
     assert all(same(a, b) for a, b in zip(FolderPairs(tmp_path, 32), CirclePairs(32, 4), strict=True))
+
+
+@pytest.mark.parametrize(("count", "held"), [(3, 2), (20, 2), (45, 4), (6000, 512)])
+def test_the_last_tenth_of_a_folder_is_held_out(count, held, tmp_path):
+    lines = [json.dumps({"source": "s", "target": "t", "prompt": str(i)}) for i in range(count)]
+    (tmp_path / "prompt.json").write_text("\n".join(lines))
+    trained, heldout = split_folder(tmp_path, 32)
+    assert (len(trained), len(heldout)) == (count - held, held)
+
+
+def test_a_folder_too_small_to_hold_any_out_is_refused(tmp_path):
+    list(make_fill50k(tmp_path, 2, size=32))
+    with pytest.raises(UserError, match="has 2 pairs: expected at least 3"):
+        split_folder(tmp_path, 32)
+
+
+@pytest.mark.parametrize("source", ["emoji", "fill50k", "folder"])
+def test_evaluation_sees_no_pair_of_a_training_run(source, fake_packages, tmp_path):
+    list(make_fill50k(tmp_path, 30, size=32))
+    trained = {
+        "emoji": EmojiPairs(32, "control", 2),
+        "fill50k": CirclePairs(32, 200),
+        "folder": split_folder(tmp_path, 32)[0],
+    }[source]
+    heldout, reference = evaluation_pairs(str(tmp_path) if source == "folder" else source, 32, 3)
+    assert len(heldout) == 3
+    seen = {pair.picture.tobytes() for pair in trained}
+    assert not seen & {pair.picture.tobytes() for pair in heldout}
+    assert reference and not seen & {picture.tobytes() for picture in reference}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +142,7 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):
 )
 def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):
     (tmp_path / "prompt.json").write_bytes(content)
-    with pytest.raises(UserError, match="expected .* JSON object a line") as caught:
+    with pytest.raises(UserError, match=r"expected .* JSON object a line") as caught:
         FolderPairs(tmp_path, 32)
     assert str(tmp_path / "prompt.json") in str(caught.value) and "\n" not in str(caught.value)
 
@@ -118,7 +150,7 @@ def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):
 def test_a_missing_picture_of_a_set_is_named(tmp_path):
     list(make_fill50k(tmp_path, 1, size=32))
     (tmp_path / "target/0.png").unlink()
-    with pytest.raises(UserError, match="target/0.png"):
+    with pytest.raises(UserError, match=r"target/0\.png"):
         FolderPairs(tmp_path, 32)[0]
 
 

@@ -147,9 +147,7 @@ def test_a_controlnet_that_diffusers_wrote_loads_here(toy_base, tmp_path):
 
 
 def test_a_control_of_another_base_is_refused_naming_both(saved, deep_base):
-    with pytest.raises(
-        UserError, match=r'".*edges" was made for the base "toy" .* "deep": they differ in taps'
-    ):
+    with pytest.raises(UserError, match=r'".*edges" was made for the base "toy" .* "deep": they differ in taps'):
         load_control(saved, deep_base)
 
 

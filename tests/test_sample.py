@@ -254,7 +254,7 @@ def test_the_size_is_the_bases_own_unless_one_is_given(toy_base):
 @pytest.mark.parametrize(
     ("size", "sentence"),
     [
-        ((50, 33), "got 33x50. The nearest is 32x48."),
+        ((60, 33), "got 33x60. The nearest is 32x64."),
         ((32, 8), "got 8x32. The nearest is 16x32."),
         ((0, 32), "got 32x0. The nearest is 32x16."),
         ((-16, 32), "got 32x-16. The nearest is 32x16."),

@@ -211,22 +211,29 @@ def test_without_npm_it_says_which_file_to_put_where(packages, monkeypatch):
     assert "scope-set-1.2.3.tgz" in str(caught.value) and str(packages) in str(caught.value)
 
 
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+    """``fake_npm(script)`` puts a shell script in npm's place."""
+
+    def put(script):
+        npm = tmp_path / "npm"
+        npm.write_text(f"#!/bin/sh\n{script}\n")
+        npm.chmod(0o755)
+        monkeypatch.setattr("shutil.which", lambda name: str(npm))
+
+    return put
+
+
 @pytest.mark.parametrize("script", ["echo >&2 'notice'; echo >&2 'ETIMEDOUT'; exit 1", "echo >&2 ETIMEDOUT"])
-def test_when_npm_fails_its_own_reason_is_passed_on(script, packages, monkeypatch, tmp_path):
-    npm = tmp_path / "npm"
-    npm.write_text(f"#!/bin/sh\n{script}\n")
-    npm.chmod(0o755)
-    monkeypatch.setattr("shutil.which", lambda name: str(npm))
+def test_when_npm_fails_its_own_reason_is_passed_on(script, packages, fake_npm):
+    fake_npm(script)
     with pytest.raises(UserError, match=r"npm could not fetch set@1.0.0 \(ETIMEDOUT\)"):
         fetch_package(Package("set", "1.0.0", ""))
     assert not list(packages.iterdir())
 
 
-def test_what_npm_packs_is_checked_and_unpacked(packages, monkeypatch, tmp_path):
+def test_what_npm_packs_is_checked_and_unpacked(packages, fake_npm, tmp_path):
     data, digest = tarball({"icons.json": b"{}"})
     (tmp_path / "packed").write_bytes(data)
-    npm = tmp_path / "npm"
-    npm.write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "pack set@1.0.0 --pack-destination" ] && cp {tmp_path}/packed "$4/set-1.0.0.tgz"')
-    npm.chmod(0o755)
-    monkeypatch.setattr("shutil.which", lambda name: str(npm))
+    fake_npm(f'[ "$1 $2 $3" = "pack set@1.0.0 --pack-destination" ] && cp {tmp_path}/packed "$4/set-1.0.0.tgz"')
     assert (fetch_package(Package("set", "1.0.0", digest)) / "icons.json").read_bytes() == b"{}"

@@ -55,7 +55,7 @@ class ControlRecipe(_Strict):
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
-    """A neighbouring control to start from, by name or folder (the paper starts Hough lines and scribbles from Canny)."""
+    """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny)."""
 
 
 class DataRecipe(_Strict):
