@@ -133,7 +133,8 @@ def test_a_controlnet_that_diffusers_wrote_loads_here(toy_base, tmp_path):
         for parameter in stock.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
     stock.save_pretrained(tmp_path / "theirs")
-    back = load_control(tmp_path / "theirs", toy_base)
+    with pytest.warns(UserWarning, match="does not say what its hints are"):
+        back = load_control(tmp_path / "theirs", toy_base)
     assert (back.branch.spec, back.hint, back.trained) == (ControlSpec(), Hint("canny"), {})
     x, t, text, hint = draw_inputs(toy_base)
     ours = back.branch(x, t, text, back.branch.encode_hint(hint))
