@@ -23,7 +23,7 @@ from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.errors import UserError
 from controlkit.hub import shipped_names, where
-from controlkit.images import Hint, write_atomic
+from controlkit.images import SCRATCH, Hint, write_atomic
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -93,7 +93,7 @@ def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: tor
         "controlkit.trained": json.dumps(dict(control.trained)),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
     try:
         write_atomic(scratch / WEIGHTS, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
         write_atomic(scratch / "config.json", (json.dumps(config, indent=2) + "\n").encode())

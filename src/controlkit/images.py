@@ -23,6 +23,9 @@ from controlkit.errors import UserError
 
 Resize = Literal["area", "nearest"]
 
+SCRATCH = ".writing-"
+"""What the name of a file or folder begins with until it is whole and renamed."""
+
 
 @dataclass(frozen=True)
 class Hint:
@@ -60,7 +63,7 @@ class Hint:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
         elif self.colour_order == "BGR":
             pixels = pixels[..., ::-1]
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255.0
+        values = torch.tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255.0
         return values * (self.high - self.low) + self.low
 
 
@@ -71,7 +74,9 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("RGBA", "LA", "P", "PA"):
+            if picture.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
@@ -109,7 +114,7 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: to a neighbour first, then renamed over the target."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=SCRATCH)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

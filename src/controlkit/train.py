@@ -31,7 +31,7 @@ from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, hint_of, split_folder
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.images import Hint, grid, write_atomic, write_png
+from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
 from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
 from controlkit.precision import autocast
 from controlkit.sample import Control, Settings
@@ -266,7 +266,7 @@ def _save_checkpoint(
     """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         save_control(scratch / "control", control, base)
         moments = {
@@ -410,21 +410,19 @@ def _neighbour(name: str, base: UNetBase, spec: ControlSpec) -> ControlBranch:
 
 def _settle_folder(recipe: Recipe, out: Path) -> None:
     """Make the run's folder, or check that the one there is of this very recipe."""
-    text = yaml.safe_dump(recipe.model_dump(), sort_keys=False)
     path = out / "recipe.yaml"
-    if path.is_file() and path.read_text() != text:
-        before = yaml.safe_load(path.read_text())
-        now = yaml.safe_load(text)
-        changed = [key for key in now if before.get(key) != now[key]]
+    before = read_recipe(path) if path.is_file() else recipe
+    if before != recipe:
+        changed = [key for key, value in recipe if getattr(before, key) != value]
         raise UserError(
             f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
             "or run with the recipe as it was to go on."
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
-    for stale in (out / "checkpoints").glob(".writing-*"):
-        shutil.rmtree(stale)
-    write_atomic(path, text.encode())
+    for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    write_atomic(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
 
 
 class _Evaluator:

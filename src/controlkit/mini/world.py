@@ -258,18 +258,22 @@ def draw_shape(
             break
     radius = rng.uniform(0.08, 0.3) * size
     centre = rng.uniform(radius + 2, size - radius - 2, size=2)
-    outline = np.zeros((size, size, 3), np.uint8)
     picture = np.full((size, size, 3), css_rgb(back), np.uint8)
+    inside = np.zeros((size, size), np.uint8)
     if shape == "circle":
         middle = (round(centre[0]), round(centre[1]))
-        cv2.circle(picture, middle, round(radius), css_rgb(front), -1, cv2.LINE_AA)
-        cv2.circle(outline, middle, round(radius), (255, 255, 255), 1)
+        for canvas, colour in ((picture, css_rgb(front)), (inside, 255)):
+            cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
     else:
         corners, inner = (4, 1.0) if shape == "square" else (10, 0.45)
         turn = np.pi / 4 if shape == "square" else -np.pi / 2
         angles = turn + 2 * np.pi * np.arange(corners) / corners
         reach = radius * np.where(np.arange(corners) % 2 == 0, 1.0, inner)
         points = np.round(centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)).astype(np.int32)
-        cv2.fillPoly(picture, [points], css_rgb(front), cv2.LINE_AA)
-        cv2.polylines(outline, [points], True, (255, 255, 255), 1)
+        for canvas, colour in ((picture, css_rgb(front)), (inside, 255)):
+            cv2.fillPoly(canvas, [points], colour, cv2.LINE_AA)
+    # The rim of what is drawn, not a circle of the same radius: antialiasing makes the disc up to a pixel larger.
+    solid = np.where(inside >= 128, 255, 0).astype(np.uint8)
+    rim = solid - cv2.erode(solid, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
+    outline = np.repeat(rim[..., None], 3, axis=2)
     return picture, outline, f"{front} {shape} with {back} background"
