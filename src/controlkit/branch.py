@@ -15,8 +15,8 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +49,12 @@ class ControlSpec:
     body: Literal["copy", "conv"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            word, known = getattr(self, field.name), get_args(field.type)
+            if word not in known:
+                raise ValueError(f'{field.name} is "{word}", expected one of {", ".join(known)}.')
 
 
 # --- Section 3.1: ControlNet --------------------------------------------------------------------------------
@@ -91,6 +97,7 @@ class ControlledBlock(nn.Module):
         super().__init__()
         self.block = [block]  # in a list: not a submodule, so neither moved, saved nor trained with this one
         self.copy = copy.deepcopy(block).requires_grad_(True)
+        block.requires_grad_(False)
         self.zero_in = zero_conv(condition_channels or channels, channels)
         self.zero_out = zero_conv(channels)
 

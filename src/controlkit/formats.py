@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,24 @@ def key_table(branch: ControlBranch) -> dict[str, str]:
     return table
 
 
+def _absent_joins(branch: ControlBranch) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the joins that diffusers has and this branch leaves out."""
+    absent: dict[str, tuple[int, ...]] = {}
+    for i, tap in enumerate(tap for tap in branch.taps if tap.site == "skip"):
+        if tap.name not in branch.joins:
+            absent[f"controlnet_down_blocks.{i}.weight"] = (tap.channels, tap.channels, 1, 1)
+            absent[f"controlnet_down_blocks.{i}.bias"] = (tap.channels,)
+    return absent
+
+
 def _is_diffusers_shaped(spec: ControlSpec) -> bool:
     return spec.body == "copy"
 
 
-def _diffusers_config(base: UNetBase, branch: ControlBranch) -> dict[str, Any]:
+def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict[str, Any]:
     """The ``config.json`` of a ControlNetModel with this branch's shapes."""
     from diffusers import ControlNetModel
+    from diffusers import __version__ as diffusers_version
 
     unet, theirs = base.unet.config, {}
     for name in inspect.signature(ControlNetModel.__init__).parameters:
@@ -68,7 +79,8 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch) -> dict[str, Any]:
     convs = branch.hint_encoder.convs
     widths = [convs[0].out_channels] + [conv.out_channels for conv in convs[2:-1:2]]
     theirs |= {"conditioning_channels": convs[0].in_channels, "conditioning_embedding_out_channels": widths}
-    return {"_class_name": "ControlNetModel", "_diffusers_version": unet["_diffusers_version"], **theirs}
+    theirs["controlnet_conditioning_channel_order"] = hint.colour_order.lower()
+    return {"_class_name": "ControlNetModel", "_diffusers_version": diffusers_version, **theirs}
 
 
 def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32) -> None:
@@ -81,10 +93,8 @@ def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: tor
     tensors = {table[key]: value.detach().to("cpu", dtype) for key, value in branch.state_dict().items()}
     config: dict[str, Any] = {"_class_name": "ControlBranch", "spec": asdict(branch.spec)}
     if _is_diffusers_shaped(branch.spec):
-        config = _diffusers_config(base, branch)
-        for i, tap in enumerate(t for t in branch.taps if t.name not in branch.joins):
-            tensors[f"controlnet_down_blocks.{i}.weight"] = torch.zeros(tap.channels, tap.channels, 1, 1, dtype=dtype)
-            tensors[f"controlnet_down_blocks.{i}.bias"] = torch.zeros(tap.channels, dtype=dtype)
+        config = _diffusers_config(base, branch, control.hint)
+        tensors |= {key: torch.zeros(shape, dtype=dtype) for key, shape in _absent_joins(branch).items()}
     metadata = {
         "format": "pt",
         "controlkit.hint": control.hint.to_json(),
@@ -98,12 +108,24 @@ def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: tor
         write_atomic(scratch / WEIGHTS, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
         write_atomic(scratch / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        _put_in_place(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    """Rename ``scratch`` to ``folder``; what was there goes last, and comes back if the renaming fails."""
+    before = scratch.with_name(f"{scratch.name}.before")
+    if folder.exists():
+        os.replace(folder, before)
+    try:
+        os.replace(scratch, folder)
+    except BaseException:
+        if before.exists():
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def control_folder(name: str | Path) -> Path:
@@ -121,6 +143,14 @@ def control_folder(name: str | Path) -> Path:
     )
 
 
+def _parsed(folder: Path, metadata: Mapping[str, str], key: str, parse: Callable[[str], Any], default: Any) -> Any:
+    """A metadata entry's value, ``default`` if it is not there."""
+    try:
+        return parse(metadata[key]) if key in metadata else default
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{folder / WEIGHTS} has a "{key}" that cannot be read ({error}).') from error
+
+
 def load_control(name: str | Path, base: UNetBase) -> SavedControl:
     """Read a control for ``base``; ``UserError`` if it was made for a base of another shape."""
     folder = control_folder(name)
@@ -131,9 +161,10 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key).float() for key in keys}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): expected a whole safetensors file.") from error
-    spec = ControlSpec(**json.loads(metadata.get("controlkit.spec", "{}")))
-    trained = json.loads(metadata.get("controlkit.trained", "{}"))
-    signature = json.loads(metadata.get("controlkit.signature", "null"))
+    spec = _parsed(folder, metadata, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
+    hint = _parsed(folder, metadata, "controlkit.hint", Hint.from_json, Hint("canny"))
+    trained = _parsed(folder, metadata, "controlkit.trained", json.loads, {})
+    signature = _parsed(folder, metadata, "controlkit.signature", json.loads, None)
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
         differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
         raise UserError(
@@ -149,6 +180,12 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
             f'The control "{name}" does not fit the base "{base.name}": it lacks {len(missing)} of the {len(table)} '
             f"tensors this base's branch has, first {missing[0]}."
         )
+    strange = sorted(tensors.keys() - set(table.values()) - _absent_joins(branch).keys())
+    if strange:
+        raise UserError(
+            f'The control "{name}" does not fit the base "{base.name}": its branch has no '
+            f"place for {len(strange)} of the file's tensors, first {strange[0]}."
+        )
     state = {ours: tensors[theirs] for ours, theirs in table.items()}
     for key, value in branch.state_dict().items():
         if value.shape != state[key].shape:
@@ -157,9 +194,6 @@ def load_control(name: str | Path, base: UNetBase) -> SavedControl:
                 f"in the file, expected {tuple(value.shape)}."
             )
     branch.load_state_dict(state)
-    hint = Hint("canny")
-    if "controlkit.hint" in metadata:
-        hint = Hint.from_json(metadata["controlkit.hint"])
-    else:
+    if "controlkit.hint" not in metadata:
         warnings.warn(f'"{name}" does not say what its hints are; taken for canny edges in [0, 1].', stacklevel=2)
     return SavedControl(branch.eval().requires_grad_(False), hint, trained)

@@ -242,8 +242,9 @@ def evaluate(
         report[f"clip_score{suffix}"] = asdict(mean_figure(referee.clip_scores(pictures, prompts)))
         report[f"fid{suffix}"] = asdict(fid(referee.features(pictures), reference))
     report["counts"] = measured.counts
-    ratios = [report[name]["mean"] / report[f"{name}_no_control"]["mean"] for name in ("clip_score", "fid")]
-    report["quality_kept"] = ratios[0] >= 0.95 and ratios[1] <= 1.1
+    means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
+    adheres = means["clip_score"] >= 0.95 * means["clip_score_no_control"]
+    report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
     report["metric"] = annotator(control.hint.annotator).metric
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {"scale": control.scale, "seeds": [0, len(truths) - 1], "base": base.name}

@@ -208,18 +208,31 @@ def load_base(name: str | Path, device: str = "cpu") -> UNetBase:
         raise UserError(
             f'There is no base "{name}": expected "mini" or a diffusers pipeline folder (with a model_index.json).'
         )
-    kind = json.loads(index.read_text()).get("_class_name")
+    try:
+        kind = json.loads(index.read_text())["_class_name"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{index} cannot be read ({error!r}): expected a diffusers pipeline folder.") from error
     if kind != "StableDiffusionPipeline":
         raise UserError(f"{folder} holds a {kind}; expected a StableDiffusionPipeline.")
+    for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder} lacks the folder {part}: expected a whole StableDiffusionPipeline folder.")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     only = {"local_files_only": True}
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **only)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, **only)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **only)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **only)
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **only)
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **only)
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, **only)
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **only)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **only)
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **only)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a whole StableDiffusionPipeline folder ({error}).") from error
+    if scheduler.config.prediction_type not in _PREDICTION:
+        raise UserError(
+            f'{folder} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(_PREDICTION)}.'
+        )
     name = str(name) if str(name) in shipped_names() else folder.name
     return UNetBase(name, vae, text_encoder, tokenizer, unet, scheduler).to(device)
