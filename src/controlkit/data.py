@@ -133,11 +133,10 @@ def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], 
         unseen = EmojiPairs(size, "heldout_pictures")
         return EmojiPairs(size, "heldout_concepts", count=num), [pair.picture for pair in unseen]
     if source == "fill50k":
-        return CirclePairs(size, num, _EVALUATION_SEED), [
-            p.picture for p in CirclePairs(size, 512, _EVALUATION_SEED + 1)
-        ]
-    _, unseen = split_folder(Path(source), size)
-    return unseen.part(slice(num)), [pair.picture for pair in unseen]
+        others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
+        return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
+    _, held = split_folder(Path(source), size)
+    return held.part(slice(num)), [pair.picture for pair in held]
 
 
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:

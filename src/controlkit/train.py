@@ -193,8 +193,8 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
-    pairs, heldout = split_folder(Path(data.source), base.size)
-    return pairs.part(slice(data.count)), heldout.part(slice(num))
+    seen, held = split_folder(Path(data.source), base.size)
+    return seen.part(slice(data.count)), held.part(slice(num))
 
 
 # --- the objective ------------------------------------------------------------------------------------------
