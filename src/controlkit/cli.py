@@ -75,7 +75,7 @@ def _warn(text: str) -> None:
 
 @app.command(
     epilog="Examples:\n\n"
-    '    controlkit generate "a cat face, on a teal background" --control scribble=cat.png --hint --out out\n\n'
+    '    controlkit generate "a cat face, on a teal background" --control canny=cat.png --out out\n\n'
     '    controlkit generate "a red apple" --control canny=photo.jpg --scale 0.8 --num 4 --seed 7 --out out'
 )
 def generate(
@@ -298,7 +298,7 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")
-def where(name: Annotated[str, typer.Argument(help="`mini`, `canny`, `scribble`, ...")]) -> None:
+def where(name: Annotated[str, typer.Argument(help="`mini`, `canny`, `referee`")]) -> None:
     """Print the folder of what is shipped; each is an ordinary diffusers folder."""
     from controlkit.hub import where as find
 
