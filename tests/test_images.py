@@ -229,3 +229,9 @@ def test_a_grid_lays_rows_and_columns_out_below_their_labels():
     assert np.array_equal(labelled[20:], plain)
     assert (labelled[:20, 4:20] < 128).any()
     assert (labelled[:20, 20:24] == 255).all(), "a label ran into its neighbour"
+
+
+def test_written_files_are_as_readable_as_any_other(tmp_path):
+    write_atomic(tmp_path / "ours", b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode

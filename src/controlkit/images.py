@@ -7,7 +7,7 @@ in [-1, 1]; tensors of hints are in the range their ``Hint`` says. Conversions h
 import io
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,15 +114,15 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: to a neighbour first, then renamed over the target."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=SCRATCH)
+    scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
     try:
-        with os.fdopen(handle, "wb") as file:
+        with scratch.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
