@@ -119,7 +119,7 @@ def page(shown: Sequence[Shown], base: UNetBase, settings: Settings, seconds: fl
     means = np.mean([[*s.fidelity, *s.clip_score] for s in shown], axis=0)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>ControlKit demo</title><style>{STYLE}</style>'
-        "<h1>The drawing is obeyed, and the prompt too</h1>"
+        "<h1>A drawing and a prompt in, a controlled picture out</h1>"
         f"<p>Base <code>{html.escape(base.name)}</code>, {base.size} pixels, {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {seconds:.0f} s on this machine. Same seeds with control and without.</p>"
         "<table><tr><th>mean over all scenes</th><th>with control</th><th>without</th></tr>"
