@@ -9,11 +9,12 @@ state in ``OUT/state``, and finished stages are not run again. The result is ``O
 ``StableDiffusionPipeline`` folder) and ``OUT/referee``; ``recipes/report.py`` measures them.
 """
 
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from controlkit.mini import world
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
-from controlkit.precision import autocast
+from controlkit.precision import autocast, training_attention
 from controlkit.seeds import numpy_rng, torch_rng
 
 console = Console()
@@ -45,17 +46,19 @@ class Size:
     vae_batch: int
     unet_channels: tuple[int, ...]
     unet_batch: int
+    views: int  # encodings of each picture that the U-Net learns from, on different grounds
     text: tuple[int, int]  # width and layers of the text transformer
-    referee: tuple[int, ...]  # channels of the referee's ResNet
+    referee: tuple[int, ...]  # channels of the towers' ResNet
+    referee_text: tuple[int, int]
 
 
 SIZES = {
-    "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, (32, 1), (8, 16, 16, 32)),
-    "64": Size(64, (24, 48, 96), 8, 16, (64, 112, 160), 16, (192, 3), (48, 96, 160, 256)),
-    "128": Size(128, (32, 64, 128, 192), 8, 16, (96, 160, 224), 32, (192, 3), (48, 96, 160, 256)),
-    "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 224), 64, (192, 3), (48, 96, 160, 256)),
+    "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, 1, (32, 1), (8, 16, 16, 32), (32, 1)),
+    "64": Size(64, (24, 48, 96), 8, 16, (64, 128, 144), 48, 8, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "128": Size(128, (32, 64, 128, 192), 8, 16, (96, 160, 192), 48, 6, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 192), 64, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
 }
-SHARES = {"vae": 0.22, "tower": 0.07, "referee": 0.08, "unet": 0.63}  # of the budget
+SHARES = {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64}  # of the budget
 VOCABULARY = 2048
 SHAPE_SHARE = 0.1  # of the pictures in a batch
 PLAIN = "a high-quality, detailed, and professional image"  # the paper's prompt for no prompt
@@ -95,6 +98,15 @@ class Pictures:
         chosen = rng.choice(rows, size=min(count, len(rows)), replace=False)
         ground = list(world.GROUNDS)[rng.integers(len(world.GROUNDS))]
         return to_batch([world.draw_emoji(self.emoji, int(row), self.seed, step, ground) for row in chosen])
+
+    def views(self, visit: int) -> Iterator[tuple[np.ndarray, str]]:
+        """Every picture once, each on the ground of this visit, and shapes in their share."""
+        for row in self.rows:
+            yield world.draw_emoji(self.emoji, row, self.seed, visit)
+        count = round(len(self.rows) * SHAPE_SHARE)
+        for i in range(count):
+            picture, _, text = world.draw_shape(self.emoji.size, self.seed, visit * count + i)
+            yield picture, text
 
     def batch(self, count: int, step: int) -> tuple[Tensor, list[str]]:
         """``count`` pictures, float (count, 3, size, size) in [-1, 1], and their captions."""
@@ -153,7 +165,7 @@ class Run:
             rate = min(1.0, progress / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
-            with autocast(self.device):
+            with autocast(self.device), training_attention(self.device):
                 loss, figures = loss_of(step, progress)
             loss.backward()
             nn.utils.clip_grad_norm_(params, 1.0)
@@ -239,11 +251,18 @@ def learn_tokenizer(run: Run, pictures: Pictures) -> CLIPTokenizer:
 
 
 def train_tower(
-    run: Run, name: str, size: Size, pictures: Pictures, tokenizer: CLIPTokenizer, minutes: float, seed: int
+    run: Run,
+    name: str,
+    size: Size,
+    text_size: tuple[int, int],
+    pictures: Pictures,
+    tokenizer: CLIPTokenizer,
+    minutes: float,
+    seed: int,
 ) -> ImageTextTower:
     """Contrastive pairs; every other batch is of one style on one ground, so that concepts must be told apart."""
     torch.manual_seed(seed)
-    width, layers = size.text
+    width, layers = text_size
     marks = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width} | marks
     text |= {"num_hidden_layers": layers, "num_attention_heads": width // 32, "max_position_embeddings": WINDOW}
@@ -262,14 +281,18 @@ def train_tower(
 
 
 def build_unet(size: Size) -> UNet2DConditionModel:
-    """Stable Diffusion's U-Net, smaller: cross-attention at all but the coarsest resolution, and in the middle."""
+    """Stable Diffusion's U-Net, smaller. Attention sits in the middle and at the resolutions between.
+
+    As in SDXL the finest resolution has none: it is what costs most there, and prompts name things, not pixels.
+    """
     depth = len(size.unet_channels)
+    attends = [0 < level < depth - 1 for level in range(depth)]
     return UNet2DConditionModel(
         sample_size=size.pixels // 2 ** (len(size.vae_channels) - 1),
         in_channels=size.latent_channels,
         out_channels=size.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * (depth - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (depth - 1),
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         block_out_channels=size.unet_channels,
         layers_per_block=1,
         cross_attention_dim=size.text[0],
@@ -297,36 +320,76 @@ def build_schedule() -> DDIMScheduler:
     )
 
 
+@torch.no_grad()
+def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -> tuple[np.ndarray, list[str]]:
+    """Latents (N, C, h, w), float16, of ``size.views`` views of every picture, and their captions; made once.
+
+    Encoding anew at every step would take a fifth of the U-Net's time.
+    """
+    path, texts_path = run.out / "state" / "latents.npy", run.out / "state" / "captions.json"
+    if not path.exists():
+        latents, texts = [], []
+        for visit in range(size.views):
+            views = pictures.views(visit)
+            while drawn := list(itertools.islice(views, 64)):
+                pixels, captions = to_batch(drawn)
+                pixels = pixels.to(run.device).contiguous(memory_format=torch.channels_last)
+                with autocast(run.device):
+                    sample = vae.encode(pixels).latent_dist.sample(torch_rng("posterior", len(texts)))
+                latents.append((sample.float() * vae.config.scaling_factor).half().cpu().numpy())
+                texts += captions
+        texts_path.write_text(json.dumps(texts))
+        with path.with_suffix(".tmp").open("wb") as file:
+            np.save(file, np.concatenate(latents))
+        os.replace(path.with_suffix(".tmp"), path)
+    return np.load(path), json.loads(texts_path.read_text())
+
+
+class Conditioned(nn.Module):
+    """The U-Net and the text tower it listens to, trained together as in latent diffusion (Rombach et al., 2022).
+
+    The tower begins as contrastive training left it. Frozen, it would tell apart only what its own small picture
+    tower could see.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(tokens).last_hidden_state).sample
+
+
 def train_unet(
     run: Run,
     size: Size,
-    pictures: Pictures,
-    vae: AutoencoderKL,
+    latents: np.ndarray,
+    texts: list[str],
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     minutes: float,
-) -> UNet2DConditionModel:
+) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
-    unet = build_unet(size).to(run.device, memory_format=torch.channels_last)
+    unet = build_unet(size).to(memory_format=torch.channels_last)
+    model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
     schedule = build_schedule()
     count = size.unet_batch
 
     def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        pixels, texts = pictures.batch(count, step)
         rng = numpy_rng("unet", step)
-        texts = ["" if rng.random() < 0.1 else text for text in texts]
-        with torch.no_grad():
-            pixels = pixels.to(run.device).contiguous(memory_format=torch.channels_last)
-            latents = vae.encode(pixels).latent_dist.sample(torch_rng("posterior", step)) * vae.config.scaling_factor
-            text = text_encoder(tokens_of(tokenizer, texts, run.device)).last_hidden_state
-        noise = torch.randn(latents.shape, generator=torch_rng("unet", step)).to(run.device)
-        t = torch.from_numpy(rng.integers(schedule.config.num_train_timesteps, size=count)).to(run.device)
-        out = unet(schedule.add_noise(latents, noise, t), t, text).sample
-        return F.mse_loss(out.float(), schedule.get_velocity(latents, noise, t)), {}
+        rows = rng.integers(len(latents), size=count)
+        prompts = ["" if rng.random() < 0.1 else shorten(texts[row], rng) for row in rows]
+        x = torch.from_numpy(latents[rows]).float().to(run.device).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
+        # One timestep from each of `count` equal bands: the batch's loss varies less than with free draws.
+        steps = (np.arange(count) + rng.random(count)) / count * schedule.config.num_train_timesteps
+        t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
+        out = model(schedule.add_noise(x, noise, t), t, tokens_of(tokenizer, prompts, run.device))
+        return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
 
-    run.train("unet", unet, loss_of, minutes, lr=1e-3)
-    return unet
+    run.train("unet", model, loss_of, minutes, lr=1e-3)
+    return model
 
 
 @torch.no_grad()
@@ -372,12 +435,13 @@ def main(
     vae = train_vae(run, chosen, pictures, minutes["vae"])
     set_scale(vae, chosen, pictures, device)
     tokenizer = learn_tokenizer(run, pictures)
-    tower = train_tower(run, "tower", chosen, pictures, tokenizer, minutes["tower"], seed=2)
-    referee = train_tower(run, "referee", chosen, pictures, tokenizer, minutes["referee"], seed=3)
+    tower = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2)
+    referee = train_tower(run, "referee", chosen, chosen.referee_text, pictures, tokenizer, minutes["referee"], seed=3)
     referee.save(out / "referee")
     tokenizer.save_pretrained(out / "referee")
-    unet = train_unet(run, chosen, pictures, vae, tower.text, tokenizer, minutes["unet"])
-    save_base(out / "mini", vae, tower.text, tokenizer, unet)
+    latents, texts = encode_views(run, chosen, pictures, vae)
+    model = train_unet(run, chosen, latents, texts, tower.text, tokenizer, minutes["unet"])
+    save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")
 
 

@@ -174,6 +174,7 @@ SETTINGS = [  # key, another value, what of the run it must change
     ("batch", 3, "losses"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
+    ("cooldown", 1, "weights"),
     ("weight_decay", 1.0, "weights"),
     ("prompt_dropout", 1.0, "losses"),
     ("seed", 1, "losses"),
@@ -255,6 +256,12 @@ def test_no_setting_is_left_out():
                 yield prefix + name
 
     assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
+
+
+def test_the_rate_rises_stays_and_falls():
+    recipe = parse_recipe({"steps": 10, "lr": 1.0, "warmup": 3, "cooldown": 3})
+    rates = [train.learning_rate(recipe, step) for step in range(10)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------

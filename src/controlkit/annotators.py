@@ -19,7 +19,7 @@ def canny(picture: np.ndarray, low: float = 100, high: float = 200) -> np.ndarra
     return np.repeat(cv2.Canny(np.ascontiguousarray(picture), low, high)[..., None], 3, axis=2)
 
 
-def scribble(picture: np.ndarray, width: float = 3 / 64, detail: float = 0.12) -> np.ndarray:
+def scribble(picture: np.ndarray, width: float = 2 / 64, detail: float = 0.12) -> np.ndarray:
     """A synthetic user scribble: the main outlines, straightened as a quick hand would, with a thick pen.
 
     The paper makes its scribbles from HED boundaries with random morphology; this needs no network: blurred Canny
@@ -63,7 +63,7 @@ ANNOTATORS = {
     a.name: a
     for a in (
         Annotator("canny", canny, {"low": 100.0, "high": 200.0}, "edge_f1"),
-        Annotator("scribble", scribble, {"width": 3 / 64, "detail": 0.12}, "edge_f1"),
+        Annotator("scribble", scribble, {"width": 2 / 64, "detail": 0.12}, "edge_f1"),
     )
 }
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SIDE = 192  # 14 MFLOP a product: long enough to time, short even where bfloat16 is emulated
 
@@ -36,3 +37,11 @@ def bf16_pays(device_type: str) -> bool:
 def autocast(device_type: str) -> AbstractContextManager[object]:
     """bfloat16 autocast where ``bf16_pays``, else nothing."""
     return torch.autocast(device_type, dtype=torch.bfloat16) if bf16_pays(device_type) else nullcontext()
+
+
+def training_attention(device_type: str) -> AbstractContextManager[object]:
+    """On a CPU attention as plain products: the fused kernel's backward pass is the slower one there.
+
+    Measured on ``mini``'s U-Net, 64 latents of 16 x 16, two Zen 5 cores, bfloat16: 551 against 619 ms a step.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()

@@ -33,7 +33,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
 from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
-from controlkit.precision import autocast
+from controlkit.precision import autocast, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
 
@@ -88,8 +88,11 @@ class Recipe(_Strict):
     steps: int = Field(3000, gt=0)
     batch: int = Field(32, gt=0)
     lr: float = Field(1e-5, gt=0)
-    """AdamW's, constant after the warm-up (the paper: 1e-5 for SD)."""
+    """AdamW's, constant between warm-up and cooldown (the paper: 1e-5 for SD, constant throughout)."""
     warmup: int = Field(0, ge=0)
+    """Steps at the start over which the rate rises linearly."""
+    cooldown: int = Field(0, ge=0)
+    """Steps at the end over which it falls linearly, nearly to zero."""
     weight_decay: float = Field(0.01, ge=0)
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
@@ -253,6 +256,13 @@ def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
     return F.mse_loss(prediction.float(), target)
 
 
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The rate of a step (from 0): warm-up, plateau, cooldown."""
+    rise = (step + 1) / (recipe.warmup + 1)
+    fall = (recipe.steps - step) / (recipe.cooldown + 1)
+    return recipe.lr * min(1.0, rise, fall)
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -374,8 +384,8 @@ def train_control(
         while step < recipe.steps:
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * min(1.0, (step + 1) / (recipe.warmup + 1))
-            with autocast(base.device.type):
+                group["lr"] = learning_rate(recipe, step)
+            with autocast(base.device.type), training_attention(base.device.type):
                 loss = objective(base, branch, draw_batch(base, cached, contract, recipe, step))
             value = loss.item()
             if not np.isfinite(value):
