@@ -564,6 +564,13 @@ def test_resuming_goes_back_to_the_checkpoint_s_thread_count(stopped, toy_base, 
     assert asked == [1]
 
 
+def test_resuming_goes_on_in_the_checkpoint_s_number_format(whole, stopped, toy_base, monkeypatch):
+    monkeypatch.setattr(precision, "_settled", {})
+    monkeypatch.setattr(precision, "bf16_pays", lambda device_type: True)  # the probe changed its mind
+    list(train_control(tiny(), stopped, toy_base))
+    assert_like(whole, stopped)
+
+
 def test_resuming_on_other_weights_of_the_base_is_refused(stopped, toy_base, other_base):
     with pytest.raises(UserError, match=rf"{toy_base.digest}, now {other_base.digest}"):
         next(train_control(tiny(), stopped, other_base))

@@ -34,9 +34,23 @@ def bf16_pays(device_type: str) -> bool:
     return best_of(2, torch.bfloat16) < best_of(4, torch.float32)
 
 
+_settled: dict[str, str] = {}
+
+
+def number_format(device_type: str) -> str:
+    """``bfloat16`` where it pays, else ``float32``; what was settled, where something was."""
+    return _settled.get(device_type) or ("bfloat16" if bf16_pays(device_type) else "float32")
+
+
+def settle_format(device_type: str, name: str) -> None:
+    """Keep to one format for the rest of the process: a resumed run must go on in the one it began in."""
+    _settled[device_type] = name
+
+
 def autocast(device_type: str) -> AbstractContextManager[object]:
-    """bfloat16 autocast where ``bf16_pays``, else nothing."""
-    return torch.autocast(device_type, dtype=torch.bfloat16) if bf16_pays(device_type) else nullcontext()
+    """bfloat16 autocast where that is the ``number_format``, else nothing."""
+    half = number_format(device_type) == "bfloat16"
+    return torch.autocast(device_type, dtype=torch.bfloat16) if half else nullcontext()
 
 
 def training_attention(device_type: str) -> AbstractContextManager[object]:

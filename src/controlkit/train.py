@@ -33,7 +33,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
 from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
-from controlkit.precision import autocast, training_attention
+from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
 
@@ -284,7 +284,8 @@ def _save_checkpoint(
             for index, kept in optimizer.state_dict()["state"].items()
             for name, value in kept.items()
         }
-        facts = {"step": str(step), "threads": str(torch.get_num_threads()), "base_digest": base.digest}
+        facts = {"step": str(step), "base_digest": base.digest}
+        facts |= {"threads": str(torch.get_num_threads()), "format": number_format(base.device.type)}
         branch = {f"branch.{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
         write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
         scratch.chmod(0o755)
@@ -320,8 +321,11 @@ def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimi
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # Bit-exactness holds for one thread count and one number format, whatever this machine would choose now.
     if int(facts["threads"]) != torch.get_num_threads():
-        torch.set_num_threads(int(facts["threads"]))  # bit-exactness holds for one thread count
+        torch.set_num_threads(int(facts["threads"]))
+    if facts["format"] != number_format(base.device.type):
+        settle_format(base.device.type, facts["format"])
     return int(facts["step"])
 
 
