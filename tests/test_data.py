@@ -77,7 +77,7 @@ def test_fill50k_is_written_in_the_original_s_layout(tmp_path):
     pictures = ("source/0.png", "source/1.png", "target/0.png", "target/1.png")
     assert {read_picture(tmp_path / name).shape for name in pictures} == {(512, 512, 3)}
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"prompt.json", *pictures}
+    assert files == {"prompt.json", "drawn.json", *pictures}
 
 
 def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
@@ -87,6 +87,13 @@ def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
     last = FolderPairs(tmp_path, 32).part(slice(2, None))
     assert len(last) == 1 and same(last[0], drawn[2])
     assert FolderPairs(tmp_path, 16)[0].picture.shape == FolderPairs(tmp_path, 16)[0].hint.shape == (16, 16, 3)
+
+
+def test_a_set_begun_with_another_seed_or_size_is_not_mixed_with_this_one(tmp_path):
+    next(make_fill50k(tmp_path, 2, size=32, seed=4))
+    for other in ({"size": 16, "seed": 4}, {"size": 32, "seed": 5}):
+        with pytest.raises(UserError, match="was begun with size 32 and seed 4"):
+            next(make_fill50k(tmp_path, 2, **other))
 
 
 def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):

@@ -172,6 +172,8 @@ UNREADABLE = {
     "text": lambda path: path.write_text("not a picture"),
     "truncated": _truncated,
     "bomb": _bomb,
+    "float": lambda path: Image.fromarray(np.eye(4, dtype=np.float32)).save(path, "TIFF"),
+    "long": lambda path: Image.fromarray(np.eye(4, dtype=np.int32)).save(path, "TIFF"),
 }
 
 

@@ -142,8 +142,17 @@ def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], 
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:
     """Write the tutorial set in its own layout; yields the number of pairs written so far.
 
-    ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to go on.
+    ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to go on;
+    ``UserError`` if the folder was begun with another size or seed.
     """
+    settings, drawn = {"size": size, "seed": seed}, folder / "drawn.json"
+    begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
+    if begun != settings:
+        raise UserError(
+            f"{folder} was begun with size {begun['size']} and seed {begun['seed']}, not {size} and {seed}: "
+            "go on with those, or give another folder."
+        )
+    write_atomic(drawn, (json.dumps(settings) + "\n").encode())
     pairs = CirclePairs(size, count, seed)
     lines = []
     for i, truth in enumerate(pairs):
