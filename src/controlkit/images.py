@@ -76,7 +76,7 @@ def read_picture(path: Path) -> np.ndarray:
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode in ("I", "F"):  # no agreed range, such as a depth map in millimetres: clipping would ruin it
+            if picture.mode in ("I", "F"):  # such as depth in millimetres; clipping would ruin it
                 raise ValueError(f"its samples are of mode {picture.mode}, 32 bits, without a range")
             if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
@@ -85,7 +85,7 @@ def read_picture(path: Path) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file of 8 or 16 bits a sample."
+            f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
 
 
