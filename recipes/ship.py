@@ -1,0 +1,47 @@
+"""Put trained models into the package, half precision, within the budget of shipped weights.
+
+    python recipes/ship.py runs/mini/mini runs/mini/referee runs/canny runs/scribble
+
+Each folder is shipped under its own name. A base or a referee is copied as it is (``recipes/mini.py`` writes half
+precision); of a control's run its result is shipped, and it must have been trained on the base that is shipped.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from controlkit.backbones import load_base
+from controlkit.errors import UserError
+from controlkit.formats import load_control, save_control
+from controlkit.hub import SHIPPED
+
+BUDGET = 36_000_000  # bytes, all shipped weights together
+
+
+def main(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of a base, a referee, or controls' runs.")],
+) -> None:
+    """Put trained models into the package."""
+    for folder in folders:
+        target = SHIPPED / folder.name
+        if (folder / "recipe.yaml").is_file():
+            base = load_base("mini")
+            control = load_control(folder / "control", base)
+            if control.trained["base_digest"] != base.digest:
+                raise UserError(f"{folder} was trained on another base than the one shipped: train it on this one.")
+            save_control(target, control, base, torch.float16)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder, target)
+        print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()) / 1e6:.2f} MB")
+    total = sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file())
+    print(f"all shipped weights: {total / 1e6:.2f} of {BUDGET / 1e6:.0f} MB")
+    if total > BUDGET:
+        raise UserError(f"Shipped weights take {total} bytes, more than the {BUDGET} they may.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
