@@ -28,9 +28,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from controlkit.hub import digest
 from controlkit.mini import world
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.precision import autocast, training_attention
+from controlkit.sample import PLAIN_PROMPT as PLAIN
 from controlkit.seeds import numpy_rng, torch_rng
 
 console = Console()
@@ -61,7 +63,6 @@ SIZES = {
 SHARES = {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64}  # of the budget
 VOCABULARY = 2048
 SHAPE_SHARE = 0.1  # of the pictures in a batch
-PLAIN = "a high-quality, detailed, and professional image"  # the paper's prompt for no prompt
 
 
 def to_batch(drawn: list[tuple[np.ndarray, str]]) -> tuple[Tensor, list[str]]:
@@ -326,7 +327,8 @@ def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -
 
     Encoding anew at every step would take a fifth of the U-Net's time.
     """
-    path, texts_path = run.out / "state" / "latents.npy", run.out / "state" / "captions.json"
+    path = run.out / "state" / f"latents-{digest(vae.state_dict())}.npy"  # of another VAE's latents nothing is of use
+    texts_path = path.with_suffix(".json")
     if not path.exists():
         latents, texts = [], []
         for visit in range(size.views):
@@ -382,8 +384,9 @@ def train_unet(
         prompts = ["" if rng.random() < 0.1 else shorten(texts[row], rng) for row in rows]
         x = torch.from_numpy(latents[rows]).float().to(run.device).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
-        # One timestep from each of `count` equal bands: the batch's loss varies less than with free draws.
-        steps = (np.arange(count) + rng.random(count)) / count * schedule.config.num_train_timesteps
+        # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T); and one is
+        # drawn from each of `count` equal shares, so that the batch's loss varies less than with free draws.
+        steps = np.sqrt((np.arange(count) + rng.random(count)) / count) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
         out = model(schedule.add_noise(x, noise, t), t, tokens_of(tokenizer, prompts, run.device))
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}

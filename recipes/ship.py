@@ -14,11 +14,15 @@ import torch
 import typer
 
 from controlkit.backbones import load_base
-from controlkit.errors import UserError
 from controlkit.formats import load_control, save_control
 from controlkit.hub import SHIPPED
 
 BUDGET = 36_000_000  # bytes, all shipped weights together
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def main(
@@ -31,16 +35,13 @@ def main(
             base = load_base("mini")
             control = load_control(folder / "control", base)
             if control.trained["base_digest"] != base.digest:
-                raise UserError(f"{folder} was trained on another base than the one shipped: train it on this one.")
+                raise typer.BadParameter(f"{folder} was trained on another base than the one shipped.")
             save_control(target, control, base, torch.float16)
         else:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(folder, target)
-        print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()) / 1e6:.2f} MB")
-    total = sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file())
-    print(f"all shipped weights: {total / 1e6:.2f} of {BUDGET / 1e6:.0f} MB")
-    if total > BUDGET:
-        raise UserError(f"Shipped weights take {total} bytes, more than the {BUDGET} they may.")
+        print(f"{target}: {size_of(target) / 1e6:.2f} MB")
+    print(f"all shipped weights: {size_of(SHIPPED) / 1e6:.2f} MB; the package's tests hold them to {BUDGET / 1e6:.0f}")
 
 
 if __name__ == "__main__":

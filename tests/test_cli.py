@@ -87,7 +87,7 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
     )
     code, out, err = run("train", recipe, "--out", tmp_path / "run")
     assert code == 0, err
-    assert "no control yet" in out
+    assert "control cannot be told here" in out
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"fidelity", "floor", "ceiling", "obedience"} <= set(lines[1])
@@ -114,6 +114,9 @@ BAD = {
     "a size that is no multiple": (["--size", "50x50"], "48x48"),
     "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
     "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
+    "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
+    "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
+    "a seed torch cannot take": (["--seed", "99999999999999999999"], "--seed"),
     "too many scales": (["--control", "{control}={drawing}", "--scale", "1", "--scale", "2"], "--scale"),
 }
 
@@ -125,11 +128,34 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, case, toy_folder, cont
     filled = [a.format(control=control, drawing=drawing, broken=tmp_path / "broken.png") for a in arguments]
     if "--base" not in filled:
         filled += ["--base", toy_folder]
-    code, _, err = run("generate", "x", *filled, "--steps", 1, "--out", tmp_path / "out")
+    code, _, err = run("generate", "x", "--steps", 1, *filled, "--out", tmp_path / "out")
     assert code == 2
     assert expected in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize("command", ["generate", "annotate", "evaluate", "fill50k"])
+def test_a_file_where_a_folder_should_be_and_the_reverse_are_refused(command, run, toy_folder, control, tmp_path):
+    write_png(drawing := tmp_path / "drawing.png", np.zeros((32, 32, 3), np.uint8))
+    (taken := tmp_path / "taken").write_text("mine")
+    arguments = {
+        "generate": ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", taken],
+        "annotate": ["annotate", "canny", drawing, "--out", taken],
+        "evaluate": ["evaluate", control, "--base", toy_folder, "--json", tmp_path],
+        "fill50k": ["data", "make", "fill50k", "--count", 1, "--out", taken],
+    }[command]
+    code, _, err = run(*arguments)
+    assert code == 2 and "Traceback" not in err
+    assert taken.read_text() == "mine"
+
+
+def test_a_control_of_other_weights_is_run_with_a_note(run, toy_folder, toy_base, drawing, tmp_path):
+    trained = {"base": "toy", "base_digest": "0123456789abcdef"}
+    save_control(tmp_path / "old", SavedControl(toy_base.new_branch(), Hint("canny"), trained), toy_base)
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'old'}={drawing}", "--steps", 1]
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert code == 0 and "0123456789abcdef" in err and toy_base.digest in err
 
 
 def test_a_recipe_with_an_unknown_key_names_the_nearest(run, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.annotators import annotator, canny
+from controlkit.annotators import annotate, annotator, canny
 from controlkit.data import (
     CirclePairs,
     EmojiPairs,
@@ -20,7 +20,8 @@ from controlkit.data import (
     split_folder,
 )
 from controlkit.errors import UserError
-from controlkit.images import read_picture, to_tensor
+from controlkit.images import Hint, read_picture, to_tensor
+from controlkit.measure import edge_f1
 from controlkit.mini import world
 
 CANNY = annotator("canny").hint()
@@ -86,7 +87,18 @@ def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
     assert all(same(a, b) for a, b in zip(FolderPairs(tmp_path, 32), drawn, strict=True))
     last = FolderPairs(tmp_path, 32).part(slice(2, None))
     assert len(last) == 1 and same(last[0], drawn[2])
-    assert FolderPairs(tmp_path, 16)[0].picture.shape == FolderPairs(tmp_path, 16)[0].hint.shape == (16, 16, 3)
+    small = FolderPairs(tmp_path, 16)[0]
+    assert small.picture.shape == hint_of(small, Hint("canny")).shape == (16, 16, 3)
+
+
+def test_a_thin_outline_drawn_large_is_still_a_line_on_a_small_base(tmp_path):
+    list(make_fill50k(tmp_path, 4))
+    contract = annotator("canny").hint()
+    for large, small in zip(FolderPairs(tmp_path, 64), CirclePairs(512, 4), strict=True):
+        hint = hint_of(large, contract)
+        assert edge_f1(hint, annotate(large.picture, contract)) > 0.6
+        assert 0.01 < (hint > 127).mean() < 0.2, "faded, or grown to a blob"
+        assert small.hint.shape == (512, 512, 3)
 
 
 def test_a_set_begun_with_another_seed_or_size_is_not_mixed_with_this_one(tmp_path):
@@ -94,6 +106,13 @@ def test_a_set_begun_with_another_seed_or_size_is_not_mixed_with_this_one(tmp_pa
     for other in ({"size": 16, "seed": 4}, {"size": 32, "seed": 5}):
         with pytest.raises(UserError, match="was begun with size 32 and seed 4"):
             next(make_fill50k(tmp_path, 2, **other))
+
+
+def test_pairs_somebody_else_made_are_not_overwritten(tmp_path):
+    (tmp_path / "prompt.json").write_text("theirs")
+    with pytest.raises(UserError, match="not drawn here"):
+        next(make_fill50k(tmp_path, 2, size=32))
+    assert (tmp_path / "prompt.json").read_text() == "theirs"
 
 
 def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):

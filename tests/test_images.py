@@ -37,7 +37,7 @@ def test_values_beyond_the_range_are_clipped_and_not_wrapped():
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 9), (9, 5), (64, 16), (1, 1)])
 @pytest.mark.parametrize("shape", [(8, 8), (7, 13), (40, 20)])
-@pytest.mark.parametrize("how", ["area", "nearest"])
+@pytest.mark.parametrize("how", ["area", "lines", "nearest"])
 def test_fit_gives_exactly_the_size_asked_for(shape, size, how):
     assert fit(noise(*shape), size, how).shape == (*size, 3)
 
@@ -84,6 +84,13 @@ def test_a_hint_is_read_as_its_contract_says():
     assert torch.allclose(Hint("canny", colour_order="BGR").tensor(picture, (4, 6)), expected.flip(1))
     grey = (expected * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     assert torch.allclose(Hint("canny", channels=1).tensor(picture, (4, 6)), grey, atol=1 / 255)
+
+
+def test_a_thin_line_does_not_fade_when_it_shrinks():
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[33] = 255
+    assert fit(picture, (8, 8), "lines").max(axis=(1, 2)).tolist() == [0, 0, 0, 0, 255, 0, 0, 0]
+    assert fit(picture, (8, 8), "area").max() < 64
 
 
 def test_the_resize_rule_is_part_of_the_contract():
@@ -231,6 +238,11 @@ def test_a_grid_lays_rows_and_columns_out_below_their_labels():
     assert np.array_equal(labelled[20:], plain)
     assert (labelled[:20, 4:20] < 128).any()
     assert (labelled[:20, 20:24] == 255).all(), "a label ran into its neighbour"
+
+
+def test_a_grid_keeps_each_picture_s_shape():
+    sheet = grid([[np.zeros((4, 8, 3), np.uint8)]], cell=16)[4:20, 4:20]
+    assert (sheet[4:12] == 0).all() and (sheet[:4] == 255).all() and (sheet[12:] == 255).all()
 
 
 def test_written_files_are_as_readable_as_any_other(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from controlkit.annotators import annotator, canny
 from controlkit.data import CirclePairs
+from controlkit.errors import UserError
 from controlkit.measure import (
     Referee,
     ceiling_pictures,
@@ -108,7 +109,7 @@ def test_a_pair_that_says_nothing_is_left_out_of_every_condition(where):
 
 
 def test_obedience_of_nothing_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match="at least one pair"):
+    with pytest.raises(UserError, match="Nothing can be measured"):
         obedience(**rows(3, ceiling=np.full(3, np.nan)))
 
 
@@ -268,7 +269,8 @@ def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, refe
     assert report["floor"]["mean"] == max(report["floor_no_control"]["mean"], report["floor_shuffled"]["mean"])
     assert (report["metric"], report["num"]) == ("edge_f1", 4)
     assert report["settings"] == {
-        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "seeds": [0, 3], "base": "toy"
+        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "seeds": "0-3", "base": "toy",
+        "base_digest": toy_base.digest, "format": "float32",
     }  # fmt: skip
     assert report["seconds"] > 0 and json.loads(json.dumps(report)) == report
     assert sum(advanced) == 3 * 4 * 2, "three ways, four pictures, two steps"

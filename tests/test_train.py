@@ -18,20 +18,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from controlkit import precision, train
+from controlkit.annotators import annotator
 from controlkit.backbones import UNetBase, load_base
 from controlkit.data import Cached, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, key_table, load_control, save_control
-from controlkit.images import Hint
+from controlkit.images import SCRATCH, Hint
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
 from controlkit.train import (
     Batch,
     Recipe,
+    Seen,
     draw_batch,
     found_step,
     objective,
@@ -77,7 +80,7 @@ def equal(a, b):
 
 def leftovers(out):
     """Files and folders a write left behind: hidden ones."""
-    return [str(path) for path in out.rglob(".*")]
+    return [str(path) for path in out.rglob(f"{SCRATCH}*")]
 
 
 # --- recipes ------------------------------------------------------------------------------------------------
@@ -145,6 +148,19 @@ def test_every_recipe_we_ship_is_valid(path):
 def test_an_unknown_annotator_or_option_is_refused_before_anything_is_written(control, words, toy_base, tmp_path):
     with pytest.raises(UserError, match=words):
         next(train_control(tiny(control=control), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"data": {"source": "emojis"}}, 'did you mean "emoji"'),
+        ({"control": {"start_from": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_a_recipe_that_cannot_run_leaves_no_folder_to_be_in_the_way(section, words, toy_base, tmp_path):
+    with pytest.raises(UserError, match=words):
+        next(train_control(tiny(**section), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
 
 
@@ -457,14 +473,14 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(whole, toy_base):
     assert [record["step"] for record in records if "obedience" in record] == [3, 6]
     evaluated = records[2]
     assert set(evaluated) == {
-        "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "verdict"
+        "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "counts", "verdict"
     }  # fmt: skip
-    assert evaluated["verdict"] == "no control yet"
+    assert not evaluated["counts"] and evaluated["verdict"].startswith("control cannot be told here")
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     assert read_recipe(whole / "recipe.yaml") == tiny()
     control = load_control(whole, toy_base)
-    assert control.hint == Hint("canny", {"low": 100.0, "high": 200.0})
+    assert control.hint == annotator("canny").hint()
     assert control.trained["step"] == 6 and control.trained["base_digest"] == toy_base.digest
     assert Recipe(**control.trained["recipe"]) == tiny()
     assert not leftovers(whole)
@@ -556,7 +572,7 @@ def test_what_a_kill_leaves_half_written_is_removed(number, whole, stopped, toy_
     assert_like(whole, stopped)
 
 
-def test_resuming_goes_back_to_the_checkpoint_s_thread_count(stopped, toy_base, monkeypatch):
+def test_resuming_goes_back_to_the_run_s_thread_count(stopped, toy_base, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -564,11 +580,36 @@ def test_resuming_goes_back_to_the_checkpoint_s_thread_count(stopped, toy_base, 
     assert asked == [1]
 
 
-def test_resuming_goes_on_in_the_checkpoint_s_number_format(whole, stopped, toy_base, monkeypatch):
+@pytest.mark.parametrize("gone", [None, "checkpoints"])
+def test_resuming_goes_on_in_the_run_s_number_format(gone, whole, stopped, toy_base, monkeypatch):
+    if gone:
+        shutil.rmtree(stopped / gone)
     monkeypatch.setattr(precision, "_settled", {})
     monkeypatch.setattr(precision, "bf16_pays", lambda device_type: True)  # the probe changed its mind
     list(train_control(tiny(), stopped, toy_base))
     assert_like(whole, stopped)
+
+
+def test_a_run_that_another_process_holds_is_left_alone(stopped, toy_base):
+    before = (stopped / "log.jsonl").read_bytes()
+    with FileLock(stopped / ".lock"), pytest.raises(UserError, match="Another process is training"):
+        next(train_control(tiny(), stopped, toy_base))
+    assert (stopped / "log.jsonl").read_bytes() == before
+
+
+def test_an_unreadable_checkpoint_is_named(stopped, toy_base):
+    (state := stopped / "checkpoints" / "step-0000004" / "state.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"Delete .*step-0000004 and run again"):
+        next(train_control(tiny(), stopped, toy_base))
+    assert state.read_bytes() == b"torn"
+
+
+def test_the_neighbour_is_needed_at_the_start_only(toy_base, neighbour, tmp_path, monkeypatch):
+    shutil.copytree(neighbour, tmp_path / "near")
+    recipe = tiny(control={"start_from": str(tmp_path / "near")})
+    list(itertools.islice(train_control(recipe, tmp_path / "run", toy_base), 3))
+    shutil.rmtree(tmp_path / "near")
+    assert len(list(train_control(recipe, tmp_path / "run", toy_base))) == 4
 
 
 def test_resuming_on_other_weights_of_the_base_is_refused(stopped, toy_base, other_base):
@@ -649,9 +690,24 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(to
     run = train_control(tiny(), tmp_path, toy_base)
     list(itertools.islice(run, 2))
     monkeypatch.setattr(train, "objective", lambda *args: objective(*args) * float("nan"))
-    with pytest.raises(UserError, match=r"nan at step 3.*learning rate.*0\.001"):
+    with pytest.raises(UserError, match=r"step 3 the loss is nan.*learning rate.*0\.001"):
         next(run)
     assert len(log_of(tmp_path)) == 2
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy_base, tmp_path, monkeypatch):
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, slope):
+            return slope * float("inf")
+
+    monkeypatch.setattr(train, "objective", lambda *args: Overflow.apply(objective(*args)))
+    with pytest.raises(UserError, match=r"gradient's norm (nan|inf)"):
+        next(train_control(tiny(), tmp_path, toy_base))
 
 
 # --- found? -------------------------------------------------------------------------------------------------
@@ -671,14 +727,21 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(to
     ],
 )
 def test_control_is_found_at_the_first_of_two_successive_evaluations(lows, found, words):
-    evaluations = [(100 * (i + 1), Figure(low + 0.5, low, low + 1.0)) for i, low in enumerate(lows)]
+    evaluations = [Seen(100 * (i + 1), low, counts=True) for i, low in enumerate(lows)]
     assert found_step(evaluations) == found
     assert verdict(evaluations) == words
 
 
+def test_obedience_that_does_not_count_finds_no_control():
+    evaluations = [Seen(100, 0.9, counts=False), Seen(200, 0.9, counts=False)]
+    assert found_step(evaluations) is None
+    assert verdict(evaluations).startswith("control cannot be told here")
+
+
 def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monkeypatch):
     figure = Figure(0.5, 0.4, 0.6)
-    monkeypatch.setattr(train, "obedience", lambda *scores: dataclasses.replace(obedience(*scores), obedience=figure))
+    changed = {"obedience": figure, "floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
+    monkeypatch.setattr(train, "obedience", lambda *scores: dataclasses.replace(obedience(*scores), **changed))
     list(itertools.islice(train_control(tiny(), tmp_path, toy_base), 4))
     last = list(train_control(tiny(), tmp_path, toy_base))[-1]
     assert last.verdict == "control found at step 3"

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from controlkit.errors import UserError, nearest
-from controlkit.images import Hint
+from controlkit.images import Hint, fit
 
 
 def canny(picture: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
@@ -56,7 +56,7 @@ class Annotator:
         for key in options:
             if key not in self.options:
                 raise UserError(f'{self.name} has no option "{key}": {nearest(key, self.options)}')
-        return Hint(self.name, {**self.options, **options})
+        return Hint(self.name, {**self.options, **options}, resize="lines")
 
 
 ANNOTATORS = {
@@ -75,9 +75,13 @@ def annotator(name: str) -> Annotator:
     return ANNOTATORS[name]
 
 
-def annotate(picture: np.ndarray, hint: Hint) -> np.ndarray:
-    """Annotate a picture as a hint's contract says."""
-    return annotator(hint.annotator).function(picture, **hint.options)
+def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Annotate a picture as a hint's contract says.
+
+    Give the ``size`` (height, width) of the picture to be made for a picture of another size: it is brought to that
+    size first, as training did. Lines found at one size and shrunk to another are not the lines found there.
+    """
+    return annotator(hint.annotator).function(fit(picture, size) if size else picture, **hint.options)
 
 
 def white_on_black(lines: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from controlkit.backbones import UNetBase
+    from controlkit.formats import SavedControl
 
 app = typer.Typer(
     name="controlkit",
@@ -62,7 +63,26 @@ def _load_base(name: str, device: str) -> "UNetBase":
         library.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
     return load_base(name, device)
+
+
+def _load_control(name: str, base: "UNetBase") -> "SavedControl":
+    from controlkit.formats import load_control
+
+    saved = load_control(name, base)
+    trained_on = saved.trained.get("base_digest", base.digest)
+    if trained_on != base.digest:
+        _warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
+    return saved
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
 
 
 def _say(text: str) -> None:
@@ -94,7 +114,7 @@ def generate(
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
     device: DeviceOption = "auto",
@@ -105,29 +125,30 @@ def generate(
     """
     from controlkit import sample
     from controlkit.annotators import annotate, white_on_black
-    from controlkit.formats import load_control
     from controlkit.images import fit, grid, read_picture, write_png
+    from controlkit.precision import number_format
 
+    _check_folder(out)
     asked = [_split_control(text) for text in control or []]
     scales = _scales(scale or [1.0], len(asked))
     pictures = [read_picture(path) for _, path in asked]
     model = _load_base(base, device)
     settings = sample.Settings(steps, guidance, _parse_size(size))
     sides = sample.picture_size(model, settings)
-    saved = [load_control(name, model) for name, _ in asked]
+    saved = [_load_control(name, model) for name, _ in asked]
     prompt = sample.PLAIN_PROMPT if prompt is None else prompt
     for text in (prompt, negative):
         if cut := model.cut_words(text):
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
     hints = []
     for picture, kept in zip(pictures, saved, strict=True):
-        fitted = fit(picture, sides, kept.hint.resize)
-        hints.append(white_on_black(fitted) if hint else annotate(fitted, kept.hint))
+        given = fit(white_on_black(picture), sides, kept.hint.resize) if hint else None
+        hints.append(annotate(picture, kept.hint, sides) if given is None else given)
     controls = [sample.Control(s.branch, s.hint, k) for s, k in zip(saved, scales, strict=True)]
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]
     facts: dict[str, Any] = {"prompt": prompt, "negative": negative, "base": base, "steps": steps, "guidance": guidance}
-    facts |= {"controls": [{"name": n, "scale": k} for (n, _), k in zip(asked, scales, strict=True)]}
-    facts |= {"width": sides[1], "height": sides[0]}
+    facts |= {"controls": [{"name": n, "scale": k, "hint": hint} for (n, _), k in zip(asked, scales, strict=True)]}
+    facts |= {"width": sides[1], "height": sides[0], "format": number_format(model.device.type)}
     made = []
     with _progress() as progress:
         task = progress.add_task("generating", total=num * steps, figures="")
@@ -181,20 +202,20 @@ def annotate(
     """Turn pictures into hints: `OUT/NAME.png` for each, white on black."""
     from controlkit.annotators import annotate as annotate_picture
     from controlkit.annotators import annotator as find
-    from controlkit.images import fit, read_picture, write_png
+    from controlkit.images import read_picture, write_png
 
     contract = find(annotator).hint()
     sides = _parse_size(size)
+    _check_folder(out)
     if len({path.stem for path in images}) < len(images):
         raise UserError("Two of the pictures have the same name, and one hint would overwrite the other: rename one.")
+    targets = [out / f"{path.stem}.png" for path in images]
+    read = {path.resolve() for path in images}
+    if clash := next((target for target in targets if target.resolve() in read), None):
+        raise UserError(f"A hint would overwrite the picture {clash}: give another --out.")
     pictures = [read_picture(path) for path in images]
-    for path, picture in zip(images, pictures, strict=True):
-        target = out / f"{path.stem}.png"
-        if target.resolve() == path.resolve():
-            raise UserError(f"The hint of {path} would overwrite the picture: give another --out.")
-        write_png(
-            target, annotate_picture(fit(picture, sides) if sides else picture, contract), {"annotator": annotator}
-        )
+    for target, picture in zip(targets, pictures, strict=True):
+        write_png(target, annotate_picture(picture, contract, sides), {"annotator": annotator})
         _say(str(target))
 
 
@@ -233,11 +254,11 @@ def train(
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
-            if record.evaluation:
+            if seen := record.evaluation:
                 words = record.verdict or ""
-                progress.print(
-                    f"step {record.step}: obedience {record.evaluation.obedience} - {words}", highlight=False
-                )
+                range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
+                shown = f"obedience {seen.obedience}" if seen.counts else range_
+                progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
     _say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
 
 
@@ -264,13 +285,14 @@ def evaluate(
     from rich.table import Table
 
     from controlkit.data import evaluation_pairs
-    from controlkit.formats import load_control
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
     from controlkit.sample import Control, Settings
 
+    if json_file and json_file.is_dir():
+        raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
     model = _load_base(base, device)
-    saved = load_control(control, model)
+    saved = _load_control(control, model)
     pairs, real = evaluation_pairs(data or str(saved.trained.get("data", "emoji")), model.size, num)
     with _progress() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
@@ -282,15 +304,19 @@ def evaluate(
             Settings(steps, guidance),
             on_step=lambda n: progress.advance(task, n),
         )
-    if json_file:
-        write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
-    table = Table(title=f"{control} on {base}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s")
+    used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
+    table = Table(
+        title=f"{control} on {base}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s",
+        caption=used,
+    )
     for name in ("figure", "mean", "95% interval"):
         table.add_column(name)
     for name, figure in report.items():
         if isinstance(figure, dict) and "mean" in figure:
             table.add_row(name, f"{figure['mean']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
     Console().print(table)
+    if json_file:
+        write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
     if not report["counts"]:
         _warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
     if not report["quality_kept"]:
@@ -298,8 +324,8 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")
-def where(name: Annotated[str, typer.Argument(help="`mini`, `canny`, `referee`")]) -> None:
-    """Print the folder of what is shipped; each is an ordinary diffusers folder."""
+def where(name: Annotated[str, typer.Argument(help="`mini`, `canny`, `scribble`, `referee`")]) -> None:
+    """Print the folder of what is shipped; the base and its controls are ordinary diffusers folders."""
     from controlkit.hub import where as find
 
     _say(str(find(name)))
@@ -315,11 +341,23 @@ def fill50k(
     """Draw the original repository's tutorial set: circles, their outlines, and `prompt.json`."""
     from controlkit.data import make_fill50k
 
+    _check_folder(out)
     with _progress() as progress:
         task = progress.add_task("drawing", total=count, figures="")
         for done in make_fill50k(out, count, size, seed):
             progress.update(task, completed=done)
     _say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
+
+
+_PLACES = (  # errors of a path or a disk, which the user can mend
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
 
 
 def main() -> None:
@@ -330,11 +368,11 @@ def main() -> None:
         typer.echo(f"controlkit: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno not in _PLACES:
             raise
         place = f" ({error.filename})" if error.filename else ""
         typer.echo(
-            f"controlkit: nothing could be written{place}: {error.strerror}. Make room or choose another --out.",
+            f"controlkit: {error.strerror}{place}. Make room, mend the permissions, or choose another path.",
             err=True,
         )
         sys.exit(2)

@@ -27,7 +27,10 @@ FILL50K_SIZE = 512
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture nobody generated, uint8 (H, W, 3), its prompt; and its hint, unless the picture's annotation is it."""
+    """A picture nobody generated, uint8 (H, W, 3), and its prompt.
+
+    And its hint, of any size, where the source has one of its own; else the picture's annotation is the hint.
+    """
 
     picture: np.ndarray
     prompt: str
@@ -35,8 +38,10 @@ class Pair:
 
 
 def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
-    """The pair's own hint, or the annotation of its picture as the contract says."""
-    return annotate(pair.picture, contract) if pair.hint is None else pair.hint
+    """The pair's own hint, brought to the picture's size, or the annotation of its picture; as the contract says."""
+    if pair.hint is None:
+        return annotate(pair.picture, contract)
+    return fit(pair.hint, pair.picture.shape[:2], contract.resize)
 
 
 _EVALUATION_SEED = 2**31  # far from the seeds people give
@@ -109,9 +114,8 @@ class FolderPairs(Sequence[Pair]):
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         source, target, prompt = self._rows[index]
-        sides = (self._size, self._size)
         hint, picture = (read_picture(self._folder / name) for name in (source, target))
-        return Pair(fit(picture, sides), prompt, fit(hint, sides))
+        return Pair(fit(picture, (self._size, self._size)), prompt, hint)
 
 
 def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
@@ -147,6 +151,8 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
     """
     settings, drawn = {"size": size, "seed": seed}, folder / "drawn.json"
     begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
+    if not drawn.is_file() and (folder / "prompt.json").is_file():
+        raise UserError(f"{folder} holds a set that was not drawn here: give another folder.")
     if begun != settings:
         raise UserError(
             f"{folder} was begun with size {begun['size']} and seed {begun['seed']}, not {size} and {seed}: "

@@ -6,6 +6,7 @@ in [-1, 1]; tensors of hints are in the range their ``Hint`` says. Conversions h
 
 import io
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from controlkit.errors import UserError
 
-Resize = Literal["area", "nearest"]
+Resize = Literal["area", "lines", "nearest"]
 
 SCRATCH = ".writing-"
 """What the name of a file or folder begins with until it is whole and renamed."""
@@ -45,7 +46,8 @@ class Hint:
     """The range pixel values 0-255 are mapped to."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     resize: Resize = "area"
-    """How a hint is brought to the picture's size: ``area`` for lines and soft maps, ``nearest`` for labels."""
+    """How a hint is brought to the picture's size: ``area`` for soft maps, ``lines`` (white on black; a thin one must
+    not fade when it shrinks), ``nearest`` for labels."""
 
     def to_json(self) -> str:
         """The contract as JSON, for a weights file's metadata."""
@@ -96,7 +98,10 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
         return picture
     scale = max(height / picture.shape[0], width / picture.shape[1])
     scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
-    shrink, grow = (cv2.INTER_NEAREST,) * 2 if how == "nearest" else (cv2.INTER_AREA, cv2.INTER_CUBIC)
+    if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
+        span = math.ceil(1 / scale)
+        picture = cv2.dilate(picture, np.ones((span, span), np.uint8))
+    shrink, grow = (cv2.INTER_AREA, cv2.INTER_CUBIC) if how == "area" else (cv2.INTER_NEAREST,) * 2
     resized = cv2.resize(picture, scaled, interpolation=shrink if scale < 1 else grow)
     top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
     return resized[top : top + height, left : left + width]
@@ -139,7 +144,7 @@ def write_png(path: Path, picture: np.ndarray, settings: Mapping[str, Any] | Non
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
-    """Pictures side by side, each scaled to ``cell`` pixels, with a label above each column."""
+    """Pictures side by side, each scaled to fit a square of ``cell`` pixels, with a label above each column."""
     columns = max(len(row) for row in rows)
     gap, head = 4, 20 if labels else 0
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + head), "white")
@@ -151,7 +156,7 @@ def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell:
         draw.text((gap + column * (cell + gap), 4), label, "black", font)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            how = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
-            scaled = Image.fromarray(picture).resize((cell, cell), how)
+            how = Image.Resampling.NEAREST if max(picture.shape[:2]) < cell else Image.Resampling.LANCZOS
+            scaled = ImageOps.pad(Image.fromarray(picture), (cell, cell), how, color="white")
             sheet.paste(scaled, (gap + x * (cell + gap), head + gap + y * (cell + gap)))
     return np.asarray(sheet)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from controlkit.annotators import annotate, annotator
 from controlkit.backbones import UNetBase
 from controlkit.data import Pair, hint_of
+from controlkit.errors import UserError
 from controlkit.hub import where
 from controlkit.images import Hint, to_pictures, to_tensor
 from controlkit.mini.tower import ImageTextTower
-from controlkit.precision import autocast
+from controlkit.precision import autocast, number_format
 from controlkit.sample import Control, Job, Settings, generate
 from controlkit.seeds import numpy_rng
 
@@ -107,7 +108,10 @@ def obedience(controlled: np.ndarray, no_control: np.ndarray, shuffled: np.ndarr
     table = np.stack([controlled, no_control, shuffled, ceiling])
     table = table[:, ~np.isnan(table).any(0)]
     if table.shape[1] == 0:
-        raise ValueError("Obedience needs at least one pair in which hint and output are not both empty; got none.")
+        raise UserError(
+            f"Nothing can be measured on these {len(controlled)} pairs: in each, hint and output are both empty "
+            "under some condition. Take pairs with something in their hints, or other annotator options."
+        )
 
     def figures(rows: np.ndarray) -> np.ndarray:
         got, without, mixed, top = rows.mean(-1)
@@ -194,6 +198,7 @@ def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
     features = nn.Identity()
     features.num_features = made.shape[1]  # type: ignore[assignment]  # torchmetrics asks the module for it
     metric = FrechetInceptionDistance(feature=features, reset_real_features=False).set_dtype(torch.float64)
+    made, real = made.cpu(), real.cpu()
     metric.update(real.double(), real=True)
 
     def distance(rows: Tensor) -> float:
@@ -247,7 +252,13 @@ def evaluate(
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
     report["metric"] = annotator(control.hint.annotator).metric
     report["num"] = len(truths)
-    report["settings"] = asdict(settings) | {"scale": control.scale, "seeds": [0, len(truths) - 1], "base": base.name}
+    report["settings"] = asdict(settings) | {
+        "scale": control.scale,
+        "seeds": f"0-{len(truths) - 1}",
+        "base": base.name,
+        "base_digest": base.digest,
+        "format": number_format(base.device.type),
+    }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SIDE = 192  # 14 MFLOP a product: long enough to time, short even where bfloat16 is emulated
+_TURNS = 12
 
 
 @cache
@@ -22,16 +23,16 @@ def bf16_pays(device_type: str) -> bool:
     if device_type != "cpu":
         return False
 
-    def best_of(count: int, dtype: torch.dtype) -> float:
-        a = torch.ones(_SIDE, _SIDE, dtype=dtype)
-        times = []
-        for _ in range(count):
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    products = {dtype: torch.ones(_SIDE, _SIDE, dtype=dtype) for dtype in best}
+    for turn in range(_TURNS):  # in turn, so that a busy machine disturbs both alike
+        for dtype, a in products.items():
             start = time.perf_counter()
             a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return best_of(2, torch.bfloat16) < best_of(4, torch.float32)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+        if turn and best[torch.bfloat16] > 8 * best[torch.float32]:
+            break  # emulated: each further product costs tens of milliseconds
+    return best[torch.bfloat16] < best[torch.float32]
 
 
 _settled: dict[str, str] = {}

@@ -160,6 +160,9 @@ def generate(
     ``on_step(n)`` is called after each step with the number of pictures it advanced.
     """
     settings = settings or Settings()
+    most = base.scheduler.config.num_train_timesteps
+    if not 1 <= settings.steps <= most:
+        raise UserError(f'Sampling takes 1 to {most} steps on the base "{base.name}"; got {settings.steps}.')
     height, width = picture_size(base, settings)
     channels = base.unet.config.in_channels
     shape = (1, channels, height // base.stride, width // base.stride)

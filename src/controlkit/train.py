@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, 
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
-from controlkit.measure import FOUND, Figure, Obedience, ceiling_pictures, fidelity, obedience, three_ways
+from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, obedience, three_ways
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
@@ -48,7 +50,7 @@ class ControlRecipe(_Strict):
     """What is trained."""
 
     annotator: str = "canny"
-    """Makes the hints, and measures obedience to them."""
+    """Makes the hints, unless the source has its own; and measures obedience to them."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
     body: Literal["copy", "conv"] = "copy"
@@ -64,9 +66,9 @@ class DataRecipe(_Strict):
     source: str = "emoji"
     """``emoji`` (held-out concepts left out), ``fill50k`` (drawn on the fly), or a folder with a prompt.json."""
     count: int | None = Field(None, gt=0)
-    """Pairs to train on; all by default."""
+    """Pictures to train on; all by default."""
     variants: int = Field(2, gt=0)
-    """Grounds an emoji is seen on."""
+    """Grounds each emoji is seen on: as many pairs a picture. Other sources have one."""
 
 
 class EvaluationRecipe(_Strict):
@@ -161,26 +163,46 @@ class Record:
             for name in ("fidelity", "floor", "ceiling", "obedience"):
                 line[name] = round(getattr(self.evaluation, name).mean, 5)
             line["obedience_interval"] = [
-                round(v, 5) for v in (self.evaluation.obedience.low, self.evaluation.obedience.high)
+                self.evaluation.obedience.low,
+                self.evaluation.obedience.high,
             ]
+            line["counts"] = self.evaluation.counts
             line["verdict"] = self.verdict
         return json.dumps(line)
 
 
-def found_step(evaluations: Sequence[tuple[int, Figure]]) -> int | None:
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation says of control: the lower bound of obedience, and whether that obedience counts."""
+
+    step: int
+    low: float
+    counts: bool
+
+    @property
+    def control(self) -> bool:
+        """Whether control was seen."""
+        return self.counts and self.low >= FOUND
+
+
+def seen_in(line: Mapping[str, Any]) -> Seen | None:
+    """What a line of the log says of control; None for a step without evaluation."""
+    return Seen(line["step"], line["obedience_interval"][0], line["counts"]) if "obedience" in line else None
+
+
+def found_step(evaluations: Sequence[Seen]) -> int | None:
     """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
-    for (step, first), (_, second) in itertools.pairwise(evaluations):
-        if min(first.low, second.low) >= FOUND:
-            return step
-    return None
+    return next((a.step for a, b in itertools.pairwise(evaluations) if a.control and b.control), None)
 
 
-def verdict(evaluations: Sequence[tuple[int, Figure]]) -> str:
+def verdict(evaluations: Sequence[Seen]) -> str:
     """The state of the run in words (the paper's sudden convergence, Section 3.3 and Figure 4)."""
     if (step := found_step(evaluations)) is not None:
         return f"control found at step {step}"
-    if evaluations and evaluations[-1][1].low >= FOUND:
-        return f"control perhaps found at step {evaluations[-1][0]}: the next evaluation will confirm"
+    if evaluations and evaluations[-1].control:
+        return f"control perhaps found at step {evaluations[-1].step}: the next evaluation will confirm"
+    if evaluations and not evaluations[-1].counts:
+        return "control cannot be told here: floor and ceiling are too close, or the ceiling too low"
     return "no control yet"
 
 
@@ -196,6 +218,10 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
+    if not Path(data.source).is_dir():
+        raise UserError(
+            f'data.source is "{data.source}", which is no folder: {nearest(data.source, ["emoji", "fill50k"])}'
+        )
     seen, held = split_folder(Path(data.source), base.size)
     return seen.part(slice(data.count)), held.part(slice(num))
 
@@ -285,7 +311,6 @@ def _save_checkpoint(
             for name, value in kept.items()
         }
         facts = {"step": str(step), "base_digest": base.digest}
-        facts |= {"threads": str(torch.get_num_threads()), "format": number_format(base.device.type)}
         branch = {f"branch.{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
         write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
         scratch.chmod(0o755)
@@ -306,8 +331,13 @@ def _save_checkpoint(
 
 def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimizer: torch.optim.Optimizer) -> int:
     path = folder / "state.safetensors"
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Delete {folder} and run again: the run goes on from the one before."
+        ) from error
     if facts["base_digest"] != base.digest:
         raise UserError(
             f'{folder} was trained on other weights of "{base.name}" ({facts["base_digest"]}, now {base.digest}): '
@@ -321,15 +351,10 @@ def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimi
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # Bit-exactness holds for one thread count and one number format, whatever this machine would choose now.
-    if int(facts["threads"]) != torch.get_num_threads():
-        torch.set_num_threads(int(facts["threads"]))
-    if facts["format"] != number_format(base.device.type):
-        settle_format(base.device.type, facts["format"])
     return int(facts["step"])
 
 
-def _cut_log(path: Path, step: int) -> list[tuple[int, Figure]]:
+def _cut_log(path: Path, step: int) -> list[Seen]:
     """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
     lines = []
     evaluations = []
@@ -341,8 +366,8 @@ def _cut_log(path: Path, step: int) -> list[tuple[int, Figure]]:
         if record["step"] > step:
             break
         lines.append(line)
-        if "obedience" in record:
-            evaluations.append((record["step"], Figure(record["obedience"], *record["obedience_interval"])))
+        if seen := seen_in(record):
+            evaluations.append(seen)
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return evaluations
 
@@ -362,16 +387,34 @@ def train_control(
     ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating.
     """
     contract = annotator(recipe.control.annotator).hint(**recipe.control.options)
-    _settle_folder(recipe, out)
+    _check_folder(recipe, out)
     base = base or load_base(recipe.base)
     pairs, heldout = training_pairs(recipe, base)
-    on_stage("caching", len(pairs))
-    cached = build_cache(base, pairs, contract, out / f"cache-{base.digest}.safetensors", on_advance)
     torch.manual_seed(recipe.seed)
     spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
     branch = base.new_branch(spec, contract.channels).train()
-    if recipe.control.start_from:
+    if recipe.control.start_from and not _checkpoints(out):
         branch.load_state_dict(_neighbour(recipe.control.start_from, base, spec).state_dict())
+    # Nothing is written before here: a recipe that cannot run leaves no folder behind.
+    out.mkdir(parents=True, exist_ok=True)
+    with _sole_owner(out):
+        yield from _train(recipe, out, base, branch, contract, pairs, heldout, on_stage, on_advance)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    base: UNetBase,
+    branch: ControlBranch,
+    contract: Hint,
+    pairs: Sequence[Pair],
+    heldout: Sequence[Pair],
+    on_stage: Callable[[str, int], None],
+    on_advance: Callable[[int], None],
+) -> Iterator[Record]:
+    _begin_folder(recipe, out, base.device.type)
+    on_stage("caching", len(pairs))
+    cached = build_cache(base, pairs, contract, out / f"cache-{base.digest}.safetensors", on_advance)
     optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     evaluator = _Evaluator(base, heldout, contract, recipe, out) if recipe.evaluation.every else None
     step = 0
@@ -392,10 +435,13 @@ def train_control(
             with autocast(base.device.type), training_attention(base.device.type):
                 loss = objective(base, branch, draw_batch(base, cached, contract, recipe, step))
             value = loss.item()
-            if not np.isfinite(value):
-                raise UserError(f"The loss is {value} at step {step + 1}. Lower the learning rate (it is {recipe.lr}).")
             loss.backward()
-            nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
+            if not np.isfinite([value, slope]).all():
+                raise UserError(
+                    f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
+                    f"(it is {recipe.lr}) and give another --out."
+                )
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -404,7 +450,7 @@ def train_control(
             if evaluator and (step % recipe.evaluation.every == 0 or step == recipe.steps):
                 on_stage("evaluating", evaluator.work)
                 measured = evaluator.measure(branch, step, on_advance)
-                evaluations.append((step, measured.obedience))
+                evaluations.append(Seen(step, measured.obedience.low, measured.counts))
                 words = verdict(evaluations)
             record = Record(step, value, seconds, measured, words)
             log.write(record.to_json() + "\n")
@@ -422,8 +468,8 @@ def _neighbour(name: str, base: UNetBase, spec: ControlSpec) -> ControlBranch:
     return branch
 
 
-def _settle_folder(recipe: Recipe, out: Path) -> None:
-    """Make the run's folder, or check that the one there is of this very recipe."""
+def _check_folder(recipe: Recipe, out: Path) -> None:
+    """Refuse a run's folder that is of another recipe, or no folder."""
     path = out / "recipe.yaml"
     before = read_recipe(path) if path.is_file() else recipe
     if before != recipe:
@@ -434,9 +480,36 @@ def _settle_folder(recipe: Recipe, out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
+
+
+@contextmanager
+def _sole_owner(out: Path) -> Iterator[None]:
+    """Hold the run's folder; ``UserError`` if another process holds it. A killed process holds nothing."""
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise UserError(f"Another process is training in {out}: wait until it ends, or give another --out.") from None
+
+
+def _begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
+    """Tidy what a kill left, write the recipe, and keep to the threads and number format the run began with.
+
+    Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
+    """
     for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-    write_atomic(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
+    write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
+    path = out / "machine.json"
+    if not path.is_file():
+        begun = {"threads": torch.get_num_threads(), "format": number_format(device_type)}
+        write_atomic(path, (json.dumps(begun) + "\n").encode())
+    begun = json.loads(path.read_text())
+    if begun["threads"] != torch.get_num_threads():
+        torch.set_num_threads(begun["threads"])
+    if begun["format"] != number_format(device_type):
+        settle_format(device_type, begun["format"])
 
 
 class _Evaluator:

@@ -115,8 +115,9 @@ class UNetBase:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the U-Net's weights: which base exactly a control was trained on."""
-        return digest(self.unet.state_dict())
+        """A digest of all weights: which base exactly a control was trained on and latents were cached for."""
+        parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet}
+        return digest({f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()})
 
     # --- text and pictures ------------------------------------------------------------------------------
 
