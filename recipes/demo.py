@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from controlkit.annotators import annotate
+from controlkit.annotators import annotate, white_on_black
 from controlkit.backbones import UNetBase, load_base
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import fit, grid, read_picture, write_atomic, write_png
@@ -29,7 +29,10 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawing, the control that reads it, and what to make of it."""
+    """A drawing, the control that reads it, and what to make of it.
+
+    A line drawing is a scribble as it is; of a coloured one the Canny edges are taken.
+    """
 
     drawing: str
     control: str
@@ -37,13 +40,13 @@ class Scene:
 
 
 SCENES = (
-    Scene("cat_face", "canny", "a cat face, 3d style, on a teal background"),
-    Scene("apple", "canny", "a red apple, fluent style, on a white background"),
-    Scene("house", "canny", "a house, noto style, on a green background"),
-    Scene("fish", "canny", "a tropical fish, 3d style, on a blue background"),
-    Scene("star", "canny", "a glowing star, fluent style, on a purple background"),
-    Scene("mushroom", "canny", "a mushroom, twemoji style, on a yellow background"),
-    Scene("umbrella", "canny", "an umbrella, 3d style, on a grey background"),
+    Scene("cat_face", "scribble", "a cat face, 3d style, on a teal background"),
+    Scene("apple", "scribble", "a red apple, fluent style, on a white background"),
+    Scene("house", "scribble", "a house, noto style, on a green background"),
+    Scene("fish", "scribble", "a tropical fish, 3d style, on a blue background"),
+    Scene("star", "scribble", "a glowing star, fluent style, on a purple background"),
+    Scene("mushroom", "scribble", "a mushroom, twemoji style, on a yellow background"),
+    Scene("umbrella", "scribble", "an umbrella, 3d style, on a grey background"),
     Scene("colour_house", "canny", "a house, 3d style, on an orange background"),
     Scene("colour_fish", "canny", "a fish, flat style, on a purple background"),
     Scene("colour_mushroom", "canny", "a mushroom, 3d style, on a black background"),
@@ -66,8 +69,9 @@ class Shown:
 def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, settings: Settings) -> Shown:
     """Make and score one scene: the same seeds with control and without."""
     drawing = read_picture(DRAWINGS / f"{scene.drawing}.png")
-    fitted = fit(drawing, (base.size, base.size))
-    hint = annotate(fitted, control.hint)
+    sides = (base.size, base.size)
+    lines = scene.control == "scribble"
+    hint = fit(white_on_black(drawing), sides, control.hint.resize) if lines else annotate(drawing, control.hint, sides)
     in_use = Control(control.branch, control.hint)
     made = {}
     for name, controls, hints in (("controlled", [in_use], (hint,)), ("plain", [], ())):

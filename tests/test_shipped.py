@@ -25,13 +25,14 @@ def test_stock_diffusers_loads_the_base_and_makes_a_picture():
     assert picture.shape == (64, 64, 3) and np.isfinite(picture).all()
 
 
-def test_the_stock_pipeline_runs_the_shipped_control_to_the_same_latents(mini):
-    saved = load_control("canny", mini)
+@pytest.mark.parametrize("name", ["canny", "scribble"])
+def test_the_stock_pipeline_runs_the_shipped_control_to_the_same_latents(name, mini):
+    saved = load_control(name, mini)
     hint = annotate(world.draw_shape(64, 0, 0)[0], saved.hint)
     made = next(generate(mini, [Job(PROMPT, 3, (hint,))], [Control(saved.branch, saved.hint)], Settings(steps=20)))
     stock = StableDiffusionControlNetPipeline.from_pretrained(
         where("mini"),
-        controlnet=ControlNetModel.from_pretrained(where("canny"), torch_dtype=torch.float32),
+        controlnet=ControlNetModel.from_pretrained(where(name), torch_dtype=torch.float32),
         torch_dtype=torch.float32,
         local_files_only=True,
     )
@@ -49,8 +50,9 @@ def test_the_stock_pipeline_runs_the_shipped_control_to_the_same_latents(mini):
     assert difference <= 1e-4
 
 
-def test_the_shipped_control_says_what_it_is(mini):
-    saved = load_control("canny", mini)
-    assert saved.hint.annotator == "canny"
+@pytest.mark.parametrize("name", ["canny", "scribble"])
+def test_the_shipped_control_says_what_it_is(name, mini):
+    saved = load_control(name, mini)
+    assert saved.hint.annotator == name
     assert saved.trained["base_digest"] == mini.digest
     assert saved.trained["recipe"]["prompt_dropout"] == 0.5
