@@ -123,6 +123,47 @@ class Pictures:
         return to_batch(drawn)
 
 
+class Optimizer:
+    """AdamW; with ``muon``, Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k).
+
+    What meets tokens, timesteps and latents (embeddings, first and last convolution) stays with AdamW, as do vectors.
+    """
+
+    def __init__(self, module: nn.Module, lr: float, muon: bool) -> None:
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        edge = ("embed", "conv_in", "conv_out.")
+        inner = {n for n, p in named.items() if muon and p.ndim >= 2 and not any(e in n for e in edge)}
+        # torch's Muon takes matrices alone: parameters that share the convolutions' memory.
+        self.views = [(named[n], nn.Parameter(named[n].detach().view(len(named[n]), -1))) for n in named if n in inner]
+        rest = [p for n, p in named.items() if n not in inner]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        ]
+        if self.views:
+            matrices = [view for _, view in self.views]
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, rate: float) -> None:
+        """One step at this learning rate; gradients are used up."""
+        for parameter, view in self.views:
+            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
+            parameter.grad = None
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad()
+
+    def state(self) -> list[dict]:
+        """What ``restore`` takes."""
+        return [part.state_dict() for part in self.parts]
+
+    def restore(self, state: list[dict]) -> None:
+        """Go on from a ``state``."""
+        for part, kept in zip(self.parts, state, strict=True):
+            part.load_state_dict(kept)
+
+
 @dataclass
 class Run:
     """Where the run lives and on what it runs; trains one module at a time against the clock."""
@@ -138,6 +179,7 @@ class Run:
         loss_of: Callable[[int, float], tuple[Tensor, dict[str, float]]],
         minutes: float,
         lr: float,
+        muon: bool = False,
     ) -> nn.Module:
         """Train ``module`` until ``minutes`` are used up, over all interruptions; leave it averaged (EMA).
 
@@ -147,13 +189,13 @@ class Run:
         state_path = self.out / "state" / f"{name}.pt"
         state_path.parent.mkdir(parents=True, exist_ok=True)
         params = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        optimizer = Optimizer(module, lr, muon)
         ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
         step, used = 0, 0.0
         if state_path.exists():
             state = torch.load(state_path, map_location=self.device, weights_only=True)
             module.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.restore(state["optimizer"])
             ema, step, used = state["ema"], state["step"], state["used"]
         budget = minutes * 60
         count = sum(p.numel() for p in params)
@@ -164,14 +206,11 @@ class Run:
         while used < budget:
             progress = used / budget
             rate = min(1.0, progress / 0.02 + 1e-3) * 0.5 * (1 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
             with autocast(self.device), training_attention(self.device):
                 loss, figures = loss_of(step, progress)
             loss.backward()
             nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.step(lr * rate)
             step += 1
             keep = min(0.999, (1 + step) / (10 + step))
             with torch.no_grad():
@@ -188,7 +227,7 @@ class Run:
                 console.print(f"  {name} {used / 60:5.1f}/{minutes:.1f} min step {step} loss {loss.item():.4f} {text}")
             if now - saved > self.save_every or used >= budget:
                 saved = now
-                state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {"module": module.state_dict(), "optimizer": optimizer.state()}
                 torch.save(state | {"ema": ema, "step": step, "used": used}, state_path.with_suffix(".tmp"))
                 os.replace(state_path.with_suffix(".tmp"), state_path)
         module.load_state_dict(ema)
@@ -373,8 +412,7 @@ def train_unet(
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
-    unet = build_unet(size).to(memory_format=torch.channels_last)
-    model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
+    model = Conditioned(build_unet(size), text_encoder.requires_grad_(True)).to(run.device)
     schedule = build_schedule()
     count = size.unet_batch
 
@@ -382,7 +420,7 @@ def train_unet(
         rng = numpy_rng("unet", step)
         rows = rng.integers(len(latents), size=count)
         prompts = ["" if rng.random() < 0.1 else shorten(texts[row], rng) for row in rows]
-        x = torch.from_numpy(latents[rows]).float().to(run.device).contiguous(memory_format=torch.channels_last)
+        x = torch.from_numpy(latents[rows]).float().to(run.device)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
         # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T); and one is
         # drawn from each of `count` equal shares, so that the batch's loss varies less than with free draws.
@@ -391,7 +429,7 @@ def train_unet(
         out = model(schedule.add_noise(x, noise, t), t, tokens_of(tokenizer, prompts, run.device))
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
 
-    run.train("unet", model, loss_of, minutes, lr=1e-3)
+    run.train("unet", model, loss_of, minutes, lr=1e-3, muon=True)
     return model
 
 

@@ -24,14 +24,14 @@ def counted(monkeypatch):
     steps = {}
     real = mini.Run.train
 
-    def train(run, name, module, loss_of, minutes, lr):
+    def train(run, name, module, loss_of, minutes, lr, **more):
         steps[name] = 0
 
         def counting(step, progress):
             steps[name] += 1
             return loss_of(step, progress)
 
-        return real(run, name, module, counting, minutes, lr)
+        return real(run, name, module, counting, minutes, lr, **more)
 
     monkeypatch.setattr(mini.Run, "train", train)
     return steps
