@@ -16,10 +16,10 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from controlkit.annotators import annotate, white_on_black
+from controlkit.annotators import annotate, drawn_hint
 from controlkit.backbones import UNetBase, load_base
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import fit, grid, read_picture, write_atomic, write_png
+from controlkit.images import grid, read_picture, write_atomic, write_png
 from controlkit.measure import Referee, fidelity
 from controlkit.sample import Control, Job, Settings, generate
 
@@ -70,8 +70,7 @@ def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, 
     """Make and score one scene: the same seeds with control and without."""
     drawing = read_picture(DRAWINGS / f"{scene.drawing}.png")
     sides = (base.size, base.size)
-    lines = scene.control == "scribble"
-    hint = fit(white_on_black(drawing), sides, control.hint.resize) if lines else annotate(drawing, control.hint, sides)
+    hint = (drawn_hint if scene.control == "scribble" else annotate)(drawing, control.hint, sides)
     in_use = Control(control.branch, control.hint)
     made = {}
     for name, controls, hints in (("controlled", [in_use], (hint,)), ("plain", [], ())):

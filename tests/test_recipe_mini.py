@@ -128,3 +128,14 @@ def test_the_base_never_sees_a_held_out_picture(fake_packages):
     pictures = mini.Pictures(32, "base")
     names = {f"{pictures.emoji.styles[row]}/{pictures.emoji.concepts[row]}" for row in pictures.rows}
     assert names and not names & world.heldout_pictures()
+
+
+def test_muon_moves_the_module_s_own_matrices_and_is_used_for_the_inner_ones_alone():
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "inner": nn.Conv2d(4, 4, 3)})
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer = mini.Optimizer(module, 1e-2, muon=True)
+    assert [parameter is module["inner"].weight for parameter, _ in optimizer.views] == [True]
+    module["inner"](module["conv_in"](torch.ones(1, 3, 8, 8))).square().mean().backward()
+    optimizer.step(1e-2)
+    assert all(not torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())

@@ -87,3 +87,8 @@ def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = Non
 def white_on_black(lines: np.ndarray) -> np.ndarray:
     """A line drawing as a hint of lines: one drawn dark on light paper is inverted."""
     return 255 - lines if lines.mean() > 127 else lines
+
+
+def drawn_hint(drawing: np.ndarray, hint: Hint, size: tuple[int, int]) -> np.ndarray:
+    """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made."""
+    return fit(white_on_black(drawing), size, hint.resize)

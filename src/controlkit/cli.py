@@ -124,8 +124,8 @@ def generate(
     Writes each picture as a PNG with its settings embedded, each hint, and `grid.png` with all of them side by side.
     """
     from controlkit import sample
-    from controlkit.annotators import annotate, white_on_black
-    from controlkit.images import fit, grid, read_picture, write_png
+    from controlkit.annotators import annotate, drawn_hint
+    from controlkit.images import grid, read_picture, write_png
     from controlkit.precision import number_format
 
     _check_folder(out)
@@ -142,8 +142,7 @@ def generate(
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
     hints = []
     for picture, kept in zip(pictures, saved, strict=True):
-        given = fit(white_on_black(picture), sides, kept.hint.resize) if hint else None
-        hints.append(annotate(picture, kept.hint, sides) if given is None else given)
+        hints.append((drawn_hint if hint else annotate)(picture, kept.hint, sides))
     controls = [sample.Control(s.branch, s.hint, k) for s, k in zip(saved, scales, strict=True)]
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]
     facts: dict[str, Any] = {"prompt": prompt, "negative": negative, "base": base, "steps": steps, "guidance": guidance}
