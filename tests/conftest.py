@@ -40,6 +40,13 @@ def draw_inputs(base, height=8, width=8, hint_channels=3, seed=1):
     return x, torch.tensor([300, 700]), base.encode_text(["a red apple", ""]), hint
 
 
+def stock_inputs(inputs):
+    """The first three of ``draw_inputs`` as diffusers' own modules take them, and SDXL's conditions by name."""
+    x, t, text = inputs[:3]
+    added = {} if text.pooled is None else {"text_embeds": text.pooled, "time_ids": text.sizes}
+    return (x, t, text.tokens), {"added_cond_kwargs": added} if added else {}
+
+
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch):
     """The same number format on every machine: no probe decides a test."""
@@ -90,8 +97,8 @@ def deep_base(toy_base, tmp_path_factory):
         norm_num_groups=4,
     )
     folder = tmp_path_factory.mktemp("deep") / "deep"
-    vae, text_encoder = copy.deepcopy(toy_base.vae), copy.deepcopy(toy_base.text_encoder)  # saving halves them
-    recipe.save_base(folder, vae, text_encoder, toy_base.tokenizer, unet)
+    vae, text_encoder = copy.deepcopy(toy_base.vae), copy.deepcopy(toy_base.towers[0].encoder)  # saving halves them
+    recipe.save_base(folder, vae, text_encoder, toy_base.towers[0].tokenizer, unet)
     return load_base(folder)
 
 
@@ -107,7 +114,7 @@ def drawn_joins(toy_base):
         generator = torch.Generator().manual_seed(seed)
         x, t, text, hint = draw_inputs(base, hint_channels=branch.hint_encoder.convs[0].in_channels)
         encoded = base.encode_noise(x, t, text)
-        plain = dict(zip([tap.name for tap in base.taps], [*encoded.skips, encoded.middle], strict=True))
+        plain = dict(zip([tap.name for tap in base.branch_taps], [*encoded.skips, encoded.middle], strict=True))
 
         def randomise(conv):
             for parameter in conv.parameters():

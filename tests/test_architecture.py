@@ -19,11 +19,12 @@ ROOMS = [
     {"measure"},
     {"sample", "data"},
     {"formats"},
+    {"union", "adapter"},
     {"annotators", "backbones"},
     {"mini"},
     {"branch"},
     {"images"},
-    {"hub"},
+    {"hub", "tensors"},
     {"seeds", "precision", "errors"},
 ]
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from conftest import draw_inputs, relative
+from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
@@ -30,7 +30,8 @@ def emitted(unet, inputs):
     hooks = [unet.conv_in.register_forward_hook(lambda module, args, out: caught.append(out))]
     hooks += [b.register_forward_hook(lambda module, args, out: caught.extend(out[1])) for b in unet.down_blocks]
     hooks += [unet.mid_block.register_forward_hook(lambda module, args, out: caught.append(out))]
-    unet(*inputs[:3])
+    rows, more = stock_inputs(inputs)
+    unet(*rows, **more)
     for hook in hooks:
         hook.remove()
     return caught
@@ -42,15 +43,15 @@ def emitted(unet, inputs):
 def test_the_taps_are_what_the_unet_emits(base):
     side = 16
     features = emitted(base.unet, draw_inputs(base, side, side))
-    described = [(t.channels, side * base.stride // t.stride, side * base.stride // t.stride) for t in base.taps]
+    described = [(t.channels, side * base.stride // t.stride, side * base.stride // t.stride) for t in base.branch_taps]
     assert described == [tuple(f.shape[1:]) for f in features]
-    assert [tap.site for tap in base.taps] == ["skip"] * (len(features) - 1) + ["middle"]
-    assert len({tap.name for tap in base.taps}) == len(features)
+    assert [tap.site for tap in base.branch_taps] == ["skip"] * (len(features) - 1) + ["middle"]
+    assert len({tap.name for tap in base.branch_taps}) == len(features)
 
 
 def test_sd_blocks_have_twelve_skips_and_a_middle(deep_base):
-    assert len(deep_base.taps) == 13
-    assert [tap.stride // deep_base.stride for tap in deep_base.taps] == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8]
+    assert len(deep_base.branch_taps) == 13
+    assert [tap.stride // deep_base.stride for tap in deep_base.branch_taps] == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8]
 
 
 # --- the denoiser in two halves -----------------------------------------------------------------------------
@@ -62,7 +63,8 @@ def test_encoder_then_decoder_is_the_unet(base, size):
     encoded = base.encode_noise(*inputs[:3])
     for ours, theirs in zip([*encoded.skips, encoded.middle], emitted(base.unet, inputs), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(base.decode_noise(encoded), base.unet(*inputs[:3]).sample)
+    rows, more = stock_inputs(inputs)
+    assert torch.equal(base.decode_noise(encoded), base.unet(*rows, **more).sample)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -70,11 +72,11 @@ def test_residuals_go_where_the_unet_takes_its_additional_ones(base, size):
     inputs = draw_inputs(base, *size)
     encoded = base.encode_noise(*inputs[:3])
     residuals = draw_residuals(encoded)
-    ours = base.decode_noise(encoded, {tap.name: r for tap, r in zip(base.taps, residuals, strict=True)})
+    ours = base.decode_noise(encoded, {tap.name: r for tap, r in zip(base.branch_taps, residuals, strict=True)})
     *down, middle = residuals
-    theirs = base.unet(
-        *inputs[:3], down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle
-    ).sample
+    rows, more = stock_inputs(inputs)
+    more |= {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+    theirs = base.unet(*rows, **more).sample
     assert relative(ours, theirs) <= 1e-6
     assert relative(ours, base.decode_noise(encoded)) > 0.1
 
@@ -82,7 +84,7 @@ def test_residuals_go_where_the_unet_takes_its_additional_ones(base, size):
 def test_each_tap_alone_moves_the_prediction_its_own_way(base):
     encoded = base.encode_noise(*draw_inputs(base)[:3])
     plain = base.decode_noise(encoded)
-    one_by_one = zip(base.taps, draw_residuals(encoded), strict=True)
+    one_by_one = zip(base.branch_taps, draw_residuals(encoded), strict=True)
     moved = [base.decode_noise(encoded, {tap.name: residual}) for tap, residual in one_by_one]
     everything = [plain, *moved]
     assert min(relative(a, b) for i, a in enumerate(everything) for b in everything[:i]) > 1e-4
@@ -94,12 +96,13 @@ def test_each_tap_alone_moves_the_prediction_its_own_way(base):
 @pytest.mark.parametrize(("taps", "size"), [("all", "wide"), ("all", "odd"), ("mid", "square")])
 def test_a_copy_branch_is_the_stock_controlnet(base, drawn_joins, to_diffusers, taps, size):
     branch = drawn_joins(base.new_branch(ControlSpec(taps=taps)), seed=3, base=base)
-    x, t, text, hint = draw_inputs(base, *SIZES[size])
+    *inputs, hint = draw_inputs(base, *SIZES[size])
     stock = to_diffusers(branch, base)
+    rows, more = stock_inputs(inputs)
     with torch.no_grad():
-        ours = branch(x, t, text, branch.encode_hint(hint))
-        theirs = stock(x, t, text, hint, return_dict=False)
-    for tap, residual in zip(base.taps, [*theirs[0], theirs[1]], strict=True):
+        ours = branch(*inputs, branch.encode_hint(hint))
+        theirs = stock(*rows, hint, **more, return_dict=False)
+    for tap, residual in zip(base.branch_taps, [*theirs[0], theirs[1]], strict=True):
         if tap.name in ours:
             assert relative(ours[tap.name], residual) <= 1e-5
         else:
@@ -110,7 +113,7 @@ def test_drawn_joins_speak_about_as_loud_as_the_skips(toy_base, drawn_joins):
     x, t, text, hint = draw_inputs(toy_base)
     branch = drawn_joins(toy_base.new_branch())
     encoded = toy_base.encode_noise(x, t, text)
-    plain = dict(zip([tap.name for tap in toy_base.taps], [*encoded.skips, encoded.middle], strict=True))
+    plain = dict(zip([tap.name for tap in toy_base.branch_taps], [*encoded.skips, encoded.middle], strict=True))
     for name, residual in branch(x, t, text, branch.encode_hint(hint)).items():
         assert 0.1 <= residual.std() / plain[name].std() <= 1
 
@@ -123,13 +126,15 @@ def test_words_beyond_the_window_are_cut_and_named(toy_base):
     assert toy_base.cut_words(kept) == ""
     long = f"{kept} Navy Circle"
     assert toy_base.cut_words(long) == "navy circle"
-    assert torch.equal(toy_base.encode_text([long]), toy_base.encode_text([kept]))
-    assert not torch.equal(toy_base.encode_text([kept]), toy_base.encode_text([kept.removesuffix(", gold")]))
+    assert torch.equal(toy_base.encode_text([long]).tokens, toy_base.encode_text([kept]).tokens)
+    assert not torch.equal(
+        toy_base.encode_text([kept]).tokens, toy_base.encode_text([kept.removesuffix(", gold")]).tokens
+    )
 
 
 def test_every_prompt_becomes_a_window_of_tokens(toy_base):
     text = toy_base.encode_text(["", "a red apple", "apple " * 100])
-    assert text.shape == (3, toy_base.window, toy_base.unet.config.cross_attention_dim)
+    assert text.tokens.shape == (3, toy_base.window, toy_base.unet.config.cross_attention_dim)
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def test_every_prompt_becomes_a_window_of_tokens(toy_base):
 
 def test_a_loaded_base_is_frozen_float32(toy_base):
     assert (toy_base.name, toy_base.prediction, toy_base.size, toy_base.stride) == ("toy", "v", 32, 4)
-    for module in (toy_base.vae, toy_base.text_encoder, toy_base.unet):
+    for module in (toy_base.vae, toy_base.towers[0].encoder, toy_base.unet):
         assert {p.dtype for p in module.parameters()} == {torch.float32}
         assert not any(p.requires_grad for p in module.parameters())
 
@@ -177,5 +182,5 @@ def test_a_folder_that_is_no_base_is_refused_with_a_reason(toy_folder, tmp_path,
 
 
 def test_an_unknown_base_is_refused_with_what_is_known():
-    with pytest.raises(UserError, match='no base "minni": expected "mini" or a diffusers pipeline folder'):
+    with pytest.raises(UserError, match=r'no base "minni": .* a diffusers pipeline folder .* did you mean "mini"'):
         load_base("minni")

@@ -26,7 +26,11 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def control(toy_base, tmp_path):
-    save_control(tmp_path / "edges", SavedControl(toy_base.new_branch(), Hint("canny"), {"base": "toy"}), toy_base)
+    save_control(
+        tmp_path / "edges",
+        SavedControl(toy_base.new_branch(), Hint("canny", resize="lines"), {"base": "toy"}),
+        toy_base,
+    )
     return tmp_path / "edges"
 
 

@@ -182,7 +182,7 @@ def test_a_mean_lies_in_its_interval_which_shrinks_with_the_number_of_values():
 def referee(toy_base, tmp_path_factory):
     """A referee with random weights, in the form the recipe saves."""
     folder = tmp_path_factory.mktemp("referee")
-    tokens = toy_base.tokenizer
+    tokens = toy_base.towers[0].tokenizer
     text = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text |= {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 1, "max_position_embeddings": toy_base.window}

@@ -45,7 +45,7 @@ def test_the_toy_recipe_makes_a_base_and_its_referee_once(short, counted, fake_p
 
     base = load_base(tmp_path / "mini")
     assert (base.size, base.stride, base.prediction) == (32, 4, "v")
-    assert base.encode_text([PROMPT, ""]).shape == (2, base.window, 32)
+    assert base.encode_text([PROMPT, ""]).tokens.shape == (2, base.window, 32)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "mini")
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(PROMPT, num_inference_steps=2, output_type="np").images[0]

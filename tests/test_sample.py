@@ -93,8 +93,8 @@ def test_a_whole_run_is_the_stock_pipelines(toy_base, toy_folder, branches, jobs
 
     pipeline = StableDiffusionControlNetPipeline(
         vae=toy_base.vae,
-        text_encoder=toy_base.text_encoder,
-        tokenizer=toy_base.tokenizer,
+        text_encoder=toy_base.towers[0].encoder,
+        tokenizer=toy_base.towers[0].tokenizer,
         unet=toy_base.unet,
         controlnet=[to_diffusers(control.branch) for control in controls],
         scheduler=DDIMScheduler.from_pretrained(toy_folder, subfolder="scheduler"),
@@ -122,12 +122,13 @@ def test_a_whole_run_is_the_stock_pipelines(toy_base, toy_folder, branches, jobs
 
 
 def test_start_and_end_keep_the_steps_that_the_stock_pipeline_keeps(branches):
+    taps = branches[0].taps
     for steps in (1, 4, 5, 7, 10, 20):
         for start in (0, 0.1, 0.2, 0.3, 0.5):
             for end in (0.3, 0.5, 0.6, 0.7, 0.9, 1):
-                table = strength_table([Control(branches[0], CONTRACT, 2.0, start, end)], rows=1, taps=1, steps=steps)
+                table = strength_table([Control(branches[0], CONTRACT, 2.0, start, end)], taps, 1, 0, steps)
                 kept = [not (i / steps < start or (i + 1) / steps > end) for i in range(steps)]
-                assert table.flatten().tolist() == [2.0 * keep for keep in kept], (steps, start, end)
+                assert table[0, 0, :, :, 0, 0].tolist() == [[2.0 * keep for keep in kept]] * len(taps)
 
 
 # --- what a result does not depend on -----------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_a_hint_is_encoded_once_for_all_steps_and_both_halves_of_guidance(toy_ba
 def run_table(base, branch, strength, steps=2):
     """The last latents of two guided pictures under one control of this strength."""
     x, _, text, hint = draw_inputs(base)
-    four_rows = text.repeat(2, 1, 1)
+    four_rows = text[[0, 1, 0, 1]]
     *_, last = denoise(base, x, four_rows, [hint], [Control(branch, CONTRACT)], Settings(steps), strength)
     return last
 
@@ -207,7 +208,7 @@ def test_a_masked_half_gets_no_residual(toy_base, branches, injected):
     run_table(toy_base, branches[0], mask)
     assert len(injected) == 2
     for residuals in injected:
-        assert residuals.keys() == {tap.name for tap in toy_base.taps}
+        assert residuals.keys() == {tap.name for tap in toy_base.branch_taps}
         for residual in residuals.values():
             half = residual.shape[-1] // 2
             assert not residual[..., :half].any()
@@ -220,14 +221,14 @@ def test_a_map_of_one_number_is_that_number(toy_base, branches):
 
 
 def test_strength_holds_for_its_row_tap_and_step_alone(toy_base, branches, injected, calls):
-    taps = len(toy_base.taps)
-    table = torch.zeros(1, 4, taps, 3, 1, 1)
-    table[0, 1, 2, 1] = 1.0
+    table = torch.zeros(1, 4, len(toy_base.taps), 3, 1, 1)
+    tap = toy_base.branch_taps[2]
+    table[0, 1, toy_base.taps.index(tap), 1] = 1.0
     run_table(toy_base, branches[0], table, steps=3)
     assert calls["branch"] == 1
     assert [bool(residuals) for residuals in injected] == [False, True, False]
     speaking = {name: [bool(row.any()) for row in residual] for name, residual in injected[1].items()}
-    assert speaking == {t.name: [False, i == 2, False, False] for i, t in enumerate(toy_base.taps)}
+    assert speaking == {t.name: [False, t == tap, False, False] for t in toy_base.branch_taps}
 
 
 def test_the_default_table_is_each_controls_scale(toy_base, branches, injected):

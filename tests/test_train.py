@@ -23,10 +23,11 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from controlkit import precision, train
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.data import Cached, make_fill50k
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, SavedControl, key_table, load_control, save_control
+from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
+from controlkit.formats.names import key_table
 from controlkit.images import Hint
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
@@ -231,7 +232,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        hints, weights = load_file(next(out.glob("cache*")))["hints"], weights_of(out)
+        hints, weights = load_file(next(out.glob("pairs*")))["hints"], weights_of(out)
         return {
             "base": load_control(out, toy_base).trained["base"],
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
@@ -312,7 +313,7 @@ def cached():
     moments = torch.cat([torch.arange(10.0).view(-1, 1, 1, 1).expand(10, 4, 8, 8), torch.full((10, 4, 8, 8), -30.0)], 1)
     hints = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(10, 32, 32, 3)
     text = torch.arange(11.0).view(-1, 1, 1).expand(11, 4, 32)
-    return Cached(moments.half(), hints.contiguous(), text.half(), torch.arange(1, 11))
+    return Cached(moments.half(), hints.contiguous(), Text(text.half()), torch.arange(1, 11))
 
 
 def drawn_pairs(batch, toy_base):
@@ -321,7 +322,7 @@ def drawn_pairs(batch, toy_base):
 
 
 def same(a, b):
-    return equal(vars(a), vars(b))
+    return equal(vars(a) | a.text.tensors() | {"text": a.t}, vars(b) | b.text.tensors() | {"text": b.t})
 
 
 def test_a_step_s_batch_is_the_same_whatever_came_before(toy_base, cached):
@@ -360,7 +361,7 @@ def test_an_epoch_shows_every_pair_once_and_each_its_own_order(toy_base, cached)
         epochs.append([pair for batch in batches for pair in drawn_pairs(batch, toy_base)])
         for batch in batches:
             assert (255 * batch.hints[:, 0, 0, 0]).round().int().tolist() == drawn_pairs(batch, toy_base)
-            assert (batch.text[:, 0, 0] - 1).int().tolist() == drawn_pairs(batch, toy_base)
+            assert (batch.text.tokens[:, 0, 0] - 1).int().tolist() == drawn_pairs(batch, toy_base)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(10))
 
@@ -368,7 +369,9 @@ def test_an_epoch_shows_every_pair_once_and_each_its_own_order(toy_base, cached)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_prompts_are_dropped_at_the_share_asked_for(share, toy_base, cached):
     recipe = tiny(batch=10, prompt_dropout=share)
-    rows = torch.stack([draw_batch(toy_base, cached, CONTRACT, recipe, step).text[:, 0, 0] for step in range(60)])
+    rows = torch.stack(
+        [draw_batch(toy_base, cached, CONTRACT, recipe, step).text.tokens[:, 0, 0] for step in range(60)]
+    )
     assert (rows == 0).float().mean() == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
 
 
@@ -392,7 +395,7 @@ def base_of(toy_base):
             return b
         settings = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
         scheduler = type(b.scheduler).from_config(b.scheduler.config, **settings)
-        return UNetBase("eps", b.vae, b.text_encoder, b.tokenizer, b.unet, scheduler)
+        return UNetBase("eps", b.vae, b.towers, b.unet, scheduler)
 
     return base
 
@@ -414,9 +417,9 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(predi
     alpha = base.scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     z = alpha * latents + sigma * noise
-    down, middle = reference(z, t, batch.text, controlnet_cond=hints, return_dict=False)
+    down, middle = reference(z, t, batch.text.tokens, controlnet_cond=hints, return_dict=False)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    predicted = base.unet(z, t, batch.text, **residuals).sample
+    predicted = base.unet(z, t, batch.text.tokens, **residuals).sample
     expected = ((predicted - (noise if prediction == "eps" else alpha * noise - sigma * latents)) ** 2).mean()
     expected.backward()
 
@@ -431,7 +434,7 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(predi
 
 
 def test_training_leaves_the_base_as_it_was(toy_base, tmp_path):
-    modules = {"vae": toy_base.vae, "text": toy_base.text_encoder, "unet": toy_base.unet}
+    modules = {"vae": toy_base.vae, "text": toy_base.towers[0].encoder, "unet": toy_base.unet}
     before = {f"{n}.{k}": v.clone() for n, module in modules.items() for k, v in module.state_dict().items()}
     list(train_control(tiny(steps=2), tmp_path, toy_base))
     after = {f"{n}.{k}": v for n, module in modules.items() for k, v in module.state_dict().items()}
@@ -495,7 +498,7 @@ def test_records_are_yielded_as_they_are_logged(toy_base, tmp_path):
 def test_training_lowers_the_loss(toy_base, tmp_path):
     recipe = tiny(steps=40, batch=4, lr=5e-3, checkpoint_every=40, evaluation={"every": 0})
     list(train_control(recipe, tmp_path, toy_base))
-    cached = Cached(**load_file(next(tmp_path.glob("cache*"))))
+    cached = Cached.read(next(tmp_path.glob("pairs*")))
     batch = draw_batch(toy_base, cached, CONTRACT, tiny(batch=16), 1000)
     with torch.no_grad():
         before, after = (

@@ -75,12 +75,33 @@ def annotator(name: str) -> Annotator:
     return ANNOTATORS[name]
 
 
+GIVEN = {
+    "": Hint(""),
+    "inpaint": Hint("inpaint", mark=-1.0),
+    "ip2p": Hint("ip2p"),
+    "tile": Hint("tile"),
+    **{name: Hint(name) for name in ("depth", "normal", "seg", "pose", "softedge", "lineart", "mlsd", "shuffle")},
+}
+"""Contracts of hints that nothing here makes: given as they are. For inpainting the picture, masked where transparent;
+for ip2p and tile the picture itself; under the other names what some other tool drew."""
+
+
+def contract(name: str) -> Hint:
+    """The contract of hints of that name: an annotator's, or of hints that are given."""
+    if name not in ANNOTATORS and name not in GIVEN:
+        raise UserError(f'There are no hints named "{name}": {nearest(name, [*ANNOTATORS, *filter(None, GIVEN)])}')
+    return ANNOTATORS[name].hint() if name in ANNOTATORS else GIVEN[name]
+
+
 def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = None) -> np.ndarray:
     """Annotate a picture as a hint's contract says.
 
     Give the ``size`` (height, width) of the picture to be made for a picture of another size: it is brought to that
-    size first, as training did. Lines found at one size and shrunk to another are not the lines found there.
+    size first, as training did. Lines found at one size and shrunk to another are not the lines found there. Hints that
+    nothing makes (``GIVEN``) are the picture itself.
     """
+    if hint.annotator in GIVEN:
+        return fit(picture, size, hint.resize) if size else picture
     return annotator(hint.annotator).function(fit(picture, size) if size else picture, **hint.options)
 
 
@@ -90,5 +111,8 @@ def white_on_black(lines: np.ndarray) -> np.ndarray:
 
 
 def drawn_hint(drawing: np.ndarray, hint: Hint, size: tuple[int, int]) -> np.ndarray:
-    """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made."""
-    return fit(white_on_black(drawing), size, hint.resize)
+    """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made.
+
+    Lines drawn dark on light paper are inverted, as lines in hints are light on dark.
+    """
+    return fit(white_on_black(drawing) if hint.resize == "lines" else drawing, size, hint.resize)

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,11 +44,15 @@ class ControlSpec:
     - ``body``: ``copy``, the trainable copy of the encoder; or ``conv``, ControlNet-lite, one convolution a block.
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
+
+    And a fourth from the released code: ``pool``, ``mean`` for residuals averaged over the picture, so that a hint gives
+    its colours and not its places (version 1.1's shuffle, "global pooling").
     """
 
     body: Literal["copy", "conv"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
+    pool: Literal["none", "mean"] = "none"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -161,7 +165,7 @@ class ConvBody(nn.Module):
             channels, before = tap.channels, tap.stride
         self.convs = nn.ModuleList(convs)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint: Tensor) -> list[Tensor]:
         features = [self.convs[0](x) + hint]
         for conv in self.convs[1:]:
             features.append(conv(F.silu(features[-1])))
@@ -203,16 +207,25 @@ class ControlBranch(nn.Module):
         """c_f of equation (4), (B, C, h, w). It depends on the hint alone: one evaluation serves every step."""
         return self.hint_encoder(hint)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, hint_features: Tensor) -> dict[str, Tensor]:
+    @property
+    def pools(self) -> bool:
+        """Whether residuals are averages over the picture, (B, C, 1, 1)."""
+        return self.spec.pool == "mean"
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Tensor) -> dict[str, Tensor]:
         """The residual of each joined tap, by name (the second term of equation 2).
 
         Args:
-            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: prompt embeddings (B, L, D).
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: what the body reads of B prompts.
             hint_features: from ``encode_hint``, (B, C, h, w).
         """
-        features = self.body(x, t, text, hint_features)
+        return self.residuals(self.body(x, t, text, hint_features))
+
+    def residuals(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The body's features, one a tap, through the joins."""
         pairs = zip(self.taps, features, strict=True)
-        return {tap.name: self.joins[tap.name](f) for tap, f in pairs if tap.name in self.joins}
+        joined = {tap.name: self.joins[tap.name](f) for tap, f in pairs if tap.name in self.joins}
+        return {name: f.mean((2, 3), keepdim=True) for name, f in joined.items()} if self.pools else joined
 
 
 # --- Section 3.4: composing -----------------------------------------------------------------------------------

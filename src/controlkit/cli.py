@@ -6,14 +6,16 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 import errno
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlkit.errors import UserError
+from controlkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,7 +37,12 @@ make_app = typer.Typer(help="Draw a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.add_typer(make_app, name="make")
 
-BaseOption = Annotated[str, typer.Option(help="`mini`, or a diffusers pipeline folder.")]
+BaseOption = Annotated[
+    str,
+    typer.Option(
+        help="`mini`, `sd15`, `sd21`, `sdxl`, a diffusers pipeline folder, a .safetensors or .ckpt file, or a hub's name."
+    ),
+]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
@@ -51,7 +58,7 @@ def _progress() -> Iterator["Progress"]:
         yield progress
 
 
-def _load_base(name: str, device: str) -> "UNetBase":
+def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
     import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -67,13 +74,18 @@ def _load_base(name: str, device: str) -> "UNetBase":
         raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
-    return load_base(name, device)
+    return load_base(name, device, **options)
 
 
-def _load_control(name: str, base: "UNetBase") -> "SavedControl":
+def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> "SavedControl":
     from controlkit.formats import load_control
 
-    saved = load_control(name, base)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        saved = load_control(name, base, annotator)
+    for note in notes:
+        if note.category is UserWarning:
+            _warn(str(note.message))
     trained_on = saved.trained.get("base_digest", base.digest)
     if trained_on != base.digest:
         _warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
@@ -96,7 +108,10 @@ def _warn(text: str) -> None:
 @app.command(
     epilog="Examples:\n\n"
     '    controlkit generate "a cat face, on a teal background" --control canny=cat.png --out out\n\n'
-    '    controlkit generate "a red apple" --control canny=photo.jpg --scale 0.8 --num 4 --seed 7 --out out'
+    '    controlkit generate "a red apple" --control canny=photo.jpg --scale 0.8 --num 4 --seed 7 --out out\n\n'
+    '    controlkit generate "a castle" --base sdxl.safetensors --control union.safetensors:canny=a.png '
+    "--control union.safetensors:depth=b.png\n\n"
+    '    controlkit generate "a castle" --base sd15 --control control_v11p_sd15_canny.pth=photo.jpg --annotator canny'
 )
 def generate(
     prompt: Annotated[
@@ -105,18 +120,35 @@ def generate(
     ] = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=IMAGE", help="A control, shipped or a folder, and its picture; repeatable."),
+        typer.Option(
+            metavar="NAME=IMAGE",
+            help="A control (a shipped name, a file or a folder) and its picture; repeatable. "
+            "Of a Union: NAME:TYPE=IMAGE, once for each type.",
+        ),
     ] = None,
     out: OutOption = Path("out"),
     base: BaseOption = "mini",
     hint: Annotated[bool, typer.Option("--hint", help="The pictures are hints already: do not annotate them.")] = False,
+    annotator: Annotated[
+        list[str] | None,
+        typer.Option(help="What makes the hints of a control that does not say; one value serves all."),
+    ] = None,
     scale: Annotated[list[float] | None, typer.Option(help="Strength of each control; one value serves all.")] = None,
+    guess: Annotated[bool, typer.Option("--guess", help="Guess mode: control without a prompt.")] = False,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
-    negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA merged into the base; repeatable.")
+    ] = None,
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures from a prompt, steered by pictures.
@@ -125,53 +157,113 @@ def generate(
     """
     from controlkit import sample
     from controlkit.annotators import annotate, drawn_hint
+    from controlkit.formats.convert import DTYPES
     from controlkit.images import grid, read_picture, write_png
     from controlkit.precision import number_format
 
     _check_folder(out)
-    asked = [_split_control(text) for text in control or []]
-    scales = _scales(scale or [1.0], len(asked))
-    pictures = [read_picture(path) for _, path in asked]
-    model = _load_base(base, device)
+    asked = _grouped([_split_control(text) for text in control or []])
+    scales = _one_each("--scale", scale or [1.0], len(asked))
+    annotators = _one_each("--annotator", annotator or [None], len(asked))
+    if dtype not in DTYPES:
+        raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
+    for given in asked:
+        for path in given.pictures.values():
+            read_picture(path)
+    added = {"loras": [_split_lora(text) for text in lora or []], "embeddings": embedding or []}
+    model = _load_base(base, device, dtype=DTYPES[dtype], **added)
     settings = sample.Settings(steps, guidance, _parse_size(size))
     sides = sample.picture_size(model, settings)
-    saved = [_load_control(name, model) for name, _ in asked]
     prompt = sample.PLAIN_PROMPT if prompt is None else prompt
-    for text in (prompt, negative):
+    for text in (prompt, negative or ""):
         if cut := model.cut_words(text):
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
-    hints = []
-    for picture, kept in zip(pictures, saved, strict=True):
-        hints.append((drawn_hint if hint else annotate)(picture, kept.hint, sides))
-    controls = [sample.Control(s.branch, s.hint, k) for s, k in zip(saved, scales, strict=True)]
+    controls, hints, labels = [], [], []
+    for given, k, made_by in zip(asked, scales, annotators, strict=True):
+        saved = _load_control(given.name, model, made_by)
+        make = drawn_hint if hint else annotate
+        masked = saved.hint.mark is not None
+        read = {kind: make(read_picture(p, masked), saved.hint, sides) for kind, p in given.pictures.items()}
+        if not given.typed and hasattr(saved.branch, "types"):
+            raise UserError(
+                f'"{given.name}" is a Union: say of which type the hint is, as {given.name}:canny=IMAGE. It knows '
+                f"{', '.join(saved.branch.types)}."
+            )
+        if given.typed and not hasattr(saved.branch, "types"):
+            raise UserError(f'"{given.name}" is no Union and has no types: give it as {given.name}=IMAGE.')
+        controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess))
+        hints.append(read if given.typed else read[""])
+        labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]
     facts: dict[str, Any] = {"prompt": prompt, "negative": negative, "base": base, "steps": steps, "guidance": guidance}
-    facts |= {"controls": [{"name": n, "scale": k, "hint": hint} for (n, _), k in zip(asked, scales, strict=True)]}
-    facts |= {"width": sides[1], "height": sides[0], "format": number_format(model.device.type)}
+    facts |= {"controls": [{"name": g.name, "scale": k, "hint": hint} for g, k in zip(asked, scales, strict=True)]}
+    facts |= {"width": sides[1], "height": sides[0], "format": number_format(model.device.type), "guess": guess}
+    facts |= {"lora": lora or [], "embedding": [path.stem for path in embedding or []], "dtype": dtype}
     made = []
     with _progress() as progress:
         task = progress.add_task("generating", total=num * steps, figures="")
         for result in sample.generate(model, jobs, controls, settings, on_step=lambda n: progress.advance(task, n)):
             write_png(out / f"picture-{result.job.seed}.png", result.pixels, facts | {"seed": result.job.seed})
             made.append(result.pixels)
-    for i, ((name, _), picture) in enumerate(zip(asked, hints, strict=True)):
-        write_png(out / f"hint-{i}-{Path(name).name}.png", picture)
-    labels = [f"hint: {Path(name).name}" for name, _ in asked] + [f"seed {job.seed}" for job in jobs]
-    write_png(out / "grid.png", grid([[*hints, *made]], labels), facts | {"seed": seed})
+    shown = [one for h in hints for one in (h.values() if isinstance(h, dict) else [h])]
+    for i, (label, picture) in enumerate(zip(labels, shown, strict=True)):
+        write_png(out / f"hint-{i}-{label.replace(':', '-')}.png", picture)
+    columns = [f"hint: {label}" for label in labels] + [f"seed {job.seed}" for job in jobs]
+    write_png(out / "grid.png", grid([[*shown, *made]], columns), facts | {"seed": seed})
     _say(f"{num} picture{'s' if num > 1 else ''} in {out}; side by side in {out / 'grid.png'}")
 
 
-def _split_control(text: str) -> tuple[str, Path]:
+@dataclass(frozen=True)
+class _Asked:
+    """A control as asked for: its pictures by type, or under "" where it has none."""
+
+    name: str
+    pictures: dict[str, Path]
+
+    @property
+    def typed(self) -> bool:
+        return "" not in self.pictures
+
+
+def _split_control(text: str) -> tuple[str, str, Path]:
+    """NAME[:TYPE]=IMAGE as (name, type, path)."""
+    from controlkit.union import TYPES
+
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise UserError(f'--control is "{text}"; expected NAME=IMAGE, such as canny=photo.png.')
-    return name, Path(path)
+    file, colon, kind = name.rpartition(":")
+    typed = bool(colon) and (kind in TYPES or not Path(name).exists())
+    return (file, kind, Path(path)) if typed else (name, "", Path(path))
 
 
-def _scales(given: list[float], controls: int) -> list[float]:
+def _grouped(asked: list[tuple[str, str, Path]]) -> list[_Asked]:
+    """A Union's types under one control, in the order they came; others as they are."""
+    found: list[_Asked] = []
+    for name, kind, path in asked:
+        same = next((one for one in found if kind and one.typed and one.name == name), None)
+        if same is None:
+            found.append(_Asked(name, {kind: path}))
+        elif kind in same.pictures:
+            raise UserError(f"--control {name}:{kind} was given twice; expected one picture for a type.")
+        else:
+            same.pictures[kind] = path
+    return found
+
+
+def _split_lora(text: str) -> tuple[Path, float]:
+    path, _, weight = text.partition("=")
+    try:
+        return Path(path), float(weight or 1.0)
+    except ValueError:
+        raise UserError(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+
+
+def _one_each(option: str, given: list, controls: int) -> list:
+    """What was given for each control, or once for all."""
     if len(given) not in (1, controls):
         raise UserError(
-            f"--scale was given {len(given)} times for {controls} controls; expected once, or once for each."
+            f"{option} was given {len(given)} times for {controls} controls; expected once, or once for each."
         )
     return given * controls if len(given) == 1 else given
 
@@ -320,6 +412,77 @@ def evaluate(
         _warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
     if not report["quality_kept"]:
         _warn("quality fell: CLIP-score under 95%, or FID over 110%, of the same base without control")
+
+
+@app.command(
+    epilog="Examples:\n\n    controlkit inspect control_v11p_sd15_canny.pth\n\n    controlkit inspect canny --json"
+)
+def inspect(
+    file: Annotated[str, typer.Argument(help="A file of weights, a control's folder, or a shipped name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, tensors by name.")] = False,
+) -> None:
+    """Say what a file of weights is: format, base, channels of its hints, what is missing, and whether it runs.
+
+    Told from the names and shapes in it, never from the file's own name; nothing in it is run.
+    """
+    from controlkit.formats import control_path, describe
+
+    found = describe(control_path(file))
+    _say(json.dumps(found.to_json(), indent=2) if as_json else found.sentence())
+
+
+@app.command(
+    epilog="Examples:\n\n    controlkit convert canny canny.safetensors --to cldm --dtype fp16\n\n"
+    "    controlkit convert control_sd15_canny.pth canny --to diffusers\n\n"
+    "    controlkit convert canny small.safetensors --to control-lora --base mini --rank 32\n\n"
+    "    controlkit convert canny tuned --to diffusers --base mini --transfer-to runs/style-3d\n\n"
+    "    controlkit convert mini fresh --to diffusers --attach"
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A control, of any format; with --attach, a base.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A folder, or a .safetensors file.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="`diffusers` or `union` (folders), `cldm` (for ComfyUI and A1111) or `control-lora` (files)."
+        ),
+    ],
+    dtype: Annotated[str | None, typer.Option(help="`fp16`, `bf16` or `fp32`; as stored by default.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base the control belongs to: for Control-LoRAs, differences, transfers.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="A Control-LoRA's; by default the least that keeps 95% of the difference.", min=1)
+    ] = None,
+    attach: Annotated[bool, typer.Option("--attach", help="Make a fresh, silent branch for the base SRC.")] = False,
+    transfer_to: Annotated[
+        str | None, typer.Option(help="Another base: move the control there, + (its weights - the base's).")
+    ] = None,
+    annotator: Annotated[str | None, typer.Option(help="What makes the hints, where the source does not say.")] = None,
+) -> None:
+    """Write a control in another format; or attach a fresh one to a base, or transfer one to another base.
+
+    The result is whole or absent. Its metadata says what is known: base, hints, configuration.
+    """
+    from controlkit import formats
+
+    if attach:
+        if rank is not None or transfer_to is not None or base is not None:
+            raise UserError(
+                "--attach makes a fresh branch for the base SRC: it takes no --base, --rank, --transfer-to."
+            )
+        done = formats.attach(_load_base(source, "cpu"), target, to, dtype, annotator=annotator or "")
+    else:
+        models = {name: _load_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}
+        own, other = (models.get(name) if name else None for name in (base, transfer_to))
+        with _progress() as progress:
+            task = progress.add_task("converting", total=None, figures="")
+            done = formats.convert(
+                source, target, to, dtype, own, rank, other, annotator, lambda n: progress.advance(task, n)
+            )
+    for note in done.notes:
+        _warn(note)
+    _say(f"{done.path}: {formats.describe(formats.control_path(done.path)).sentence()}")
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")

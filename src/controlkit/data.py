@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from controlkit.annotators import annotate
-from controlkit.backbones import UNetBase
+from controlkit.backbones import Text, UNetBase
 from controlkit.errors import UserError
 from controlkit.images import Hint, fit, read_picture, to_tensor, write_atomic, write_png
 from controlkit.mini import world
-from controlkit.precision import autocast
 
 FILL50K_SIZE = 512
 """Side of the original tutorial set's pictures."""
@@ -178,17 +177,27 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
 class Cached:
     """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
 
-    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` (M, L, D) half, one
-    row a distinct prompt, row 0 the empty prompt; ``prompt_rows`` (N,) says which row is whose.
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` half, one row a distinct prompt, row 0 the
+    empty prompt; ``prompt_rows`` (N,) says which row is whose.
     """
 
     moments: Tensor
     hints: Tensor
-    text: Tensor
+    text: Text
     prompt_rows: Tensor
 
     def __len__(self) -> int:
         return len(self.moments)
+
+    @classmethod
+    def read(cls, path: Path) -> "Cached":
+        """The cache that ``build_cache`` wrote."""
+        held = load_file(path)
+        text = Text(**{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)})
+        return cls(text=text, **held)
+
+
+_TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
 
 
 def build_cache(
@@ -201,11 +210,11 @@ def build_cache(
 ) -> Cached:
     """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole."""
     if path.is_file():
-        return Cached(**load_file(path))
+        return Cached.read(path)
     moments, hints, prompts = [], [], []
     for first in range(0, len(pairs), batch):
         chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
-        with autocast(base.device.type):
+        with base.autocast():
             latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
         moments.append(latents.half().cpu())
         hints += [hint_of(t, contract) for t in chunk]
@@ -213,8 +222,16 @@ def build_cache(
         on_pair(len(chunk))
     distinct = ["", *sorted(set(prompts) - {""})]
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    text = torch.cat([base.encode_text(distinct[i : i + 256]).half().cpu() for i in range(0, len(distinct), 256)])
+    read = [
+        base.encode_text(distinct[i : i + 256]).to(torch.device("cpu"), torch.half).tensors()
+        for i in range(0, len(distinct), 256)
+    ]
+    text = {name: torch.cat([part[name] for part in read]).contiguous() for name in read[0]}
     rows = torch.tensor([row_of[prompt] for prompt in prompts])
-    cached = Cached(torch.cat(moments), torch.from_numpy(np.stack(hints)), text, rows)
-    write_atomic(path, save({name: value.contiguous() for name, value in vars(cached).items()}))
-    return cached
+    parts = {
+        "moments": torch.cat(moments).contiguous(),
+        "hints": torch.from_numpy(np.stack(hints)),
+        "prompt_rows": rows,
+    }
+    write_atomic(path, save(parts | {f"{_TEXT}{name}": value for name, value in text.items()}))
+    return Cached(text=Text(**text), **parts)

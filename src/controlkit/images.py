@@ -45,6 +45,8 @@ class Hint:
     high: float = 1.0
     """The range pixel values 0-255 are mapped to."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
+    mark: float | None = None
+    """The value of what is masked (transparent in its picture), where hints have masks: -1 for inpainting."""
     resize: Resize = "area"
     """How a hint is brought to the picture's size: ``area`` for soft maps, ``lines`` (white on black; a thin one must
     not fade when it shrinks), ``nearest`` for labels."""
@@ -59,18 +61,31 @@ class Hint:
         return cls(**json.loads(text))
 
     def tensor(self, picture: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """A hint picture (H, W, 3) uint8 as the branch reads it: (1, channels, *size), values in [low, high]."""
+        """A hint picture as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mark``.
+
+        The picture is uint8 (H, W, 3), or (H, W, 4) where hints have masks: what is transparent is masked.
+        """
+        if self.channels not in (1, 3):
+            raise UserError(f"Hints of {self.channels} channels are no pictures: give them to `denoise` as tensors.")
         pixels = fit(picture, size, self.resize)
+        masked = torch.from_numpy(pixels[..., 3] < 128) if pixels.shape[-1] == 4 else None
+        pixels = np.ascontiguousarray(pixels[..., :3])
         if self.channels == 1:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
         elif self.colour_order == "BGR":
             pixels = pixels[..., ::-1]
         values = torch.tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255.0
-        return values * (self.high - self.low) + self.low
+        values = values * (self.high - self.low) + self.low
+        if masked is not None and self.mark is not None:
+            values[:, :, masked] = self.mark
+        return values
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture file as uint8 RGB (H, W, 3); transparency is laid on white, camera rotation applied."""
+def read_picture(path: Path, masked: bool = False) -> np.ndarray:
+    """A picture file as uint8 RGB (H, W, 3); transparency is laid on white, camera rotation applied.
+
+    ``masked``: keep transparency, as a mask, in a fourth channel (H, W, 4).
+    """
     if not path.is_file():
         raise UserError(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
     try:
@@ -83,7 +98,9 @@ def read_picture(path: Path) -> np.ndarray:
             if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+                picture = picture if masked else Image.alpha_composite(white, picture)
+            if masked:
+                return np.asarray(picture.convert("RGBA"))
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(

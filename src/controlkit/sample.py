@@ -4,7 +4,7 @@ The hint is encoded once a picture; a control whose strength is zero on a step i
 classifier-free guidance go through in one batch, after the hint was read once for both.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch, add_residuals
+from controlkit.adapter import Adapter
+from controlkit.backbones import Text, UNetBase
+from controlkit.branch import ControlBranch, Tap, add_residuals
 from controlkit.errors import UserError
 from controlkit.images import Hint, to_pictures
-from controlkit.precision import autocast
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -24,13 +24,18 @@ PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 
 @dataclass(frozen=True)
 class Control:
-    """A control in use. ``start`` and ``end`` are shares of the steps, as elsewhere in the field."""
+    """A control in use. ``start`` and ``end`` are shares of the steps, as elsewhere in the field.
 
-    branch: ControlBranch
+    ``guess``: the paper's guess mode, for use without a prompt. The control speaks to the conditional half alone, and
+    the less the finer the resolution (a tenth at the finest, all of it at the middle).
+    """
+
+    branch: ControlBranch | Adapter
     hint: Hint
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make: ``hints`` holds one hint picture, uint8 (H, W, 3), for each control."""
+    """One picture to make.
+
+    ``hints`` holds one hint picture, uint8 (H, W, 3), for each control; for a Union control, its hint pictures by type.
+    ``negative``: what to keep away from; None is no prompt at all (for SDXL not the same as an empty one).
+    """
 
     prompt: str
     seed: int
-    hints: tuple[np.ndarray, ...] = ()
-    negative: str = ""
+    hints: tuple[np.ndarray | Mapping[str, np.ndarray], ...] = ()
+    negative: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,31 +82,54 @@ def picture_size(base: UNetBase, settings: Settings) -> tuple[int, int]:
     return height, width
 
 
-def strength_table(controls: Sequence[Control], rows: int, taps: int, steps: int) -> Tensor:
+def strength_table(
+    controls: Sequence[Control], taps: Sequence[Tap], rows: int, unconditional: int, steps: int
+) -> Tensor:
     """The strength of every control on every row, tap and step: (control, row, tap, step, 1, 1).
 
-    One formula serves all: guess mode, weights by resolution, start and end, region masks are ways to fill it.
+    One formula serves all: guess mode, weights by resolution, start and end, region masks are ways to fill it. The
+    first ``unconditional`` rows are guidance's unconditional half.
     """
-    table = torch.zeros(len(controls), rows, taps, steps, 1, 1)
+    table = torch.zeros(len(controls), rows, len(taps), steps, 1, 1)
+    index = {tap.name: k for k, tap in enumerate(taps)}
     at = torch.arange(steps) / steps
     for i, control in enumerate(controls):
         active = (at >= control.start) & (at + 1 / steps <= control.end + 1e-6)
-        table[i] = control.scale * active.float().view(1, 1, -1, 1, 1)
+        own = [tap.name for tap in control.branch.taps]
+        # A pooled control gives colours, not places: the same at every resolution, as released (version 1.1, shuffle).
+        weights = (
+            torch.logspace(-1, 0, len(own)) if control.guess and not control.branch.pools else torch.ones(len(own))
+        )
+        for name, weight in zip(own, weights.tolist(), strict=True):
+            table[i, :, index[name]] = weight * control.scale * active.float().view(-1, 1, 1)
+        if control.guess or control.branch.pools:
+            table[i, :unconditional] = 0
     return table
 
 
-def _strength_at(strength: Tensor, tap: int, step: int, size: tuple[int, int]) -> Tensor:
-    """The strength of one control at a tap and step, (row, 1, h, w), brought to the tap's size if it is a map."""
-    value = strength[:, tap, step][:, None]
-    return value if value.shape[-2:] == (1, 1) else F.interpolate(value, size, mode="area")
+def _strength_at(strength: Tensor, tap: int, step: int, residual: Tensor) -> Tensor:
+    """The strength of one control at a tap and step, (row, 1, h, w), brought to the residual's size if it is a map."""
+    value = strength[:, tap, step][:, None].to(residual.dtype)
+    return value if value.shape[-2:] == (1, 1) else F.interpolate(value, residual.shape[-2:], mode="area")
+
+
+HintTensors = Tensor | Mapping[str, Tensor]
+"""A control's hints as its branch reads them; a Union's by type."""
+
+
+def _for_rows(features: HintTensors, times: int) -> HintTensors:
+    """Features of B pictures for ``times`` x B rows: read once, used for both halves of guidance."""
+    if isinstance(features, Tensor):
+        return features.repeat(times, *[1] * (features.dim() - 1))
+    return {name: one.repeat(times, *[1] * (one.dim() - 1)) for name, one in features.items()}
 
 
 @torch.no_grad()
 def denoise(
     base: UNetBase,
     latents: Tensor,
-    text: Tensor,
-    hints: Sequence[Tensor],
+    text: Text,
+    hints: Sequence[HintTensors],
     controls: Sequence[Control],
     settings: Settings,
     strength: Tensor | None = None,
@@ -106,44 +138,59 @@ def denoise(
 
     Args:
         latents: starting noise (B, C, h, w), standard normal.
-        text: prompt embeddings, (2B, L, D) with guidance (unconditional rows first), else (B, L, D).
-        hints: one tensor a control, (B, channels, H, W) in its contract's range.
-        strength: broadcastable to (control, row, tap, step, h, w); default from each control's scale, start and end.
+        text: of 2B prompts with guidance (unconditional rows first), else of B.
+        hints: one for each control, (B, channels, H, W) in its contract's range; a Union's by type.
+        strength: broadcastable to (control, row, tap, step, h, w), taps as the base's; default from each control's
+            scale, start, end and guess mode.
     """
-    count = latents.shape[0]
-    rows = text.shape[0]
+    count, rows = len(latents), len(text)
     scheduler = type(base.scheduler).from_config(base.scheduler.config)
     scheduler.set_timesteps(settings.steps)
     x = latents * scheduler.init_noise_sigma
     if strength is None:
-        strength = strength_table(controls, rows, len(base.taps), settings.steps)
+        strength = strength_table(controls, base.taps, rows, rows - count, settings.steps)
     full = (len(controls), rows, len(base.taps), settings.steps)
     strength = strength.expand(*full, *strength.shape[-2:]).to(x.device)
     used = strength.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop
-    with autocast(x.device.type):
+    with base.autocast():
         features = [
-            c.branch.encode_hint(h).repeat(rows // count, 1, 1, 1) for c, h in zip(controls, hints, strict=True)
+            _for_rows(c.branch.encode_hint(h), rows // count) if any(at) else {}  # type: ignore[arg-type]
+            for c, h, at in zip(controls, hints, used, strict=True)
         ]
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(x, timestep)
-            both = scaled.repeat(rows // count, 1, 1, 1)
+            both = scaled.repeat(rows // count, 1, 1, 1).to(base.dtype)
             t = timestep.to(x.device).expand(rows)
             parts: list[tuple[dict[str, Tensor], dict[str, Tensor | float]]] = []
             for i, control in enumerate(controls):
                 if used[i][step]:
                     residuals = control.branch(both, t, text, features[i])
                     scales: dict[str, Tensor | float] = {
-                        tap.name: _strength_at(strength[i], k, step, residuals[tap.name].shape[-2:])
+                        tap.name: _strength_at(strength[i], k, step, residuals[tap.name])
                         for k, tap in enumerate(base.taps)
                         if tap.name in residuals
                     }
                     parts.append((residuals, scales))
-            prediction = base.decode_noise(base.encode_noise(both, t, text), add_residuals(parts)).float()
+            inject = add_residuals(parts)
+            prediction = base.decode_noise(base.encode_noise(both, t, text, inject), inject).float()
             if rows > count:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + settings.guidance * (conditional - unconditional)
             x = scheduler.step(prediction, timestep, x).prev_sample
             yield x
+
+
+def _hint_tensors(base: UNetBase, control: Control, given: Sequence, size: tuple[int, int]) -> HintTensors:
+    """A control's hints of several jobs, (B, channels, *size), in the base's type."""
+
+    def read(pictures: Sequence[np.ndarray]) -> Tensor:
+        return torch.cat([control.hint.tensor(picture, size) for picture in pictures]).to(base.device, base.dtype)
+
+    if not isinstance(given[0], Mapping):
+        return read(given)
+    if any(one.keys() != given[0].keys() for one in given):
+        raise UserError("The pictures of one batch have hints of different types: expected the same types for all.")
+    return {name: read([one[name] for one in given]) for name in given[0]}
 
 
 def generate(
@@ -164,24 +211,24 @@ def generate(
     if not 1 <= settings.steps <= most:
         raise UserError(f'Sampling takes 1 to {most} steps on the base "{base.name}"; got {settings.steps}.')
     height, width = picture_size(base, settings)
-    channels = base.unet.config.in_channels
+    channels = base.latent_channels
     shape = (1, channels, height // base.stride, width // base.stride)
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in chunk]
         final = noise = torch.cat(draws).to(base.device)
-        prompts = [job.prompt for job in chunk]
+        prompts: list[str | None] = [job.prompt for job in chunk]
         if settings.guidance != 1.0:
             prompts = [job.negative for job in chunk] + prompts
-        text = base.encode_text(prompts)
+        text = base.encode_text(prompts, (height, width))
         hints = [
-            torch.cat([control.hint.tensor(job.hints[i], (height, width)) for job in chunk]).to(base.device)
+            _hint_tensors(base, control, [job.hints[i] for job in chunk], (height, width))
             for i, control in enumerate(controls)
         ]
         for latents in denoise(base, noise, text, hints, controls, settings):
             final = latents
             on_step(len(chunk))
-        with autocast(base.device.type):
+        with base.autocast():
             decoded = base.decode_latents(final)
         for job, pixels, latents in zip(chunk, to_pictures(decoded), final, strict=True):
             yield Picture(job, pixels, latents)

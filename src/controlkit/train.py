@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from controlkit.annotators import annotator
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, hint_of, split_folder
 from controlkit.errors import UserError, nearest
@@ -38,6 +38,7 @@ from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, obe
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
+from controlkit.union import UnionBranch
 
 # --- the recipe ---------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
-    text: Tensor  # (B, L, D)
+    text: Text
     hints: Tensor  # (B, channels, H, W), in the contract's range
 
 
@@ -264,7 +265,7 @@ def draw_batch(base: UNetBase, cached: Cached, contract: Hint, recipe: Recipe, s
         torch.stack(latents).to(device),
         torch.stack(noise).to(device),
         torch.tensor(times, device=device),
-        cached.text[rows].float().to(device),
+        cached.text[rows].to(device, torch.float32),
         torch.cat(hints).to(device),
     )
 
@@ -414,7 +415,7 @@ def _train(
 ) -> Iterator[Record]:
     _begin_folder(recipe, out, base.device.type)
     on_stage("caching", len(pairs))
-    cached = build_cache(base, pairs, contract, out / f"cache-{base.digest}.safetensors", on_advance)
+    cached = build_cache(base, pairs, contract, out / f"pairs-{base.digest}.safetensors", on_advance)
     optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     evaluator = _Evaluator(base, heldout, contract, recipe, out) if recipe.evaluation.every else None
     step = 0
@@ -463,6 +464,8 @@ def _train(
 
 def _neighbour(name: str, base: UNetBase, spec: ControlSpec) -> ControlBranch:
     branch = load_control(name, base).branch
+    if not isinstance(branch, ControlBranch) or isinstance(branch, UnionBranch):
+        raise UserError(f'The control "{name}" is a {type(branch).__name__}; training starts from a ControlNet.')
     if branch.spec != spec:
         raise UserError(f'The control "{name}" is {branch.spec}; the recipe asks for {spec}: they must be equal.')
     return branch

@@ -1,5 +1,7 @@
 """Base models as backbones: frozen, never modified, and described by their taps."""
 
-from controlkit.backbones.unet import UNetBase, load_base
+from controlkit.backbones.families import FAMILIES, Family
+from controlkit.backbones.load import load_base
+from controlkit.backbones.unet import Text, UNetBase, UNetEncoder
 
-__all__ = ["UNetBase", "load_base"]
+__all__ = ["FAMILIES", "Family", "Text", "UNetBase", "UNetEncoder", "load_base"]

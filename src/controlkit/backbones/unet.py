@@ -1,26 +1,53 @@
-"""The U-Net family (``mini`` today) on diffusers' own modules, unmodified, with encoder and decoder callable apart.
+"""The U-Net family (SD 1.5, SD 2.1, SDXL, ``mini``) on diffusers' own modules, unmodified, with encoder and decoder
+callable apart.
 
-Control comes in as an explicit argument: ``decode_noise(encoded, inject={tap name: residual})``. Leaving it out is
-the base as it was.
+Control comes in as an explicit argument, ``inject={tap name: residual}``. Leaving it out is the base as it was.
 """
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from controlkit.backbones.families import Prediction
 from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap
-from controlkit.errors import UserError
-from controlkit.hub import digest, shipped_names, where
+from controlkit.hub import digest
+from controlkit.precision import autocast
 
-Prediction = Literal["eps", "v"]
-_PREDICTION: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
+"""Names in diffusers' scheduler configurations -> ours."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the U-Net reads of B prompts. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
+
+    tokens: Tensor
+    """(B, L, D), one vector a token: what the cross-attentions read."""
+    pooled: Tensor | None = None
+    """(B, P), one vector a prompt."""
+    sizes: Tensor | None = None
+    """(B, 6): the original height and width, the crop's top and left, the target's height and width, in pixels."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> "Text":
+        return Text(**{name: value[rows] for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name; ``Text(**tensors)`` is the way back."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Text":
+        """The same elsewhere, or in another type (sizes keep theirs: they are pixels)."""
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        return Text(**{name: v if name == "sizes" else v.to(dtype or v.dtype) for name, v in moved.items()})
 
 
 @dataclass(frozen=True)
@@ -30,7 +57,7 @@ class Encoded:
     skips: list[Tensor]  # (B, C, h, w) each
     middle: Tensor
     embedding: Tensor  # (B, D)
-    text: Tensor  # (B, L, D)
+    text: Text
 
 
 class UNetEncoder(nn.Module):
@@ -44,62 +71,147 @@ class UNetEncoder(nn.Module):
         self.conv_in = unet.conv_in
         self.time_proj = unet.time_proj
         self.time_embedding = unet.time_embedding
+        if unet.config.addition_embed_type == "text_time":
+            self.add_time_proj = unet.add_time_proj
+            self.add_embedding = unet.add_embedding
         self.down_blocks = unet.down_blocks
         self.mid_block = unet.mid_block
 
-    def encode(self, x: Tensor, t: Tensor, text: Tensor, hint: Tensor | None = None) -> Encoded:
-        """Encode latents x (B, C, h, w) at timesteps t (B,); ``hint`` is added once, after the first block."""
-        embedding = self.time_embedding(self.time_proj(t).to(x.dtype))
+    def embed(self, t: Tensor, text: Text, dtype: torch.dtype) -> Tensor:
+        """The time embedding (B, D), and with it SDXL's pooled prompt and picture sizes."""
+        embedding = self.time_embedding(self.time_proj(t).to(dtype))
+        if not hasattr(self, "add_embedding"):
+            return embedding
+        assert text.pooled is not None and text.sizes is not None
+        sizes = self.add_time_proj(text.sizes.flatten()).reshape(len(text), -1)
+        return embedding + self.add_embedding(torch.cat([text.pooled, sizes.to(text.pooled.dtype)], -1).to(dtype))
+
+    def encode(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Text,
+        hint: Tensor | None = None,
+        embedding: Tensor | None = None,
+        inject: Mapping[str, Tensor] | None = None,
+    ) -> Encoded:
+        """Encode latents x (B, C, h, w) at timesteps t (B,).
+
+        Args:
+            hint: added once, after the first block.  embedding: added to the time embedding (B, D).
+            inject: residuals by name of encoder tap, added where a level's features leave for its skip.
+        """
+        inject = inject or {}
+        whole = self.embed(t, text, x.dtype)
+        if embedding is not None:
+            whole = whole + embedding
         h = self.conv_in(x)
         if hint is not None:
             h = h + hint
         skips = [h]
-        for block in self.down_blocks:
-            extra = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            h, outputs = block(hidden_states=h, temb=embedding, **extra)
+        for level, block in enumerate(self.down_blocks):
+            residual = inject.get(f"encoder_{level}")
+            if getattr(block, "has_cross_attention", False):
+                h, outputs = block(h, whole, encoder_hidden_states=text.tokens, additional_residuals=residual)
+            else:
+                h, outputs = block(h, whole)
+                if residual is not None:  # a level without attention takes it at its end, skip included
+                    h = h + residual
+                    outputs = (*outputs[:-1], h)
             skips.extend(outputs)
-        middle = self.mid_block(h, embedding, encoder_hidden_states=text)
-        return Encoded(skips, middle, embedding, text)
+        middle = self.mid_block(h, whole, encoder_hidden_states=text.tokens)
+        return Encoded(skips, middle, whole, text)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, hint: Tensor | None = None) -> list[Tensor]:
-        """One feature a tap: the skips, then the middle."""
-        encoded = self.encode(x, t, text, hint)
+    def forward(
+        self, x: Tensor, t: Tensor, text: Text, hint: Tensor | None = None, embedding: Tensor | None = None
+    ) -> list[Tensor]:
+        """One feature a tap of a branch: the skips, then the middle."""
+        encoded = self.encode(x, t, text, hint, embedding)
         return [*encoded.skips, encoded.middle]
 
 
+@dataclass(frozen=True)
+class TextTower:
+    """A text encoder with its tokenizer; ``penultimate``: its last layer is not read (SDXL)."""
+
+    tokenizer: Any
+    encoder: Any
+    penultimate: bool = False
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token rows (B, window), padded, and cut where a prompt is longer than the window."""
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        learnt = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, self.tokenizer)  # words of many vectors
+        window = self.tokenizer.model_max_length
+        rows = self.tokenizer(learnt, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
+        return rows.input_ids.to(self.encoder.device)
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """One vector a token (B, L, D), and the tower's pooled projection (B, P), if it has one."""
+        out = self.encoder(self.tokenize(prompts), output_hidden_states=self.penultimate)
+        tokens = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
+        return tokens, getattr(out, "text_embeds", None)
+
+
 class UNetBase:
-    """A frozen text-to-image base: VAE, text tower, U-Net and noise schedule, from a diffusers folder.
+    """A frozen text-to-image base: VAE, text towers, U-Net and noise schedule.
 
     Attributes: ``name``, ``prediction`` (``eps`` or ``v``), ``size`` (the picture side it was trained at, pixels),
-    ``stride`` (pixels a latent), ``taps``.
+    ``stride`` (pixels a latent), ``window`` (tokens it reads), ``taps``.
+
+    ``zeros_for_none``: no prompt at all is zeros, and not the encoding of an empty one (SDXL).
     """
 
-    def __init__(self, name: str, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        vae: Any,
+        towers: Sequence[TextTower],
+        unet: Any,
+        scheduler: Any,
+        zeros_for_none: bool = False,
+    ) -> None:
         self.name = name
-        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
-        self.scheduler = scheduler
-        for module in (vae, text_encoder, unet):
+        self.vae, self.towers, self.unet, self.scheduler = vae, tuple(towers), unet, scheduler
+        self.zeros_for_none = zeros_for_none
+        for module in self._modules().values():
             module.eval().requires_grad_(False)
         self.encoder = UNetEncoder(unet)
-        self.prediction = _PREDICTION[scheduler.config.prediction_type]
+        self.prediction = PREDICTIONS[scheduler.config.prediction_type]
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.stride
-        self.window = tokenizer.model_max_length
+        self.window = towers[0].tokenizer.model_max_length
+
+    def _modules(self) -> dict[str, Any]:
+        """Every network, by its name in a diffusers folder."""
+        names = ["text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.towers) + 1))]
+        towers = dict(zip(names, (tower.encoder for tower in self.towers), strict=True))
+        return {"vae": self.vae, **towers, "unet": self.unet}
 
     # --- description ------------------------------------------------------------------------------------
 
     @cached_property
     def taps(self) -> tuple[Tap, ...]:
-        """Every skip connection and the middle block, in the encoder's order."""
+        """Where control is accepted, in the encoder's order: inside it, at every skip, at the middle block."""
         stride = self.stride
-        found = [Tap("skip_0", "skip", self.unet.conv_in.out_channels, stride)]
-        for block in self.unet.down_blocks:
+        inside = []
+        skips = [Tap("skip_0", "skip", self.unet.conv_in.out_channels, stride)]
+        for level, block in enumerate(self.unet.down_blocks):
             channels = [resnet.out_channels for resnet in block.resnets]
-            found += [Tap(f"skip_{len(found) + i}", "skip", c, stride) for i, c in enumerate(channels)]
+            skips += [Tap(f"skip_{len(skips) + i}", "skip", c, stride) for i, c in enumerate(channels)]
+            before = stride
             if block.downsamplers is not None:
                 stride *= 2
-                found.append(Tap(f"skip_{len(found)}", "skip", channels[-1], stride))
-        return (*found, Tap("middle", "middle", found[-1].channels, stride))
+                skips.append(Tap(f"skip_{len(skips)}", "skip", channels[-1], stride))
+            attends = getattr(block, "has_cross_attention", False)
+            inside.append(Tap(f"encoder_{level}", "encoder", channels[-1], before if attends else stride))
+        return (*inside, *skips, Tap("middle", "middle", skips[-1].channels, stride))
+
+    @cached_property
+    def branch_taps(self) -> tuple[Tap, ...]:
+        """The taps that a copy of the encoder has features for: the skips and the middle."""
+        return tuple(tap for tap in self.taps if tap.site != "encoder")
 
     @property
     def multiple(self) -> int:
@@ -109,39 +221,45 @@ class UNetBase:
     @cached_property
     def signature(self) -> dict[str, Any]:
         """What a control must match to run on this base; equal signatures mean equal shapes everywhere."""
-        taps = [[tap.name, tap.site, tap.channels, tap.stride] for tap in self.taps]
+        taps = [[tap.name, tap.site, tap.channels, tap.stride] for tap in self.branch_taps]
         latents, text = self.unet.config.in_channels, self.unet.config.cross_attention_dim
         return {"taps": taps, "latent_channels": latents, "text_width": text, "stride": self.stride}
 
     @cached_property
     def digest(self) -> str:
         """A digest of all weights: which base exactly a control was trained on and latents were cached for."""
-        parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet}
-        return digest({f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()})
+        modules = self._modules()
+        return digest({f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()})
 
     # --- text and pictures ------------------------------------------------------------------------------
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token rows (B, window), padded, and cut where a prompt is longer than the window."""
-        rows = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.window, return_tensors="pt"
-        )
-        return rows.input_ids.to(self.device)
-
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the text tower's window; empty if all of it fits."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        return self.tokenizer.decode(ids[self.window - 2 :]).strip()
+        tokenizer = self.towers[0].tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings (B, L, D)."""
-        return self.text_encoder(self.tokenize(prompts)).last_hidden_state
+    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> Text:
+        """What the U-Net reads of prompts; None is no prompt at all, ``size`` the picture's (height, width)."""
+        read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
+        tokens = torch.cat([one for one, _ in read], -1)
+        pooled = sizes = None
+        if self.unet.config.addition_embed_type == "text_time":
+            pooled = read[-1][1]
+            height, width = size or (self.size, self.size)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device).repeat(len(prompts), 1)
+        absent = [i for i, prompt in enumerate(prompts) if prompt is None]
+        if absent and self.zeros_for_none:
+            tokens[absent] = 0
+            if pooled is not None:
+                pooled[absent] = 0
+        return Text(tokens, pooled, sizes)
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the latents (B, 2C, h, w), unscaled, of pictures (B, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(pixels).latent_dist.parameters
+        return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.parameters
 
     def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, C, h, w) drawn from ``encode_moments``' Gaussians with standard normal ``noise``."""
@@ -151,25 +269,29 @@ class UNetBase:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.clamp(-1, 1)
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_noise(self, x: Tensor, t: Tensor, text: Tensor) -> Encoded:
-        """The locked encoder and middle block. No graph is built: nothing before it is trained."""
-        return self.encoder.encode(x, t, text)
+    def encode_noise(self, x: Tensor, t: Tensor, text: Text, inject: Mapping[str, Tensor] | None = None) -> Encoded:
+        """The locked encoder and middle block, with ``inject`` at its encoder taps.
+
+        No graph is built: nothing before it is trained.
+        """
+        return self.encoder.encode(x, t, text, inject=inject)
 
     def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The prediction (B, C, h, w), with each residual of ``inject`` added at its tap; gradients reach them."""
+        """The prediction (B, C, h, w), with ``inject`` at the skips and the middle; gradients reach the residuals."""
         inject = inject or {}
         plain = [*encoded.skips, encoded.middle]
-        pairs = zip(self.taps, plain, strict=True)
+        pairs = zip(self.branch_taps, plain, strict=True)
         *skips, h = [f + inject[tap.name] if tap.name in inject else f for tap, f in pairs]
         for block in self.unet.up_blocks:
             count = len(block.resnets)
             skips, own = skips[:-count], tuple(skips[-count:])
-            extra = {"encoder_hidden_states": encoded.text} if getattr(block, "has_cross_attention", False) else {}
+            attends = getattr(block, "has_cross_attention", False)
+            extra = {"encoder_hidden_states": encoded.text.tokens} if attends else {}
             size = tuple(skips[-1].shape[-2:]) if skips else None  # odd sizes: as large as the skip to be met
             h = block(hidden_states=h, temb=encoded.embedding, res_hidden_states_tuple=own, upsample_size=size, **extra)
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
@@ -180,60 +302,48 @@ class UNetBase:
         """A trainable copy of the encoder and middle block (Θc starts as Θ): the body of a branch."""
         return copy.deepcopy(self.encoder).requires_grad_(True)
 
+    def empty_encoder(self) -> UNetEncoder:
+        """The same on the ``meta`` device, without memory: for weights that are about to be loaded."""
+        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
+        return copy.deepcopy(self.encoder, memo)
+
     def new_branch(self, spec: ControlSpec | None = None, hint_channels: int = 3) -> ControlBranch:
         """A fresh branch for this base, as ``spec`` says."""
         spec = spec or ControlSpec()
-        latents = self.unet.config.in_channels
-        body = self.copy_encoder() if spec.body == "copy" else ConvBody(latents, self.stride, self.taps)
-        return ControlBranch(self.taps, body, self.stride, hint_channels, spec).to(self.device)
+        lite = spec.body == "conv"
+        body = ConvBody(self.latent_channels, self.stride, self.branch_taps) if lite else self.copy_encoder()
+        return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
+
+    def empty_branch(self, spec: ControlSpec, hint_channels: int = 3) -> ControlBranch:
+        """The same on the ``meta`` device."""
+        lite = spec.body == "conv"
+        with torch.device("meta"):
+            body = ConvBody(self.latent_channels, self.stride, self.branch_taps) if lite else self.empty_encoder()
+            return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec)
 
     # --- placement --------------------------------------------------------------------------------------
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.unet.config.in_channels
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.unet.device
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the U-Net's weights, and of what it reads."""
+        return self.unet.conv_in.weight.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
+        return autocast(self.device.type) if self.dtype == torch.float32 else nullcontext()
 
     def to(self, device: str | torch.device) -> "UNetBase":
         """Move the weights; returns the base itself."""
-        for module in (self.vae, self.text_encoder, self.unet):
+        for module in self._modules().values():
             module.to(device)
         return self
-
-
-def load_base(name: str | Path, device: str = "cpu") -> UNetBase:
-    """Load a base: ``mini``, or a diffusers ``StableDiffusionPipeline`` folder. Weights are float32 and frozen."""
-    folder = where(str(name)) if str(name) in shipped_names() else Path(name)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            f'There is no base "{name}": expected "mini" or a diffusers pipeline folder (with a model_index.json).'
-        )
-    try:
-        kind = json.loads(index.read_text())["_class_name"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{index} cannot be read ({error!r}): expected a diffusers pipeline folder.") from error
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"{folder} holds a {kind}; expected a StableDiffusionPipeline.")
-    for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
-        if not (folder / part).is_dir():
-            raise UserError(f"{folder} lacks the folder {part}: expected a whole StableDiffusionPipeline folder.")
-    # Here and not above: these imports take seconds, and --help must not.
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    only = {"local_files_only": True}
-    try:
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **only)
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, **only)
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32, **only)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **only)
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **only)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a whole StableDiffusionPipeline folder ({error}).") from error
-    if scheduler.config.prediction_type not in _PREDICTION:
-        raise UserError(
-            f'{folder} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(_PREDICTION)}.'
-        )
-    name = str(name) if str(name) in shipped_names() else folder.name
-    return UNetBase(name, vae, text_encoder, tokenizer, unet, scheduler).to(device)

@@ -194,6 +194,12 @@ def caption(concept: str, style: str, ground: str) -> str:
     return f"{_article(words)} {words}, {style} style, on {_article(ground)} {ground} background"
 
 
+def caption_in(text: str, style: str) -> str:
+    """A caption of ``caption`` with another style's name in it."""
+    what, _, ground = text.split(", ")
+    return f"{what}, {style} style, {ground}"
+
+
 def draw_emoji(
     emoji: Emoji, index: int, seed: int, visit: int = 0, ground: str | None = None
 ) -> tuple[np.ndarray, str]:

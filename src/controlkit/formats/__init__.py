@@ -1,0 +1,18 @@
+"""Weights on disk: every layout people have, recognised, read for a base, and written; one table of names both ways."""
+
+from controlkit.formats.control import SavedControl, control_path, load_control, save_control
+from controlkit.formats.convert import Converted, attach, convert
+from controlkit.formats.describe import WEIGHTS, Description, describe
+
+__all__ = [
+    "WEIGHTS",
+    "Converted",
+    "Description",
+    "SavedControl",
+    "attach",
+    "control_path",
+    "convert",
+    "describe",
+    "load_control",
+    "save_control",
+]

@@ -1,0 +1,263 @@
+"""Controls in use: read from any format for a base, and written as diffusers folders that also hold the contract."""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from controlkit.adapter import Adapter
+from controlkit.annotators import contract
+from controlkit.backbones import UNetBase
+from controlkit.backbones.families import family_of_width
+from controlkit.branch import ControlBranch, ControlSpec
+from controlkit.errors import UserError
+from controlkit.formats.describe import KINDS, WEIGHTS, WEIGHTS_FILES, Description
+from controlkit.formats.names import key_table
+from controlkit.formats.weights import Weights, as_json, read_weights, said
+from controlkit.hub import shipped_names, where
+from controlkit.images import SCRATCH, Hint, write_atomic
+from controlkit.union import UnionBranch
+
+
+@dataclass(frozen=True)
+class SavedControl:
+    """A branch with what it needs to be used rightly: its hint's contract, and what it was trained on."""
+
+    branch: ControlBranch | Adapter
+    hint: Hint
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _absent_joins(branch: ControlBranch) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the joins that diffusers has and this branch leaves out."""
+    absent: dict[str, tuple[int, ...]] = {}
+    for i, tap in enumerate(tap for tap in branch.taps if tap.site == "skip"):
+        if tap.name not in branch.joins:
+            absent[f"controlnet_down_blocks.{i}.weight"] = (tap.channels, tap.channels, 1, 1)
+            absent[f"controlnet_down_blocks.{i}.bias"] = (tap.channels,)
+    return absent
+
+
+def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict[str, Any]:
+    """The configuration of a ``ControlNetModel`` with this branch's shapes."""
+    from diffusers import ControlNetModel
+
+    unet = base.unet.config
+    theirs = {name: unet[name] for name in inspect.signature(ControlNetModel.__init__).parameters if name in unet}
+    convs = branch.hint_encoder.convs
+    widths = [convs[0].out_channels] + [conv.out_channels for conv in convs[2:-1:2]]
+    theirs |= {"conditioning_channels": convs[0].in_channels, "conditioning_embedding_out_channels": widths}
+    theirs |= {"controlnet_conditioning_channel_order": hint.colour_order.lower()}
+    return theirs | {"global_pool_conditions": branch.pools}
+
+
+def control_weights(control: SavedControl, base: UNetBase) -> Weights:
+    """A control's weights under diffusers' names, with all that is known of it in the metadata.
+
+    Joins that ``taps: mid`` leaves out are zeros, which is what they are.
+    """
+    branch = control.branch
+    assert isinstance(branch, ControlBranch)
+    table = key_table(branch)
+    tensors = {table[key]: value.detach().cpu() for key, value in branch.state_dict().items()}
+    config: dict[str, Any] = {}
+    if branch.spec.body == "copy":
+        config = _diffusers_config(base, branch, control.hint)
+        tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
+    facts = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
+    return Weights("controlnet", tensors, config, metadata | {"controlkit.hint": control.hint.to_json()})
+
+
+def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``folder`` whole or not at all. A copy-bodied branch makes a folder that stock diffusers loads."""
+    write_folder(folder, control_weights(control, base), dtype)
+
+
+def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = None) -> None:
+    """Weights as a diffusers folder, whole or not at all; in the type they have, or in ``dtype``."""
+    from diffusers import __version__ as diffusers_version
+
+    head = {"_class_name": KINDS[weights.kind], "_diffusers_version": diffusers_version}
+    config = head | dict(weights.config) if weights.config else {"_class_name": "ControlBranch"}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
+    try:
+        write_atomic(scratch / WEIGHTS, serialised(weights.tensors, {"format": "pt", **weights.metadata}, dtype))
+        write_atomic(scratch / "config.json", (json.dumps(config, indent=2, default=list) + "\n").encode())
+        scratch.chmod(0o755)
+        _put_in_place(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None) -> bytes:
+    """A safetensors file of these tensors; in the type they have, or in ``dtype``."""
+    return save({name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}, dict(metadata))
+
+
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    """Rename ``scratch`` to ``folder``; what was there goes last, and comes back if the renaming fails."""
+    before = scratch.with_name(f"{scratch.name}.before")
+    if folder.exists():
+        os.replace(folder, before)
+    try:
+        os.replace(scratch, folder)
+    except BaseException:
+        if before.exists():
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def control_path(name: str | Path) -> Path:
+    """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder."""
+    if str(name) in shipped_names():
+        return where(str(name))
+    path = Path(name)
+    if path.is_file():
+        return path
+    for folder in (path, path / "control"):
+        if any((folder / file).is_file() for file in WEIGHTS_FILES):
+            return folder
+    names = [n for n in shipped_names() if (where(n) / WEIGHTS).is_file()]
+    raise UserError(
+        f'There is no control "{name}": expected one of {", ".join(names) or "(none is shipped)"}, '
+        f"a file of weights, or a folder that holds {WEIGHTS}."
+    )
+
+
+def load_control(name: str | Path, base: UNetBase, annotator: str | None = None) -> SavedControl:
+    """Read a control of any format for ``base``; ``UserError`` if it was made for a base of another shape.
+
+    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...).
+    """
+    path = control_path(name)
+    weights, described = read_weights(path, base)
+    spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
+    if weights.config.get("global_pool_conditions"):
+        spec = replace(spec, pool="mean")
+    hint = said(weights, path, "controlkit.hint", Hint.from_json, None)
+    trained = said(weights, path, "controlkit.trained", json.loads, {})
+    signature = said(weights, path, "controlkit.signature", json.loads, None)
+    if signature is not None and signature != json.loads(json.dumps(base.signature)):
+        differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
+        raise UserError(
+            f'The control "{name}" was made for the base "{trained.get("base", "unknown")}" and not for "{base.name}": '
+            f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
+        )
+    _check_family(name, described, base)
+    branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
+    if hint is None:
+        hint = _family_contract(described, weights, annotator)
+        if annotator is None:
+            warnings.warn(
+                f'"{name}" does not say what its hints are: pictures are taken as they are, in [0, 1]. Name the '
+                "annotator that makes them (canny, scribble, ...).",
+                stacklevel=2,
+            )
+    elif annotator is not None and annotator != hint.annotator:
+        raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
+    return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained)
+
+
+def _family_contract(described: Description, weights: Weights, annotator: str | None) -> Hint:
+    """What hints a file of someone else's reads: those of its family, ControlNets and T2I-Adapters alike, in [0, 1]."""
+    order = str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).upper()
+    hint = contract(annotator or "")
+    return replace(hint, channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
+
+
+def _check_family(name: str | Path, described: Description, base: UNetBase) -> None:
+    width = described.config.get("cross_attention_dim")
+    own = base.unet.config.cross_attention_dim
+    if width is not None and width != own:
+        families = [f"{row.title} " if (row := family_of_width(w)) else "" for w in (width, own)]
+        raise UserError(
+            f'The control "{name}" is for {families[0]}bases that read prompts {width} wide; "{base.name}" reads '
+            f"{families[1]}prompts {own} wide. Use a control made for this base, or its own base."
+        )
+
+
+def _branch(name: str | Path, weights: Weights, base: UNetBase, spec: ControlSpec) -> ControlBranch:
+    """A branch of this base's shape, on the file's tensors."""
+    tensors = {key: tensor.float() for key, tensor in weights.tensors.items()}
+    channels = tensors["controlnet_cond_embedding.conv_in.weight"].shape[1]
+    if weights.kind == "union":
+        types, width = tensors["task_embedding"].shape
+        with torch.device("meta"):
+            branch: ControlBranch = UnionBranch(
+                base.branch_taps,
+                base.empty_encoder(),
+                base.stride,
+                channels,
+                types=types,
+                width=width,
+                heads=weights.config["num_trans_head"],
+                layers=weights.config["num_trans_layer"],
+                code_width=weights.config["addition_time_embed_dim"],
+                embedding=base.unet.time_embedding.linear_2.out_features,
+            )
+    else:
+        branch = base.empty_branch(spec, channels)
+    table = key_table(branch)
+    missing = [theirs for theirs in table.values() if theirs not in tensors]
+    if missing:
+        raise UserError(
+            f'The control "{name}" does not fit the base "{base.name}": it lacks {len(missing)} of the {len(table)} '
+            f"tensors this base's branch has, first {missing[0]}."
+        )
+    strange = sorted(tensors.keys() - set(table.values()) - _absent_joins(branch).keys())
+    if strange:
+        raise UserError(
+            f'The control "{name}" does not fit the base "{base.name}": its branch has no '
+            f"place for {len(strange)} of the file's tensors, first {strange[0]}."
+        )
+    state = {ours: tensors[theirs] for ours, theirs in table.items()}
+    for key, value in branch.state_dict().items():
+        if value.shape != state[key].shape:
+            raise UserError(
+                f'The control "{name}" does not fit the base "{base.name}": {table[key]} is {tuple(state[key].shape)} '
+                f"in the file, expected {tuple(value.shape)}."
+            )
+    branch.load_state_dict(state, assign=True)
+    return branch
+
+
+def _adapter(name: str | Path, weights: Weights, base: UNetBase) -> Adapter:
+    """A T2I-Adapter on the file's tensors, if its features fit this base's encoder."""
+    from diffusers import T2IAdapter
+
+    with torch.device("meta"):
+        network: nn.Module = T2IAdapter(**weights.config)
+    network.load_state_dict({key: tensor.float() for key, tensor in weights.tensors.items()}, assign=True)
+    adapter = Adapter(network, base.taps)
+    kind = weights.config["adapter_type"]
+    channels = list(weights.config["channels"])
+    channels = channels + channels[-1:] if kind == "light_adapter" else channels
+    wanted = [tap.channels for tap in adapter.taps]
+    finest = weights.config["downscale_factor"]
+    if channels != wanted or finest != adapter.taps[0].stride:
+        raise UserError(
+            f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, the '
+            f"finest at 1/{finest} of the picture; the base's encoder takes {wanted} from 1/{adapter.taps[0].stride} on."
+        )
+    return adapter

@@ -1,0 +1,272 @@
+"""From any layout to any other, and the original's two tools: a fresh branch for a base, a branch moved to another.
+
+A conversion reads everything before it writes anything, and what it writes is whole or absent.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from controlkit.annotators import contract
+from controlkit.backbones import UNetBase
+from controlkit.errors import UserError, nearest
+from controlkit.formats.control import SavedControl, control_path, control_weights, serialised, write_folder
+from controlkit.formats.describe import expected_shapes, weights_file
+from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
+from controlkit.formats.weights import (
+    Weights,
+    as_json,
+    encoder_tensors,
+    low_rank,
+    product,
+    read_weights,
+    said,
+    spectrum,
+)
+from controlkit.images import write_atomic
+
+Layout = Literal["diffusers", "cldm", "control-lora", "union"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+RANKS = (16, 32, 64, 128, 256)
+ENOUGH = 0.05
+"""A Control-LoRA's rank is the least of ``RANKS`` that loses no more than this share of the difference to the base."""
+UNION_TYPES = 8
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: where the result is, and what to say of it."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    target: Path,
+    to: str,
+    dtype: str | None = None,
+    base: UNetBase | None = None,
+    rank: int | None = None,
+    transfer_to: UNetBase | None = None,
+    annotator: str | None = None,
+    on_tensor: Callable[[int], None] = lambda count: None,
+) -> Converted:
+    """Write a control in another layout; ``target`` is a folder for ``diffusers`` and ``union``, else a file.
+
+    Args:
+        dtype: ``fp16``, ``bf16`` or ``fp32``; as stored by default.
+        base: the base the control belongs to, where one is needed: to rebuild a difference, or to make one.
+        rank: of a Control-LoRA; by default the least that keeps 95% of the difference.
+        transfer_to: another base, to whose weights the control is moved: control + (new base - old base), the
+            original's offset method.
+        annotator: what its hints are, where the source does not say.
+    """
+    path = control_path(source)
+    _check(target, to, dtype)
+    weights, described = read_weights(path, base)
+    if annotator is not None and "controlkit.hint" not in weights.metadata:
+        hint = replace(contract(annotator), channels=described.hint_channels or 3)
+        weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
+    if transfer_to is not None:
+        weights = transferred(weights, base, transfer_to)
+    return write(weights, described.base, target, to, dtype, base, rank, on_tensor)
+
+
+def attach(
+    base: UNetBase, target: Path, to: str, dtype: str | None = None, hint_channels: int = 3, annotator: str = ""
+) -> Converted:
+    """A fresh branch for a base, silent until it is trained: the original's ``tool_add_control``."""
+    _check(target, to, dtype)
+    hint = replace(contract(annotator), channels=hint_channels)
+    facts = {"base": base.name, "base_digest": base.digest, "step": 0}
+    weights = control_weights(SavedControl(base.new_branch(hint_channels=hint_channels), hint, facts), base)
+    return write(weights, base.name, target, to, dtype, base)
+
+
+def _check(target: Path, to: str, dtype: str | None) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    if to not in get_args(Layout):
+        raise UserError(f'There is no layout "{to}" to convert to: {nearest(to, get_args(Layout))}')
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'There is no type "{dtype}" to convert to: {nearest(dtype, DTYPES)}')
+    if to in ("cldm", "control-lora"):
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise UserError(f"{to} is one file: expected a name that ends in .safetensors, got {target}.")
+    elif target.suffix == ".safetensors" or target.is_file():
+        raise UserError(f"{to} is a folder: expected a folder's name, got {target}.")
+    elif target.is_dir() and any(target.iterdir()):
+        try:
+            weights_file(target)
+        except UserError:
+            raise UserError(f"{target} holds other things and would be replaced: expected a new folder.") from None
+
+
+def write(
+    weights: Weights,
+    base_name: str | None,
+    target: Path,
+    to: str,
+    dtype: str | None = None,
+    base: UNetBase | None = None,
+    rank: int | None = None,
+    on_tensor: Callable[[int], None] = lambda count: None,
+) -> Converted:
+    """Write weights in a layout; the second half of every conversion."""
+    notes: list[str] = []
+    if not weights.config:
+        raise UserError("A branch with body: conv (ControlNet-lite) has no other layout than its own.")
+    if weights.kind == "adapter" and to != "diffusers":
+        raise UserError(f"A T2I-Adapter is another network and cannot be {to}: only --to diffusers.")
+    if weights.kind == "union" and to not in ("union", "diffusers"):
+        raise UserError(f"A Union's types of hint cannot be told apart in {to}: only --to union.")
+    if to == "union" and weights.kind == "controlnet":
+        weights = as_union(weights)
+        notes.append("It does with every type of hint what the control did: the types are not trained apart.")
+    number = DTYPES[dtype] if dtype else None
+    tensors = weights.tensors
+    if to == "control-lora":
+        if base is None:
+            raise UserError("A Control-LoRA is a difference to a base: name the base it belongs to (--base).")
+        tensors, note = control_lora(weights, base, rank, on_tensor)
+        notes.append(note)
+    if number == torch.float16:
+        for name, tensor in tensors.items():
+            if tensor.abs().max() > torch.finfo(number).max:
+                raise UserError(f"{name} reaches {float(tensor.abs().max()):.3g}, too much for fp16: use --dtype bf16.")
+    weights = replace(weights, metadata=labelled(weights, base_name, to, target.stem))
+    if to in ("diffusers", "union"):
+        write_folder(target, replace(weights, tensors=tensors), number)
+        return Converted(target, tuple(notes))
+    names = rename(tensors, controlnet_paths(Depth.of_diffusers(weights.tensors)))
+    prefix = PREFIX if to == "cldm" else ""
+    named = {prefix + names[name]: tensor for name, tensor in tensors.items()}
+    if to == "control-lora":
+        named["lora_controlnet"] = torch.zeros(1)
+    write_atomic(target, serialised(named, weights.metadata, number))
+    return Converted(target, tuple(notes))
+
+
+# --- metadata -----------------------------------------------------------------------------------------------------
+
+_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sd21": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+
+
+def labelled(weights: Weights, base_name: str | None, to: str, title: str) -> dict[str, str]:
+    """The metadata to write: what was there, the configuration, and the keys other tools show (``modelspec.*``)."""
+    what = "control-lora" if to == "control-lora" else "controlnet"
+    known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
+    return known | {
+        "controlkit.config": as_json(dict(weights.config)),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{_ARCHITECTURES.get(base_name or '', base_name or 'unknown')}/{what}",
+        "modelspec.implementation": "diffusers" if to in ("diffusers", "union") else "sgm",
+        "modelspec.title": known.get("modelspec.title", title),
+    }
+
+
+# --- Control-LoRA, Union, transfer --------------------------------------------------------------------------------
+
+
+def control_lora(
+    weights: Weights, base: UNetBase, rank: int | None, on_tensor: Callable[[int], None] = lambda count: None
+) -> tuple[dict[str, Tensor], str]:
+    """(tensors under diffusers' names with ``up`` and ``down``, what it lost in words).
+
+    Matrices and convolutions of the copied encoder become low-rank differences to the base; all else is kept whole.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank is {rank}; expected at least 1.")
+    of_base = encoder_tensors(base)
+    _same_shapes(weights, of_base, base)
+    spectra, differences = {}, {}
+    for name, tensor in weights.tensors.items():
+        if name in of_base and tensor.dim() >= 2:
+            differences[name] = tensor.float() - of_base[name]
+            spectra[name] = spectrum(differences[name])
+        on_tensor(1)
+    energy = sum(float(values.square().sum()) for _, values in spectra.values())
+
+    def lost(r: int) -> float:
+        kept = sum(float(v[:r].square().sum()) for v in (values for _, values in spectra.values()))
+        return math.sqrt(max(energy - kept, 0.0) / energy) if energy else 0.0
+
+    rank = rank or next((r for r in RANKS if lost(r) <= ENOUGH), RANKS[-1])
+    made: dict[str, Tensor] = {}
+    gone = 0.0
+    for name, tensor in weights.tensors.items():
+        if name not in spectra or rank * sum(spectra[name][0].shape) >= tensor.numel():  # no smaller as a product
+            made[name] = tensor
+            continue
+        up, down = low_rank(differences[name], *spectra[name], rank)
+        stem = name.removesuffix(".weight")
+        made[f"{stem}.up"], made[f"{stem}.down"] = up, down
+        gone += float((differences[name] - product(up, down)).square().sum())
+    share = math.sqrt(gone / energy) if energy else 0.0
+    return made, f"Rank {rank}; {share:.1%} of the difference to the base is lost."
+
+
+def as_union(weights: Weights) -> Weights:
+    """A ControlNet as a Union that does the same for every type: what it would tell types apart by is zero."""
+    config = dict(weights.config)
+    first = config["block_out_channels"][0]
+    config["addition_time_embed_dim"] = config.get("addition_time_embed_dim") or 256
+    config |= {"num_control_type": UNION_TYPES, "num_trans_channel": first, "num_trans_head": 8, "num_trans_layer": 1}
+    config["num_proj_channel"] = first
+    config = {key: value for key, value in config.items() if key != "mid_block_type"}
+    tensors = dict(weights.tensors)
+    expected = expected_shapes("union", config)
+    if not expected:
+        raise UserError(
+            f"A Union's tokens have 8 heads: expected a first level of a multiple of 8 channels, got {first}."
+        )
+    for name, shape in expected.items():
+        if name not in tensors:
+            tensors[name] = torch.ones(shape) if ".ln_" in name and name.endswith("weight") else torch.zeros(shape)
+    return Weights("union", tensors, config, weights.metadata)
+
+
+def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weights:
+    """The control moved from its base to another: each copied weight + (new base - old base).
+
+    The original's ``tool_transfer_control``: the branch keeps what training added to the base it began as.
+    """
+    if old is None:
+        raise UserError("Transferring needs both bases: name the one the control belongs to (--base).")
+    if weights.kind == "adapter":
+        raise UserError("A T2I-Adapter holds no copy of its base: it runs on a fine-tuned base as it is.")
+    before, after = encoder_tensors(old), encoder_tensors(new)
+    _same_shapes(weights, before, old)
+    _same_shapes(weights, after, new)
+    tensors = {
+        name: (tensor.float() + after[name] - before[name]).to(tensor.dtype) if name in before else tensor
+        for name, tensor in weights.tensors.items()
+    }
+    metadata = dict(weights.metadata)
+    metadata["controlkit.trained"] = as_json(
+        said(weights, Path("the control"), "controlkit.trained", json.loads, {})
+        | {"base": new.name, "base_digest": new.digest, "transferred_from": old.name}
+    )
+    return replace(weights, tensors=tensors, metadata=metadata)
+
+
+def _same_shapes(weights: Weights, of_base: Mapping[str, Tensor], base: UNetBase) -> None:
+    for name, tensor in of_base.items():
+        came = weights.tensors.get(name)
+        if came is None or came.shape != tensor.shape:
+            got = "nothing" if came is None else str(tuple(came.shape))
+            raise UserError(
+                f'The control is not of the base "{base.name}": {name} is {tuple(tensor.shape)} in the base and {got} in '
+                "the control."
+            )

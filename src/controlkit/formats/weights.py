@@ -1,0 +1,150 @@
+"""Weights of any format brought to one: diffusers' names, whole tensors, a configuration, and what was said of them.
+
+Every reader ends here and every writer begins here, so a conversion is a reading and a writing.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from controlkit.backbones import UNetBase
+from controlkit.errors import UserError
+from controlkit.formats.describe import Description, describe_tensors, stored_config, weights_file
+from controlkit.tensors import TensorFile, open_tensors
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A control's weights, under diffusers' names."""
+
+    kind: str
+    """``controlnet``, ``union`` or ``adapter``."""
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    """Of the diffusers class of this kind."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The file's own, with ``controlkit.*`` entries where it has them."""
+
+
+def read_weights(path: Path, base: UNetBase | None = None) -> tuple[Weights, Description]:
+    """Any control that ControlKit runs, whole; ``UserError`` says what else a file is, or what it lacks.
+
+    ``base``: the base it belongs to, for files that hold only a difference to it (Control-LoRA, ``difference``).
+    """
+    header = open_tensors(weights_file(path))
+    stored = stored_config(header)
+    described = describe_tensors(header, stored)
+    if described.kind is None:
+        raise UserError(f"{path}: {described.sentence()}")
+    needs_base = described.format in ("control-lora", "cldm-difference")
+    if described.format == "controlkit":
+        return Weights("controlnet", _float(header.read()), {}, header.metadata), described
+    if not described.runs:
+        raise UserError(f"{path} is damaged or cut: {described.sentence()}")
+    if needs_base and base is None:
+        raise UserError(f"{path} holds only the difference to its base: name the base it belongs to (--base).")
+    tensors = {described.names[name]: t for name, t in header.read(described.names).items()}
+    if needs_base:
+        assert base is not None
+        tensors = _rebuilt(path, tensors, base, described)
+    config = dict(described.config)
+    if _pools(header, stored):
+        config["global_pool_conditions"] = True
+    return Weights(described.kind, tensors, config, header.metadata), described
+
+
+def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
+    """Whether residuals are averaged over the picture. Tensors do not show it; the original has it in a YAML beside."""
+    if stored.get("global_pool_conditions"):
+        return True
+    beside = header.path.with_suffix(".yaml")
+    if not beside.is_file():
+        return False
+    try:
+        content = yaml.safe_load(beside.read_text(encoding="utf-8", errors="replace"))
+        return bool(content["model"]["params"].get("global_average_pooling", False))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def encoder_tensors(base: UNetBase) -> dict[str, Tensor]:
+    """The base's encoder and middle block under diffusers' names, as the copy in a ControlNet has them."""
+    return {name: tensor.detach().cpu().float() for name, tensor in base.encoder.state_dict().items()}
+
+
+def _rebuilt(path: Path, tensors: dict[str, Tensor], base: UNetBase, described: Description) -> dict[str, Tensor]:
+    """Whole weights of a difference: added to the base's, and what the file leaves out taken from it."""
+    of_base = encoder_tensors(base)
+    whole = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".up"):
+            stem = name.removesuffix(".up")
+            whole[f"{stem}.weight"] = product(tensor.float(), tensors[f"{stem}.down"].float())
+        elif described.format == "cldm-difference" and name in of_base:
+            whole[name] = tensor.float()
+    for name, difference in whole.items():
+        if name not in of_base or of_base[name].shape != difference.shape:
+            came = tuple(of_base[name].shape) if name in of_base else "nothing"
+            raise UserError(
+                f'{path} is not of the base "{base.name}": {name} is {tuple(difference.shape)} in the file and {came} '
+                f"in the base. {described.sentence()}"
+            )
+    sums = {name: of_base[name] + difference for name, difference in whole.items()}
+    given = {name: t for name, t in tensors.items() if name not in sums and not name.endswith((".up", ".down"))}
+    return of_base | _float(given) | sums
+
+
+def product(up: Tensor, down: Tensor) -> Tensor:
+    """A Control-LoRA's difference: (out, r) x (r, in), or a convolution's (out, r, 1, 1) x (r, in, k, k)."""
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def spectrum(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """(left singular vectors (out, n), singular values (n,)) of a weight's difference, in falling order.
+
+    By the eigenvectors of its Gram matrix, in double precision: exact enough here, and many times quicker than a whole
+    decomposition of a wide matrix.
+    """
+    matrix = difference.double().flatten(1)
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
+
+
+def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up, down) of a rank whose ``product`` is nearest to a weight's difference, given its ``spectrum``.
+
+    The two share the scale evenly, so that both survive half precision.
+    """
+    kept = vectors[:, :rank]
+    root = values[:rank].clamp(min=values[0] * 1e-12 + 1e-30).sqrt()
+    up = (kept * root).float()
+    down = ((kept.mT @ difference.double().flatten(1)) / root[:, None]).float()
+    if difference.dim() == 4:
+        return up[..., None, None].contiguous(), down.reshape(-1, *difference.shape[1:]).contiguous()
+    return up.contiguous(), down.contiguous()
+
+
+def said(weights: Weights, path: Path, key: str, parse: Any, default: Any) -> Any:
+    """A metadata entry's value, ``default`` if it is not there; ``UserError`` if it cannot be read."""
+    try:
+        return parse(weights.metadata[key]) if key in weights.metadata else default
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise UserError(f'{path} has a "{key}" that cannot be read ({error}).') from error
+
+
+def as_json(value: Any) -> str:
+    """JSON for a metadata entry."""
+    return json.dumps(value, default=list)

@@ -1,0 +1,94 @@
+"""ControlNet-Union: one branch that knows several types of hint, and merges any of them (xinsir, ProMax).
+
+A type is told in two places: a token for each hint, which shifts that hint's features, and a code of all types in use
+beside the time embedding. The features of several hints are added up.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlkit.branch import ControlBranch, Tap
+from controlkit.errors import UserError, nearest
+
+TYPES = {
+    **dict.fromkeys(("openpose", "pose"), 0),
+    "depth": 1,
+    **dict.fromkeys(("softedge", "hed", "pidi", "scribble", "ted"), 2),
+    **dict.fromkeys(("canny", "lineart", "mlsd"), 3),
+    "normal": 4,
+    "seg": 5,
+    "tile": 6,
+    **dict.fromkeys(("inpaint", "repaint"), 7),
+}
+"""Names of hint types -> the released weights' numbers. The first release has 0-5, ProMax all."""
+
+
+class UnionBranch(ControlBranch):
+    """A ``ControlBranch`` whose hints are given by type: ``encode_hint({"canny": hint, "depth": hint})``.
+
+    Args:
+        taps, body, stride, hint_channels: as a ``ControlBranch``'s.
+        types: how many the weights know.  width, heads, layers: of the tokens' transformer.
+        code_width: width of the sinusoid that codes each type.  embedding: width of the time embedding.
+    """
+
+    def __init__(
+        self,
+        taps: tuple[Tap, ...],
+        body: nn.Module,
+        stride: int,
+        hint_channels: int = 3,
+        *,
+        types: int = 6,
+        width: int,
+        heads: int = 8,
+        layers: int = 1,
+        code_width: int,
+        embedding: int,
+    ) -> None:
+        from diffusers.models.controlnets.controlnet_union import ResidualAttentionBlock
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        super().__init__(taps, body, stride, hint_channels)
+        self.type_code = Timesteps(code_width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.task_embedding = nn.Parameter(torch.zeros(types, width))
+        self.transformer_layes = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))  # sic
+        self.spatial_ch_projs = nn.Linear(width, taps[0].channels)
+        self.control_add_embedding = TimestepEmbedding(code_width * types, embedding)
+
+    @property
+    def types(self) -> list[str]:
+        """Names of the hint types these weights know."""
+        return [name for name, number in TYPES.items() if number < len(self.task_embedding)]
+
+    def encode_hint(self, hint: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Features of all hints together, ``map`` (B, C, h, w), and their types' code, ``embedding`` (B, D).
+
+        Neither depends on latents or timestep. The token's attention goes from a picture to itself alone, as it does
+        wherever pictures are made one at a time; diffusers' module lets the pictures of a batch attend to each other,
+        so that there each depends on its neighbours.
+        """
+        if not hint:
+            raise UserError(f"A Union control needs at least one hint: expected one of {', '.join(self.types)}.")
+        if unknown := [name for name in hint if name not in self.types]:
+            raise UserError(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.types)}')
+        numbers = [TYPES[name] for name in hint]
+        maps = [self.hint_encoder(one) for one in hint.values()]
+        means = [one.mean((2, 3)) + self.task_embedding[number] for one, number in zip(maps, numbers, strict=True)]
+        tokens = torch.stack(means)  # (hints, B, C)
+        rows = tokens.flatten(0, 1)[None]  # to the module, a sequence of one token in each of hints x B rows
+        for layer in self.transformer_layes:
+            rows = layer(rows)
+        shifts = self.spatial_ch_projs(rows[0]).unflatten(0, tokens.shape[:2])
+        features = sum(one + shift[..., None, None] for one, shift in zip(maps, shifts, strict=True))
+        code = torch.zeros(len(self.task_embedding), device=tokens.device)
+        code[numbers] = 1
+        embedding = self.control_add_embedding(self.type_code(code).flatten().to(tokens.dtype))
+        return {"map": features, "embedding": embedding.expand(tokens.shape[1], -1)}
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """The residual of each tap, by name; ``hint_features`` from ``encode_hint``."""
+        return self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
