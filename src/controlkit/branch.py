@@ -45,8 +45,8 @@ class ControlSpec:
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
 
-    And a fourth from the released code: ``pool``, ``mean`` for residuals averaged over the picture, so that a hint gives
-    its colours and not its places (version 1.1's shuffle, "global pooling").
+    And a fourth from the released code: ``pool``, ``mean`` for residuals averaged over the picture, so that a hint
+    gives its colours and not its places (version 1.1's shuffle, "global pooling").
     """
 
     body: Literal["copy", "conv"] = "copy"

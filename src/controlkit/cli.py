@@ -40,7 +40,7 @@ data_app.add_typer(make_app, name="make")
 BaseOption = Annotated[
     str,
     typer.Option(
-        help="`mini`, `sd15`, `sd21`, `sdxl`, a diffusers pipeline folder, a .safetensors or .ckpt file, or a hub's name."
+        help="`mini`, `sd15`, `sd21`, `sdxl`, a diffusers folder, a .safetensors or .ckpt file, or a hub's name."
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
@@ -160,6 +160,7 @@ def generate(
     from controlkit.formats.convert import DTYPES
     from controlkit.images import grid, read_picture, write_png
     from controlkit.precision import number_format
+    from controlkit.union import UnionBranch
 
     _check_folder(out)
     asked = _grouped([_split_control(text) for text in control or []])
@@ -184,12 +185,12 @@ def generate(
         make = drawn_hint if hint else annotate
         masked = saved.hint.mark is not None
         read = {kind: make(read_picture(p, masked), saved.hint, sides) for kind, p in given.pictures.items()}
-        if not given.typed and hasattr(saved.branch, "types"):
+        if isinstance(saved.branch, UnionBranch) and not given.typed:
             raise UserError(
-                f'"{given.name}" is a Union: say of which type the hint is, as {given.name}:canny=IMAGE. It knows '
+                f'"{given.name}" is a Union: say of which type the hint is, as {given.name}:TYPE=IMAGE. Types: '
                 f"{', '.join(saved.branch.types)}."
             )
-        if given.typed and not hasattr(saved.branch, "types"):
+        if given.typed and not isinstance(saved.branch, UnionBranch):
             raise UserError(f'"{given.name}" is no Union and has no types: give it as {given.name}=IMAGE.')
         controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess))
         hints.append(read if given.typed else read[""])
@@ -443,9 +444,7 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="A folder, or a .safetensors file.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="`diffusers` or `union` (folders), `cldm` (for ComfyUI and A1111) or `control-lora` (files)."
-        ),
+        typer.Option(help="`diffusers`, `union` (folders), `cldm` (for ComfyUI and A1111), `control-lora` (files)."),
     ],
     dtype: Annotated[str | None, typer.Option(help="`fp16`, `bf16` or `fp32`; as stored by default.")] = None,
     base: Annotated[
@@ -468,18 +467,18 @@ def convert(
 
     if attach:
         if rank is not None or transfer_to is not None or base is not None:
-            raise UserError(
-                "--attach makes a fresh branch for the base SRC: it takes no --base, --rank, --transfer-to."
-            )
+            raise UserError("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
         done = formats.attach(_load_base(source, "cpu"), target, to, dtype, annotator=annotator or "")
     else:
         models = {name: _load_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}
         own, other = (models.get(name) if name else None for name in (base, transfer_to))
         with _progress() as progress:
-            task = progress.add_task("converting", total=None, figures="")
-            done = formats.convert(
-                source, target, to, dtype, own, rank, other, annotator, lambda n: progress.advance(task, n)
-            )
+            task = progress.add_task("decomposing", visible=False, figures="")
+
+            def on_tensor(count: int, total: int) -> None:
+                progress.update(task, completed=count, total=total, visible=True)
+
+            done = formats.convert(source, target, to, dtype, own, rank, other, annotator, on_tensor)
     for note in done.notes:
         _warn(note)
     _say(f"{done.path}: {formats.describe(formats.control_path(done.path)).sentence()}")

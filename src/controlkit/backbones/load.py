@@ -139,8 +139,8 @@ def _check_parts(origin: Path, vae: Any, unet: Any, scheduler: Any) -> None:
     latents = vae.config.latent_channels
     if unet.config.in_channels != latents:
         raise UserError(
-            f"{origin} reads {unet.config.in_channels} channels where its latents have {latents}: it is an inpainting or "
-            "editing model. Expected a text-to-image base."
+            f"{origin} reads {unet.config.in_channels} channels where its latents have {latents}: it is an "
+            "inpainting or editing model. Expected a text-to-image base."
         )
     odd = [key for key in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds") if unet.config[key]]
     if odd or unet.config.addition_embed_type not in (None, "text_time"):

@@ -257,7 +257,7 @@ def _adapter(name: str | Path, weights: Weights, base: UNetBase) -> Adapter:
     finest = weights.config["downscale_factor"]
     if channels != wanted or finest != adapter.taps[0].stride:
         raise UserError(
-            f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, the '
-            f"finest at 1/{finest} of the picture; the base's encoder takes {wanted} from 1/{adapter.taps[0].stride} on."
+            f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, '
+            f"the finest at 1/{finest} of the picture; the base takes {wanted} from 1/{adapter.taps[0].stride} on."
         )
     return adapter

@@ -57,7 +57,7 @@ def convert(
     rank: int | None = None,
     transfer_to: UNetBase | None = None,
     annotator: str | None = None,
-    on_tensor: Callable[[int], None] = lambda count: None,
+    on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> Converted:
     """Write a control in another layout; ``target`` is a folder for ``diffusers`` and ``union``, else a file.
 
@@ -68,6 +68,7 @@ def convert(
         transfer_to: another base, to whose weights the control is moved: control + (new base - old base), the
             original's offset method.
         annotator: what its hints are, where the source does not say.
+        on_tensor: called with the tensors decomposed so far and in all (Control-LoRA only).
     """
     path = control_path(source)
     _check(target, to, dtype)
@@ -117,7 +118,7 @@ def write(
     dtype: str | None = None,
     base: UNetBase | None = None,
     rank: int | None = None,
-    on_tensor: Callable[[int], None] = lambda count: None,
+    on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> Converted:
     """Write weights in a layout; the second half of every conversion."""
     notes: list[str] = []
@@ -180,7 +181,10 @@ def labelled(weights: Weights, base_name: str | None, to: str, title: str) -> di
 
 
 def control_lora(
-    weights: Weights, base: UNetBase, rank: int | None, on_tensor: Callable[[int], None] = lambda count: None
+    weights: Weights,
+    base: UNetBase,
+    rank: int | None,
+    on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> tuple[dict[str, Tensor], str]:
     """(tensors under diffusers' names with ``up`` and ``down``, what it lost in words).
 
@@ -191,11 +195,11 @@ def control_lora(
     of_base = encoder_tensors(base)
     _same_shapes(weights, of_base, base)
     spectra, differences = {}, {}
-    for name, tensor in weights.tensors.items():
+    for i, (name, tensor) in enumerate(weights.tensors.items()):
         if name in of_base and tensor.dim() >= 2:
             differences[name] = tensor.float() - of_base[name]
             spectra[name] = spectrum(differences[name])
-        on_tensor(1)
+        on_tensor(i + 1, len(weights.tensors))
     energy = sum(float(values.square().sum()) for _, values in spectra.values())
 
     def lost(r: int) -> float:
@@ -206,13 +210,13 @@ def control_lora(
     made: dict[str, Tensor] = {}
     gone = 0.0
     for name, tensor in weights.tensors.items():
-        if name not in spectra or rank * sum(spectra[name][0].shape) >= tensor.numel():  # no smaller as a product
-            made[name] = tensor
+        if name not in spectra or rank * (len(tensor) + tensor[0].numel()) >= tensor.numel():
+            made[name] = tensor  # a product would be no smaller
             continue
-        up, down = low_rank(differences[name], *spectra[name], rank)
+        up, down = (part.to(tensor.dtype) for part in low_rank(differences[name], *spectra[name], rank))
         stem = name.removesuffix(".weight")
         made[f"{stem}.up"], made[f"{stem}.down"] = up, down
-        gone += float((differences[name] - product(up, down)).square().sum())
+        gone += float((differences[name] - product(up.float(), down.float())).square().sum())
     share = math.sqrt(gone / energy) if energy else 0.0
     return made, f"Rank {rank}; {share:.1%} of the difference to the base is lost."
 
@@ -267,6 +271,6 @@ def _same_shapes(weights: Weights, of_base: Mapping[str, Tensor], base: UNetBase
         if came is None or came.shape != tensor.shape:
             got = "nothing" if came is None else str(tuple(came.shape))
             raise UserError(
-                f'The control is not of the base "{base.name}": {name} is {tuple(tensor.shape)} in the base and {got} in '
-                "the control."
+                f'The control is not of the base "{base.name}": {name} is {tuple(tensor.shape)} in the base and {got} '
+                "in the control."
             )

@@ -82,7 +82,7 @@ def _resnet(theirs: str, original: str) -> dict[str, str]:
 
 
 def adapter_paths(names: Iterable[str], layers: int) -> dict[str, str]:
-    """diffusers' module path -> the original's, for a T2I-Adapter; ``names`` of either kind, ``layers`` resnets a level.
+    """diffusers' module path -> the original's, for a T2I-Adapter of ``layers`` resnets a level; ``names`` of either.
 
     A light adapter keeps its levels apart in the original too; a full one has its resnets in one row.
     """
