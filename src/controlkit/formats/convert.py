@@ -202,16 +202,20 @@ def control_lora(
         on_tensor(i + 1, len(weights.tensors))
     energy = sum(float(values.square().sum()) for _, values in spectra.values())
 
+    def smaller(name: str, r: int) -> bool:
+        tensor = weights.tensors[name]
+        return r * (len(tensor) + tensor[0].numel()) < tensor.numel()
+
     def lost(r: int) -> float:
-        kept = sum(float(v[:r].square().sum()) for v in (values for _, values in spectra.values()))
-        return math.sqrt(max(energy - kept, 0.0) / energy) if energy else 0.0
+        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if smaller(name, r))
+        return math.sqrt(left / energy) if energy else 0.0
 
     rank = rank or next((r for r in RANKS if lost(r) <= ENOUGH), RANKS[-1])
     made: dict[str, Tensor] = {}
     gone = 0.0
     for name, tensor in weights.tensors.items():
-        if name not in spectra or rank * (len(tensor) + tensor[0].numel()) >= tensor.numel():
-            made[name] = tensor  # a product would be no smaller
+        if name not in spectra or not smaller(name, rank):
+            made[name] = tensor
             continue
         up, down = (part.to(tensor.dtype) for part in low_rank(differences[name], *spectra[name], rank))
         stem = name.removesuffix(".weight")
