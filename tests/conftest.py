@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlkit import precision
 from controlkit.backbones import load_base
@@ -100,6 +106,76 @@ def deep_base(toy_base, tmp_path_factory):
     vae, text_encoder = copy.deepcopy(toy_base.vae), copy.deepcopy(toy_base.towers[0].encoder)  # saving halves them
     recipe.save_base(folder, vae, text_encoder, toy_base.towers[0].tokenizer, unet)
     return load_base(folder)
+
+
+@pytest.fixture(scope="session")
+def released_vae():
+    """An untrained VAE of the released ones' stride, 8, and of next to no channels."""
+    torch.manual_seed(2)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(**blocks, block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=4, sample_size=64)
+
+
+@pytest.fixture(scope="session")
+def sd2_base(toy_base, released_vae, tmp_path_factory):
+    """SD 2.1 at toy size: linear projections, heads by level, attention in single precision, v-prediction."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 24, 24),
+        cross_attention_dim=toy_base.unet.config.cross_attention_dim,
+        attention_head_dim=(2, 4, 6, 6),
+        use_linear_projection=True,
+        upcast_attention=True,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("sd2") / "sd2"
+    vae, encoder = copy.deepcopy(released_vae), copy.deepcopy(toy_base.towers[0].encoder)
+    recipe.save_base(folder, vae, encoder, toy_base.towers[0].tokenizer, unet)
+    return load_base(folder)
+
+
+@pytest.fixture(scope="session")
+def xl_folder(toy_base, released_vae, tmp_path_factory):
+    """SDXL at toy size, as a diffusers folder: no attention at the finest level, deeper below, two text towers, pooled
+    prompt and sizes, noise prediction."""
+    torch.manual_seed(4)
+    width = toy_base.unet.config.cross_attention_dim
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16, 24),
+        transformer_layers_per_block=(1, 2, 3),
+        cross_attention_dim=2 * width,
+        attention_head_dim=(2, 4, 6),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+        norm_num_groups=4,
+    )
+    first = toy_base.towers[0]
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**first.encoder.config.to_dict() | {"projection_dim": 16}))
+    vae = copy.deepcopy(released_vae)
+    vae.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=copy.deepcopy(first.encoder),
+        text_encoder_2=second,
+        tokenizer=first.tokenizer,
+        tokenizer_2=first.tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+    )
+    folder = tmp_path_factory.mktemp("xl") / "xl"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_base(xl_folder):
+    return load_base(xl_folder)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 
-SIZES = {"square": (8, 8), "wide": (4, 16), "odd": (9, 13)}
+SIZES = {"square": (8, 8), "wide": (4, 16), "odd": (9, 13)}  # of latents
 
 
-@pytest.fixture(params=["toy_base", "deep_base"])
+@pytest.fixture(params=["toy_base", "deep_base", "sd2_base", "xl_base"])
 def base(request):
     return request.getfixturevalue(request.param)
 

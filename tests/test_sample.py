@@ -79,9 +79,10 @@ def latents_of(base, jobs, controls, settings, batch=16):
         ([{}], {"guidance": 1.0}),
         ([{"start": 0.2, "end": 0.6}], {}),
         ([{}, {"scale": 0.5, "start": 0.4}], {}),
+        ([{"guess": True}, {"guess": True, "scale": 0.6}], {}),
         ([{}], {"size": (48, 16)}),
     ],
-    ids=["scale 1", "scale 0.7", "guidance 1", "start and end", "two controls", "another size"],
+    ids=["scale 1", "scale 0.7", "guidance 1", "start and end", "two controls", "guess mode", "another size"],
 )
 def test_a_whole_run_is_the_stock_pipelines(toy_base, toy_folder, branches, jobs, to_diffusers, use, settings):
     settings = Settings(**{"steps": STEPS, "guidance": 4.0} | settings)
@@ -116,6 +117,7 @@ def test_a_whole_run_is_the_stock_pipelines(toy_base, toy_folder, branches, jobs
         controlnet_conditioning_scale=[control.scale for control in controls],
         control_guidance_start=[control.start for control in controls],
         control_guidance_end=[control.end for control in controls],
+        guess_mode=controls[0].guess,
         output_type="latent",
     ).images[0]
     assert relative(ours, theirs) <= 1e-4

@@ -22,15 +22,17 @@ from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
+from conftest import stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
-from controlkit.data import Cached, make_fill50k
+from controlkit.data import Cached, CirclePairs, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
 from controlkit.images import Hint
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
+from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train import (
     Batch,
     Recipe,
@@ -386,13 +388,13 @@ def test_timesteps_cover_the_schedule(toy_base, cached):
 
 
 @pytest.fixture
-def base_of(toy_base):
-    """``base_of(prediction)``: the toy base, predicting v, or eps on the schedule of SD 1.5."""
+def base_of(toy_base, xl_base):
+    """``base_of(kind)``: the toy base, predicting v, or eps on the schedule of SD 1.5; or SDXL's anatomy."""
 
-    def base(prediction):
+    def base(kind):
         b = toy_base
-        if prediction == "v":
-            return b
+        if kind in ("v", "sdxl"):
+            return b if kind == "v" else xl_base
         settings = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
         scheduler = type(b.scheduler).from_config(b.scheduler.config, **settings)
         return UNetBase("eps", b.vae, b.towers, b.unet, scheduler)
@@ -400,27 +402,28 @@ def base_of(toy_base):
     return base
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(prediction, base_of, drawn_joins, tmp_path):
+@pytest.mark.parametrize("kind", ["eps", "v", "sdxl"])
+def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind, base_of, drawn_joins, tmp_path):
     from diffusers import ControlNetModel
 
-    base = base_of(prediction)
-    assert base.prediction == prediction
-    branch = drawn_joins(base.new_branch())
+    base = base_of(kind)
+    assert base.prediction == {"sdxl": "eps"}.get(kind, kind)
+    branch = drawn_joins(base.new_branch(), base=base)
     save_control(tmp_path / "control", SavedControl(branch, CONTRACT), base)
     reference = ControlNetModel.from_pretrained(tmp_path / "control")
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    hints, t = torch.rand(3, 3, 32, 32, generator=generator), torch.tensor([0, 500, 999])
+    hints, t = torch.rand(3, 3, *[8 * base.stride] * 2, generator=generator), torch.tensor([0, 500, 999])
     batch = Batch(latents, noise, t, base.encode_text(["a red apple", "", "gold circle"]), hints)
 
     alpha = base.scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     z = alpha * latents + sigma * noise
-    down, middle = reference(z, t, batch.text.tokens, controlnet_cond=hints, return_dict=False)
+    rows, more = stock_inputs((z, t, batch.text))
+    down, middle = reference(*rows, controlnet_cond=hints, **more, return_dict=False)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    predicted = base.unet(z, t, batch.text.tokens, **residuals).sample
-    expected = ((predicted - (noise if prediction == "eps" else alpha * noise - sigma * latents)) ** 2).mean()
+    predicted = base.unet(*rows, **residuals, **more).sample
+    expected = ((predicted - (noise if base.prediction == "eps" else alpha * noise - sigma * latents)) ** 2).mean()
     expected.backward()
 
     loss = objective(base, branch, batch)
@@ -431,6 +434,37 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(predi
         wanted = theirs[names[name]].grad
         assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-8, name
         assert wanted.norm() > 0, name
+
+
+def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(xl_base, tmp_path):
+    recipe = tiny(steps=4, evaluation={"every": 0})
+    whole = list(train_control(recipe, tmp_path / "whole", xl_base))
+    begun = train_control(recipe, tmp_path / "stopped", xl_base)
+    for _ in range(2):
+        next(begun)
+    begun.close()
+    rest = list(train_control(recipe, tmp_path / "stopped", xl_base))
+    assert [record.loss for record in whole[2:]] == [record.loss for record in rest]
+    assert load_control(tmp_path / "whole", xl_base).trained["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [CONTRACT, Hint("x", low=-1.0), Hint("x", channels=1), Hint("x", colour_order="BGR"), Hint("x", resize="lines")],
+    ids=["released", "from -1", "grey", "BGR", "lines"],
+)
+@pytest.mark.parametrize("name", ["toy_base", "xl_base"])
+def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(name, contract, tmp_path, request, monkeypatch):
+    """Elsewhere the two differ: in [-1, 1] in training and [0, 1] in use, or the other way round."""
+    base = request.getfixturevalue(name)
+    pair = CirclePairs(base.size, 1)[0]
+    monkeypatch.setattr("controlkit.data.hint_of", lambda pair, contract: pair.hint)
+    trained_on = draw_batch(base, build_cache(base, [pair], contract, tmp_path / "x"), contract, tiny(batch=1), 0).hints
+    branch = base.new_branch(hint_channels=contract.channels)
+    read = []
+    branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
+    list(generate(base, [Job("", 0, (pair.hint,))], [Control(branch, contract)], Settings(1)))
+    assert torch.equal(read[0], trained_on)
 
 
 def test_training_leaves_the_base_as_it_was(toy_base, tmp_path):

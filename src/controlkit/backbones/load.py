@@ -4,6 +4,7 @@ Only a hub's name may ask a network for anything; everything else is read from d
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensors" for part in ("vae", "unet"))]
 _HUB_FILES += ["text_encoder/*.safetensors", "text_encoder_2/*.safetensors"]
+_FILES = (".safetensors", *PICKLES)
 _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"]
 
 
@@ -56,32 +58,39 @@ def load_base(
         base = _from_single_file(path, dtype, prediction)
     elif path.is_dir():
         base = _from_folder(path.name, path, dtype)
-    elif text in FAMILIES or (text.count("/") == 1 and not path.suffix and not text.startswith((".", "/", "~"))):
+    elif text in FAMILIES or _names_a_repository(text):
         base = _from_folder(text, _from_hub(FAMILIES[text].hub if text in FAMILIES else text), dtype)
     else:
         raise UserError(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
             f".safetensors or .ckpt file, or a hub's owner/model; {nearest(text, ['mini', *FAMILIES])}"
         )
-    if loras or embeddings:
-        base = _with_additions(base, loras, embeddings)
+    if loras:
+        _merge_loras(base, loras)
+    for embedding in embeddings:
+        _add_words(base, embedding)
     return base.to(device)
+
+
+def _names_a_repository(text: str) -> bool:
+    """Whether this may be a hub's name: its names hold dots too (``owner/model-1.0``), so only files' endings count."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith(_FILES)
 
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
     try:
         folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
-        if (folder / "model_index.json").is_file():
-            return folder
+        if all(any((folder / part).glob("*.safetensors")) for part in ("vae", "text_encoder", "unet")):
+            return folder  # and not only the configurations, which other programs fetch alone
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
         return Path(snapshot_download(repository, **wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f'The base "{repository}" is neither in the local cache nor could be fetched from the hub ({reason}). '
@@ -111,20 +120,29 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    only: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    def whole(kind: Any, part: str, **options: Any) -> Any:
+        options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        module, info = kind.from_pretrained(folder, subfolder=part, **options)
+        if info["missing_keys"]:  # the libraries draw these at random, with a warning
+            raise ValueError(f"{part} lacks {min(info['missing_keys'])}")
+        return module
+
     try:
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **only)
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **only)
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **only)
+        vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
+        unet = whole(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        encoder = whole(CLIPTextModel, "text_encoder", dtype=dtype)
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         towers = [TextTower(tokenizer, encoder, penultimate=bool(second))]
         if second:
-            wide = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2", dtype=dtype, **only)
+            wide = whole(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype)
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
             towers.append(TextTower(tokenizer, wide, penultimate=True))
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        config = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
+        # Schedulers that never clip do not say so, and DDIM's default would clip latents as if they were pixels.
+        scheduler = DDIMScheduler.from_config({"clip_sample": False} | config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} is not a whole {kind} folder ({error}).") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is not a whole {kind} folder ({reason}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     _check_parts(folder, vae, unet, scheduler)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
@@ -136,15 +154,18 @@ def _check_parts(origin: Path, vae: Any, unet: Any, scheduler: Any) -> None:
         raise UserError(
             f'{origin} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(PREDICTIONS)}.'
         )
-    latents = vae.config.latent_channels
-    if unet.config.in_channels != latents:
-        raise UserError(
-            f"{origin} reads {unet.config.in_channels} channels where its latents have {latents}: it is an "
-            "inpainting or editing model. Expected a text-to-image base."
-        )
+    _check_channels(origin, unet.config.in_channels, vae.config.latent_channels)
     odd = [key for key in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds") if unet.config[key]]
     if odd or unet.config.addition_embed_type not in (None, "text_time"):
         raise UserError(f"{origin} is conditioned on more than prompts ({', '.join(odd) or 'added embeddings'}).")
+
+
+def _check_channels(origin: Path, read: int, latents: int) -> None:
+    if read != latents:
+        raise UserError(
+            f"{origin} reads {read} channels where its latents have {latents}: it is an inpainting or editing model. "
+            "Expected a text-to-image base."
+        )
 
 
 def _assembled(
@@ -159,6 +180,7 @@ def _assembled(
 
 _UNET = "model.diffusion_model."
 _WIDTH = f"{_UNET}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weight"
+_ENTRY = f"{_UNET}input_blocks.0.0.weight"
 _LAST_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09  # of that bias: above it the SD 2 checkpoint predicts v (ComfyUI's sign, supported_models.py)
 
@@ -166,6 +188,8 @@ _V_SPREAD = 0.09  # of that bias: above it the SD 2 checkpoint predicts v (Comfy
 def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | None) -> UNetBase:
     header = open_tensors(path)
     family = _family_of(header)
+    if _ENTRY in header.shapes:
+        _check_channels(path, header.shapes[_ENTRY][1], 4)
     prediction = prediction or _prediction_of(header, family)
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -181,6 +205,9 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
             pipe = kind.from_single_file(
                 str(path), config=str(configs), local_files_only=True, torch_dtype=torch.float32, **given
             )
+            for part, module in pipe.components.items():
+                if isinstance(module, nn.Module):
+                    _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not a whole {family.title} checkpoint ({reason}).") from error
@@ -189,6 +216,11 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2.to(dtype), wide))
     _check_parts(path, pipe.vae, pipe.unet, pipe.scheduler)
     return _assembled(path.stem, pipe.vae, towers, pipe.unet.to(dtype), pipe.scheduler, wide, dtype)
+
+
+def _check_filled(part: str, module: nn.Module) -> None:
+    if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"{part} lacks {empty[0]}")
 
 
 def _family_of(header: TensorFile) -> Family:
@@ -219,9 +251,15 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
 
 # --- LoRA and textual inversion -----------------------------------------------------------------------------------
 
+_LORA_LAYER = re.compile(r"(lora_A|down)(\.default)?\.weight$")  # of each layer's two matrices the one that reads
 
-def _with_additions(base: UNetBase, loras: Sequence[tuple[Path, float]], embeddings: Sequence[Path]) -> UNetBase:
-    """The base with LoRAs merged into its weights and textual inversions among its words."""
+
+def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
+    """Merge LoRAs into the base's weights."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise UserError("LoRA files are read by peft. Install it with: pip install 'controlkit[lora]'") from error
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     first, *more = base.towers
@@ -233,27 +271,50 @@ def _with_additions(base: UNetBase, loras: Sequence[tuple[Path, float]], embeddi
         pipe = StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
+    networks = [base.unet, *(tower.encoder for tower in base.towers)]
     for path, weight in loras:
         tensors = open_tensors(path).read()
+        layers = sum(bool(_LORA_LAYER.search(name)) for name in tensors)
         try:
+            if not layers:
+                raise ValueError("it holds no low-rank matrices")
             pipe.load_lora_weights(tensors, adapter_name="lora")
+            placed = sum(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules())
+            if placed < layers:  # diffusers leaves out what it finds no place for, with a warning
+                raise ValueError(f"{layers - placed} of its {layers} layers have no place there")
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
-        except ImportError as error:
-            raise UserError("LoRA files are read by peft. Install it with: pip install 'controlkit[lora]'") from error
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f'{path} does not fit the base "{base.name}" as a LoRA ({reason}).') from error
-    for path in embeddings:
-        tensors = open_tensors(path).read()
-        for key, tower in zip(("clip_l", "clip_g"), base.towers, strict=False):  # SDXL's; others hold one tensor
-            vectors = tensors[key] if key in tensors else next(iter(tensors.values()))
-            width = tower.encoder.get_input_embeddings().weight.shape[1]
-            if vectors.shape[-1] != width:
-                raise UserError(
-                    f'{path} holds words {vectors.shape[-1]} wide; those of "{base.name}" are {width} wide: the '
-                    "textual inversion is of another base."
-                )
-            word = {path.stem: vectors.reshape(-1, width)}
-            pipe.load_textual_inversion(word, path.stem, tokenizer=tower.tokenizer, text_encoder=tower.encoder)
-    return UNetBase(base.name, pipe.vae, base.towers, pipe.unet, base.scheduler, base.zeros_for_none)
+
+
+def _add_words(base: UNetBase, path: Path) -> None:
+    """Add a textual inversion to the towers' words: the file's name, and for every further vector ``name_1`` on.
+
+    Not by diffusers, whose tokens lose their capitals and with them all vectors but the first.
+    """
+    from transformers import AddedToken
+
+    tensors = open_tensors(path).read()
+    keyed = "clip_l" in tensors and "clip_g" in tensors  # SDXL's hold one tensor a tower, the others one in all
+    found = [tensors["clip_l"], tensors["clip_g"]] if keyed else [t for t in tensors.values() if t.ndim]
+    widths = [tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers]
+    if [vectors.shape[-1] for vectors in found] != widths:
+        theirs, ours = (" and ".join(map(str, sizes)) or "no" for sizes in ([v.shape[-1] for v in found], widths))
+        raise UserError(
+            f'{path} holds words {theirs} wide; those of "{base.name}" are {ours} wide: it is no textual inversion '
+            "or one of another base."
+        )
+    for tower, vectors in zip(base.towers, found, strict=True):
+        rows = vectors.reshape(-1, vectors.shape[-1])
+        words = [path.stem, *(f"{path.stem}_{i}" for i in range(1, len(rows)))]
+        if known := set(words) & tower.tokenizer.get_vocab().keys():
+            raise UserError(
+                f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.'
+            )
+        tower.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+        tower.encoder.resize_token_embeddings(len(tower.tokenizer), mean_resizing=False)
+        weight = tower.encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            weight[tower.tokenizer.convert_tokens_to_ids(words)] = rows.to(weight.dtype)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -155,13 +157,13 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
     if weights.config.get("global_pool_conditions"):
         spec = replace(spec, pool="mean")
-    hint = said(weights, path, "controlkit.hint", Hint.from_json, None)
+    hint = said(weights, path, "controlkit.hint", _hint, None)
     trained = said(weights, path, "controlkit.trained", json.loads, {})
     signature = said(weights, path, "controlkit.signature", json.loads, None)
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
         differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
         raise UserError(
-            f'The control "{name}" was made for the base "{trained.get("base", "unknown")}" and not for "{base.name}": '
+            f'The control "{name}" was made for the base "{described.base or "unknown"}" and not for "{base.name}": '
             f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
         )
     _check_family(name, described, base)
@@ -177,6 +179,16 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     elif annotator is not None and annotator != hint.annotator:
         raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
     return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained)
+
+
+def _hint(text: str) -> Hint:
+    """The contract in a file's metadata; ``ValueError`` if it is of the wrong types, which Python itself would take."""
+    hint = Hint.from_json(text)
+    TypeAdapter(Hint).validate_json(text, strict=True)
+    numbers = (hint.low, hint.high, hint.mark or 0.0, *hint.options.values())
+    if not all(map(math.isfinite, numbers)) or len(hint.annotator) > 100 or not hint.annotator.isprintable():
+        raise ValueError("its numbers are not finite, or its annotator's name is none")
+    return hint
 
 
 def _family_contract(described: Description, weights: Weights, annotator: str | None) -> Hint:
@@ -198,8 +210,11 @@ def _check_family(name: str | Path, described: Description, base: UNetBase) -> N
 
 
 def _branch(name: str | Path, weights: Weights, base: UNetBase, spec: ControlSpec) -> ControlBranch:
-    """A branch of this base's shape, on the file's tensors."""
-    tensors = {key: tensor.float() for key, tensor in weights.tensors.items()}
+    """A branch of this base's shape, on copies of the file's tensors.
+
+    Copies, because a mapped file's tensors lie at odd places in memory, and sums then depend on the place.
+    """
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.tensors.items()}
     channels = tensors["controlnet_cond_embedding.conv_in.weight"].shape[1]
     if weights.kind == "union":
         types, width = tensors["task_embedding"].shape

@@ -5,6 +5,7 @@ several share, brings the names to diffusers' spelling, reads the network's conf
 network without memory, and compares.
 """
 
+import inspect
 import json
 import math
 import re
@@ -17,9 +18,11 @@ from typing import Any
 from controlkit.backbones.families import Family, family_of_width
 from controlkit.errors import UserError
 from controlkit.formats.names import PREFIX, Depth, adapter_paths, controlnet_paths, is_light_adapter, rename
-from controlkit.tensors import Shape, TensorFile, open_tensors
+from controlkit.tensors import Shape, TensorFile, one_line, open_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LONGEST_TEXT = 2**20
+"""Letters of a metadata entry or a configuration that is read; a recipe has some 2**12."""
 WEIGHTS_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
 
 KINDS = {"controlnet": "ControlNetModel", "union": "ControlNetUnionModel", "adapter": "T2IAdapter"}
@@ -138,20 +141,58 @@ def stored_config(header: TensorFile) -> dict[str, Any]:
     """The configuration kept with the weights: in their metadata, or in the ``config.json`` beside them."""
     texts = [header.metadata.get("controlkit.config", "{}")]
     beside = header.path.with_name("config.json")
-    if header.path.name in WEIGHTS_FILES and beside.is_file():
-        texts.append(beside.read_text(encoding="utf-8", errors="replace"))
     config: dict[str, Any] = {}
-    for text in texts:
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"The configuration of {header.path} cannot be read ({error}).") from error
-        if not isinstance(found, dict):
-            raise UserError(
-                f"The configuration of {header.path} is a {type(found).__name__}; expected keys and values."
-            )
-        config |= found
+    try:
+        if header.path.name in WEIGHTS_FILES and beside.is_file():
+            texts.append(text_beside(beside))
+        for text in texts:
+            config |= json_object(text)
+        for key in _COUNTS:
+            counts = config.get(key)
+            for count in counts if isinstance(counts, list) else [counts]:
+                if count is not None and not (type(count) is int and 0 < count <= 2**14):
+                    raise ValueError(f"{key} is {count}")
+    except (ValueError, OSError) as error:
+        raise UserError(f"The configuration of {header.path} cannot be read ({one_line(error)}).") from error
     return config
+
+
+_COUNTS = (
+    "attention_head_dim",
+    "num_attention_heads",
+    "norm_num_groups",
+    "num_trans_head",
+    "addition_time_embed_dim",
+    "downscale_factor",
+)
+
+
+def text_beside(path: Path) -> str:
+    """The text of a small file that lies beside weights; ``ValueError`` if it is not small."""
+    if path.stat().st_size > LONGEST_TEXT:
+        raise ValueError(f"{path.name} has more than {LONGEST_TEXT:,} bytes")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a text from a stranger's file holds; ``ValueError`` if it holds none, or more than is sane."""
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"more than {LONGEST_TEXT:,} letters")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested without end") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}; expected keys and values")
+    if not _shallow(found):
+        raise ValueError("nested without end")
+    return found
+
+
+def _shallow(value: Any, levels: int = 32) -> bool:
+    """Whether a value is nested no deeper than that: what is deeper cannot be counted on to be written again."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_shallow(part, levels - 1) for part in inner)
 
 
 def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Description:
@@ -215,15 +256,14 @@ def _mark(shapes: Mapping[str, Shape]) -> str:
 def _said(header: TensorFile, key: str) -> dict[str, Any]:
     """An entry of the metadata that should hold an object; empty if it does not."""
     try:
-        said = json.loads(header.metadata.get(key, "{}"))
-    except (ValueError, RecursionError):
+        return json_object(header.metadata.get(key, "{}"))
+    except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _trained_base(header: TensorFile) -> str | None:
     base = _said(header, "controlkit.trained").get("base")
-    return base if isinstance(base, str) and len(base) < 200 else None
+    return base if isinstance(base, str) and len(base) < 100 and base.isprintable() else None
 
 
 def _text_width(shapes: Mapping[str, Shape]) -> int | None:
@@ -251,8 +291,10 @@ def _rebuilt_shapes(known: Mapping[str, Shape]) -> dict[str, Shape]:
     whole = {name: shape for name, shape in known.items() if not name.endswith((".up", ".down"))}
     for name, up in known.items():
         down = known.get(f"{name.removesuffix('.up')}.down")
-        if name.endswith(".up") and down and len(up) >= 2 and len(down) >= 2:
+        if name.endswith(".up") and down and len(up) >= 2 and len(down) >= 2 and math.prod(up[1:]) == down[0]:
             whole[_whole(name)] = (up[0], *down[1:])
+        elif name.endswith((".up", ".down")):
+            whole.setdefault(_whole(name), ())  # half a pair, or a pair that has no product: no weight has this shape
     return whole
 
 
@@ -275,24 +317,18 @@ def _config_of(shapes: Mapping[str, Shape], stored: Mapping[str, Any], union: bo
         hint += [shapes[f"controlnet_cond_embedding.blocks.{i}.weight"] for i in range(1, depth.hint_blocks, 2)]
         width = _text_width(shapes)
         proj_in = shapes["mid_block.attentions.0.proj_in.weight"]
-        if width is None or max(*transformers, middle) > 32 or max(channels) > 2**14:
+        if width is None or max(channels) > 2**14 or any(0 in shape for shape in shapes.values()):
+            return {}
+        if depth.layers * sum(transformers) + middle > 128:  # SDXL has 34; each takes a while to build, even of nothing
             return {}
         family = family_of_width(width)
-        # As their configurations have it: eight heads with SD 1, heads 64 wide since SD 2.
+        # What shapes do not show, as the families have it: eight heads with SD 1, heads 64 wide since SD 2.
         heads = [max(c // 64, 1) for c in channels] if len(proj_in) == 2 else [8] * len(channels)
         config: dict[str, Any] = {"attention_head_dim": heads, "norm_num_groups": math.gcd(32, *channels)}
         config["upcast_attention"] = bool(family and family.upcast_attention)
-        config["conditioning_channels"] = hint[0][1]
-        heads_stored = ("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "upcast_attention")
-        kept = (
-            *heads_stored,
-            "global_pool_conditions",
-            "controlnet_conditioning_channel_order",
-            "act_fn",
-            "freq_shift",
-        )
-        config |= {key: stored[key] for key in (*kept, "flip_sin_to_cos") if key in stored}
+        config |= {key: value for key, value in stored.items() if key in _settings("union" if union else "controlnet")}
         config |= {
+            "conditioning_channels": hint[0][1],
             "in_channels": shapes["conv_in.weight"][1],
             "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in transformers],
             "block_out_channels": channels,
@@ -303,23 +339,29 @@ def _config_of(shapes: Mapping[str, Shape], stored: Mapping[str, Any], union: bo
             "conditioning_embedding_out_channels": [shape[0] for shape in hint],
         }
         if "add_embedding.linear_1.weight" in shapes:
-            config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+            config["addition_embed_type"] = "text_time"
+            config.setdefault("addition_time_embed_dim", 256)
             config["projection_class_embeddings_input_dim"] = shapes["add_embedding.linear_1.weight"][1]
-            if isinstance(stored.get("addition_time_embed_dim"), int):
-                config["addition_time_embed_dim"] = stored["addition_time_embed_dim"]
         if union:
             types, tokens = shapes["task_embedding"]
-            config |= {"num_control_type": types, "num_trans_channel": tokens, "num_trans_head": 8}
+            config |= {"num_control_type": types, "num_trans_channel": tokens}
+            config.setdefault("num_trans_head", 8)
             config["num_trans_layer"] = len({n.split(".")[1] for n in shapes if n.startswith("transformer_layes.")})
             config["num_proj_channel"] = shapes["spatial_ch_projs.weight"][0]
             config["addition_time_embed_dim"] = shapes["control_add_embedding.linear_1.weight"][1] // max(types, 1)
-            if isinstance(stored.get("num_trans_head"), int):
-                config["num_trans_head"] = stored["num_trans_head"]
             if types > 64 or config["num_trans_layer"] > 8:
                 return {}
         return config
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):
         return {}
+
+
+@lru_cache(maxsize=8)
+def _settings(kind: str) -> frozenset[str]:
+    """What the diffusers class of a kind can be configured with."""
+    import diffusers
+
+    return frozenset(inspect.signature(getattr(diffusers, KINDS[kind]).__init__).parameters) - {"self"}
 
 
 def _transformers(shapes: Mapping[str, Shape], path: str) -> int:

@@ -25,7 +25,10 @@ _RESNET = {
 
 @dataclass(frozen=True)
 class Depth:
-    """How many modules an encoder has of each kind: levels, resnets a level, stride-2 convolutions of the hint."""
+    """How many modules an encoder has of each kind: levels, resnets a level, stride-2 convolutions of the hint.
+
+    Numbers of two digits count, which are more than any has: a longer one in a stranger's file is no module's.
+    """
 
     levels: int
     layers: int
@@ -34,9 +37,10 @@ class Depth:
     @classmethod
     def of_diffusers(cls, names: Iterable[str]) -> "Depth":
         """Read from diffusers' names."""
-        found = [re.match(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in names]
+        names = list(names)
+        found = [re.match(r"down_blocks\.(\d{1,2})\.resnets\.(\d{1,2})\.", name) for name in names]
         places = [(int(m[1]), int(m[2])) for m in found if m]
-        blocks = [re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.", name) for name in names]
+        blocks = [re.match(r"controlnet_cond_embedding\.blocks\.(\d{1,2})\.", name) for name in names]
         if not places:
             return cls(0, 0, 0)
         return cls(1 + max(i for i, _ in places), 1 + max(j for _, j in places), len({m[1] for m in blocks if m}))
@@ -45,9 +49,9 @@ class Depth:
     def of_cldm(cls, names: Iterable[str]) -> "Depth":
         """Read from the original's names, prefix removed."""
         names = list(names)
-        inputs = {int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d+)\.", name))}
-        downs = sorted({int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))})
-        hints = {int(m[1]) for name in names if (m := re.match(r"input_hint_block\.(\d+)\.", name))}
+        inputs = {int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d{1,2})\.", name))}
+        downs = sorted({int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d{1,2})\.0\.op\.", name))})
+        hints = {int(m[1]) for name in names if (m := re.match(r"input_hint_block\.(\d{1,2})\.", name))}
         if not inputs:
             return cls(0, 0, 0)
         last = max(inputs)
@@ -87,7 +91,7 @@ def adapter_paths(names: Iterable[str], layers: int) -> dict[str, str]:
     A light adapter keeps its levels apart in the original too; a full one has its resnets in one row.
     """
     names = list(names)
-    rows = {int(m[1]) for name in names if (m := re.match(r"(?:adapter\.)?body\.(\d+)\.", name))}
+    rows = {int(m[1]) for name in names if (m := re.match(r"(?:adapter\.)?body\.(\d{1,2})\.", name))}
     if not rows:
         return {}
     light = is_light_adapter(names)
@@ -115,9 +119,10 @@ def rename(names: Iterable[str], paths: Mapping[str, str], back: bool = False) -
     """
     table = {value: key for key, value in paths.items()} if back else paths
     renamed = {}
+    deepest = max((path.count(".") + 1 for path in table), default=0)
     for name in names:
         parts = name.split(".")
-        for cut in range(len(parts) - 1, 0, -1):
+        for cut in range(min(len(parts) - 1, deepest), 0, -1):
             path = ".".join(parts[:cut])
             if path in table:
                 renamed[name] = ".".join([table[path], *parts[cut:]])

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError
-from controlkit.formats.describe import Description, describe_tensors, stored_config, weights_file
-from controlkit.tensors import TensorFile, open_tensors
+from controlkit.formats.describe import (
+    Description,
+    describe_tensors,
+    json_object,
+    stored_config,
+    text_beside,
+    weights_file,
+)
+from controlkit.tensors import TensorFile, one_line, open_tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Weights:
     config: Mapping[str, Any]
     """Of the diffusers class of this kind."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """The file's own, with ``controlkit.*`` entries where it has them."""
+    """The file's own, with ``controlkit.*`` entries where it has them, each a JSON object."""
 
 
 def read_weights(path: Path, base: UNetBase | None = None) -> tuple[Weights, Description]:
@@ -42,11 +49,19 @@ def read_weights(path: Path, base: UNetBase | None = None) -> tuple[Weights, Des
     described = describe_tensors(header, stored)
     if described.kind is None:
         raise UserError(f"{path}: {described.sentence()}")
-    needs_base = described.format in ("control-lora", "cldm-difference")
-    if described.format == "controlkit":
-        return Weights("controlnet", _float(header.read()), {}, header.metadata), described
+    for key in header.metadata:
+        if key.startswith("controlkit."):
+            said(header, path, key, json_object, {})
     if not described.runs:
         raise UserError(f"{path} is damaged or cut: {described.sentence()}")
+    if described.format == "controlkit":
+        return Weights("controlnet", _float(header.read()), {}, header.metadata), described
+    if strange := [name for name in described.unexpected if name in described.names]:
+        raise UserError(
+            f"{path} cannot be read as it is: its network has no place for {len(strange)} of its tensors, first "
+            f"{strange[0]}."
+        )
+    needs_base = described.format in ("control-lora", "cldm-difference")
     if needs_base and base is None:
         raise UserError(f"{path} holds only the difference to its base: name the base it belongs to (--base).")
     tensors = {described.names[name]: t for name, t in header.read(described.names).items()}
@@ -71,9 +86,9 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
     if not beside.is_file():
         return False
     try:
-        content = yaml.safe_load(beside.read_text(encoding="utf-8", errors="replace"))
+        content = yaml.safe_load(text_beside(beside))
         return bool(content["model"]["params"].get("global_average_pooling", False))
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (yaml.YAMLError, OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -137,12 +152,12 @@ def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> 
     return up.contiguous(), down.contiguous()
 
 
-def said(weights: Weights, path: Path, key: str, parse: Any, default: Any) -> Any:
+def said(weights: Weights | TensorFile, path: Path, key: str, parse: Any, default: Any) -> Any:
     """A metadata entry's value, ``default`` if it is not there; ``UserError`` if it cannot be read."""
     try:
         return parse(weights.metadata[key]) if key in weights.metadata else default
     except (TypeError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f'{path} has a "{key}" that cannot be read ({error}).') from error
+        raise UserError(f'{path} has a "{one_line(key)}" that cannot be read ({one_line(error)}).') from error
 
 
 def as_json(value: Any) -> str:

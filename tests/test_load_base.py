@@ -1,0 +1,940 @@
+"""A base is the same base wherever it comes from: one file, a folder, a hub's cache; LoRAs and new words added exactly.
+
+The single files are toys in the anatomy of the three families, written to the original layout by this file's own
+mapping; stock diffusers pipelines say what they must compute.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from conftest import draw_inputs, relative, stock_inputs
+from controlkit.backbones import FAMILIES, families, load_base
+from controlkit.backbones.families import clip_tokenizer, pipeline_configs, unet_config
+from controlkit.errors import UserError
+
+PROMPTS = ["a photo of a cat!", ""]
+KINDS = ("sd15", "sd21", "sdxl")
+
+# --- toys of three families, as stock pipelines -------------------------------------------------------------------
+
+
+def make_tower(width, activation, projects=False, layers=3, heads=2, mlp=None):
+    marks = {"bos_token_id": 49406, "eos_token_id": 49407, "vocab_size": 49408}
+    sizes = {"hidden_size": width, "intermediate_size": mlp or 2 * width, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "projection_dim": width}
+    kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+    return kind(CLIPTextConfig(hidden_act=activation, **marks, **sizes))
+
+
+def make_vae(channels, scaling=0.18215):
+    levels = len(channels)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=2,
+        scaling_factor=scaling,
+    )
+
+
+def make_pipeline(kind):
+    """A stock pipeline in a family's published anatomy, narrow, every weight random."""
+    torch.manual_seed(0)
+    xl = kind == "sdxl"
+    anatomy = {
+        "sd15": {"cross_attention_dim": 32, "attention_head_dim": 8, "sample_size": 64},
+        "sd21": {
+            "cross_attention_dim": 64,
+            "attention_head_dim": (1, 2, 2, 2),
+            "sample_size": 96,
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        "sdxl": {
+            "cross_attention_dim": 96,
+            "attention_head_dim": (1, 2, 2),
+            "sample_size": 128,
+            "use_linear_projection": True,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 3),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 64 + 6 * 256,
+        },
+    }[kind]
+    parts = {
+        "unet": UNet2DConditionModel(block_out_channels=(32, 64, 64) if xl else (32, 64, 64, 64), **anatomy),
+        "vae": make_vae((32, 32, 64, 64), 0.13025 if xl else 0.18215),
+        "text_encoder": make_tower(64, "gelu") if kind == "sd21" else make_tower(32, "quick_gelu"),
+        "tokenizer": clip_tokenizer("!" if kind == "sd21" else "<|endoftext|>"),
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            prediction_type="v_prediction" if kind == "sd21" else "epsilon",
+        ),
+    }
+    if xl:
+        parts |= {"text_encoder_2": make_tower(64, "gelu", projects=True), "tokenizer_2": clip_tokenizer("!")}
+    for module in parts.values():
+        if isinstance(module, torch.nn.Module):
+            for parameter in module.eval().requires_grad_(False).parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)  # else biases and norms are all alike
+    if kind == "sd21":
+        wide = parts["unet"].up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias
+        wide.copy_(torch.linspace(-0.3, 0.3, 32))  # by which its predicting v is told
+    return as_pipeline(parts)
+
+
+def as_pipeline(parts):
+    if "text_encoder_2" in parts:
+        return StableDiffusionXLPipeline(**parts)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """``stock(kind)`` is the toy of a family as a stock pipeline; its weights are not to be touched."""
+    made = {}
+    return lambda kind: made[kind] if kind in made else made.setdefault(kind, make_pipeline(kind))
+
+
+@pytest.fixture
+def toy_families(monkeypatch):
+    """The families' table, as narrow as the toys; the vocabulary stays CLIP's."""
+    clip_l = (32, 64, 3, 2, "quick_gelu", 0)
+    sizes = {
+        "sd15": {"text_width": 32, "channels": (32, 64, 64, 64), "towers": (clip_l,)},
+        "sd21": {
+            "text_width": 64,
+            "channels": (32, 64, 64, 64),
+            "heads": (1, 2, 2, 2),
+            "towers": ((64, 128, 3, 2, "gelu", 0),),
+        },
+        "sdxl": {
+            "text_width": 96,
+            "channels": (32, 64, 64),
+            "transformers": (0, 2, 3),
+            "heads": (1, 2, 2),
+            "towers": (clip_l, (64, 128, 3, 2, "gelu", 64)),
+            "pooled_width": 64,
+        },
+    }
+    whole = families._vae_config
+    monkeypatch.setattr(families, "_vae_config", lambda row: whole(row) | {"block_out_channels": [32, 32, 64, 64]})
+    for name, narrow in sizes.items():
+        monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], **narrow))
+
+
+# --- the original layout, from the anatomy of the networks --------------------------------------------------------
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def unet_places(unet):
+    """Module of diffusers -> module of the original: the U-Net's blocks numbered in the order they run."""
+    places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    for name, place in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
+        places |= {f"{name}.linear_1": f"{place}.0", f"{name}.linear_2": f"{place}.2"}
+
+    def resnet(name, place):
+        places.update({f"{name}.{ours}": f"{place}.{theirs}" for ours, theirs in RESNET.items()})
+
+    at = 1
+    for level, block in enumerate(unet.down_blocks):
+        for i in range(len(block.resnets)):
+            resnet(f"down_blocks.{level}.resnets.{i}", f"input_blocks.{at}.0")
+            places[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{at}.1"
+            at += 1
+        if block.downsamplers is not None:
+            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{at}.0.op"
+            at += 1
+    resnet("mid_block.resnets.0", "middle_block.0")
+    resnet("mid_block.resnets.1", "middle_block.2")
+    places["mid_block.attentions.0"] = "middle_block.1"
+    at = 0
+    for level, block in enumerate(unet.up_blocks):
+        attends = getattr(block, "attentions", None) is not None
+        for i in range(len(block.resnets)):
+            resnet(f"up_blocks.{level}.resnets.{i}", f"output_blocks.{at}.0")
+            places[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{at}.1"
+            at += 1
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{at - 1}.{2 if attends else 1}.conv"
+    return places
+
+
+def vae_places(vae):
+    places = {}
+    levels = len(vae.config.block_out_channels)
+    for half in ("encoder", "decoder"):
+        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        places |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in range(2)}
+        attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+        for ours, theirs in attention.items():
+            places[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
+    for level in range(levels):
+        mirrored = levels - 1 - level  # the original counts the decoder's levels from the finest
+        places[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        places[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{mirrored}.upsample"
+        for i in range(3):
+            places[f"encoder.down_blocks.{level}.resnets.{i}"] = f"encoder.down.{level}.block.{i}"
+            places[f"decoder.up_blocks.{level}.resnets.{i}"] = f"decoder.up.{mirrored}.block.{i}"
+    return places
+
+
+def moved(tensors, places):
+    """Tensors renamed by the longest module name that holds them."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        parents = [name[:at] for at, letter in enumerate(name) if letter == "." and name[:at] in places]
+        renamed[places[parents[-1]] + name.removeprefix(parents[-1]) if parents else name] = tensor
+    return renamed
+
+
+def prefixed(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def plain_names(encoder):
+    """A text tower's tensors without the ``text_model.`` that some releases of transformers put before them."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+
+
+def original_vae(vae):
+    tensors = moved(vae.state_dict(), vae_places(vae))
+    tensors = {name.replace("conv_shortcut", "nin_shortcut"): tensor for name, tensor in tensors.items()}
+    linear = {name for name, tensor in tensors.items() if ".attn_1." in name and tensor.ndim == 2}
+    return {name: tensor[:, :, None, None] if name in linear else tensor for name, tensor in tensors.items()}
+
+
+def original_clip(encoder):
+    return prefixed("transformer.text_model.", plain_names(encoder))
+
+
+def original_open_clip(encoder):
+    tensors = plain_names(encoder)
+    places = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    joined = {"positional_embedding": tensors.pop("embeddings.position_embedding.weight")}
+    projection = tensors.pop("text_projection.weight", torch.eye(encoder.config.hidden_size))
+    joined["text_projection"] = projection.T.contiguous()
+    for i in range(encoder.config.num_hidden_layers):
+        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            rows = [tensors.pop(f"{ours}.self_attn.{one}_proj.{kind}") for one in "qkv"]
+            joined[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(rows)
+        places |= {f"{ours}.self_attn.out_proj": f"{theirs}.attn.out_proj"}
+        places |= {f"{ours}.layer_norm{j}": f"{theirs}.ln_{j}" for j in (1, 2)}
+        places |= {f"{ours}.mlp.fc1": f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc2": f"{theirs}.mlp.c_proj"}
+    return joined | moved(tensors, places) | {"logit_scale": torch.tensor(4.6)}
+
+
+def original(pipe):
+    """A pipeline's weights in the original layout, with the oddments that real checkpoints carry."""
+    tensors = prefixed("model.diffusion_model.", moved(pipe.unet.state_dict(), unet_places(pipe.unet)))
+    tensors |= prefixed("first_stage_model.", original_vae(pipe.vae))
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        tensors |= prefixed("conditioner.embedders.0.", original_clip(pipe.text_encoder))
+        tensors |= prefixed("conditioner.embedders.1.model.", original_open_clip(pipe.text_encoder_2))
+    elif pipe.unet.config.use_linear_projection:
+        tensors |= prefixed("cond_stage_model.model.", original_open_clip(pipe.text_encoder))
+    else:
+        tensors |= prefixed("cond_stage_model.", original_clip(pipe.text_encoder))
+        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors |= {"betas": torch.rand(1000), "model_ema.decay": torch.tensor(0.9999)}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def originals(stock):
+    """``originals(kind)`` is a fresh dictionary of a toy's tensors in the original layout."""
+    return lambda kind: original(stock(kind))
+
+
+@pytest.fixture
+def single_file(originals, tmp_path, toy_families):
+    """``single_file(kind, **changes)`` writes a toy as one file; a change of None leaves the tensor out."""
+
+    def write(kind, changes=None):
+        tensors = {name: t for name, t in (originals(kind) | (changes or {})).items() if t is not None}
+        save_file(tensors, tmp_path / f"{kind}.safetensors")
+        return tmp_path / f"{kind}.safetensors"
+
+    return write
+
+
+# --- what "the same base" means -----------------------------------------------------------------------------------
+
+
+def networks(base):
+    return {"vae": base.vae, "unet": base.unet} | {f"tower {i}": t.encoder for i, t in enumerate(base.towers)}
+
+
+def stock_networks(pipe):
+    towers = [pipe.text_encoder, *([pipe.text_encoder_2] if hasattr(pipe, "text_encoder_2") else [])]
+    return {"vae": pipe.vae, "unet": pipe.unet} | {f"tower {i}": tower for i, tower in enumerate(towers)}
+
+
+def assert_same_weights(base, pipe):
+    ours, theirs = networks(base), stock_networks(pipe)
+    assert ours.keys() == theirs.keys()
+    for part, module in theirs.items():
+        loaded, saved = ours[part].state_dict(), module.state_dict()
+        assert loaded.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(loaded[name], tensor.to(loaded[name].dtype)), f"{part}: {name}"
+
+
+def stock_text(pipe, prompts):
+    """The stock pipeline's prompt embeddings and, from SDXL, the pooled ones."""
+    with torch.no_grad():
+        if isinstance(pipe, StableDiffusionXLPipeline):
+            tokens, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+            return tokens, pooled
+        return pipe.encode_prompt(prompts, "cpu", 1, False)[0], None
+
+
+def assert_same_text(base, pipe, prompts=PROMPTS):
+    text = base.encode_text(prompts)
+    tokens, pooled = stock_text(pipe, prompts)
+    assert torch.equal(text.tokens, tokens)
+    assert (text.pooled is None) == (pooled is None)
+    if pooled is not None:
+        assert torch.equal(text.pooled, pooled)
+
+
+def assert_same_prediction(base, pipe):
+    inputs = draw_inputs(base)
+    rows, more = stock_inputs(inputs)
+    with torch.no_grad():
+        ours, theirs = base.decode_noise(base.encode_noise(*inputs[:3])), pipe.unet(*rows, **more).sample
+    assert relative(ours, theirs) <= 1e-5  # where weights lie in memory decides the last bits
+
+
+def refusal(*args, **options):
+    """The sentence with which ``load_base`` refuses; one line, and not an essay."""
+    with pytest.raises(UserError) as refused:
+        load_base(*args, **options)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert len(sentence) < 700
+    return sentence
+
+
+# --- a single file ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_the_pipeline_it_was_made_of(stock, single_file, kind):
+    base, pipe = load_base(single_file(kind)), stock(kind)
+    assert_same_weights(base, pipe)
+    assert_same_text(base, pipe)
+    assert_same_prediction(base, pipe)
+    assert (base.name, base.prediction) == (kind, "v" if kind == "sd21" else "eps")
+    assert base.size == {"sd15": 512, "sd21": 768, "sdxl": 1024}[kind]
+    assert base.vae.config.scaling_factor == pipe.vae.config.scaling_factor
+    for name in ("beta_start", "beta_end", "beta_schedule", "clip_sample"):
+        assert base.scheduler.config[name] == pipe.scheduler.config[name]
+    assert not any(p.requires_grad for module in networks(base).values() for p in module.parameters())
+
+
+def test_a_pickled_checkpoint_is_read_like_a_single_file(stock, originals, toy_families, tmp_path):
+    path = tmp_path / "old.ckpt"
+    torch.save({"state_dict": originals("sd15"), "global_step": 840000}, path)
+    base = load_base(path)
+    assert_same_weights(base, stock("sd15"))
+    assert_same_text(base, stock("sd15"))
+
+
+class Malice:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2))])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(originals, toy_families, tmp_path, dump):
+    path, mark = tmp_path / "bad.ckpt", tmp_path / "ran"
+    dump({"state_dict": originals("sd15"), "callbacks": Malice(mark)}, path)
+    sentence = refusal(path)
+    assert "bad.ckpt" in sentence
+    assert "safetensors" in sentence
+    assert "posix.system" in sentence or dump is not torch.save
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kept", [100, 0.5, 0.999], ids=["in its header", "half way", "near the end"])
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_a_torn_file_is_refused(originals, toy_families, tmp_path, kept, ending):
+    path = tmp_path / f"torn.{ending}"
+    save = save_file if ending == "safetensors" else torch.save
+    save(originals("sd15"), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    assert "cannot be read" in refusal(path)
+
+
+LACKING = {
+    "its VAE": ("sd15", "first_stage_model."),
+    "the decoder's end": ("sd15", "first_stage_model.decoder.conv_out.weight"),
+    "its text tower": ("sd15", "cond_stage_model."),
+    "a layer of its text tower": ("sd21", "cond_stage_model.model.transformer.resblocks.1.ln_1.bias"),
+    "its second tower": ("sdxl", "conditioner.embedders.1."),
+    "a layer of its second tower": ("sdxl", "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_fc.weight"),
+    "its sizes' embedding": ("sdxl", "model.diffusion_model.label_emb.0.2.bias"),
+    "a bias of its U-Net": ("sd21", "model.diffusion_model.middle_block.0.in_layers.2.bias"),
+}
+
+
+@pytest.mark.parametrize(("kind", "start"), LACKING.values(), ids=LACKING)
+def test_a_file_that_lacks_something_is_refused(originals, single_file, kind, start):
+    gone = {name: None for name in originals(kind) if name.startswith(start)}
+    assert gone
+    sentence = refusal(single_file(kind, gone))
+    assert "is not a whole Stable Diffusion" in sentence
+
+
+def test_a_file_of_an_inpainting_model_is_refused(single_file):
+    path = single_file("sd15", {"model.diffusion_model.input_blocks.0.0.weight": torch.randn(32, 9, 3, 3)})
+    assert "inpainting" in refusal(path)
+
+
+def test_a_file_of_no_known_family_is_refused_with_its_width(single_file):
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    assert "48 wide" in refusal(single_file("sd15", {name: torch.randn(32, 48)}))
+
+
+def test_a_file_without_a_unet_is_refused(originals, single_file):
+    gone = {name: None for name in originals("sd15") if name.startswith("model.")}
+    assert "holds no model.diffusion_model.* tensors" in refusal(single_file("sd15", gone))
+
+
+LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SIGNS = {
+    "nothing, as SD 1.5": ("sd15", {}, None, "eps"),
+    "a mark": ("sd15", {"v_pred": torch.empty(0)}, None, "v"),
+    "a mark, as SDXL": ("sdxl", {"v_pred": torch.empty(0)}, None, "v"),
+    "a wide bias, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.3, 0.3, 32)}, None, "v"),
+    "a narrow bias, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.1, 0.1, 32)}, None, "eps"),
+    "a wide bias, as SD 1.5": ("sd15", {LAST_NORM: torch.linspace(-0.3, 0.3, 32)}, None, "eps"),
+    "what the caller says": ("sd15", {}, "v", "v"),
+    "the caller against a mark": ("sd15", {"v_pred": torch.empty(0)}, "eps", "eps"),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "said", "expected"), SIGNS.values(), ids=SIGNS)
+def test_what_a_file_predicts_is_told_from(single_file, kind, changes, said, expected):
+    assert load_base(single_file(kind, changes), prediction=said).prediction == expected
+
+
+def test_a_file_marked_for_zero_terminal_snr_ends_in_pure_noise(single_file):
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    assert load_base(single_file("sdxl", marks)).scheduler.alphas_cumprod[-1] < 1e-6
+    assert load_base(single_file("sdxl", {"v_pred": torch.empty(0)})).scheduler.alphas_cumprod[-1] > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "vae"), [("sd15", torch.float16), ("sdxl", torch.float32)])
+def test_in_half_precision_only_a_vae_that_overflows_stays_whole(stock, single_file, kind, vae):
+    base = load_base(single_file(kind), dtype=torch.float16)
+    assert {part: {p.dtype for p in module.parameters()} for part, module in networks(base).items()} == {
+        part: {vae if part == "vae" else torch.float16} for part in networks(base)
+    }
+    assert_same_weights(base, stock(kind))
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------------
+
+KNOWN = {  # as OpenAI's tokenizer has them
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "Hello  world!": [3306, 1002, 256],
+    "a diagram": [320, 22697],
+    "a photo of an astronaut riding a horse on mars": [320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496],
+    "": [],
+}
+
+
+@pytest.mark.parametrize(("prompt", "ids"), KNOWN.items())
+def test_the_tokenizer_is_clips(prompt, ids):
+    assert clip_tokenizer()(prompt).input_ids == [49406, *ids, 49407]
+
+
+def test_the_tokenizer_has_clips_vocabulary():
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49408
+    assert tokenizer.model_max_length == 77
+    assert sorted(tokenizer.get_vocab().values()) == list(range(49408))
+
+
+@pytest.mark.parametrize("prompt", ["naïve café, 東京 ☃", "don't (masterpiece:1.2), best-quality; 3pm <3"])
+def test_any_prompt_survives_its_tokens(prompt):
+    tokenizer = clip_tokenizer()
+    said = tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True)
+    assert "".join(said.split()) == "".join(prompt.split())
+
+
+@pytest.mark.parametrize(("pad", "number"), [("<|endoftext|>", 49407), ("!", 0)])
+def test_short_prompts_are_padded_as_their_tower_was_trained(pad, number):
+    rows = clip_tokenizer(pad)("a cat", padding="max_length").input_ids
+    assert rows == [49406, 320, 2368, 49407] + [number] * 73
+
+
+@pytest.mark.parametrize(("kind", "pads"), [("sd15", [49407]), ("sd21", [0]), ("sdxl", [49407, 0])])
+def test_each_tower_of_a_single_file_pads_its_own_way(single_file, kind, pads):
+    assert [tower.tokenizer.pad_token_id for tower in load_base(single_file(kind)).towers] == pads
+
+
+# --- the families' table ------------------------------------------------------------------------------------------
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "unet", "control"),
+    [
+        ("sd15", 859_520_964, 361_279_120),
+        ("sd21", 865_910_724, 364_228_240),
+        ("sdxl", 2_567_463_684, 1_251_014_160),
+    ],
+)
+def test_a_family_means_the_published_unet_and_controlnet(kind, unet, control):
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(unet_config(FAMILIES[kind]))
+        assert (count(network), count(ControlNetModel.from_unet(network, load_weights_from_unet=False))) == (
+            unet,
+            control,
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "towers"), [("sd15", [123_060_480]), ("sd21", [340_387_840]), ("sdxl", [123_060_480, 694_659_840])]
+)
+def test_a_family_means_the_published_vae_and_towers(kind, towers):
+    with pipeline_configs(FAMILIES[kind], "eps") as folder, torch.device("meta"):
+        assert count(AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))) == 83_653_863
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        present = {part: kind for part, kind in kinds.items() if (folder / part).is_dir()}
+        assert [count(kind(CLIPTextConfig.from_pretrained(folder / part))) for part, kind in present.items()] == towers
+
+
+# --- a diffusers folder of SDXL -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(stock, tmp_path_factory):
+    """``folders(kind)`` is a toy as a diffusers folder, as the stock pipeline saves it; not to be touched."""
+    root = tmp_path_factory.mktemp("folders")
+
+    def saved(kind):
+        if not (root / kind).is_dir():
+            stock(kind).save_pretrained(root / kind)
+        return root / kind
+
+    return saved
+
+
+def with_index(folder, target, **changes):
+    """A copy of a folder with another model_index.json."""
+    shutil.copytree(folder, target)
+    index = target / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    return target
+
+
+def with_config(folder, target, part, leave=(), **changes):
+    """A copy of a folder, one part's configuration changed."""
+    shutil.copytree(folder, target)
+    (path,) = [p for p in (target / part).glob("*config.json") if "tokenizer" not in p.name]
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name not in leave}
+    path.write_text(json.dumps(config | changes))
+    return target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_is_the_pipeline_it_was_saved_from(stock, folders, kind):
+    base, pipe = load_base(folders(kind)), stock(kind)
+    assert_same_weights(base, pipe)
+    assert_same_text(base, pipe)
+    assert_same_prediction(base, pipe)
+    assert base.prediction == ("v" if kind == "sd21" else "eps")
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_no_prompt_and_an_empty_one_differ_where_the_stock_pipeline_says_so(stock, folders, tmp_path, zeros):
+    folder = with_index(folders("sdxl"), tmp_path / "base", force_zeros_for_empty_prompt=zeros)
+    text = load_base(folder).encode_text(["a cat", None, ""])
+    pipe = StableDiffusionXLPipeline(**stock("sdxl").components, force_zeros_for_empty_prompt=zeros)
+    with torch.no_grad():
+        tokens, none, pooled, no_pool = pipe.encode_prompt("a cat", device="cpu", negative_prompt=None)
+        _, empty, _, empty_pool = pipe.encode_prompt("a cat", device="cpu", negative_prompt="")
+    # Rows of one batch and rows alone may differ in the last bits.
+    assert relative(text.tokens, torch.cat([tokens, none, empty])) <= 1e-6
+    assert relative(text.pooled, torch.cat([pooled, no_pool, empty_pool])) <= 1e-6
+    assert (text.tokens[1].count_nonzero() == 0) == zeros
+    assert text.tokens[2].count_nonzero() > 0
+
+
+def test_the_sizes_are_those_of_the_stock_pipeline(stock, folders):
+    base = load_base(folders("sdxl"))
+    pipe = stock("sdxl")
+    expected = pipe._get_add_time_ids((640, 896), (0, 0), (640, 896), torch.float32, 64)
+    assert base.encode_text(PROMPTS, (640, 896)).sizes.tolist() == expected.repeat(2, 1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("upcast", "dtype", "expected"),
+    [
+        (True, torch.float16, torch.float32),
+        (False, torch.float16, torch.float16),
+        (True, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_folders_vae_stays_whole_where_half_precision_overflows_it(folders, tmp_path, upcast, dtype, expected):
+    base = load_base(with_config(folders("sdxl"), tmp_path / "base", "vae", force_upcast=upcast), dtype=dtype)
+    assert {p.dtype for p in base.vae.parameters()} == {expected}
+    assert {p.dtype for p in base.unet.parameters()} == {dtype}
+    assert {p.dtype for tower in base.towers for p in tower.encoder.parameters()} == {dtype}
+
+
+def test_latents_are_never_clipped_though_a_scheduler_says_nothing_of_it(folders, tmp_path):
+    folder = with_config(folders("sd15"), tmp_path / "base", "scheduler", leave=("clip_sample",))
+    assert load_base(folder).scheduler.config.clip_sample is False
+
+
+def test_a_folder_of_an_inpainting_model_is_refused(stock, folders, tmp_path):
+    shutil.copytree(folders("sd15"), tmp_path / "base")
+    config = {name: value for name, value in stock("sd15").unet.config.items() if not name.startswith("_")}
+    UNet2DConditionModel(**config | {"in_channels": 9}).save_pretrained(tmp_path / "base" / "unet")
+    assert "inpainting" in refusal(tmp_path / "base")
+
+
+def test_a_folder_whose_weights_lack_a_tensor_is_refused(folders, tmp_path):
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.copytree(folders("sd15"), tmp_path / part)
+        (path,) = (tmp_path / part / part).glob("*.safetensors")
+        tensors = load_file(path)
+        tensors.pop(sorted(tensors)[5])
+        save_file(tensors, path, {"format": "pt"})
+        assert "is not a whole" in refusal(tmp_path / part)
+
+
+# --- a hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """``hub(cached=..., online=...)`` says what the hub's client answers with: a folder, or an error to raise.
+
+    Returns the list of requests: (repository, from the cache only).
+    """
+
+    def answer(cached=None, online=None):
+        asked = []
+
+        def snapshot_download(repository, local_files_only=False, **options):
+            asked.append((repository, local_files_only))
+            assert "unet/*.safetensors" in options["allow_patterns"]
+            found = (cached if local_files_only else online) or LocalEntryNotFoundError("nothing in the cache")
+            if isinstance(found, Exception):
+                raise found
+            return str(found)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return asked
+
+    return answer
+
+
+NAMES = {
+    "sd15": FAMILIES["sd15"].hub,
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "owner/model": "owner/model",
+    "SG161222/Realistic_Vision_V5.1_noVAE": "SG161222/Realistic_Vision_V5.1_noVAE",
+    "owner/model-1.0": "owner/model-1.0",
+}
+
+
+@pytest.mark.parametrize(("name", "repository"), NAMES.items())
+def test_a_cached_name_is_loaded_and_no_network_asked(toy_folder, toy_base, hub, name, repository):
+    asked = hub(cached=toy_folder)
+    base = load_base(name)
+    assert asked == [(repository, True)]
+    assert (base.name, base.digest) == (name, toy_base.digest)
+
+
+@pytest.mark.parametrize("error", [None, OSError("no route\nto host"), RuntimeError("connection refused")])
+def test_a_name_that_is_nowhere_is_refused_in_one_sentence(hub, error):
+    hub(online=error)
+    sentence = refusal("owner/model")
+    assert '"owner/model" is neither in the local cache nor could be fetched' in sentence
+
+
+def test_a_cache_that_holds_configurations_alone_is_completed(toy_folder, toy_base, hub, tmp_path):
+    shutil.copytree(toy_folder, tmp_path / "partial", ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = hub(cached=tmp_path / "partial", online=toy_folder)
+    assert load_base("sd15").digest == toy_base.digest
+    assert asked == [(FAMILIES["sd15"].hub, True), (FAMILIES["sd15"].hub, False)]
+
+
+@pytest.mark.parametrize("name", ["./owner/model", "owner/missing.safetensors", "a/b/c", "owner/old.ckpt"])
+def test_a_path_that_is_not_there_is_never_asked_of_a_hub(hub, name):
+    asked = hub()
+    assert "There is no base" in refusal(name)
+    assert asked == []
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+RANK = 3
+
+
+def draw_pairs(module, names, seed=0):
+    """A LoRA's matrices (down, up) for some of a network's layers, by the layers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name in names:
+        out, into, *kernel = module.get_submodule(name).weight.shape
+        down = torch.randn(RANK, into, *kernel, generator=generator) / into
+        pairs[name] = (down, torch.randn(out, RANK, *[1] * len(kernel), generator=generator))
+    return pairs
+
+
+def layers_of(module, endings):
+    return [name for name, _ in module.named_modules() if name.endswith(endings)]
+
+
+def change(pair):
+    down, up = pair
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def kohya(prefix, pairs, alpha):
+    written = {}
+    for name, (down, up) in pairs.items():
+        layer = f"{prefix}_{name.replace('.', '_')}"
+        written |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        written[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return written
+
+
+def diffusers_style(prefix, pairs):
+    written = {}
+    for name, (down, up) in pairs.items():
+        written |= {f"{prefix}.{name}.lora_A.weight": down, f"{prefix}.{name}.lora_B.weight": up}
+    return written
+
+
+ATTENTION = ("attn1.to_q", "attn2.to_k", "attn1.to_v", "attn2.to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def assert_merged(merged, plain, changes):
+    """Every weight of a network is the plain one, but for the layers named in ``changes``."""
+    assert changes
+    for name, weight in plain.state_dict().items():
+        expected = weight + changes.get(name.removesuffix(".weight"), 0)
+        ours = merged.state_dict()[name]
+        assert (ours - expected).abs().max() <= 1e-6, name
+    for layer, moved_by in changes.items():
+        assert moved_by.abs().max() > 1e-3, layer  # else merging nothing would pass
+
+
+def test_a_kohya_lora_is_merged_exactly(toy_folder, toy_base, tmp_path):
+    unet, text = toy_base.unet, toy_base.towers[0].encoder
+    in_unet = draw_pairs(unet, layers_of(unet, (*ATTENTION, "proj_in")))
+    in_text = draw_pairs(text, layers_of(text, (*TEXT_ATTENTION, "mlp.fc1")), seed=1)
+    words = {f"text_model.{name.removeprefix('text_model.')}": pair for name, pair in in_text.items()}
+    save_file(kohya("lora_unet", in_unet, alpha=2) | kohya("lora_te", words, alpha=2), tmp_path / "style.safetensors")
+    before = toy_base.digest
+    base = load_base(toy_folder, loras=[(tmp_path / "style.safetensors", 0.7)])
+    factor = 0.7 * 2 / RANK
+    assert_merged(base.unet, unet, {name: factor * change(pair) for name, pair in in_unet.items()})
+    assert_merged(base.towers[0].encoder, text, {name: factor * change(pair) for name, pair in in_text.items()})
+    assert not any(p.requires_grad for module in networks(base).values() for p in module.parameters())
+    assert load_base(toy_folder).digest == before != base.digest
+
+
+def test_loras_of_diffusers_add_up(toy_folder, toy_base, tmp_path):
+    unet = toy_base.unet
+    first = draw_pairs(unet, layers_of(unet, ATTENTION))
+    second = draw_pairs(unet, layers_of(unet, ("attn1.to_q", "ff.net.2")), seed=1)
+    for name, pairs in (("first", first), ("second", second)):
+        save_file(diffusers_style("unet", pairs), tmp_path / f"{name}.safetensors")
+    loras = [(tmp_path / "first.safetensors", 0.5), (tmp_path / "second.safetensors", -1.25)]
+    base = load_base(toy_folder, loras=loras)
+    changes = {name: 0.5 * change(pair) for name, pair in first.items()}
+    for name, pair in second.items():
+        changes[name] = changes.get(name, 0) - 1.25 * change(pair)
+    assert_merged(base.unet, unet, changes)
+
+
+def test_a_lora_of_sdxl_reaches_the_unet_by_its_original_names_and_both_towers(stock, folders, tmp_path):
+    pipe = stock("sdxl")
+    in_unet = draw_pairs(pipe.unet, layers_of(pipe.unet, ATTENTION))
+    places = unet_places(pipe.unet)
+    named = {next(iter(moved({f"{name}.weight": 0}, places))).removesuffix(".weight"): p for name, p in in_unet.items()}
+    written = kohya("lora_unet", named, alpha=RANK)
+    towers = []
+    for i, encoder in enumerate([pipe.text_encoder, pipe.text_encoder_2], 1):
+        pairs = draw_pairs(encoder, layers_of(encoder, TEXT_ATTENTION), seed=i)
+        words = {f"text_model.{name.removeprefix('text_model.')}": pair for name, pair in pairs.items()}
+        written |= kohya(f"lora_te{i}", words, alpha=RANK)
+        towers.append((encoder, {name: 0.5 * change(pair) for name, pair in pairs.items()}))
+    save_file(written, tmp_path / "xl.safetensors")
+    base = load_base(folders("sdxl"), loras=[(tmp_path / "xl.safetensors", 0.5)])
+    assert_merged(base.unet, pipe.unet, {name: 0.5 * change(pair) for name, pair in in_unet.items()})
+    for tower, (encoder, changes) in zip(base.towers, towers, strict=True):
+        assert_merged(tower.encoder, encoder, changes)
+
+
+def wrong_width(toy_base):
+    pairs = draw_pairs(toy_base.unet, layers_of(toy_base.unet, ATTENTION))
+    return diffusers_style("unet", {name: (torch.randn(RANK, 17), up) for name, (_, up) in pairs.items()})
+
+
+def wrong_layers(toy_base):
+    pair = (torch.randn(RANK, 8), torch.randn(8, RANK))
+    return diffusers_style("unet", {"down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q": pair})
+
+
+def wrong_network(toy_base):
+    return diffusers_style(
+        "transformer", {"single_transformer_blocks.0.attn.to_q": (torch.randn(3, 8), torch.randn(8, 3))}
+    )
+
+
+def some_wrong_layers(toy_base):
+    pairs = draw_pairs(toy_base.unet, layers_of(toy_base.unet, ATTENTION))
+    return diffusers_style("unet", pairs) | wrong_layers(toy_base)
+
+
+def no_lora(toy_base):
+    return {"weight": torch.randn(3, 3)}
+
+
+@pytest.mark.parametrize("make", [wrong_width, wrong_layers, some_wrong_layers, wrong_network, no_lora])
+def test_a_lora_of_another_base_is_refused(toy_folder, toy_base, tmp_path, make):
+    save_file(make(toy_base), tmp_path / "other.safetensors")
+    sentence = refusal(toy_folder, loras=[(tmp_path / "other.safetensors", 1.0)])
+    assert "other.safetensors does not fit the base" in sentence
+
+
+def test_without_peft_a_lora_is_refused_with_what_to_install(toy_folder, toy_base, tmp_path, monkeypatch):
+    pairs = draw_pairs(toy_base.unet, layers_of(toy_base.unet, ATTENTION))
+    save_file(diffusers_style("unet", pairs), tmp_path / "style.safetensors")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'controlkit[lora]'" in refusal(toy_folder, loras=[(tmp_path / "style.safetensors", 1.0)])
+
+
+# --- textual inversion --------------------------------------------------------------------------------------------
+
+
+def draw_words(number, width, seed=0):
+    return 0.5 * torch.randn(number, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("layout", ["diffusers", "web UI"])
+def test_a_new_word_reads_as_in_the_stock_pipeline(stock, folders, tmp_path, number, layout):
+    vectors = draw_words(number, 32)
+    if layout == "diffusers":
+        path = tmp_path / "EasySparkle.safetensors"
+        save_file({"<sparkle>": vectors if number > 1 else vectors[0]}, path)
+    else:
+        path = tmp_path / "EasySparkle.pt"
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 9}, path)
+    prompts = ["a cat, EasySparkle, on mars", "EasySparkle EasySparkle", "a cat"]
+    base = load_base(folders("sd15"), embeddings=[path])
+    pipe = StableDiffusionPipeline.from_pretrained(folders("sd15"))
+    # The stock pipeline reads one vector only of a word with capitals.
+    pipe.load_textual_inversion(vectors, token="easysparkle")
+    text, (stock_tokens, _) = base.encode_text(prompts), stock_text(pipe, [prompt.lower() for prompt in prompts])
+    assert torch.equal(text.tokens, stock_tokens)
+    rows = base.towers[0].tokenize(prompts)
+    assert [(row >= 49408).sum().item() for row in rows] == [number, 2 * number, 0]
+    assert torch.equal(base.towers[0].encoder.get_input_embeddings().weight[49408:], vectors)
+
+
+def test_a_new_word_of_sdxl_is_read_by_both_towers(folders, tmp_path):
+    words = {"clip_g": draw_words(2, 64), "clip_l": draw_words(2, 32, seed=1)}
+    save_file(words, tmp_path / "sparkle.safetensors")
+    base = load_base(folders("sdxl"), embeddings=[tmp_path / "sparkle.safetensors"])
+    pipe = StableDiffusionXLPipeline.from_pretrained(folders("sdxl"))
+    pipe.load_textual_inversion(words["clip_l"], "sparkle", pipe.tokenizer, pipe.text_encoder)
+    pipe.load_textual_inversion(words["clip_g"], "sparkle", pipe.tokenizer_2, pipe.text_encoder_2)
+    assert_same_text(base, pipe, ["a sparkle cat", "sparkle"])
+    plain = load_base(folders("sdxl")).encode_text(["sparkle"])
+    assert relative(base.encode_text(["sparkle"]).pooled, plain.pooled) > 0.01
+
+
+UNFIT_WORDS = {
+    "too wide": ("sd15", {"<x>": draw_words(1, 48)}, "48 wide"),
+    "of one tower": ("sdxl", {"<x>": draw_words(1, 32)}, "32 wide"),
+    "of SDXL on a base of one tower": ("sd15", {"clip_l": draw_words(1, 32), "clip_g": draw_words(1, 64)}, "another"),
+    "none at all": ("sd15", {}, "holds no"),
+}
+
+
+@pytest.mark.parametrize(("kind", "words", "sentence"), UNFIT_WORDS.values(), ids=UNFIT_WORDS)
+def test_words_of_another_base_are_refused(folders, tmp_path, kind, words, sentence):
+    save_file(words, tmp_path / "unfit.safetensors")
+    refused = refusal(folders(kind), embeddings=[tmp_path / "unfit.safetensors"])
+    assert "unfit.safetensors" in refused
+    assert sentence in refused
+
+
+def test_a_new_word_that_the_base_knows_already_is_refused(folders, tmp_path):
+    save_file({"<x>": draw_words(1, 32)}, tmp_path / "cat.safetensors")
+    assert "rename" in refusal(folders("sd15"), embeddings=[tmp_path / "cat.safetensors"])
+
+
+# --- at full size -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_single_file_of_sd15_at_full_size_is_the_pipeline_it_was_made_of(tmp_path):
+    if pytest.importorskip("psutil").virtual_memory().available < 10 * 2**30:
+        pytest.skip("takes 10 GB of memory")
+    with torch.device("meta"):
+        parts = {
+            "unet": UNet2DConditionModel(cross_attention_dim=768),
+            "vae": make_vae((128, 256, 512, 512)),
+            "text_encoder": make_tower(768, "quick_gelu", layers=12, heads=12, mlp=3072),
+        }
+    generator = torch.Generator().manual_seed(0)
+    for name, module in parts.items():
+        parts[name] = module.half().to_empty(device="cpu").eval().requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    pipe = as_pipeline(parts | {"tokenizer": clip_tokenizer(), "scheduler": DDIMScheduler()})
+    path = tmp_path / "full.safetensors"
+    try:
+        save_file(original(pipe), path)
+        assert_same_weights(load_base(path, dtype=torch.float16), pipe)
+    finally:
+        path.unlink(missing_ok=True)
