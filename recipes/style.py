@@ -4,7 +4,8 @@
     controlkit evaluate canny --base runs/style-3d      # the control as it was, on the tuned base (the paper's Fig. 12)
 
 The U-Net is tuned on that style's pictures with the style in each caption drawn at random, so that the word loses its
-meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder.
+meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder, with ``OUT.png`` beside it:
+drawings, and what the control makes of them on the base as it was and as it is.
 """
 
 from pathlib import Path
@@ -17,15 +18,42 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from controlkit.backbones import load_base
+from controlkit.annotators import annotate
+from controlkit.backbones import UNetBase, load_base
 from controlkit.errors import UserError, nearest
-from controlkit.images import to_tensor
+from controlkit.formats import load_control
+from controlkit.images import grid, read_picture, to_tensor, write_png
 from controlkit.mini import world
 from controlkit.precision import autocast, training_attention
+from controlkit.sample import Control, Job, generate
 from controlkit.seeds import numpy_rng, torch_rng
 from mini import save_base  # recipes/mini.py
 
 console = Console()
+DRAWINGS = Path(__file__).parent / "drawings"
+SHOWN = {
+    "colour_fish": "a tropical fish, flat style, on a blue background",
+    "colour_house": "a house, noto style, on a white background",
+    "colour_mushroom": "a mushroom, twemoji style, on a yellow background",
+}
+CONCEPTS = ("red-apple", "cat-face", "red-heart", "strawberry", "smiling-face", "soccer-ball")
+
+
+def spread(base: UNetBase) -> float:
+    """How far the word for a style changes a picture: grey levels between the same seed's pictures, on average."""
+    jobs = [Job(world.caption(c, s, "teal"), i) for i, c in enumerate(CONCEPTS) for s in world.STYLES]
+    pictures = np.stack([p.pixels for p in generate(base, jobs, batch=len(jobs))]).astype(np.float32)
+    by_concept = pictures.reshape(len(CONCEPTS), len(world.STYLES), -1)
+    return float(np.abs(by_concept - by_concept.mean(1, keepdims=True)).mean())
+
+
+def controlled(base: UNetBase, name: str) -> list[np.ndarray]:
+    """The drawings of ``SHOWN`` under a shipped control, seed 0."""
+    saved = load_control(name, base)
+    sides = (base.size, base.size)
+    hints = [annotate(read_picture(DRAWINGS / f"{drawing}.png"), saved.hint, sides) for drawing in SHOWN]
+    jobs = [Job(prompt, 0, (hint,)) for prompt, hint in zip(SHOWN.values(), hints, strict=True)]
+    return [picture.pixels for picture in generate(base, jobs, [Control(saved.branch, saved.hint)])]
 
 
 def main(
@@ -46,6 +74,8 @@ def main(
     with autocast("cpu"):
         pixels = to_tensor([picture for picture, _ in drawn])
         moments = torch.cat([model.encode_moments(chunk).float() for chunk in pixels.split(64)])
+    before, drawings = controlled(model, "canny"), [read_picture(DRAWINGS / f"{name}.png") for name in SHOWN]
+    console.print(f"a style's word moves a picture by {spread(model):.1f} grey levels", highlight=False)
     unet = model.unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=0.01)
     most = model.scheduler.config.num_train_timesteps
@@ -71,8 +101,12 @@ def main(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             console.print(f"step {step + 1}: loss {np.mean(losses[-50:]):.4f}", highlight=False)
-    save_base(out, model.vae, model.towers[0].encoder, model.towers[0].tokenizer, unet.eval())
-    console.print(f"[bold green]done[/]: {out}")
+    unet.eval().requires_grad_(False)
+    rows = list(zip(drawings, before, controlled(model, "canny"), strict=True))
+    write_png(out.with_name(f"{out.name}.png"), grid(rows, ["drawing", f"canny on {base}", f"on {out.name}"]))
+    console.print(f"after: by {spread(model):.1f}", highlight=False)
+    save_base(out, model.vae, model.towers[0].encoder, model.towers[0].tokenizer, unet)
+    console.print(f"[bold green]done[/]: {out}; the same control on both: {out}.png")
 
 
 if __name__ == "__main__":

@@ -301,10 +301,9 @@ def _add_words(base: UNetBase, path: Path) -> None:
     found = [tensors["clip_l"], tensors["clip_g"]] if keyed else [t for t in tensors.values() if t.ndim]
     widths = [tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers]
     if [vectors.shape[-1] for vectors in found] != widths:
-        theirs, ours = (" and ".join(map(str, sizes)) or "no" for sizes in ([v.shape[-1] for v in found], widths))
         raise UserError(
-            f'{path} holds words {theirs} wide; those of "{base.name}" are {ours} wide: it is no textual inversion '
-            "or one of another base."
+            f'{path} holds words {[vectors.shape[-1] for vectors in found]} wide where "{base.name}" reads {widths}: '
+            "it is no textual inversion, or one of another base."
         )
     for tower, vectors in zip(base.towers, found, strict=True):
         rows = vectors.reshape(-1, vectors.shape[-1])

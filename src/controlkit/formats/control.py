@@ -168,16 +168,13 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
         )
     _check_family(name, described, base)
     branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
-    if hint is None:
-        hint = _family_contract(described, weights, annotator)
-        if annotator is None:
-            warnings.warn(
-                f'"{name}" does not say what its hints are: pictures are taken as they are, in [0, 1]. Name the '
-                "annotator that makes them (canny, scribble, ...).",
-                stacklevel=2,
-            )
-    elif annotator is not None and annotator != hint.annotator:
-        raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
+    hint = _named(name, hint or _family_contract(described, weights), annotator)
+    if not hint.annotator:
+        warnings.warn(
+            f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, {hint.high:g}]. '
+            "Name the annotator that makes them (canny, scribble, ...).",
+            stacklevel=2,
+        )
     return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained)
 
 
@@ -191,11 +188,20 @@ def _hint(text: str) -> Hint:
     return hint
 
 
-def _family_contract(described: Description, weights: Weights, annotator: str | None) -> Hint:
+def _family_contract(described: Description, weights: Weights) -> Hint:
     """What hints a file of someone else's reads: those of its family, ControlNets and T2I-Adapters alike, in [0, 1]."""
     order = str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).upper()
-    hint = contract(annotator or "")
-    return replace(hint, channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
+    return Hint("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
+
+
+def _named(name: str | Path, hint: Hint, annotator: str | None) -> Hint:
+    """The contract with its annotator named, where it did not say it itself."""
+    if annotator is None or annotator == hint.annotator:
+        return hint
+    if hint.annotator:
+        raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
+    made = contract(annotator)
+    return replace(hint, annotator=annotator, options=made.options, mark=made.mark, resize=made.resize)
 
 
 def _check_family(name: str | Path, described: Description, base: UNetBase) -> None:
