@@ -4,7 +4,7 @@
     controlkit evaluate canny --base runs/style-3d      # the control as it was, on the tuned base (the paper's Fig. 12)
 
 The U-Net is tuned on that style's pictures with the style in each caption drawn at random, so that the word loses its
-meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder, with ``OUT.png`` beside it:
+meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder; ``OUT.png`` beside it shows
 drawings, and what the control makes of them on the base as it was and as it is.
 """
 

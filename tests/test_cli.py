@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from diffusers import ControlNetModel
 from PIL import Image
 
 from controlkit import cli
@@ -172,3 +173,63 @@ def test_a_recipe_with_an_unknown_key_names_the_nearest(run, tmp_path):
 def test_where_names_what_is_shipped_when_it_does_not_know(run):
     code, _, err = run("where", "cany")
     assert code == 2 and "cany" in err
+
+
+# --- files of weights ---------------------------------------------------------------------------------------
+
+
+def test_inspect_says_in_one_line_what_a_file_is_or_as_json(run, control):
+    code, out, _ = run("inspect", control)
+    assert code == 0 and out.count("\n") == 1
+    assert out.startswith("A ControlNet in diffusers' layout for toy, hints of 3 channels")
+    assert out.endswith("; runs.\n")
+    found = json.loads(run("inspect", control, "--json")[1])
+    assert list(found) == ["format", "base", "hint_channels", "parameters", "missing", "unexpected", "runs"]
+    assert (found["format"], found["base"], found["runs"]) == ("diffusers", "toy", True)
+
+
+def test_convert_goes_to_every_layout_and_back(run, toy_folder, control, tmp_path):
+    targets = {"cldm": "a.safetensors", "control-lora": "b.safetensors", "union": "c", "diffusers": "d"}
+    for to, name in targets.items():
+        code, out, err = run("convert", control, tmp_path / name, "--to", to, "--base", toy_folder)
+        assert code == 0 and f"{tmp_path / name}: A Control" in out, err
+        found = json.loads(run("inspect", tmp_path / name, "--json")[1])
+        assert (found["format"], found["missing"], found["runs"]) == (to, [], True)
+
+
+def test_convert_attaches_a_fresh_branch_and_transfers_one(run, toy_folder, toy_base, control, tmp_path):
+    assert run("convert", toy_folder, tmp_path / "fresh", "--to", "diffusers", "--attach")[0] == 0
+    assert load_control(tmp_path / "fresh", toy_base, "canny").trained["base"] == "toy"
+    both = ["--base", toy_folder, "--transfer-to", toy_folder]
+    assert run("convert", control, tmp_path / "moved", "--to", "diffusers", *both)[0] == 0
+    assert load_control(tmp_path / "moved", toy_base).trained["transferred_from"] == "toy"
+    code, _, err = run("convert", toy_folder, tmp_path / "x", "--to", "diffusers", "--attach", "--rank", 4)
+    assert code == 2 and "--attach makes a fresh branch" in err
+
+
+def test_a_union_takes_a_picture_for_each_of_its_types(run, xl_folder, xl_base, drawing, tmp_path):
+    save_control(tmp_path / "edges", SavedControl(xl_base.new_branch(), Hint("canny"), {}), xl_base)
+    assert run("convert", tmp_path / "edges", tmp_path / "union", "--to", "union")[0] == 0
+    command = ["generate", "x", "--base", xl_folder, "--steps", 1, "--out", tmp_path / "out"]
+    union = tmp_path / "union"
+    code, _, err = run(*command, "--control", f"{union}:canny={drawing}", "--control", f"{union}:depth={drawing}")
+    assert code == 0, err
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["grid.png", "hint-0-union-canny.png", "hint-1-union-depth.png", "picture-0.png"]
+    for given, message in ((f"{union}={drawing}", "of which type"), (f"{union}:cany={drawing}", 'no type "cany"')):
+        code, _, err = run(*command, "--control", given)
+        assert code == 2 and message in err
+    code, _, err = run(*command, "--control", f"{tmp_path / 'edges'}:canny={drawing}")
+    assert code == 2 and "is no Union" in err
+
+
+def test_a_foreign_file_is_used_as_named_or_its_pictures_as_they_are(run, toy_folder, toy_base, drawing, tmp_path):
+    stock = ControlNetModel.from_unet(toy_base.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    stock.save_pretrained(tmp_path / "theirs")
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'theirs'}={drawing}", "--steps", 1]
+    code, _, err = run(*command, "--out", tmp_path / "a")
+    assert code == 0 and "does not say what its hints are" in err
+    code, _, err = run(*command, "--annotator", "canny", "--out", tmp_path / "b")
+    assert code == 0 and "note:" not in err
+    colours = [np.unique(np.asarray(Image.open(tmp_path / out / "hint-0-theirs.png"))) for out in "ab"]
+    assert 20 in colours[0] and set(colours[1]) <= {0, 255}

@@ -40,11 +40,13 @@ def _tidy(tmp_path):
     gc.collect()
 
 
-def shapes_alone(name):
-    """A base of a family on the meta device: what a branch needs of it, and no memory."""
+def base_of(name, device="meta"):
+    """A base of a family with a random U-Net; on the meta device, all a branch needs of it, and no memory."""
     row = FAMILIES[name]
-    with torch.device("meta"):
+    torch.manual_seed(0)
+    with torch.device(device):
         unet = UNet2DConditionModel(**unet_config(row))
+    with torch.device("meta"):
         vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, **_four_levels())
     scheduler = DDIMScheduler(prediction_type={"eps": "epsilon", "v": "v_prediction"}[row.prediction])
     return UNetBase(name, vae, [TextTower(clip_tokenizer(), torch.nn.Identity())], unet, scheduler)
@@ -96,6 +98,31 @@ def with_drawn_joins(stock, call):
     return stock
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoder_then_decoder_is_the_unet_with_residuals_everywhere(name):
+    base = base_of(name, "cpu")
+    x, t, text, _ = draw_rows(name)
+    generator = torch.Generator().manual_seed(3)
+    inject = {
+        tap.name: 0.5 * torch.randn(1, tap.channels, *[8 * SIDE // tap.stride] * 2, generator=generator)
+        for tap in base.taps
+    }
+    ours = base.decode_noise(base.encode_noise(x, t, text, inject), inject)
+    theirs = base.unet(
+        x,
+        t,
+        text.tokens,
+        down_intrablock_additional_residuals=[inject[tap.name] for tap in base.taps if tap.site == "encoder"],
+        down_block_additional_residuals=[inject[tap.name] for tap in base.taps if tap.site == "skip"],
+        mid_block_additional_residual=inject["middle"],
+        **added(text),
+    ).sample
+    assert relative(ours, theirs) <= 1e-5
+    plain = base.decode_noise(base.encode_noise(x, t, text))
+    assert relative(ours, plain) > 0.01
+
+
 def added(text):
     return {} if text.pooled is None else {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": text.sizes}}
 
@@ -112,7 +139,7 @@ def test_every_residual_is_diffusers(name):
     config = config_of(name)
     stock = with_drawn_joins(ControlNetModel(**config).eval(), call)
     down, middle = call(stock)
-    base = shapes_alone(name)
+    base = base_of(name)
     branch = _branch(name, Weights("controlnet", stock.state_dict(), config), base, ControlSpec()).eval()
     ours = branch(x, t, text, branch.encode_hint(hint))
     distances = [relative(ours[tap.name], r) for tap, r in zip(base.branch_taps, [*down, middle], strict=True)]
@@ -137,7 +164,7 @@ def test_every_residual_of_a_union_is_diffusers():
         torch.nn.init.normal_(parameter, std=0.05)
     stock = with_drawn_joins(stock, call)
     down, middle = call(stock)
-    base = shapes_alone("sdxl")
+    base = base_of("sdxl")
     branch = _branch("union", Weights("union", stock.state_dict(), config), base, ControlSpec()).eval()
     ours = branch(x, t, text, branch.encode_hint(hints))
     distances = [relative(ours[tap.name], r) for tap, r in zip(base.branch_taps, [*down, middle], strict=True)]
@@ -158,7 +185,7 @@ def test_every_residual_of_a_union_is_diffusers():
 def test_every_feature_of_an_adapter_is_diffusers_and_fits_its_tap(name, arguments):
     torch.manual_seed(0)
     stock = T2IAdapter(*arguments).eval()
-    branch = Adapter(stock, shapes_alone(name).taps)
+    branch = Adapter(stock, base_of(name).taps)
     hint = torch.rand(1, 3, 256, 256)
     for tap, (ours, theirs) in zip(
         branch.taps, zip(branch.encode_hint(hint).values(), stock(hint), strict=True), strict=True

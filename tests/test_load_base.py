@@ -10,6 +10,7 @@ import pickle
 import shutil
 import sys
 from dataclasses import replace
+from functools import cache
 
 import huggingface_hub
 import pytest
@@ -24,7 +25,7 @@ from diffusers import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import FAMILIES, families, load_base
@@ -37,12 +38,13 @@ KINDS = ("sd15", "sd21", "sdxl")
 # --- toys of three families, as stock pipelines -------------------------------------------------------------------
 
 
-def make_tower(width, activation, projects=False, layers=3, heads=2, mlp=None):
-    marks = {"bos_token_id": 49406, "eos_token_id": 49407, "vocab_size": 49408}
+def make_tower(tokenizer, width, activation, projects=False, layers=3, heads=2, mlp=None):
     sizes = {"hidden_size": width, "intermediate_size": mlp or 2 * width, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "projection_dim": width}
+    sizes |= {"num_attention_heads": heads, "projection_dim": width, "vocab_size": len(tokenizer)}
+    sizes |= {"max_position_embeddings": tokenizer.model_max_length}
+    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     kind = CLIPTextModelWithProjection if projects else CLIPTextModel
-    return kind(CLIPTextConfig(hidden_act=activation, **marks, **sizes))
+    return kind(CLIPTextConfig(hidden_act=activation, **sizes, **marks))
 
 
 def make_vae(channels, scaling=0.18215):
@@ -56,7 +58,7 @@ def make_vae(channels, scaling=0.18215):
     )
 
 
-def make_pipeline(kind):
+def make_pipeline(kind, tokenizers):
     """A stock pipeline in a family's published anatomy, narrow, every weight random."""
     torch.manual_seed(0)
     xl = kind == "sdxl"
@@ -85,8 +87,8 @@ def make_pipeline(kind):
     parts = {
         "unet": UNet2DConditionModel(block_out_channels=(32, 64, 64) if xl else (32, 64, 64, 64), **anatomy),
         "vae": make_vae((32, 32, 64, 64), 0.13025 if xl else 0.18215),
-        "text_encoder": make_tower(64, "gelu") if kind == "sd21" else make_tower(32, "quick_gelu"),
-        "tokenizer": clip_tokenizer("!" if kind == "sd21" else "<|endoftext|>"),
+        "text_encoder": make_tower(tokenizers[0], *((64, "gelu") if kind == "sd21" else (32, "quick_gelu"))),
+        "tokenizer": tokenizers[0],
         "scheduler": DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -96,7 +98,7 @@ def make_pipeline(kind):
         ),
     }
     if xl:
-        parts |= {"text_encoder_2": make_tower(64, "gelu", projects=True), "tokenizer_2": clip_tokenizer("!")}
+        parts |= {"text_encoder_2": make_tower(tokenizers[1], 64, "gelu", projects=True), "tokenizer_2": tokenizers[1]}
     for module in parts.values():
         if isinstance(module, torch.nn.Module):
             for parameter in module.eval().requires_grad_(False).parameters():
@@ -115,9 +117,17 @@ def as_pipeline(parts):
 
 @pytest.fixture(scope="module")
 def stock():
-    """``stock(kind)`` is the toy of a family as a stock pipeline; its weights are not to be touched."""
-    made = {}
-    return lambda kind: made[kind] if kind in made else made.setdefault(kind, make_pipeline(kind))
+    """``stock(kind)`` is the toy of a family as a stock pipeline with CLIP's words; not to be changed."""
+    ordinary, odd = clip_tokenizer(), clip_tokenizer("!")
+    tokenizers = {"sd15": [ordinary], "sd21": [odd], "sdxl": [ordinary, odd]}
+    return cache(lambda kind: make_pipeline(kind, tokenizers[kind]))
+
+
+@pytest.fixture(scope="module")
+def small(toy_folder):
+    """The same with few words, which load in no time."""
+    tokenizer = CLIPTokenizer.from_pretrained(toy_folder / "tokenizer")
+    return cache(lambda kind: make_pipeline(kind, [tokenizer, tokenizer]))
 
 
 @pytest.fixture
@@ -353,8 +363,9 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(stock, single_file, kind):
     assert_same_prediction(base, pipe)
     assert (base.name, base.prediction) == (kind, "v" if kind == "sd21" else "eps")
     assert base.size == {"sd15": 512, "sd21": 768, "sdxl": 1024}[kind]
+    assert [t.tokenizer.pad_token_id for t in base.towers] == {"sd15": [49407], "sd21": [0], "sdxl": [49407, 0]}[kind]
     assert base.vae.config.scaling_factor == pipe.vae.config.scaling_factor
-    for name in ("beta_start", "beta_end", "beta_schedule", "clip_sample"):
+    for name in ("beta_start", "beta_end", "beta_schedule", "clip_sample", "rescale_betas_zero_snr"):
         assert base.scheduler.config[name] == pipe.scheduler.config[name]
     assert not any(p.requires_grad for module in networks(base).values() for p in module.parameters())
 
@@ -386,7 +397,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(originals, toy
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("kept", [100, 0.5, 0.999], ids=["in its header", "half way", "near the end"])
+@pytest.mark.parametrize("kept", [100, 0.999], ids=["in its header", "near the end"])
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 def test_a_torn_file_is_refused(originals, toy_families, tmp_path, kept, ending):
     path = tmp_path / f"torn.{ending}"
@@ -399,12 +410,9 @@ def test_a_torn_file_is_refused(originals, toy_families, tmp_path, kept, ending)
 
 LACKING = {
     "its VAE": ("sd15", "first_stage_model."),
-    "the decoder's end": ("sd15", "first_stage_model.decoder.conv_out.weight"),
     "its text tower": ("sd15", "cond_stage_model."),
-    "a layer of its text tower": ("sd21", "cond_stage_model.model.transformer.resblocks.1.ln_1.bias"),
     "its second tower": ("sdxl", "conditioner.embedders.1."),
     "a layer of its second tower": ("sdxl", "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_fc.weight"),
-    "its sizes' embedding": ("sdxl", "model.diffusion_model.label_emb.0.2.bias"),
     "a bias of its U-Net": ("sd21", "model.diffusion_model.middle_block.0.in_layers.2.bias"),
 }
 
@@ -434,10 +442,9 @@ def test_a_file_without_a_unet_is_refused(originals, single_file):
 
 LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SIGNS = {
-    "nothing, as SD 1.5": ("sd15", {}, None, "eps"),
     "a mark": ("sd15", {"v_pred": torch.empty(0)}, None, "v"),
-    "a mark, as SDXL": ("sdxl", {"v_pred": torch.empty(0)}, None, "v"),
-    "a wide bias, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.3, 0.3, 32)}, None, "v"),
+    "a mark, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.1, 0.1, 32), "v_pred": torch.empty(0)}, None, "v"),
+    "a wide bias, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.18, 0.18, 32)}, None, "v"),
     "a narrow bias, as SD 2": ("sd21", {LAST_NORM: torch.linspace(-0.1, 0.1, 32)}, None, "eps"),
     "a wide bias, as SD 1.5": ("sd15", {LAST_NORM: torch.linspace(-0.3, 0.3, 32)}, None, "eps"),
     "what the caller says": ("sd15", {}, "v", "v"),
@@ -451,9 +458,9 @@ def test_what_a_file_predicts_is_told_from(single_file, kind, changes, said, exp
 
 
 def test_a_file_marked_for_zero_terminal_snr_ends_in_pure_noise(single_file):
-    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
-    assert load_base(single_file("sdxl", marks)).scheduler.alphas_cumprod[-1] < 1e-6
-    assert load_base(single_file("sdxl", {"v_pred": torch.empty(0)})).scheduler.alphas_cumprod[-1] > 1e-3
+    base = load_base(single_file("sdxl", {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}))
+    assert base.prediction == "v"
+    assert base.scheduler.alphas_cumprod[-1] < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "vae"), [("sd15", torch.float16), ("sdxl", torch.float32)])
@@ -501,11 +508,6 @@ def test_short_prompts_are_padded_as_their_tower_was_trained(pad, number):
     assert rows == [49406, 320, 2368, 49407] + [number] * 73
 
 
-@pytest.mark.parametrize(("kind", "pads"), [("sd15", [49407]), ("sd21", [0]), ("sdxl", [49407, 0])])
-def test_each_tower_of_a_single_file_pads_its_own_way(single_file, kind, pads):
-    assert [tower.tokenizer.pad_token_id for tower in load_base(single_file(kind)).towers] == pads
-
-
 # --- the families' table ------------------------------------------------------------------------------------------
 
 
@@ -545,13 +547,13 @@ def test_a_family_means_the_published_vae_and_towers(kind, towers):
 
 
 @pytest.fixture(scope="module")
-def folders(stock, tmp_path_factory):
+def folders(small, tmp_path_factory):
     """``folders(kind)`` is a toy as a diffusers folder, as the stock pipeline saves it; not to be touched."""
     root = tmp_path_factory.mktemp("folders")
 
     def saved(kind):
         if not (root / kind).is_dir():
-            stock(kind).save_pretrained(root / kind)
+            small(kind).save_pretrained(root / kind)
         return root / kind
 
     return saved
@@ -575,8 +577,8 @@ def with_config(folder, target, part, leave=(), **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_is_the_pipeline_it_was_saved_from(stock, folders, kind):
-    base, pipe = load_base(folders(kind)), stock(kind)
+def test_a_folder_is_the_pipeline_it_was_saved_from(small, folders, kind):
+    base, pipe = load_base(folders(kind)), small(kind)
     assert_same_weights(base, pipe)
     assert_same_text(base, pipe)
     assert_same_prediction(base, pipe)
@@ -584,10 +586,10 @@ def test_a_folder_is_the_pipeline_it_was_saved_from(stock, folders, kind):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_no_prompt_and_an_empty_one_differ_where_the_stock_pipeline_says_so(stock, folders, tmp_path, zeros):
+def test_no_prompt_and_an_empty_one_differ_where_the_stock_pipeline_says_so(small, folders, tmp_path, zeros):
     folder = with_index(folders("sdxl"), tmp_path / "base", force_zeros_for_empty_prompt=zeros)
     text = load_base(folder).encode_text(["a cat", None, ""])
-    pipe = StableDiffusionXLPipeline(**stock("sdxl").components, force_zeros_for_empty_prompt=zeros)
+    pipe = StableDiffusionXLPipeline(**small("sdxl").components, force_zeros_for_empty_prompt=zeros)
     with torch.no_grad():
         tokens, none, pooled, no_pool = pipe.encode_prompt("a cat", device="cpu", negative_prompt=None)
         _, empty, _, empty_pool = pipe.encode_prompt("a cat", device="cpu", negative_prompt="")
@@ -598,9 +600,9 @@ def test_no_prompt_and_an_empty_one_differ_where_the_stock_pipeline_says_so(stoc
     assert text.tokens[2].count_nonzero() > 0
 
 
-def test_the_sizes_are_those_of_the_stock_pipeline(stock, folders):
+def test_the_sizes_are_those_of_the_stock_pipeline(small, folders):
     base = load_base(folders("sdxl"))
-    pipe = stock("sdxl")
+    pipe = small("sdxl")
     expected = pipe._get_add_time_ids((640, 896), (0, 0), (640, 896), torch.float32, 64)
     assert base.encode_text(PROMPTS, (640, 896)).sizes.tolist() == expected.repeat(2, 1).tolist()
 
@@ -610,7 +612,6 @@ def test_the_sizes_are_those_of_the_stock_pipeline(stock, folders):
     [
         (True, torch.float16, torch.float32),
         (False, torch.float16, torch.float16),
-        (True, torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_a_folders_vae_stays_whole_where_half_precision_overflows_it(folders, tmp_path, upcast, dtype, expected):
@@ -625,9 +626,9 @@ def test_latents_are_never_clipped_though_a_scheduler_says_nothing_of_it(folders
     assert load_base(folder).scheduler.config.clip_sample is False
 
 
-def test_a_folder_of_an_inpainting_model_is_refused(stock, folders, tmp_path):
+def test_a_folder_of_an_inpainting_model_is_refused(small, folders, tmp_path):
     shutil.copytree(folders("sd15"), tmp_path / "base")
-    config = {name: value for name, value in stock("sd15").unet.config.items() if not name.startswith("_")}
+    config = {name: value for name, value in small("sd15").unet.config.items() if not name.startswith("_")}
     UNet2DConditionModel(**config | {"in_channels": 9}).save_pretrained(tmp_path / "base" / "unet")
     assert "inpainting" in refusal(tmp_path / "base")
 
@@ -754,11 +755,12 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 def assert_merged(merged, plain, changes):
     """Every weight of a network is the plain one, but for the layers named in ``changes``."""
+    ours, theirs = merged.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
     assert changes
-    for name, weight in plain.state_dict().items():
+    for name, weight in theirs.items():
         expected = weight + changes.get(name.removesuffix(".weight"), 0)
-        ours = merged.state_dict()[name]
-        assert (ours - expected).abs().max() <= 1e-6, name
+        assert (ours[name] - expected).abs().max() <= 1e-6, name
     for layer, moved_by in changes.items():
         assert moved_by.abs().max() > 1e-3, layer  # else merging nothing would pass
 
@@ -792,8 +794,8 @@ def test_loras_of_diffusers_add_up(toy_folder, toy_base, tmp_path):
     assert_merged(base.unet, unet, changes)
 
 
-def test_a_lora_of_sdxl_reaches_the_unet_by_its_original_names_and_both_towers(stock, folders, tmp_path):
-    pipe = stock("sdxl")
+def test_a_lora_of_sdxl_reaches_the_unet_by_its_original_names_and_both_towers(small, folders, tmp_path):
+    pipe = small("sdxl")
     in_unet = draw_pairs(pipe.unet, layers_of(pipe.unet, ATTENTION))
     places = unet_places(pipe.unet)
     named = {next(iter(moved({f"{name}.weight": 0}, places))).removesuffix(".weight"): p for name, p in in_unet.items()}
@@ -822,9 +824,8 @@ def wrong_layers(toy_base):
 
 
 def wrong_network(toy_base):
-    return diffusers_style(
-        "transformer", {"single_transformer_blocks.0.attn.to_q": (torch.randn(3, 8), torch.randn(8, 3))}
-    )
+    pair = (torch.randn(RANK, 8), torch.randn(8, RANK))
+    return diffusers_style("transformer", {"single_transformer_blocks.0.attn.to_q": pair})
 
 
 def some_wrong_layers(toy_base):
@@ -846,7 +847,7 @@ def test_a_lora_of_another_base_is_refused(toy_folder, toy_base, tmp_path, make)
 def test_without_peft_a_lora_is_refused_with_what_to_install(toy_folder, toy_base, tmp_path, monkeypatch):
     pairs = draw_pairs(toy_base.unet, layers_of(toy_base.unet, ATTENTION))
     save_file(diffusers_style("unet", pairs), tmp_path / "style.safetensors")
-    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
     assert "pip install 'controlkit[lora]'" in refusal(toy_folder, loras=[(tmp_path / "style.safetensors", 1.0)])
 
 
@@ -859,7 +860,7 @@ def draw_words(number, width, seed=0):
 
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("layout", ["diffusers", "web UI"])
-def test_a_new_word_reads_as_in_the_stock_pipeline(stock, folders, tmp_path, number, layout):
+def test_a_new_word_reads_as_in_the_stock_pipeline(small, folders, tmp_path, number, layout):
     vectors = draw_words(number, 32)
     if layout == "diffusers":
         path = tmp_path / "EasySparkle.safetensors"
@@ -867,16 +868,18 @@ def test_a_new_word_reads_as_in_the_stock_pipeline(stock, folders, tmp_path, num
     else:
         path = tmp_path / "EasySparkle.pt"
         torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 9}, path)
-    prompts = ["a cat, EasySparkle, on mars", "EasySparkle EasySparkle", "a cat"]
+    prompts = ["a red apple, EasySparkle, on teal", "EasySparkle EasySparkle", "gold"]
     base = load_base(folders("sd15"), embeddings=[path])
     pipe = StableDiffusionPipeline.from_pretrained(folders("sd15"))
+    first = len(pipe.tokenizer)
     # The stock pipeline reads one vector only of a word with capitals.
     pipe.load_textual_inversion(vectors, token="easysparkle")
-    text, (stock_tokens, _) = base.encode_text(prompts), stock_text(pipe, [prompt.lower() for prompt in prompts])
-    assert torch.equal(text.tokens, stock_tokens)
+    stock_tokens, _ = stock_text(pipe, [prompt.lower() for prompt in prompts])
+    assert torch.equal(base.encode_text(prompts).tokens, stock_tokens)
     rows = base.towers[0].tokenize(prompts)
-    assert [(row >= 49408).sum().item() for row in rows] == [number, 2 * number, 0]
-    assert torch.equal(base.towers[0].encoder.get_input_embeddings().weight[49408:], vectors)
+    assert [(row >= first).sum().item() for row in rows] == [number, 2 * number, 0]
+    assert torch.equal(base.towers[0].encoder.get_input_embeddings().weight[first:], vectors)
+    assert not any(p.requires_grad for p in base.towers[0].encoder.parameters())
 
 
 def test_a_new_word_of_sdxl_is_read_by_both_towers(folders, tmp_path):
@@ -886,16 +889,16 @@ def test_a_new_word_of_sdxl_is_read_by_both_towers(folders, tmp_path):
     pipe = StableDiffusionXLPipeline.from_pretrained(folders("sdxl"))
     pipe.load_textual_inversion(words["clip_l"], "sparkle", pipe.tokenizer, pipe.text_encoder)
     pipe.load_textual_inversion(words["clip_g"], "sparkle", pipe.tokenizer_2, pipe.text_encoder_2)
-    assert_same_text(base, pipe, ["a sparkle cat", "sparkle"])
+    assert_same_text(base, pipe, ["a sparkle apple", "sparkle"])
     plain = load_base(folders("sdxl")).encode_text(["sparkle"])
     assert relative(base.encode_text(["sparkle"]).pooled, plain.pooled) > 0.01
 
 
 UNFIT_WORDS = {
-    "too wide": ("sd15", {"<x>": draw_words(1, 48)}, "48 wide"),
-    "of one tower": ("sdxl", {"<x>": draw_words(1, 32)}, "32 wide"),
-    "of SDXL on a base of one tower": ("sd15", {"clip_l": draw_words(1, 32), "clip_g": draw_words(1, 64)}, "another"),
-    "none at all": ("sd15", {}, "holds no"),
+    "too wide": ("sd15", {"<x>": draw_words(1, 48)}, "[48] wide where"),
+    "of one tower": ("sdxl", {"<x>": draw_words(1, 32)}, "[32] wide where"),
+    "of SDXL": ("sd15", {"clip_l": draw_words(1, 32), "clip_g": draw_words(1, 64)}, "[32, 64] wide where"),
+    "none at all": ("sd15", {"step": torch.tensor(9)}, "[] wide where"),
 }
 
 
@@ -908,8 +911,8 @@ def test_words_of_another_base_are_refused(folders, tmp_path, kind, words, sente
 
 
 def test_a_new_word_that_the_base_knows_already_is_refused(folders, tmp_path):
-    save_file({"<x>": draw_words(1, 32)}, tmp_path / "cat.safetensors")
-    assert "rename" in refusal(folders("sd15"), embeddings=[tmp_path / "cat.safetensors"])
+    save_file({"<x>": draw_words(1, 32)}, tmp_path / "a.safetensors")
+    assert "rename" in refusal(folders("sd15"), embeddings=[tmp_path / "a.safetensors"])
 
 
 # --- at full size -------------------------------------------------------------------------------------------------
@@ -924,7 +927,7 @@ def test_a_single_file_of_sd15_at_full_size_is_the_pipeline_it_was_made_of(tmp_p
         parts = {
             "unet": UNet2DConditionModel(cross_attention_dim=768),
             "vae": make_vae((128, 256, 512, 512)),
-            "text_encoder": make_tower(768, "quick_gelu", layers=12, heads=12, mlp=3072),
+            "text_encoder": make_tower(clip_tokenizer(), 768, "quick_gelu", layers=12, heads=12, mlp=3072),
         }
     generator = torch.Generator().manual_seed(0)
     for name, module in parts.items():

@@ -14,7 +14,7 @@ from controlkit.images import Hint
 from controlkit.sample import Control, Job, Settings, denoise, generate, picture_size, strength_table
 
 CONTRACT = Hint("canny")
-STEPS = 5
+STEPS = 10
 
 
 def draw_hint(seed, height=32, width=32):

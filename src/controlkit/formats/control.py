@@ -25,7 +25,7 @@ from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats.describe import KINDS, WEIGHTS, WEIGHTS_FILES, Description
 from controlkit.formats.names import key_table
-from controlkit.formats.weights import Weights, as_json, read_weights, said
+from controlkit.formats.weights import Weights, as_json, labelled, read_weights, said
 from controlkit.hub import shipped_names, where
 from controlkit.images import SCRATCH, Hint, write_atomic
 from controlkit.union import UnionBranch
@@ -99,7 +99,8 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
     try:
-        write_atomic(scratch / WEIGHTS, serialised(weights.tensors, {"format": "pt", **weights.metadata}, dtype))
+        metadata = {"format": "pt"} | labelled(weights, "diffusers", folder.name)
+        write_atomic(scratch / WEIGHTS, serialised(weights.tensors, metadata, dtype))
         write_atomic(scratch / "config.json", (json.dumps(config, indent=2, default=list) + "\n").encode())
         scratch.chmod(0o755)
         _put_in_place(scratch, folder)
@@ -171,8 +172,8 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     hint = _named(name, hint or _family_contract(described, weights), annotator)
     if not hint.annotator:
         warnings.warn(
-            f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, {hint.high:g}]. '
-            "Name the annotator that makes them (canny, scribble, ...).",
+            f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, '
+            f"{hint.high:g}]. Name the annotator that makes them (canny, scribble, ...).",
             stacklevel=2,
         )
     return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained)

@@ -23,6 +23,7 @@ from controlkit.formats.weights import (
     Weights,
     as_json,
     encoder_tensors,
+    labelled,
     low_rank,
     product,
     read_weights,
@@ -78,7 +79,7 @@ def convert(
         weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
     if transfer_to is not None:
         weights = transferred(weights, base, transfer_to)
-    return write(weights, described.base, target, to, dtype, base, rank, on_tensor)
+    return write(weights, target, to, dtype, base, rank, on_tensor)
 
 
 def attach(
@@ -89,7 +90,7 @@ def attach(
     hint = replace(contract(annotator), channels=hint_channels)
     facts = {"base": base.name, "base_digest": base.digest, "step": 0}
     weights = control_weights(SavedControl(base.new_branch(hint_channels=hint_channels), hint, facts), base)
-    return write(weights, base.name, target, to, dtype, base)
+    return write(weights, target, to, dtype, base)
 
 
 def _check(target: Path, to: str, dtype: str | None) -> None:
@@ -112,7 +113,6 @@ def _check(target: Path, to: str, dtype: str | None) -> None:
 
 def write(
     weights: Weights,
-    base_name: str | None,
     target: Path,
     to: str,
     dtype: str | None = None,
@@ -142,7 +142,6 @@ def write(
         for name, tensor in tensors.items():
             if tensor.abs().max() > torch.finfo(number).max:
                 raise UserError(f"{name} reaches {float(tensor.abs().max()):.3g}, too much for fp16: use --dtype bf16.")
-    weights = replace(weights, metadata=labelled(weights, base_name, to, target.stem))
     if to in ("diffusers", "union"):
         write_folder(target, replace(weights, tensors=tensors), number)
         return Converted(target, tuple(notes))
@@ -151,30 +150,8 @@ def write(
     named = {prefix + names[name]: tensor for name, tensor in tensors.items()}
     if to == "control-lora":
         named["lora_controlnet"] = torch.zeros(1)
-    write_atomic(target, serialised(named, weights.metadata, number))
+    write_atomic(target, serialised(named, labelled(weights, to, target.stem), number))
     return Converted(target, tuple(notes))
-
-
-# --- metadata -----------------------------------------------------------------------------------------------------
-
-_ARCHITECTURES = {
-    "sd15": "stable-diffusion-v1",
-    "sd21": "stable-diffusion-v2-768-v",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-
-
-def labelled(weights: Weights, base_name: str | None, to: str, title: str) -> dict[str, str]:
-    """The metadata to write: what was there, the configuration, and the keys other tools show (``modelspec.*``)."""
-    what = "control-lora" if to == "control-lora" else "controlnet"
-    known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
-    return known | {
-        "controlkit.config": as_json(dict(weights.config)),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES.get(base_name or '', base_name or 'unknown')}/{what}",
-        "modelspec.implementation": "diffusers" if to in ("diffusers", "union") else "sgm",
-        "modelspec.title": known.get("modelspec.title", title),
-    }
 
 
 # --- Control-LoRA, Union, transfer --------------------------------------------------------------------------------

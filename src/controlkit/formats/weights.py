@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from controlkit.backbones import UNetBase
+from controlkit.backbones.families import family_of_width
 from controlkit.errors import UserError
 from controlkit.formats.describe import (
     Description,
@@ -158,6 +159,27 @@ def said(weights: Weights | TensorFile, path: Path, key: str, parse: Any, defaul
         return parse(weights.metadata[key]) if key in weights.metadata else default
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f'{path} has a "{one_line(key)}" that cannot be read ({one_line(error)}).') from error
+
+
+_ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sd21": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+def labelled(weights: Weights, layout: str, title: str) -> dict[str, str]:
+    """The metadata to write: what was known, the configuration, and the keys other tools show (``modelspec.*``)."""
+    known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
+    family = family_of_width(weights.config.get("cross_attention_dim", 0))
+    if family and list(family.channels) == list(weights.config["block_out_channels"]):
+        base = _ARCHITECTURES[family.name]
+    else:
+        base = json.loads(known.get("controlkit.trained", "{}")).get("base", "unknown")
+    what = {"control-lora": "control-lora"}.get(layout, "t2i-adapter" if weights.kind == "adapter" else "controlnet")
+    return known | {
+        "controlkit.config": as_json(dict(weights.config)),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{base}/{what}",
+        "modelspec.implementation": "diffusers" if layout in ("diffusers", "union") else "sgm",
+        "modelspec.title": known.get("modelspec.title", title),
+    }
 
 
 def as_json(value: Any) -> str:
