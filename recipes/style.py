@@ -92,7 +92,7 @@ def main(
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         with autocast("cpu"), training_attention("cpu"):
-            made = unet(model.scheduler.add_noise(x, noise, t), t, model.encode_text(prompts)).sample
+            made = unet(model.scheduler.add_noise(x, noise, t), t, model.encode_text(prompts).tokens).sample
             loss = F.mse_loss(made.float(), model.scheduler.get_velocity(x, noise, t))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -199,7 +199,7 @@ def test_a_pickle_reads_as_the_safetensors_of_the_same_control(layouts, tmp_path
     read = open_tensors(tmp_path / "control.pth").read()
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) and not read[name].requires_grad for name, tensor in tensors.items())
-    assert describe(tmp_path / "control.pth") == describe(layouts["cldm"])
+    assert describe(tmp_path / "control.pth").names == describe(layouts["cldm"]).names
     assert outcomes(tmp_path / "control.pth", toy_base) == dict.fromkeys(READERS)
     ours, theirs = (load_control(f, toy_base).branch.state_dict() for f in (tmp_path / "control.pth", layouts["cldm"]))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
