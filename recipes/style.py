@@ -4,8 +4,8 @@
     controlkit evaluate canny --base runs/style-3d      # the control as it was, on the tuned base (the paper's Fig. 12)
 
 The U-Net is tuned on that style's pictures with the style in each caption drawn at random, so that the word loses its
-meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder; ``OUT.png`` beside it shows
-drawings, and what the control makes of them on the base as it was and as it is.
+meaning; VAE and text tower stay. The result is an ordinary ``StableDiffusionPipeline`` folder; ``OUT.png`` beside it
+shows drawings, and what the control makes of them on the base as it was and as it is.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def spread(base: UNetBase) -> float:
 
 
 def controlled(base: UNetBase, name: str) -> list[np.ndarray]:
-    """The drawings of ``SHOWN`` under a shipped control, seed 0."""
+    """The drawings of ``SHOWN`` under a control, seed 0."""
     saved = load_control(name, base)
     sides = (base.size, base.size)
     hints = [annotate(read_picture(DRAWINGS / f"{drawing}.png"), saved.hint, sides) for drawing in SHOWN]
@@ -63,6 +63,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Pictures a step.", min=1)] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate, falling linearly to zero.")] = 2e-4,
     base: Annotated[str, typer.Option(help="`mini`, or a folder of its kind.")] = "mini",
+    control: Annotated[str, typer.Option(help="The control to show on it before and after.")] = "canny",
 ) -> None:
     """Tune the base's U-Net on one style."""
     if style not in world.STYLES:
@@ -74,7 +75,7 @@ def main(
     with autocast("cpu"):
         pixels = to_tensor([picture for picture, _ in drawn])
         moments = torch.cat([model.encode_moments(chunk).float() for chunk in pixels.split(64)])
-    before, drawings = controlled(model, "canny"), [read_picture(DRAWINGS / f"{name}.png") for name in SHOWN]
+    before, drawings = controlled(model, control), [read_picture(DRAWINGS / f"{name}.png") for name in SHOWN]
     console.print(f"a style's word moves a picture by {spread(model):.1f} grey levels", highlight=False)
     unet = model.unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=0.01)
@@ -102,8 +103,8 @@ def main(
         if (step + 1) % 50 == 0:
             console.print(f"step {step + 1}: loss {np.mean(losses[-50:]):.4f}", highlight=False)
     unet.eval().requires_grad_(False)
-    rows = list(zip(drawings, before, controlled(model, "canny"), strict=True))
-    write_png(out.with_name(f"{out.name}.png"), grid(rows, ["drawing", f"canny on {base}", f"on {out.name}"]))
+    rows = list(zip(drawings, before, controlled(model, control), strict=True))
+    write_png(out.with_name(f"{out.name}.png"), grid(rows, ["drawing", f"on {Path(base).name}", f"on {out.name}"]))
     console.print(f"after: by {spread(model):.1f}", highlight=False)
     save_base(out, model.vae, model.towers[0].encoder, model.towers[0].tokenizer, unet)
     console.print(f"[bold green]done[/]: {out}; the same control on both: {out}.png")

@@ -364,6 +364,7 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(stock, single_file, kind):
     assert (base.name, base.prediction) == (kind, "v" if kind == "sd21" else "eps")
     assert base.size == {"sd15": 512, "sd21": 768, "sdxl": 1024}[kind]
     assert [t.tokenizer.pad_token_id for t in base.towers] == {"sd15": [49407], "sd21": [0], "sdxl": [49407, 0]}[kind]
+    assert base.unet.config.upcast_attention == pipe.unet.config.upcast_attention
     assert base.vae.config.scaling_factor == pipe.vae.config.scaling_factor
     for name in ("beta_start", "beta_end", "beta_schedule", "clip_sample", "rescale_betas_zero_snr"):
         assert base.scheduler.config[name] == pipe.scheduler.config[name]

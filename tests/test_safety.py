@@ -557,7 +557,7 @@ def test_a_hostile_neighbour_of_a_file_is_refused_or_left(layouts, toy_base, tmp
 
 # --- names and halves -------------------------------------------------------------------------------------------------
 
-NUMBERS = ("99", "9999999999", "9" * 200, "٣", "-1", "01")
+NUMBERS = ("99", "9999999999", "9" * 120, "٣", "-1", "01")
 NUMBERED = (
     "down_blocks.{}.resnets.0.conv1.weight",
     "down_blocks.0.resnets.{}.conv1.weight",
