@@ -227,10 +227,9 @@ def _family_of(header: TensorFile) -> Family:
     # The first attention of SD sits in input block 1, of SDXL in 4.
     widths = [header.shapes[_WIDTH.format(at)][-1] for at in (1, 4) if _WIDTH.format(at) in header.shapes]
     if not widths:
-        wrong = " Its pickle may be a control's." if header.path.suffix in PICKLES else ""
         raise UserError(
-            f"{header.path} holds no {_UNET}* tensors: expected a Stable Diffusion checkpoint in its original layout."
-            f"{wrong} `controlkit inspect` says what a file is."
+            f"{header.path} holds no {_UNET}* tensors: expected a Stable Diffusion checkpoint in its original layout. "
+            "`controlkit inspect` says what a file is."
         )
     family = family_of_width(widths[0])
     if family is None:
