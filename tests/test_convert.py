@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -465,6 +466,7 @@ def test_a_transfer_needs_both_bases_and_both_of_its_shape(saved, base, toy_base
         ("cldm", "a", "one file: expected a name that ends in .safetensors"),
         ("diffusers", "a.safetensors", "a folder: expected a folder's name"),
         ("diffusers", "full", "holds other things and would be replaced"),
+        ("diffusers", "run", "holds other things and would be replaced"),
         ("control-lora", "a.safetensors", "name the base"),
     ],
 )
@@ -472,6 +474,7 @@ def test_a_conversion_that_cannot_be_is_refused_and_writes_nothing(deep_base, tm
     save_control(tmp_path / "edges", SavedControl(deep_base.new_branch(), HINT), deep_base)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
+    shutil.copytree(tmp_path / "edges", tmp_path / "run" / "control")  # a training run, with all its checkpoints
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "edges", tmp_path / name, to)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -135,13 +135,19 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a neighbour first, then renamed over the target."""
+def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: to a neighbour first, then renamed over the target.
+
+    ``data`` is what to write, or, for what is too large to be held twice, a function that writes it to a path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
     try:
-        with scratch.open("xb") as file:
-            file.write(data)
+        if callable(data):
+            data(scratch)
+        with scratch.open("ab") as file:
+            if isinstance(data, bytes):
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

@@ -114,6 +114,7 @@ def _checked(header: TensorFile) -> TensorFile:
 # --- pickles ------------------------------------------------------------------------------------------------------
 
 _LONGEST_PICKLE = 2**22  # of one without its tensors; a training checkpoint's has some 2**20 bytes
+_MOST_STEPS = 500_000  # in such a pickle; a whole checkpoint's takes some 100,000
 _CALLED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size", "torch.device")
 _DICTIONARY = "collections.OrderedDict"
 _TYPES = re.compile(r"torch\.((cuda\.)?[A-Z]\w*Storage|bool|b?float\d+|u?int\d+)")  # named, never called
@@ -171,7 +172,9 @@ def _refuse_code(path: Path, code: bytes) -> None:
     marks: list[int] = []
     memo: dict[Any, _Value] = {}
     steps: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(code)
-    for op, arg, _ in steps:
+    for step, (op, arg, _) in enumerate(steps):
+        if step > _MOST_STEPS:
+            raise ValueError(f"its pickle takes more than {_MOST_STEPS:,} steps")
         if op.name == "MARK":
             marks.append(len(stack))
             continue

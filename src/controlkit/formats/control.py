@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from controlkit.adapter import Adapter
@@ -100,7 +100,7 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
     try:
         metadata = {"format": "pt"} | labelled(weights, "diffusers", folder.name)
-        write_atomic(scratch / WEIGHTS, serialised(weights.tensors, metadata, dtype))
+        write_tensors(scratch / WEIGHTS, weights.tensors, metadata, dtype)
         write_atomic(scratch / "config.json", (json.dumps(config, indent=2, default=list) + "\n").encode())
         scratch.chmod(0o755)
         _put_in_place(scratch, folder)
@@ -109,9 +109,12 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
         raise
 
 
-def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None) -> bytes:
-    """A safetensors file of these tensors; in the type they have, or in ``dtype``."""
-    return save({name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}, dict(metadata))
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """A safetensors file of these tensors, whole or absent; in the type they have, or in ``dtype``."""
+    made = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, lambda scratch: save_file(made, scratch, dict(metadata)))
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError, nearest
-from controlkit.formats.control import SavedControl, control_path, control_weights, serialised, write_folder
-from controlkit.formats.describe import expected_shapes, weights_file
+from controlkit.formats.control import SavedControl, control_path, control_weights, write_folder, write_tensors
+from controlkit.formats.describe import WEIGHTS_FILES, expected_shapes
 from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
 from controlkit.formats.weights import (
     Weights,
@@ -30,7 +30,6 @@ from controlkit.formats.weights import (
     said,
     spectrum,
 )
-from controlkit.images import write_atomic
 
 Layout = Literal["diffusers", "cldm", "control-lora", "union"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,7 +78,7 @@ def convert(
         weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
     if transfer_to is not None:
         weights = transferred(weights, base, transfer_to)
-    return write(weights, target, to, dtype, base, rank, on_tensor)
+    return write(weights, target, to, dtype, transfer_to or base, rank, on_tensor)
 
 
 def attach(
@@ -104,11 +103,8 @@ def _check(target: Path, to: str, dtype: str | None) -> None:
             raise UserError(f"{to} is one file: expected a name that ends in .safetensors, got {target}.")
     elif target.suffix == ".safetensors" or target.is_file():
         raise UserError(f"{to} is a folder: expected a folder's name, got {target}.")
-    elif target.is_dir() and any(target.iterdir()):
-        try:
-            weights_file(target)
-        except UserError:
-            raise UserError(f"{target} holds other things and would be replaced: expected a new folder.") from None
+    elif target.is_dir() and {entry.name for entry in target.iterdir()} - {"config.json", *WEIGHTS_FILES}:
+        raise UserError(f"{target} holds other things and would be replaced: expected a new folder, or a control's.")
 
 
 def write(
@@ -150,7 +146,7 @@ def write(
     named = {prefix + names[name]: tensor for name, tensor in tensors.items()}
     if to == "control-lora":
         named["lora_controlnet"] = torch.zeros(1)
-    write_atomic(target, serialised(named, labelled(weights, to, target.stem), number))
+    write_tensors(target, named, labelled(weights, to, target.stem), number)
     return Converted(target, tuple(notes))
 
 

@@ -167,10 +167,10 @@ _COUNTS = (
 )
 
 
-def text_beside(path: Path) -> str:
+def text_beside(path: Path, longest: int = LONGEST_TEXT) -> str:
     """The text of a small file that lies beside weights; ``ValueError`` if it is not small."""
-    if path.stat().st_size > LONGEST_TEXT:
-        raise ValueError(f"{path.name} has more than {LONGEST_TEXT:,} bytes")
+    if path.stat().st_size > longest:
+        raise ValueError(f"{path.name} has more than {longest:,} bytes")
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -226,7 +226,7 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
     missing = [name for name, shape in expected.items() if known.get(name) != shape]
     if mark == "control-lora":  # what it lacks of the encoder is the base's
         missing = [n for n in missing if n in known or not n.startswith(_OF_BASE)]
-    left = [n for n in shapes if (n not in names or _whole(names[n]) not in expected) and n not in _MARKERS]
+    left = [n for n in shapes if (_whole(names[n]) not in expected if n in names else n not in _MARKERS)]
     family = family_of_width(config.get("cross_attention_dim", 0))
     if family and list(family.channels) != list(config.get("block_out_channels", [])):
         family = None
