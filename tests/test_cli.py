@@ -233,3 +233,28 @@ def test_a_foreign_file_is_used_as_named_or_its_pictures_as_they_are(run, toy_fo
     assert code == 0 and "note:" not in err
     colours = [np.unique(np.asarray(Image.open(tmp_path / out / "hint-0-theirs.png"))) for out in "ab"]
     assert 20 in colours[0] and set(colours[1]) <= {0, 255}
+
+
+def test_what_cannot_be_measured_is_said_before_any_sampling(run, xl_folder, xl_base, tmp_path):
+    stock = ControlNetModel.from_unet(xl_base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
+    stock.save_pretrained(tmp_path / "theirs")
+    code, _, err = run("evaluate", tmp_path / "theirs", "--base", xl_folder)
+    assert code == 2 and "No annotator is named" in err
+    assert run("convert", tmp_path / "theirs", tmp_path / "union", "--to", "union")[0] == 0
+    code, _, err = run("evaluate", tmp_path / "union", "--base", xl_folder)
+    assert code == 2 and "is a Union" in err
+
+
+def test_an_inpainting_picture_is_masked_where_it_is_transparent(run, toy_folder, toy_base, tmp_path, monkeypatch):
+    stock = ControlNetModel.from_unet(toy_base.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    stock.save_pretrained(tmp_path / "theirs")
+    picture = np.full((40, 40, 4), 200, np.uint8)
+    picture[:, :20, 3] = 0
+    Image.fromarray(picture).save(tmp_path / "holed.png")
+    read = []
+    tensor = Hint.tensor
+    monkeypatch.setattr(Hint, "tensor", lambda *args: read.append(tensor(*args)) or read[-1])
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'theirs'}={tmp_path / 'holed.png'}"]
+    code, _, err = run(*command, "--annotator", "inpaint", "--steps", 1, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (read[0][..., :16] == -1).all() and (read[0][..., 16:] > 0.7).all()

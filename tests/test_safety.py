@@ -303,10 +303,10 @@ STRANGE = {
 @pytest.mark.parametrize("content", STRANGE.values(), ids=STRANGE)
 def test_a_pickle_of_a_strange_content_is_refused_without_taking_memory(toy_base, tmp_path, content):
     path = archive(tmp_path / "x.pth", content, bytes(4000))
-    before, began = peak(), time.monotonic()
+    before, began = peak(), time.process_time()
     refused(path, toy_base)
     assert peak() - before < 200 * 2**20
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(("length", "sentence"), [(2**21, "bytes beside the tensors"), (300_000, "500,000 steps")])
@@ -584,9 +584,9 @@ def test_no_number_in_a_name_is_counted_up_to(layouts, toy_base, tmp_path, layou
     for pattern in NUMBERED:
         parts = Parts.of(layouts[layout])
         path.write_bytes(with_tensor(pattern.format(number), (16, 16))(parts))
-        began = time.monotonic()
+        began = time.process_time()
         describe(path)
-        assert time.monotonic() - began < 5
+        assert time.process_time() - began < 5
     outcomes(path, toy_base)
 
 
@@ -598,9 +598,9 @@ def test_very_many_names_are_described_in_seconds(layouts, tmp_path, pattern):
     parts = Parts.of(layouts["diffusers"])
     parts.tensors |= {pattern.format(i, i): ("F32", [0], b"") for i in range(40_000)}
     path.write_bytes(parts.put())
-    began = time.monotonic()
+    began = time.process_time()
     assert len(describe(path).unexpected) >= 40_000 - 100
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_small_file_cannot_ask_for_a_huge_network(layouts, toy_base, tmp_path):
@@ -612,9 +612,9 @@ def test_a_small_file_cannot_ask_for_a_huge_network(layouts, toy_base, tmp_path)
             parts.tensors[f"down_blocks.{level}.attentions.0.transformer_blocks.{block}.x"] = ("F32", [1], bytes(4))
     path = tmp_path / "huge.safetensors"
     path.write_bytes(parts.put())
-    began = time.monotonic()
+    began = time.process_time()
     assert not describe(path).runs
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("half", [".up", ".down"])
@@ -650,12 +650,12 @@ def test_a_file_of_three_gigabytes_is_described_without_reading_it(layouts, toy_
     path = tmp_path / "large.safetensors"
     path.write_bytes(parts.put(header))
     os.truncate(path, path.stat().st_size + 3 * 2**30)  # a hole: nothing on the disk
-    before, began = peak(), time.monotonic()
+    before, began = peak(), time.process_time()
     assert describe(path).unexpected == ("x",)
     with pytest.raises(UserError, match="no place for 1 of its tensors, first x"):
         load_control(path, toy_base)
     assert peak() - before < 200 * 2**20
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # --- fuzzing ----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ ANNOTATORS = {
 def annotator(name: str) -> Annotator:
     """The annotator of that name; ``UserError`` for an unknown one."""
     if name not in ANNOTATORS:
-        raise UserError(f'There is no annotator "{name}": {nearest(name, ANNOTATORS)}')
+        what = f'There is no annotator "{name}"' if name else "No annotator is named"
+        raise UserError(f"{what}: {nearest(name, ANNOTATORS)}")
     return ANNOTATORS[name]
 
 

@@ -363,6 +363,9 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="`emoji`, `fill50k` or a folder; by default what the control was trained on.")
     ] = None,
+    annotator: Annotated[
+        str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
@@ -376,15 +379,20 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from controlkit.annotators import annotator as find_annotator
     from controlkit.data import evaluation_pairs
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
     from controlkit.sample import Control, Settings
+    from controlkit.union import UnionBranch
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
     model = _load_base(base, device)
-    saved = _load_control(control, model)
+    saved = _load_control(control, model, annotator)
+    if isinstance(saved.branch, UnionBranch):
+        raise UserError(f'"{control}" is a Union: its types cannot be measured one by one yet.')
+    find_annotator(saved.hint.annotator)
     pairs, real = evaluation_pairs(data or str(saved.trained.get("data", "emoji")), model.size, num)
     with _progress() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
