@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from conftest import draw_inputs, relative, stock_inputs
+from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
@@ -301,3 +302,20 @@ def test_in_bfloat16_we_are_no_further_from_single_precision_than_the_peer(deep_
     distance = relative([ours[n].float() for n in names], [exact[n] for n in names])
     peers = relative([r.float() for r in (*down, middle)], [exact[n] for n in names])
     assert 0 < distance <= 1.1 * peers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_base_and_a_control_in_half_precision_make_the_same_picture_nearly(
+    xl_folder, xl_base, drawn_joins, tmp_path, dtype
+):
+    branch = drawn_joins(xl_base.new_branch(), base=xl_base).eval()
+    save_control(tmp_path / "edges", SavedControl(branch, CONTRACT), xl_base)
+    job, settings = Job("a red apple", 1, (draw_picture(2),)), Settings(3, 4.0, (SIDE, SIDE))
+    half = load_base(xl_folder, dtype=dtype)
+    saved = load_control(tmp_path / "edges", half, "")
+    assert {p.dtype for p in saved.branch.parameters()} == {dtype}
+    assert half.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    (exact,) = generate(xl_base, [job], [Control(branch, CONTRACT)], settings)
+    (made,) = generate(half, [job], [Control(saved.branch, CONTRACT)], settings)
+    assert 0 < relative(made.latents, exact.latents) < 0.05
+    assert np.abs(made.pixels.astype(int) - exact.pixels.astype(int)).mean() < 8
