@@ -104,7 +104,8 @@ def main(
             console.print(f"step {step + 1}: loss {np.mean(losses[-50:]):.4f}", highlight=False)
     unet.eval().requires_grad_(False)
     rows = list(zip(drawings, before, controlled(model, control), strict=True))
-    write_png(out.with_name(f"{out.name}.png"), grid(rows, ["drawing", f"on {Path(base).name}", f"on {out.name}"]))
+    labels = ["drawing", f"{Path(control).name} on {Path(base).name}", f"on {out.name}"]
+    write_png(out.with_name(f"{out.name}.png"), grid(rows, labels))
     console.print(f"after: by {spread(model):.1f}", highlight=False)
     save_base(out, model.vae, model.towers[0].encoder, model.towers[0].tokenizer, unet)
     console.print(f"[bold green]done[/]: {out}; the same control on both: {out}.png")
