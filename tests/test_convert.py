@@ -525,3 +525,19 @@ def test_a_pooled_control_says_so_in_its_configuration_or_in_the_yaml_beside_it(
     assert load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
     convert(tmp_path / "shuffle.safetensors", tmp_path / "pooled", "diffusers", annotator="shuffle")
     assert load_control(tmp_path / "pooled", deep_base).branch.pools
+
+
+def test_a_contract_of_other_channels_than_the_network_s_is_refused(deep_base, tmp_path):
+    save_control(tmp_path / "edges", SavedControl(deep_base.new_branch(), HINT), deep_base)
+    wrong = metadata_of(tmp_path / "edges") | {"controlkit.hint": replace(HINT, channels=1).to_json()}
+    save_file(tensors_of(tmp_path / "edges"), tmp_path / "edges" / WEIGHTS, wrong)
+    with pytest.raises(UserError, match="reads hints of 3 channels, and its contract says 1"):
+        load_control(tmp_path / "edges", deep_base)
+
+
+def test_eight_bit_numbers_can_be_written_as_half_precision(deep_base, tmp_path):
+    save_control(tmp_path / "edges", SavedControl(deep_base.new_branch(), HINT), deep_base)
+    small = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors_of(tmp_path / "edges").items()}
+    save_file(small, tmp_path / "edges" / WEIGHTS, metadata_of(tmp_path / "edges"))
+    convert(tmp_path / "edges", tmp_path / "a.safetensors", "cldm", "fp16")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "a.safetensors").values()} == {torch.float16}

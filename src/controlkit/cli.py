@@ -526,6 +526,7 @@ _PLACES = (  # errors of a path or a disk, which the user can mend
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
 )
 
 

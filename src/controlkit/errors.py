@@ -17,3 +17,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     guess = f'did you mean "{close[0]}"? ' if close else ""
     return f"{guess}Known: {', '.join(options)}."
+
+
+def one_line(text: object) -> str:
+    """What may stand in a sentence of ours of another's words: one line, not long, nothing a terminal obeys."""
+    kept = " ".join(str(text).split())[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in kept)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from controlkit.errors import UserError
+from controlkit.errors import UserError, one_line
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 """Endings of files that hold pickles."""
@@ -67,12 +67,6 @@ def _unreadable(path: Path, error: object) -> UserError:
     return UserError(
         f"{path} cannot be read ({one_line(error)}): expected a whole safetensors file, or a torch pickle (.pth)."
     )
-
-
-def one_line(text: object) -> str:
-    """What may stand in a sentence of ours of text from a file: one line, not long, nothing a terminal obeys."""
-    kept = " ".join(str(text).split())[:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in kept)
 
 
 def open_tensors(path: Path) -> TensorFile:

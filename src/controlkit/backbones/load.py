@@ -21,7 +21,7 @@ from controlkit.backbones.families import (
     pipeline_configs,
 )
 from controlkit.backbones.unet import PREDICTIONS, TextTower, UNetBase
-from controlkit.errors import UserError, nearest
+from controlkit.errors import UserError, nearest, one_line
 from controlkit.hub import shipped_names, where
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
@@ -91,10 +91,9 @@ def _from_hub(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, **wanted))
     except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f'The base "{repository}" is neither in the local cache nor could be fetched from the hub ({reason}). '
-            "Give a folder or a single .safetensors file instead, or fetch it once while there is a network."
+            f'The base "{repository}" is neither in the local cache nor could be fetched from the hub '
+            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while there is a network."
         ) from error
 
 
@@ -141,8 +140,7 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         # Schedulers that never clip do not say so, and DDIM's default would clip latents as if they were pixels.
         scheduler = DDIMScheduler.from_config({"clip_sample": False} | config)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is not a whole {kind} folder ({reason}).") from error
+        raise UserError(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     _check_parts(folder, vae, unet, scheduler)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
@@ -209,8 +207,7 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
                 if isinstance(module, nn.Module):
                     _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is not a whole {family.title} checkpoint ({reason}).") from error
+            raise UserError(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
     towers = [TextTower(tokenizers[0], pipe.text_encoder.to(dtype), wide)]
     if wide:
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2.to(dtype), wide))
@@ -284,8 +281,7 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f'{path} does not fit the base "{base.name}" as a LoRA ({reason}).') from error
+            raise UserError(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
 
 
 def _add_words(base: UNetBase, path: Path) -> None:

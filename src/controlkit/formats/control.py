@@ -171,6 +171,11 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
         )
     _check_family(name, described, base)
+    if hint is not None and described.hint_channels not in (None, hint.channels):
+        raise UserError(
+            f'The control "{name}" reads hints of {described.hint_channels} channels, and its contract says '
+            f"{hint.channels}."
+        )
     branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
     hint = _named(name, hint or _family_contract(described, weights), annotator)
     if not hint.annotator:

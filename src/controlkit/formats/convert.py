@@ -136,8 +136,9 @@ def write(
         notes.append(note)
     if number == torch.float16:
         for name, tensor in tensors.items():
-            if tensor.abs().max() > torch.finfo(number).max:
-                raise UserError(f"{name} reaches {float(tensor.abs().max()):.3g}, too much for fp16: use --dtype bf16.")
+            reach = float(tensor.float().abs().max()) if tensor.numel() else 0.0
+            if reach > torch.finfo(number).max:
+                raise UserError(f"{name} reaches {reach:.3g}, too much for fp16: use --dtype bf16.")
     if to in ("diffusers", "union"):
         write_folder(target, replace(weights, tensors=tensors), number)
         return Converted(target, tuple(notes))

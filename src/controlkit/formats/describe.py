@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.backbones.families import Family, family_of_width
-from controlkit.errors import UserError
+from controlkit.errors import UserError, one_line
 from controlkit.formats.names import PREFIX, Depth, adapter_paths, controlnet_paths, is_light_adapter, rename
-from controlkit.tensors import Shape, TensorFile, one_line, open_tensors
+from controlkit.tensors import Shape, TensorFile, open_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LONGEST_TEXT = 2**20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from controlkit.backbones import UNetBase
 from controlkit.backbones.families import family_of_width
-from controlkit.errors import UserError
+from controlkit.errors import UserError, one_line
 from controlkit.formats.describe import (
     Description,
     describe_tensors,
@@ -24,7 +24,7 @@ from controlkit.formats.describe import (
     text_beside,
     weights_file,
 )
-from controlkit.tensors import TensorFile, one_line, open_tensors
+from controlkit.tensors import TensorFile, open_tensors
 
 
 @dataclass(frozen=True)
