@@ -93,8 +93,8 @@ def _from_hub(repository: str) -> Path:
     except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
         raise UserError(
             f'The base "{repository}" is neither in the local cache nor could be fetched from the hub '
-            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while there is "
-            "a network."
+            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while "
+            "there is a network."
         ) from error
 
 
