@@ -216,6 +216,9 @@ def test_a_union_takes_a_picture_for_each_of_its_types(run, xl_folder, xl_base, 
     assert code == 0, err
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["grid.png", "hint-0-union-canny.png", "hint-1-union-depth.png", "picture-0.png"]
+    edges, depth = (np.asarray(Image.open(tmp_path / "out" / name)) for name in names[1:3])
+    assert set(np.unique(edges)) == {0, 255}, "of canny the edges are taken"
+    assert {20, 200} <= set(np.unique(depth)), "a depth map is given, and no edges are taken of it"
     for given, message in ((f"{union}={drawing}", "of which type"), (f"{union}:cany={drawing}", 'no type "cany"')):
         code, _, err = run(*command, "--control", given)
         assert code == 2 and message in err
@@ -239,7 +242,7 @@ def test_what_cannot_be_measured_is_said_before_any_sampling(run, xl_folder, xl_
     stock = ControlNetModel.from_unet(xl_base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
     stock.save_pretrained(tmp_path / "theirs")
     code, _, err = run("evaluate", tmp_path / "theirs", "--base", xl_folder)
-    assert code == 2 and "No annotator is named" in err
+    assert code == 2 and "No annotator of these hints is named" in err
     assert run("convert", tmp_path / "theirs", tmp_path / "union", "--to", "union")[0] == 0
     code, _, err = run("evaluate", tmp_path / "union", "--base", xl_folder)
     assert code == 2 and "is a Union" in err
@@ -258,3 +261,23 @@ def test_an_inpainting_picture_is_masked_where_it_is_transparent(run, toy_folder
     code, _, err = run(*command, "--annotator", "inpaint", "--steps", 1, "--out", tmp_path / "out")
     assert code == 0, err
     assert (read[0][..., :16] == -1).all() and (read[0][..., 16:] > 0.7).all()
+
+
+def test_a_shipped_name_is_not_written_over_nor_shown_instead_of_what_was_written(run, control, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("convert", control, "canny", "--to", "diffusers")
+    assert code == 2 and "name of a shipped model" in err
+    assert not (tmp_path / "canny").exists()
+
+
+def test_inspect_knows_a_pipeline_s_folder_for_a_base(run, xl_folder):
+    code, out, _ = run("inspect", xl_folder)
+    assert code == 0 and "base and no control" in out
+
+
+def test_an_annotator_for_no_control_or_of_no_name_is_refused(run, toy_folder, control, drawing, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--annotator"]
+    code, _, err = run(*command, "canny")
+    assert code == 2 and "none was given" in err
+    code, _, err = run(*command, "cany", "--control", f"{control}={drawing}")
+    assert code == 2 and 'did you mean "canny"' in err

@@ -17,6 +17,7 @@ from conftest import draw_inputs, relative, stock_inputs
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
 from controlkit.backbones.families import FAMILIES, unet_config
+from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, attach, convert, describe, load_control, save_control
 from controlkit.formats.describe import expected_shapes
@@ -465,13 +466,17 @@ def test_a_transfer_needs_both_bases_and_both_of_its_shape(saved, base, toy_base
         ("ckpt", "a", "no layout .ckpt. to convert to: .*Known: cldm, control-lora"),
         ("cldm", "a", "one file: expected a name that ends in .safetensors"),
         ("diffusers", "a.safetensors", "a folder: expected a folder's name"),
-        ("diffusers", "full", "holds other things and would be replaced"),
-        ("diffusers", "run", "holds other things and would be replaced"),
+        ("diffusers", "full", "is there already"),
+        ("diffusers", "run", "is there already"),
+        ("diffusers", "edges", "is there already"),
+        ("cldm", "there.safetensors", "is there already"),
+        ("diffusers", ".", "is there already"),
         ("control-lora", "a.safetensors", "name the base"),
     ],
 )
 def test_a_conversion_that_cannot_be_is_refused_and_writes_nothing(deep_base, tmp_path, to, name, message):
     save_control(tmp_path / "edges", SavedControl(deep_base.new_branch(), HINT), deep_base)
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     shutil.copytree(tmp_path / "edges", tmp_path / "run" / "control")  # a training run, with all its checkpoints
@@ -541,3 +546,73 @@ def test_eight_bit_numbers_can_be_written_as_half_precision(deep_base, tmp_path)
     save_file(small, tmp_path / "edges" / WEIGHTS, metadata_of(tmp_path / "edges"))
     convert(tmp_path / "edges", tmp_path / "a.safetensors", "cldm", "fp16")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "a.safetensors").values()} == {torch.float16}
+
+
+# --- what a first reading got wrong -----------------------------------------------------------------------------
+
+
+def test_a_pooled_control_stays_pooled_in_every_layout(deep_base, tmp_path):
+    branch = deep_base.new_branch(ControlSpec(pool="mean"))
+    save_control(tmp_path / "pooled", SavedControl(branch, HINT), deep_base)
+    for to, name in (("cldm", "a.safetensors"), ("control-lora", "b.safetensors"), ("union", "c"), ("diffusers", "d")):
+        done = convert(tmp_path / "pooled", tmp_path / name, to, base=deep_base)
+        assert load_control(tmp_path / name, deep_base).branch.pools
+        assert any("shuffle" in note for note in done.notes) == (to in ("cldm", "control-lora"))
+
+
+def test_a_control_that_reads_bgr_reads_rgb_in_the_original_layout(deep_base, drawn_joins, tmp_path):
+    branch = drawn_joins(deep_base.new_branch(), base=deep_base).eval()
+    save_control(tmp_path / "bgr", SavedControl(branch, replace(HINT, colour_order="BGR")), deep_base)
+    convert(tmp_path / "bgr", tmp_path / "rgb.safetensors", "cldm")
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    before, after = (load_control(tmp_path / name, deep_base) for name in ("bgr", "rgb.safetensors"))
+    assert (before.hint.colour_order, after.hint.colour_order) == ("BGR", "RGB")
+    read = [c.branch.encode_hint(c.hint.tensor(picture, (32, 32))) for c in (before, after)]
+    assert relative(*read) <= 1e-6
+
+
+def test_an_annotator_named_in_a_conversion_is_the_one_named_in_a_load(deep_base, tmp_path):
+    stock = ControlNetModel.from_unet(deep_base.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    stock.register_to_config(controlnet_conditioning_channel_order="bgr")
+    stock.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "named", "diffusers", annotator="canny")
+    assert (
+        load_control(tmp_path / "named", deep_base).hint == load_control(tmp_path / "theirs", deep_base, "canny").hint
+    )
+    with pytest.raises(UserError, match="made by canny, not by scribble"):
+        convert(tmp_path / "named", tmp_path / "other", "diffusers", annotator="scribble")
+
+
+def test_others_may_read_what_is_written(deep_base, tmp_path):
+    (tmp_path / "ordinary").write_text("")
+    save_control(tmp_path / "edges", SavedControl(deep_base.new_branch(), HINT), deep_base)
+    convert(tmp_path / "edges", tmp_path / "a.safetensors", "cldm")
+    wanted = (tmp_path / "ordinary").stat().st_mode
+    assert {p.stat().st_mode for p in (tmp_path / "a.safetensors", *(tmp_path / "edges").iterdir())} == {wanted}
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["no attention", "one transformer"])
+def test_a_slimmer_network_than_the_base_s_encoder_runs_as_diffusers_runs_it(xl_base, tmp_path, kept):
+    """As diffusers' small and mid controls of SDXL: the same taps, fewer transformers, or none."""
+    config = dict(ControlNetModel.from_unet(xl_base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256)).config)
+    config |= {"transformer_layers_per_block": [1, kept or 1, kept or 1]}
+    if not kept:
+        config |= {"down_block_types": ["DownBlock2D"] * 3, "mid_block_type": "UNetMidBlock2D"}
+    torch.manual_seed(0)
+    stock = ControlNetModel.from_config(config).eval()
+    with torch.no_grad():
+        for join in (*stock.controlnet_down_blocks, stock.controlnet_mid_block):
+            join.weight.normal_(std=0.2)
+    stock.save_pretrained(tmp_path / "slim")
+    assert describe(tmp_path / "slim").runs
+    branch = load_control(tmp_path / "slim", xl_base, "canny").branch
+    *inputs, hint = draw_inputs(xl_base)
+    rows, more = stock_inputs(inputs)
+    with torch.no_grad():
+        ours = branch(*inputs, branch.encode_hint(hint))
+        down, middle = stock(*rows, hint, **more, return_dict=False)
+    for tap, theirs in zip(xl_base.branch_taps, [*down, middle], strict=True):
+        assert relative(ours[tap.name], theirs) <= 1e-5
+    convert(tmp_path / "slim", tmp_path / "slim.safetensors", "cldm")
+    convert(tmp_path / "slim.safetensors", tmp_path / "back", "diffusers")
+    assert same(tensors_of(tmp_path / "slim"), tensors_of(tmp_path / "back"))

@@ -125,6 +125,19 @@ NAMED = {
         {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (8, 768)},
         "lora",
     ),
+    "ControlNet-XS, original": (
+        {
+            "control_model.input_hint_block.0.weight": (16, 3, 3, 3),
+            "control_model.enc_zero_convs_in.0.0.weight": (8, 8),
+        },
+        "controlnet-xs",
+    ),
+    "a transformer of Flux": ({"double_blocks.0.img_mod.lin.weight": (18432, 3072)}, "unknown"),
+    "a transformer of Qwen-Image": ({"transformer_blocks.0.img_mod.1.weight": (18432, 3072)}, "unknown"),
+    "a base of another family": (
+        {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 512)},
+        "other-base",
+    ),
     "something else": ({"layers.0.weight": (4, 4)}, "unknown"),
 }
 

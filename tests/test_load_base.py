@@ -464,6 +464,11 @@ def test_a_file_marked_for_zero_terminal_snr_ends_in_pure_noise(single_file):
     assert base.scheduler.alphas_cumprod[-1] < 1e-6
 
 
+def test_an_sd2_file_that_predicts_noise_makes_pictures_of_512(single_file):
+    base = load_base(single_file("sd21", {LAST_NORM: torch.linspace(-0.1, 0.1, 32)}))
+    assert (base.prediction, base.size) == ("eps", 512)
+
+
 @pytest.mark.parametrize(("kind", "vae"), [("sd15", torch.float16), ("sdxl", torch.float32)])
 def test_in_half_precision_only_a_vae_that_overflows_stays_whole(stock, single_file, kind, vae):
     base = load_base(single_file(kind), dtype=torch.float16)
@@ -942,3 +947,10 @@ def test_a_single_file_of_sd15_at_full_size_is_the_pipeline_it_was_made_of(tmp_p
         assert_same_weights(load_base(path, dtype=torch.float16), pipe)
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_a_folder_that_holds_half_precision_files_alone_is_read(xl_folder, tmp_path):
+    shutil.copytree(xl_folder, tmp_path / "half")
+    for path in list((tmp_path / "half").rglob("*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    assert load_base(tmp_path / "half").digest == load_base(xl_folder).digest

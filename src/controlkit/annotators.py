@@ -71,20 +71,22 @@ ANNOTATORS = {
 def annotator(name: str) -> Annotator:
     """The annotator of that name; ``UserError`` for an unknown one."""
     if name not in ANNOTATORS:
-        what = f'There is no annotator "{name}"' if name else "No annotator is named"
-        raise UserError(f"{what}: {nearest(name, ANNOTATORS)}")
+        if not name:
+            raise UserError(f"No annotator of these hints is named: expected one of {', '.join(ANNOTATORS)}.")
+        raise UserError(f'There is no annotator "{name}": {nearest(name, ANNOTATORS)}')
     return ANNOTATORS[name]
 
 
 GIVEN = {
     "": Hint(""),
     "inpaint": Hint("inpaint", mark=-1.0),
-    "ip2p": Hint("ip2p"),
-    "tile": Hint("tile"),
-    **{name: Hint(name) for name in ("depth", "normal", "seg", "pose", "softedge", "lineart", "mlsd", "shuffle")},
+    **{name: Hint(name) for name in ("tile", "ip2p", "shuffle", "depth", "normal", "softedge", "hed", "pidi", "ted")},
+    **{name: Hint(name, resize="lines") for name in ("lineart", "mlsd")},
+    **{name: Hint(name, resize="nearest") for name in ("seg", "pose", "openpose")},
+    "repaint": Hint("repaint", mark=0.0),
 }
-"""Contracts of hints that nothing here makes: given as they are. For inpainting the picture, masked where transparent;
-for ip2p and tile the picture itself; under the other names what some other tool drew."""
+"""Contracts of hints that nothing here makes: given as they are. For inpainting the picture, masked where transparent
+(a Union's repaint: with black); for tile, ip2p and shuffle the picture itself; else what some other tool drew."""
 
 
 def contract(name: str) -> Hint:

@@ -78,6 +78,8 @@ def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
 
 
 def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> "SavedControl":
+    import torch
+
     from controlkit.formats import load_control
 
     with warnings.catch_warnings(record=True) as notes:
@@ -86,8 +88,9 @@ def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> 
     for note in notes:
         if note.category is UserWarning:
             _warn(str(note.message))
-    trained_on = saved.trained.get("base_digest", base.digest)
-    if trained_on != base.digest:
+    trained_on = saved.trained.get("base_digest")
+    # A digest takes seconds on a large base, and bfloat16's rounding gives another.
+    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:
         _warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
     return saved
 
@@ -156,7 +159,7 @@ def generate(
     Writes each picture as a PNG with its settings embedded, each hint, and `grid.png` with all of them side by side.
     """
     from controlkit import sample
-    from controlkit.annotators import annotate, drawn_hint
+    from controlkit.annotators import annotate, contract, drawn_hint
     from controlkit.formats.convert import DTYPES
     from controlkit.images import grid, read_picture, write_png
     from controlkit.precision import number_format
@@ -166,6 +169,10 @@ def generate(
     asked = _grouped([_split_control(text) for text in control or []])
     scales = _one_each("--scale", scale or [1.0], len(asked))
     annotators = _one_each("--annotator", annotator or [None], len(asked))
+    if annotator and not any(not given.typed for given in asked):
+        raise UserError("--annotator says what makes a control's hints; none was given, or a Union's types say it.")
+    for name in filter(None, annotators):
+        contract(name)
     if dtype not in DTYPES:
         raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     for given in asked:
@@ -181,17 +188,21 @@ def generate(
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
     controls, hints, labels = [], [], []
     for given, k, made_by in zip(asked, scales, annotators, strict=True):
-        saved = _load_control(given.name, model, made_by)
-        make = drawn_hint if hint else annotate
-        masked = saved.hint.mark is not None
-        read = {kind: make(read_picture(p, masked), saved.hint, sides) for kind, p in given.pictures.items()}
+        saved = _load_control(given.name, model, "" if given.typed else made_by)
         if isinstance(saved.branch, UnionBranch) and not given.typed:
             raise UserError(
                 f'"{given.name}" is a Union: say of which type the hint is, as {given.name}:TYPE=IMAGE. Types: '
                 f"{', '.join(saved.branch.types)}."
             )
-        if given.typed and not isinstance(saved.branch, UnionBranch):
+        if isinstance(saved.branch, UnionBranch):
+            saved.branch.check_types(given.pictures)
+        elif given.typed:
             raise UserError(f'"{given.name}" is no Union and has no types: give it as {given.name}=IMAGE.')
+        read = {}
+        for kind, path in given.pictures.items():
+            rule = saved.hint.made_by(contract(kind)) if kind else saved.hint  # a Union's types say what makes them
+            picture = read_picture(path, masked=rule.mark is not None)
+            read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
         controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess))
         hints.append(read if given.typed else read[""])
         labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
@@ -253,9 +264,11 @@ def _grouped(asked: list[tuple[str, str, Path]]) -> list[_Asked]:
 
 
 def _split_lora(text: str) -> tuple[Path, float]:
-    path, _, weight = text.partition("=")
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
     try:
-        return Path(path), float(weight or 1.0)
+        return Path(path), float(weight)
     except ValueError:
         raise UserError(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
 
@@ -434,15 +447,17 @@ def inspect(
 
     Told from the names and shapes in it, never from the file's own name; nothing in it is run.
     """
-    from controlkit.formats import control_path, describe
+    from controlkit.formats import describe
+    from controlkit.hub import shipped_names
+    from controlkit.hub import where as find
 
-    found = describe(control_path(file))
+    found = describe(find(file) if file in shipped_names() else Path(file))
     _say(json.dumps(found.to_json(), indent=2) if as_json else found.sentence())
 
 
 @app.command(
     epilog="Examples:\n\n    controlkit convert canny canny.safetensors --to cldm --dtype fp16\n\n"
-    "    controlkit convert control_sd15_canny.pth canny --to diffusers\n\n"
+    "    controlkit convert control_v11p_sd15_canny.pth sd15-canny --to diffusers\n\n"
     "    controlkit convert canny small.safetensors --to control-lora --base mini --rank 32\n\n"
     "    controlkit convert canny tuned --to diffusers --base mini --transfer-to runs/style-3d\n\n"
     "    controlkit convert mini fresh --to diffusers --attach"
@@ -489,7 +504,7 @@ def convert(
             done = formats.convert(source, target, to, dtype, own, rank, other, annotator, on_tensor)
     for note in done.notes:
         _warn(note)
-    _say(f"{done.path}: {formats.describe(formats.control_path(done.path)).sentence()}")
+    _say(f"{done.path}: {formats.describe(done.path).sentence()}")
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")

@@ -10,7 +10,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,10 @@ class Hint:
     def from_json(cls, text: str) -> "Hint":
         """The contract ``to_json`` wrote."""
         return cls(**json.loads(text))
+
+    def made_by(self, made: "Hint") -> "Hint":
+        """This contract, of hints made as ``made`` says; what weights learnt stays: range, channels, colour order."""
+        return replace(self, annotator=made.annotator, options=made.options, mark=made.mark, resize=made.resize)
 
     def tensor(self, picture: np.ndarray, size: tuple[int, int]) -> Tensor:
         """A hint picture as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mark``.
@@ -144,7 +148,10 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
     scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
     try:
         if callable(data):
+            scratch.touch(exist_ok=False)
+            mode = scratch.stat().st_mode  # the writer may make the file anew, for its owner alone
             data(scratch)
+            scratch.chmod(mode)
         with scratch.open("ab") as file:
             if isinstance(data, bytes):
                 file.write(data)

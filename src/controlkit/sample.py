@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlkit.adapter import Adapter
+from controlkit.annotators import contract
 from controlkit.backbones import Text, UNetBase
 from controlkit.branch import ControlBranch, Tap, add_residuals
 from controlkit.errors import UserError
@@ -183,14 +184,14 @@ def denoise(
 def _hint_tensors(base: UNetBase, control: Control, given: Sequence, size: tuple[int, int]) -> HintTensors:
     """A control's hints of several jobs, (B, channels, *size), in the base's type."""
 
-    def read(pictures: Sequence[np.ndarray]) -> Tensor:
-        return torch.cat([control.hint.tensor(picture, size) for picture in pictures]).to(base.device, base.dtype)
+    def read(pictures: Sequence[np.ndarray], hint: Hint) -> Tensor:
+        return torch.cat([hint.tensor(picture, size) for picture in pictures]).to(base.device, base.dtype)
 
     if not isinstance(given[0], Mapping):
-        return read(given)
+        return read(given, control.hint)
     if any(one.keys() != given[0].keys() for one in given):
         raise UserError("The pictures of one batch have hints of different types: expected the same types for all.")
-    return {name: read([one[name] for one in given]) for name in given[0]}
+    return {name: read([one[name] for one in given], control.hint.made_by(contract(name))) for name in given[0]}
 
 
 def generate(

@@ -129,7 +129,7 @@ def _open_pickle(path: Path) -> TensorFile:
         raise
     except Exception as error:  # whatever a damaged archive makes of torch's reader, the file is at fault
         raise _unreadable(path, error) from error
-    for wrapper in ("state_dict", "string_to_param"):  # of a training checkpoint; of a textual inversion
+    for wrapper in ("state_dict", "string_to_param", "adapter"):  # of checkpoints, textual inversions, T2I-Adapters
         # dict's own methods: a pickle may put what it likes in the place of an OrderedDict's
         if isinstance(content, dict) and isinstance(dict.get(content, wrapper), dict):
             content = dict.get(content, wrapper)

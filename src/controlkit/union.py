@@ -4,13 +4,13 @@ A type is told in two places: a token for each hint, which shifts that hint's fe
 beside the time embedding. The features of several hints are added up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from controlkit.branch import ControlBranch, Tap
+from controlkit.branch import ControlBranch, ControlSpec, Tap
 from controlkit.errors import UserError, nearest
 
 TYPES = {
@@ -30,7 +30,7 @@ class UnionBranch(ControlBranch):
     """A ``ControlBranch`` whose hints are given by type: ``encode_hint({"canny": hint, "depth": hint})``.
 
     Args:
-        taps, body, stride, hint_channels: as a ``ControlBranch``'s.
+        taps, body, stride, hint_channels, spec: as a ``ControlBranch``'s.
         types: how many the weights know.  width, heads, layers: of the tokens' transformer.
         code_width: width of the sinusoid that codes each type.  embedding: width of the time embedding.
     """
@@ -41,6 +41,7 @@ class UnionBranch(ControlBranch):
         body: nn.Module,
         stride: int,
         hint_channels: int = 3,
+        spec: ControlSpec | None = None,
         *,
         types: int = 6,
         width: int,
@@ -52,7 +53,7 @@ class UnionBranch(ControlBranch):
         from diffusers.models.controlnets.controlnet_union import ResidualAttentionBlock
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-        super().__init__(taps, body, stride, hint_channels)
+        super().__init__(taps, body, stride, hint_channels, spec)
         self.type_code = Timesteps(code_width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.task_embedding = nn.Parameter(torch.zeros(types, width))
         self.transformer_layes = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))  # sic
@@ -64,6 +65,13 @@ class UnionBranch(ControlBranch):
         """Names of the hint types these weights know."""
         return [name for name, number in TYPES.items() if number < len(self.task_embedding)]
 
+    def check_types(self, names: Collection[str]) -> None:
+        """Refuse hints of types these weights do not know, or none at all."""
+        if not names:
+            raise UserError(f"A Union control needs at least one hint: expected one of {', '.join(self.types)}.")
+        if unknown := [name for name in names if name not in self.types]:
+            raise UserError(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.types)}')
+
     def encode_hint(self, hint: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """Features of all hints together, ``map`` (B, C, h, w), and their types' code, ``embedding`` (B, D).
 
@@ -71,10 +79,7 @@ class UnionBranch(ControlBranch):
         wherever pictures are made one at a time; diffusers' module lets the pictures of a batch attend to each other,
         so that there each depends on its neighbours.
         """
-        if not hint:
-            raise UserError(f"A Union control needs at least one hint: expected one of {', '.join(self.types)}.")
-        if unknown := [name for name in hint if name not in self.types]:
-            raise UserError(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.types)}')
+        self.check_types(hint)
         numbers = [TYPES[name] for name in hint]
         maps = [self.hint_encoder(one) for one in hint.values()]
         means = [one.mean((2, 3)) + self.task_embedding[number] for one, number in zip(maps, numbers, strict=True)]

@@ -6,6 +6,7 @@ Only a hub's name may ask a network for anything; everything else is read from d
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
 
     def whole(kind: Any, part: str, **options: Any) -> Any:
         options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        files = [file.name for file in (folder / part).glob("*.safetensors")]
+        if files and all(".fp16." in name for name in files):
+            options["variant"] = "fp16"
         module, info = kind.from_pretrained(folder, subfolder=part, **options)
         if info["missing_keys"]:  # the libraries draw these at random, with a warning
             raise ValueError(f"{part} lacks {min(info['missing_keys'])}")
@@ -170,8 +174,8 @@ def _check_channels(origin: Path, read: int, latents: int) -> None:
 def _assembled(
     name: str, vae: Any, towers: list[TextTower], unet: Any, scheduler: Any, zeros_for_none: bool, dtype: torch.dtype
 ) -> UNetBase:
-    if dtype != torch.float16 or not vae.config.force_upcast:
-        nn.Module.to(vae, dtype)  # diffusers' own warns of what does not concern this class
+    overflows = dtype == torch.float16 and vae.config.force_upcast
+    nn.Module.to(vae, torch.float32 if overflows else dtype)  # diffusers' own warns of what does not concern this class
     return UNetBase(name, vae, towers, unet, scheduler, zeros_for_none)
 
 
@@ -190,7 +194,9 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     if _ENTRY in header.shapes:
         _check_channels(path, header.shapes[_ENTRY][1], 4)
     prediction = prediction or _prediction_of(header, family)
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
+        family = replace(family, latent_size=64)
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     wide = len(family.towers) > 1
     pads = ["<|endoftext|>" if tower is FAMILIES["sd15"].towers[0] else "!" for tower in family.towers]
@@ -200,20 +206,22 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
         given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with pipeline_configs(family, prediction, zero_snr="ztsnr" in header.shapes) as configs:
         kind = StableDiffusionXLPipeline if wide else StableDiffusionPipeline
+        options: dict[str, Any] = {"config": str(configs), "local_files_only": True}
         try:
-            pipe = kind.from_single_file(
-                str(path), config=str(configs), local_files_only=True, torch_dtype=torch.float32, **given
-            )
+            if dtype == torch.float16 and family.vae_needs_float32:
+                exact = options | {"subfolder": "vae", "torch_dtype": torch.float32}
+                given["vae"] = AutoencoderKL.from_single_file(str(path), **exact)
+            pipe = kind.from_single_file(str(path), torch_dtype=dtype, **options, **given)
             for part, module in pipe.components.items():
                 if isinstance(module, nn.Module):
                     _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
             raise UserError(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
-    towers = [TextTower(tokenizers[0], pipe.text_encoder.to(dtype), wide)]
+    towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
     if wide:
-        towers.append(TextTower(tokenizers[1], pipe.text_encoder_2.to(dtype), wide))
+        towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
     _check_parts(path, pipe.vae, pipe.unet, pipe.scheduler)
-    return _assembled(path.stem, pipe.vae, towers, pipe.unet.to(dtype), pipe.scheduler, wide, dtype)
+    return _assembled(path.stem, pipe.vae, towers, pipe.unet, pipe.scheduler, wide, dtype)
 
 
 def _check_filled(part: str, module: nn.Module) -> None:

@@ -63,7 +63,8 @@ class Encoded:
 class UNetEncoder(nn.Module):
     """The encoder and middle block of a diffusers ``UNet2DConditionModel``, made of its own modules.
 
-    Built on a base it shares the base's modules; deep-copied it is the body of a control branch.
+    Built on a base it shares the base's modules; deep-copied it is the body of a control branch. Built on a
+    ``ControlNetModel`` it is that one's body, which may be slimmer than the base's encoder.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -119,7 +120,8 @@ class UNetEncoder(nn.Module):
                     h = h + residual
                     outputs = (*outputs[:-1], h)
             skips.extend(outputs)
-        middle = self.mid_block(h, whole, encoder_hidden_states=text.tokens)
+        attends = getattr(self.mid_block, "has_cross_attention", False)
+        middle = self.mid_block(h, whole, **({"encoder_hidden_states": text.tokens} if attends else {}))
         return Encoded(skips, middle, whole, text)
 
     def forward(
@@ -310,16 +312,12 @@ class UNetBase:
     def new_branch(self, spec: ControlSpec | None = None, hint_channels: int = 3) -> ControlBranch:
         """A fresh branch for this base, as ``spec`` says."""
         spec = spec or ControlSpec()
-        lite = spec.body == "conv"
-        body = ConvBody(self.latent_channels, self.stride, self.branch_taps) if lite else self.copy_encoder()
+        body = self.conv_body() if spec.body == "conv" else self.copy_encoder()
         return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
 
-    def empty_branch(self, spec: ControlSpec, hint_channels: int = 3) -> ControlBranch:
-        """The same on the ``meta`` device."""
-        lite = spec.body == "conv"
-        with torch.device("meta"):
-            body = ConvBody(self.latent_channels, self.stride, self.branch_taps) if lite else self.empty_encoder()
-            return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec)
+    def conv_body(self) -> ConvBody:
+        """A fresh body of ControlNet-lite for this base's taps."""
+        return ConvBody(self.latent_channels, self.stride, self.branch_taps)
 
     # --- placement --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from controlkit.adapter import Adapter
 from controlkit.annotators import contract
-from controlkit.backbones import UNetBase
+from controlkit.backbones import UNetBase, UNetEncoder
 from controlkit.backbones.families import family_of_width
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.errors import UserError
@@ -161,7 +161,7 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
     if weights.config.get("global_pool_conditions"):
         spec = replace(spec, pool="mean")
-    hint = said(weights, path, "controlkit.hint", _hint, None)
+    hint = hint_of(name, weights, described, annotator)
     trained = said(weights, path, "controlkit.trained", json.loads, {})
     signature = said(weights, path, "controlkit.signature", json.loads, None)
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
@@ -171,13 +171,12 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
         )
     _check_family(name, described, base)
-    if hint is not None and described.hint_channels not in (None, hint.channels):
+    if described.hint_channels not in (None, hint.channels):
         raise UserError(
             f'The control "{name}" reads hints of {described.hint_channels} channels, and its contract says '
             f"{hint.channels}."
         )
     branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
-    hint = _named(name, hint or _family_contract(described, weights), annotator)
     if not hint.annotator:
         warnings.warn(
             f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, '
@@ -197,20 +196,19 @@ def _hint(text: str) -> Hint:
     return hint
 
 
-def _family_contract(described: Description, weights: Weights) -> Hint:
-    """What hints a file of someone else's reads: those of its family, ControlNets and T2I-Adapters alike, in [0, 1]."""
+def hint_of(name: str | Path, weights: Weights, described: Description, annotator: str | None) -> Hint:
+    """The contract of a file's hints, with ``annotator`` named where the file does not say it itself.
+
+    A file of someone else's has its family's: ControlNets and T2I-Adapters alike read hints in [0, 1].
+    """
     order = str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).upper()
-    return Hint("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
-
-
-def _named(name: str | Path, hint: Hint, annotator: str | None) -> Hint:
-    """The contract with its annotator named, where it did not say it itself."""
-    if annotator is None or annotator == hint.annotator:
+    foreign = Hint("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
+    hint = said(weights, Path(name), "controlkit.hint", _hint, foreign)
+    if not annotator or annotator == hint.annotator:
         return hint
     if hint.annotator:
         raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
-    made = contract(annotator)
-    return replace(hint, annotator=annotator, options=made.options, mark=made.mark, resize=made.resize)
+    return hint.made_by(contract(annotator))
 
 
 def _check_family(name: str | Path, described: Description, base: UNetBase) -> None:
@@ -231,14 +229,16 @@ def _branch(name: str | Path, weights: Weights, base: UNetBase, spec: ControlSpe
     """
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.tensors.items()}
     channels = tensors["controlnet_cond_embedding.conv_in.weight"].shape[1]
-    if weights.kind == "union":
-        types, width = tensors["task_embedding"].shape
-        with torch.device("meta"):
+    taps, stride = base.branch_taps, base.stride
+    with torch.device("meta"):
+        if weights.kind == "union":
+            types, width = tensors["task_embedding"].shape
             branch: ControlBranch = UnionBranch(
-                base.branch_taps,
-                base.empty_encoder(),
-                base.stride,
+                taps,
+                _body(weights, base),
+                stride,
                 channels,
+                ControlSpec(pool=spec.pool),
                 types=types,
                 width=width,
                 heads=weights.config["num_trans_head"],
@@ -246,8 +246,10 @@ def _branch(name: str | Path, weights: Weights, base: UNetBase, spec: ControlSpe
                 code_width=weights.config["addition_time_embed_dim"],
                 embedding=base.unet.time_embedding.linear_2.out_features,
             )
-    else:
-        branch = base.empty_branch(spec, channels)
+        elif spec.body == "copy":
+            branch = ControlBranch(taps, _body(weights, base), stride, channels, spec)
+        else:
+            branch = ControlBranch(taps, base.conv_body(), stride, channels, spec)
     table = key_table(branch)
     missing = [theirs for theirs in table.values() if theirs not in tensors]
     if missing:
@@ -270,6 +272,24 @@ def _branch(name: str | Path, weights: Weights, base: UNetBase, spec: ControlSpe
             )
     branch.load_state_dict(state, assign=True)
     return branch
+
+
+def _body(weights: Weights, base: UNetBase) -> nn.Module:
+    """The body of the file's network, on the meta device: the base's encoder, or a slimmer one with the same taps."""
+    copied = base.empty_encoder()
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    if all(shapes.get(name) == tensor.shape for name, tensor in copied.state_dict().items()):
+        return copied
+    import diffusers
+
+    network = getattr(diffusers, KINDS[weights.kind])(**weights.config)
+    features = [network.conv_in.out_channels]
+    for block in network.down_blocks:
+        features += [resnet.out_channels for resnet in block.resnets]
+        features += [features[-1]] if block.downsamplers is not None else []
+    if [*features, features[-1]] != [tap.channels for tap in base.branch_taps]:
+        return copied  # of another base altogether: what does not fit is told tensor by tensor
+    return UNetEncoder(network)
 
 
 def _adapter(name: str | Path, weights: Weights, base: UNetBase) -> Adapter:

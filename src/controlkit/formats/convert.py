@@ -16,8 +16,8 @@ from torch import Tensor
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError, nearest
-from controlkit.formats.control import SavedControl, control_path, control_weights, write_folder, write_tensors
-from controlkit.formats.describe import WEIGHTS_FILES, expected_shapes
+from controlkit.formats.control import SavedControl, control_path, control_weights, hint_of, write_folder, write_tensors
+from controlkit.formats.describe import expected_shapes
 from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
 from controlkit.formats.weights import (
     Weights,
@@ -30,6 +30,8 @@ from controlkit.formats.weights import (
     said,
     spectrum,
 )
+from controlkit.hub import shipped_names
+from controlkit.images import Hint
 
 Layout = Literal["diffusers", "cldm", "control-lora", "union"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,9 +75,8 @@ def convert(
     path = control_path(source)
     _check(target, to, dtype)
     weights, described = read_weights(path, base)
-    if annotator is not None and "controlkit.hint" not in weights.metadata:
-        hint = replace(contract(annotator), channels=described.hint_channels or 3)
-        weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
+    hint = hint_of(source, weights, described, annotator)
+    weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
     if transfer_to is not None:
         weights = transferred(weights, base, transfer_to)
     return write(weights, target, to, dtype, transfer_to or base, rank, on_tensor)
@@ -103,8 +104,10 @@ def _check(target: Path, to: str, dtype: str | None) -> None:
             raise UserError(f"{to} is one file: expected a name that ends in .safetensors, got {target}.")
     elif target.suffix == ".safetensors" or target.is_file():
         raise UserError(f"{to} is a folder: expected a folder's name, got {target}.")
-    elif target.is_dir() and {entry.name for entry in target.iterdir()} - {"config.json", *WEIGHTS_FILES}:
-        raise UserError(f"{target} holds other things and would be replaced: expected a new folder, or a control's.")
+    if target.is_file() or (target.is_dir() and (any(target.iterdir()) or target.samefile("."))):
+        raise UserError(f"{target} is there already and is not overwritten: give another name, or delete it first.")
+    if str(target) in shipped_names():
+        raise UserError(f'"{target}" is the name of a shipped model, which would be found instead: give another name.')
 
 
 def write(
@@ -128,6 +131,10 @@ def write(
         weights = as_union(weights)
         notes.append("It does with every type of hint what the control did: the types are not trained apart.")
     number = DTYPES[dtype] if dtype else None
+    if to in ("cldm", "control-lora"):
+        weights = as_rgb(weights)
+        if weights.config.get("global_pool_conditions"):
+            notes.append('It is pooled, which other programs tell by "shuffle" in a file\'s name or a YAML beside it.')
     tensors = weights.tensors
     if to == "control-lora":
         if base is None:
@@ -168,11 +175,16 @@ def control_lora(
         raise UserError(f"--rank is {rank}; expected at least 1.")
     of_base = encoder_tensors(base)
     _same_shapes(weights, of_base, base)
-    spectra, differences = {}, {}
+    spectra = {}
+    most = rank or RANKS[-1]  # of a whole SDXL control all vectors would be gigabytes
+
+    def difference(name: str) -> Tensor:
+        return weights.tensors[name].float() - of_base[name]
+
     for i, (name, tensor) in enumerate(weights.tensors.items()):
         if name in of_base and tensor.dim() >= 2:
-            differences[name] = tensor.float() - of_base[name]
-            spectra[name] = spectrum(differences[name])
+            vectors, values = spectrum(difference(name))
+            spectra[name] = vectors[:, :most].clone(), values
         on_tensor(i + 1, len(weights.tensors))
     energy = sum(float(values.square().sum()) for _, values in spectra.values())
 
@@ -191,12 +203,28 @@ def control_lora(
         if name not in spectra or not smaller(name, rank):
             made[name] = tensor
             continue
-        up, down = (part.to(tensor.dtype) for part in low_rank(differences[name], *spectra[name], rank))
+        up, down = (part.to(tensor.dtype) for part in low_rank(difference(name), *spectra[name], rank))
         stem = name.removesuffix(".weight")
         made[f"{stem}.up"], made[f"{stem}.down"] = up, down
-        gone += float((differences[name] - product(up.float(), down.float())).square().sum())
+        gone += float((difference(name) - product(up.float(), down.float())).square().sum())
     share = math.sqrt(gone / energy) if energy else 0.0
     return made, f"Rank {rank}; {share:.1%} of the difference to the base is lost."
+
+
+def as_rgb(weights: Weights) -> Weights:
+    """A ControlNet that reads its hints in BGR, made to read RGB: the original layout knows no other order."""
+    if str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).lower() != "bgr":
+        return weights
+    first = "controlnet_cond_embedding.conv_in.weight"
+    metadata = dict(weights.metadata)
+    if "controlkit.hint" in metadata:
+        metadata["controlkit.hint"] = replace(Hint.from_json(metadata["controlkit.hint"]), colour_order="RGB").to_json()
+    return replace(
+        weights,
+        tensors={**weights.tensors, first: weights.tensors[first].flip(1)},
+        config={**weights.config, "controlnet_conditioning_channel_order": "rgb"},
+        metadata=metadata,
+    )
 
 
 def as_union(weights: Weights) -> Weights:

@@ -10,12 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from controlkit.backbones.families import Family, family_of_width
+from controlkit.backbones.families import FAMILIES, Family, family_of_width
 from controlkit.errors import UserError, one_line
 from controlkit.formats.names import PREFIX, Depth, adapter_paths, controlnet_paths, is_light_adapter, rename
 from controlkit.tensors import Shape, TensorFile, open_tensors
@@ -43,29 +43,32 @@ _TITLES = {
     "qwen-image": "a ControlNet of Qwen-Image",
     "z-image": "a ControlNet of Z-Image",
     "hunyuan-dit": "a ControlNet of Hunyuan-DiT",
-    "base": "a base model and no control: give it as --base",
+    "base": "a base and no control: give it as --base",
+    "other-base": "a base and no control, of no family known by its shapes",
     "unet": "a U-Net and no control: its pipeline folder is a base",
     "lora": "an ordinary LoRA and no control: give it as --lora",
     "unknown": "not a layout of weights known here",
 }
 
-# The first pattern that some name matches decides; from the marks of one format alone to those of many.
+# The first row all of whose patterns some name matches decides; from the marks of one format alone to those of many.
 _MARKS = [
     ("control-lora", r"lora_controlnet$"),
     ("lllite", r"lllite_"),
-    ("flux", r"controlnet_mode_embedder\.|controlnet_single_blocks\.|double_blocks\.|single_transformer_blocks\."),
+    ("flux", r"controlnet_mode_embedder\.|controlnet_single_blocks\."),
+    ("flux", r"double_blocks\.", r"controlnet_blocks\.|input_hint_block\."),  # XLabs'
     ("union", r"task_embedding$|control_add_embedding\."),
     ("controlnet-xs", r"control_to_base_for_conv_in\.|down_blocks\.\d+\.(ctrl_to_base|base_to_ctrl)\."),
+    ("controlnet-xs", r"(control_model\.)?enc_zero_convs_(in|out)\."),
     ("z-image", r"control_all_x_embedder|control_layers\.|control_noise_refiner\."),
     ("hunyuan-dit", r"after_proj_list\."),
-    ("sd3", r"pos_embed_input\.|transformer_blocks\.0\.adaLN_modulation"),
-    ("qwen-image", r"transformer_blocks\.0\.img_mod\.|txt_norm\."),
+    ("sd3", r"pos_embed_input\.|control_type$", r"controlnet_blocks\.|transformer_blocks\.0\.adaLN_modulation"),
+    ("qwen-image", r"controlnet_x_embedder\.|controlnet_blocks\.", r"transformer_blocks\.0\.img_mod\.|txt_norm\."),
     ("flux", r"controlnet_x_embedder\."),
     ("diffusers", r"controlnet_cond_embedding\.conv_in\.weight$"),
     ("cldm", r"(control_model\.)?input_hint_block\.0\.weight$"),
     ("t2i-adapter", r"(adapter\.)?body\.\d+\.(resnets\.\d+\.|body\.\d+\.)?(block1|in_conv)\.weight$"),
-    ("base", r"model\.diffusion_model\."),
-    ("unet", r"up_blocks\.\d+\."),
+    ("base", r"model\.diffusion_model\.(input|output)_blocks\."),
+    ("unet", r"up_blocks\.\d+\.resnets\."),
     ("lora", r"lora_(unet|te)|.*\.lora_(A|down|up)\b"),
 ]
 _OF_BASE = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -108,7 +111,7 @@ class Description:
                 text += f"; {what} {len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]}"
         if self.misshapen:
             text += f"; {self.misshapen[0]}"
-        if self.kind is None and self.format not in ("base", "unet", "lora", "unknown"):
+        if self.kind is None and self.format not in ("base", "other-base", "unet", "lora", "unknown"):
             text += "; recognised, but not run yet"
         elif self.kind:
             text += "; runs" if self.runs else "; does not run"
@@ -133,6 +136,8 @@ def weights_file(path: Path) -> Path:
 
 def describe(path: Path) -> Description:
     """What a file or folder of weights is; ``UserError`` if it cannot be read at all."""
+    if (path / "model_index.json").is_file():  # a pipeline's folder: told by its U-Net
+        return replace(describe(path / "unet"), format="base")
     header = open_tensors(weights_file(path))
     return describe_tensors(header, stored_config(header))
 
@@ -216,6 +221,7 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
             family_of_width(_text_width(shapes) or 0) if mark in ("base", "unet", "lora", "controlnet-xs") else None
         )
         base = family.name if family else "sdxl" if mark == "lllite" else None
+        mark = mark if family or mark not in ("base", "unet") else "other-base"
         return Description(mark, base, None, parameters, (), (), False, family=family)
     names = _diffusers_names(shapes, mark)
     known = {names[name]: shape for name, shape in shapes.items() if name in names}
@@ -246,9 +252,9 @@ _MARKERS = ("difference", "lora_controlnet")
 
 
 def _mark(shapes: Mapping[str, Shape]) -> str:
-    for mark, pattern in _MARKS:
-        test = re.compile(pattern)
-        if any(test.match(name) for name in shapes):
+    for mark, *patterns in _MARKS:
+        tests = [re.compile(pattern) for pattern in patterns]
+        if all(any(test.match(name) for name in shapes) for test in tests):
             return mark
     return "unknown"
 
@@ -316,14 +322,19 @@ def _config_of(shapes: Mapping[str, Shape], stored: Mapping[str, Any], union: bo
         hint = [shapes["controlnet_cond_embedding.conv_in.weight"]]
         hint += [shapes[f"controlnet_cond_embedding.blocks.{i}.weight"] for i in range(1, depth.hint_blocks, 2)]
         width = _text_width(shapes)
-        proj_in = shapes["mid_block.attentions.0.proj_in.weight"]
+        if width is None and "add_embedding.linear_1.weight" in shapes:  # a slim control of SDXL, without attention
+            width = stored.get("cross_attention_dim")
+            if type(width) is not int or not 0 < width <= 2**14:
+                width = next(row.text_width for row in FAMILIES.values() if row.pooled_width)
+        projections = [shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")]
+        linear = all(len(shape) == 2 for shape in projections)
         if width is None or max(channels) > 2**14 or any(0 in shape for shape in shapes.values()):
             return {}
         if depth.layers * sum(transformers) + middle > 128:  # SDXL has 34; each takes a while to build, even of nothing
             return {}
         family = family_of_width(width)
         # What shapes do not show, as the families have it: eight heads with SD 1, heads 64 wide since SD 2.
-        heads = [max(c // 64, 1) for c in channels] if len(proj_in) == 2 else [8] * len(channels)
+        heads = [max(c // 64, 1) for c in channels] if linear else [8] * len(channels)
         config: dict[str, Any] = {"attention_head_dim": heads, "norm_num_groups": math.gcd(32, *channels)}
         config["upcast_attention"] = bool(family and family.upcast_attention)
         config |= {key: value for key, value in stored.items() if key in _settings("union" if union else "controlnet")}
@@ -334,15 +345,17 @@ def _config_of(shapes: Mapping[str, Shape], stored: Mapping[str, Any], union: bo
             "block_out_channels": channels,
             "layers_per_block": depth.layers,
             "cross_attention_dim": width,
-            "transformer_layers_per_block": [*(max(n, 1) for n in transformers[:-1]), max(middle, transformers[-1])],
-            "use_linear_projection": len(proj_in) == 2,
+            "transformer_layers_per_block": [*(max(n, 1) for n in transformers[:-1]), max(middle, transformers[-1], 1)],
+            "use_linear_projection": linear,
             "conditioning_embedding_out_channels": [shape[0] for shape in hint],
         }
         if "add_embedding.linear_1.weight" in shapes:
             config["addition_embed_type"] = "text_time"
             config.setdefault("addition_time_embed_dim", 256)
             config["projection_class_embeddings_input_dim"] = shapes["add_embedding.linear_1.weight"][1]
-        if union:
+        if not union:
+            config["mid_block_type"] = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
+        else:
             types, tokens = shapes["task_embedding"]
             config |= {"num_control_type": types, "num_trans_channel": tokens}
             config.setdefault("num_trans_head", 8)

@@ -128,15 +128,14 @@ def product(up: Tensor, down: Tensor) -> Tensor:
 def spectrum(difference: Tensor) -> tuple[Tensor, Tensor]:
     """(left singular vectors (out, n), singular values (n,)) of a weight's difference, in falling order.
 
-    By the eigenvectors of its Gram matrix, in double precision: exact enough here, and many times quicker than a whole
-    decomposition of a wide matrix.
+    By the eigenvectors of the smaller of its Gram matrices, in double precision: exact enough here, and many times
+    quicker than a whole decomposition.
     """
     matrix = difference.double().flatten(1)
-    if matrix.shape[0] > matrix.shape[1]:
-        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
-        return u, s
-    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-    return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
+    tall = matrix.shape[0] > matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    return (matrix @ vectors / values.clamp(min=1e-30) if tall else vectors), values
 
 
 def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
