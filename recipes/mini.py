@@ -14,10 +14,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,8 +29,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from controlkit.backbones import UNetBase, load_base
 from controlkit.hub import digest
 from controlkit.mini import world
+from controlkit.mini.scenes import load_scenes
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.precision import autocast, training_attention
 from controlkit.sample import PLAIN_PROMPT as PLAIN
@@ -48,6 +51,7 @@ class Size:
     vae_batch: int
     unet_channels: tuple[int, ...]
     unet_batch: int
+    scenes: int  # drawn once
     views: int  # encodings of each picture that the U-Net learns from, on different grounds
     text: tuple[int, int]  # width and layers of the text transformer
     referee: tuple[int, ...]  # channels of the towers' ResNet
@@ -55,71 +59,91 @@ class Size:
 
 
 SIZES = {
-    "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, 1, (32, 1), (8, 16, 16, 32), (32, 1)),
-    "64": Size(64, (24, 48, 96), 8, 16, (64, 128, 144), 48, 8, (192, 2), (48, 96, 160, 256), (128, 2)),
-    "128": Size(128, (32, 64, 128, 192), 8, 16, (96, 160, 192), 48, 6, (192, 2), (48, 96, 160, 256), (128, 2)),
-    "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 192), 64, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, 12, 1, (32, 1), (8, 16, 16, 32), (32, 1)),
+    "64": Size(64, (24, 48, 96), 8, 16, (64, 128, 144), 48, 4000, 8, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "128": Size(128, (24, 48, 96, 128), 16, 16, (64, 128, 144), 48, 6000, 6, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 192), 64, 12000, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
 }
 SHARES = {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64}  # of the budget
 VOCABULARY = 2048
-SHAPE_SHARE = 0.1  # of the pictures in a batch
+SHAPE_SHARE, SCENE_SHARE = 0.1, 0.25  # of the pictures in a batch
 
 
-def to_batch(drawn: list[tuple[np.ndarray, str]]) -> tuple[Tensor, list[str]]:
-    """Pictures as one float tensor (B, 3, H, W) in [-1, 1], and their captions."""
+def to_batch(drawn: Sequence[tuple[np.ndarray, Any]]) -> tuple[Tensor, list[Any]]:
+    """Pictures as one float tensor (B, 3, H, W) in [-1, 1], and their captions (or wordings)."""
     pixels = torch.from_numpy(np.stack([picture for picture, _ in drawn]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, [text for _, text in drawn]
 
 
-def shorten(text: str, rng: np.random.Generator) -> str:
-    """Mostly ``text`` itself; sometimes without its style or ground, as people write, and rarely ``PLAIN``."""
-    what, *rest = text.split(", ")
+Wordings = tuple[str, ...]
+
+
+def words_for(wordings: Wordings, rng: np.random.Generator) -> str:
+    """A caption of a picture: mostly the fullest, else another wording, or, rarely, ``PLAIN``.
+
+    Of an emoji's one wording style or ground are sometimes left out, as people write.
+    """
     chosen = rng.random()
     if chosen < 0.04:
         return PLAIN
+    if len(wordings) > 1:
+        return wordings[0] if chosen < 0.5 else wordings[rng.integers(1, len(wordings))]
+    what, *rest = wordings[0].split(", ")
     if chosen < 0.25 and rest:
-        kept = [part for part in rest if rng.random() < 0.4]
-        return ", ".join([what, *kept])
-    return text
+        return ", ".join([what, *(part for part in rest if rng.random() < 0.4)])
+    return wordings[0]
 
 
 class Pictures:
-    """The world as batches: a mix of emoji and shapes, the same for (seed, step) on every machine."""
+    """The world as batches: a mix of emoji, shapes and scenes, the same for (seed, step) on every machine."""
 
-    def __init__(self, size: int, split: world.Split, seed: int = 0) -> None:
+    def __init__(self, size: int, split: world.Split, seed: int = 0, scenes: int = 0) -> None:
         self.emoji = world.load_emoji(size)
         self.rows = world.rows(self.emoji, split)
+        self.scenes = load_scenes(size, 0, scenes) if scenes else []
         self.seed = seed
 
     def alike(self, count: int, step: int) -> tuple[Tensor, list[str]]:
-        """A batch of one style on one ground, so that only the concept tells pictures apart."""
+        """A batch of one kind, so that only the thing tells pictures apart: one style on one ground, or scenes."""
         rng = numpy_rng("alike", self.seed, step)
+        if self.scenes and rng.random() < SCENE_SHARE:
+            chosen = rng.choice(len(self.scenes), size=min(count, len(self.scenes)), replace=False)
+            return to_batch([(self.scenes[i].picture, words_for(self.scenes[i].captions, rng)) for i in chosen])
         style = world.STYLES[rng.integers(len(world.STYLES))]
         rows = [row for row in self.rows if self.emoji.styles[row] == style]
         chosen = rng.choice(rows, size=min(count, len(rows)), replace=False)
         ground = list(world.GROUNDS)[rng.integers(len(world.GROUNDS))]
         return to_batch([world.draw_emoji(self.emoji, int(row), self.seed, step, ground) for row in chosen])
 
-    def views(self, visit: int) -> Iterator[tuple[np.ndarray, str]]:
-        """Every picture once, each on the ground of this visit, and shapes in their share."""
+    def views(self, visit: int) -> Iterator[tuple[np.ndarray, Wordings]]:
+        """Every emoji once, on the ground of this visit; shapes in their share; every other scene, in turn mirrored."""
         for row in self.rows:
-            yield world.draw_emoji(self.emoji, row, self.seed, visit)
+            picture, text = world.draw_emoji(self.emoji, row, self.seed, visit)
+            yield picture, (text,)
         count = round(len(self.rows) * SHAPE_SHARE)
         for i in range(count):
             picture, _, text = world.draw_shape(self.emoji.size, self.seed, visit * count + i)
-            yield picture, text
+            yield picture, (text,)
+        for scene in self.scenes[visit % 2 :: 2]:
+            yield scene.picture[:, ::-1] if visit // 2 % 2 else scene.picture, scene.captions
 
     def batch(self, count: int, step: int) -> tuple[Tensor, list[str]]:
         """``count`` pictures, float (count, 3, size, size) in [-1, 1], and their captions."""
         rng = numpy_rng("batch", self.seed, step)
         drawn = []
         for i in range(count):
-            if rng.random() < SHAPE_SHARE:
+            kind = rng.random()
+            if kind < SHAPE_SHARE:
                 picture, _, text = world.draw_shape(self.emoji.size, self.seed, step * count + i)
+                wordings: Wordings = (text,)
+            elif self.scenes and kind < SHAPE_SHARE + SCENE_SHARE:
+                scene = self.scenes[rng.integers(len(self.scenes))]
+                picture, wordings = scene.picture, scene.captions
             else:
                 row = self.rows[rng.integers(len(self.rows))]
                 picture, text = world.draw_emoji(self.emoji, row, self.seed, step)
-            drawn.append((picture, shorten(text, rng)))
+                wordings = (text,)
+            drawn.append((picture, words_for(wordings, rng)))
         return to_batch(drawn)
 
 
@@ -249,16 +273,38 @@ def build_vae(size: Size) -> AutoencoderKL:
     )
 
 
-def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float) -> AutoencoderKL:
+@torch.no_grad()
+def carry_vae(old: AutoencoderKL, new: AutoencoderKL) -> None:
+    """Begin a VAE with another's layers nearest the pixels, where names (counted from the finest) and shapes agree."""
+    shift = len(new.decoder.up_blocks) - len(old.decoder.up_blocks)
+
+    def from_finest(name: str) -> str:
+        head, found, rest = name.partition("decoder.up_blocks.")
+        if not found:
+            return name
+        level, rest = rest.split(".", 1)
+        return f"{head}{found}{int(level) + shift}.{rest}"
+
+    known = {from_finest(name): value for name, value in old.state_dict().items() if "mid_block" not in name}
+    for name, value in new.state_dict().items():
+        if name in known and known[name].shape == value.shape:
+            value.copy_(known[name])
+
+
+def train_vae(
+    run: Run, size: Size, pictures: Pictures, minutes: float, start: UNetBase | None = None
+) -> AutoencoderKL:
     """Squared error, an edge term (differences of neighbours) and a light pull towards a unit Gaussian.
 
-    Small convolutions at full resolution are what costs, so the first half of the time goes to quarter crops.
+    Small convolutions at full resolution are what costs, so three quarters of the time go to quarter crops.
     """
-    vae = build_vae(size).to(run.device, memory_format=torch.channels_last)
+    vae = build_vae(size).to(run.device)
+    if start is not None:
+        carry_vae(start.vae, vae)
 
     def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         x = pictures.batch(size.vae_batch, step)[0]
-        if progress < 0.5:
+        if progress < 0.75:
             top, left = numpy_rng("crop", step).integers(size.pixels // 2 + 1, size=2)
             x = x[..., top : top + size.pixels // 2, left : left + size.pixels // 2]
         x = x.to(run.device).contiguous(memory_format=torch.channels_last)
@@ -269,7 +315,7 @@ def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float) -> Autoe
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return error + 0.05 * edges + 1e-4 * kl, {"psnr": 10 * math.log10(4 / error.item()), "kl": kl.item()}
 
-    run.train("vae", vae, loss_of, minutes, lr=2e-3)
+    run.train("vae", vae, loss_of, minutes, lr=2e-3, muon=True)
     return vae
 
 
@@ -286,6 +332,7 @@ def learn_tokenizer(run: Run, pictures: Pictures) -> CLIPTokenizer:
         emoji = pictures.emoji
         texts = [world.draw_emoji(emoji, row, 0)[1] for row in range(len(emoji))] + [PLAIN] * 50
         texts += [world.draw_shape(16, 0, i)[2] for i in range(2000)]
+        texts += [text for scene in pictures.scenes for text in scene.captions]
         train_tokenizer(texts, VOCABULARY, folder)
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -299,16 +346,20 @@ def train_tower(
     tokenizer: CLIPTokenizer,
     minutes: float,
     seed: int,
+    start: Path | None = None,
 ) -> ImageTextTower:
-    """Contrastive pairs; every other batch is of one style on one ground, so that concepts must be told apart."""
+    """Contrastive pairs, from nothing or on from the tower in ``start``; every other batch is of one style on one ground, so that concepts must be told apart."""
     torch.manual_seed(seed)
     width, layers = text_size
     marks = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width} | marks
     text |= {"num_hidden_layers": layers, "num_attention_heads": width // 32, "max_position_embeddings": WINDOW}
     image = {"embedding_size": 32, "hidden_sizes": list(size.referee), "depths": [1] * 4, "layer_type": "basic"}
-    tower = ImageTextTower({"pixels": size.pixels, "space": 128, "text": text, "image": image}).to(run.device)
-    view = Pictures(size.pixels, "base", seed)
+    tower = ImageTextTower({"pixels": size.pixels, "space": 128, "text": text, "image": image})
+    if start is not None:
+        tower.load_state_dict(ImageTextTower.load(start).state_dict())
+    tower = tower.to(run.device).requires_grad_(True)
+    view = Pictures(size.pixels, "base", seed, size.scenes)
     count = 8 if size.pixels < 64 else 96
 
     def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -341,6 +392,27 @@ def build_unet(size: Size) -> UNet2DConditionModel:
     )
 
 
+@torch.no_grad()
+def carry_unet(old: UNetBase, vae: AutoencoderKL, unet: UNet2DConditionModel, pictures: Pictures) -> None:
+    """Begin a U-Net with another base's, of the same channels and latents of the same height and width.
+
+    Latents of the two VAEs are matched by least squares over pictures (both see the same place of a picture at the same
+    place of their latents), and the first and last convolution are taken through that match.
+    """
+    pixels = pictures.batch(256, -100)[0]
+    small = F.interpolate(pixels, (old.size, old.size), mode="area")
+    before = torch.cat([old.encode_moments(part).chunk(2, 1)[0] for part in small.split(32)])
+    after = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(32)])
+    x, y = (z.movedim(1, -1).flatten(0, -2).double() for z in (before, after))
+    x, y = x * old.vae.config.scaling_factor, y * vae.config.scaling_factor
+    to_old, to_new = (torch.linalg.lstsq(a, b).solution.T.float() for a, b in ((y, x), (x, y)))
+    state = dict(old.unet.state_dict())
+    state["conv_in.weight"] = torch.einsum("fcij,cn->fnij", state["conv_in.weight"], to_old)
+    state["conv_out.weight"] = torch.einsum("nc,cfij->nfij", to_new, state["conv_out.weight"])
+    state["conv_out.bias"] = to_new @ state["conv_out.bias"]
+    unet.load_state_dict(state)
+
+
 def build_schedule() -> DDIMScheduler:
     """Stable Diffusion's betas with zero terminal SNR and v-prediction, so that grounds keep their colour.
 
@@ -361,7 +433,7 @@ def build_schedule() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -> tuple[np.ndarray, list[str]]:
+def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -> tuple[np.ndarray, list[Wordings]]:
     """Latents (N, C, h, w), float16, of ``size.views`` views of every picture, and their captions; made once.
 
     Encoding anew at every step would take a fifth of the U-Net's time.
@@ -405,21 +477,24 @@ def train_unet(
     run: Run,
     size: Size,
     latents: np.ndarray,
-    texts: list[str],
+    texts: list[Wordings],
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     minutes: float,
+    begin: Callable[[UNet2DConditionModel], None] = lambda unet: None,
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
-    model = Conditioned(build_unet(size), text_encoder.requires_grad_(True)).to(run.device)
+    unet = build_unet(size)
+    begin(unet)
+    model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
     schedule = build_schedule()
     count = size.unet_batch
 
     def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = numpy_rng("unet", step)
         rows = rng.integers(len(latents), size=count)
-        prompts = ["" if rng.random() < 0.1 else shorten(texts[row], rng) for row in rows]
+        prompts = ["" if rng.random() < 0.1 else words_for(tuple(texts[row]), rng) for row in rows]
         x = torch.from_numpy(latents[rows]).float().to(run.device)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
         # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T); and one is
@@ -465,23 +540,33 @@ def main(
     size: Annotated[str, typer.Option(help="Picture size: 64, 128 or 256.")] = "64",
     budget: Annotated[float, typer.Option(help="Minutes for all stages together.")] = 120.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    start: Annotated[
+        Path | None, typer.Option(help="What an earlier run of this recipe left: begin with its averaged weights.")
+    ] = None,
     toy: Annotated[bool, typer.Option("--toy", help="Every stage at 32 pixels in under a minute.")] = False,
 ) -> None:
     """Rebuild the embedded base `mini` from nothing, in one resumable run."""
     chosen = SIZES["toy" if toy else size]
     minutes = {name: share * (0.4 if toy else budget) for name, share in SHARES.items()}
     run = Run(out, device)
-    pictures = Pictures(chosen.pixels, "base")
+    pictures = Pictures(chosen.pixels, "base", scenes=chosen.scenes)
     torch.manual_seed(0)
-    vae = train_vae(run, chosen, pictures, minutes["vae"])
+    begun = load_base(start / "mini") if start else None
+    vae = train_vae(run, chosen, pictures, minutes["vae"], begun)
     set_scale(vae, chosen, pictures, device)
-    tokenizer = learn_tokenizer(run, pictures)
-    tower = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2)
-    referee = train_tower(run, "referee", chosen, chosen.referee_text, pictures, tokenizer, minutes["referee"], seed=3)
+    if begun:  # words and their numbers go together
+        tokenizer, text = begun.towers[0].tokenizer, begun.towers[0].encoder
+    else:
+        tokenizer = learn_tokenizer(run, pictures)
+        text = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2).text
+    referee = train_tower(
+        run, "referee", chosen, chosen.referee_text, pictures, tokenizer, minutes["referee"], 3, start and start / "referee"
+    )
     referee.save(out / "referee")
     tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)
-    model = train_unet(run, chosen, latents, texts, tower.text, tokenizer, minutes["unet"])
+    begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else lambda unet: None
+    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin)
     save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")
 

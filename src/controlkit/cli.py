@@ -200,10 +200,10 @@ def generate(
             raise UserError(f'"{given.name}" is no Union and has no types: give it as {given.name}=IMAGE.')
         read = {}
         for kind, path in given.pictures.items():
-            rule = saved.hint.made_by(contract(kind)) if kind else saved.hint  # a Union's types say what makes them
+            rule = saved.contract_of(kind) if kind else saved.hint  # a Union's types say what makes them
             picture = read_picture(path, masked=rule.mark is not None)
             read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
-        controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess))
+        controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess, hints=saved.hints))
         hints.append(read if given.typed else read[""])
         labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]

@@ -5,20 +5,26 @@ A source is a sequence of ``Pair``.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from controlkit import maps
 from controlkit.annotators import annotate
 from controlkit.backbones import Text, UNetBase
 from controlkit.errors import UserError
 from controlkit.images import Hint, fit, read_picture, to_tensor, write_atomic, write_png
 from controlkit.mini import world
+from controlkit.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from controlkit.mini.scenes import Scene
 
 FILL50K_SIZE = 512
 """Side of the original tutorial set's pictures."""
@@ -28,19 +34,45 @@ FILL50K_SIZE = 512
 class Pair:
     """A picture nobody generated, uint8 (H, W, 3), and its prompt.
 
-    And its hint, of any size, where the source has one of its own; else the picture's annotation is the hint.
+    And its hint, of any size, where the source has one of its own; or what is known of it (a scene's truth), from which
+    its hints are drawn; else the picture's annotation is the hint.
     """
 
     picture: np.ndarray
     prompt: str
     hint: np.ndarray | None = None
+    truth: "Scene | None" = None
+    kind: str = ""
+    """The type of its hint, where a Union learns several."""
+
+
+TRUTHS: dict[str, Callable[["Scene"], np.ndarray]] = {
+    "depth": lambda scene: maps.depth_picture(scene.depth),
+    "normal": lambda scene: maps.normal_picture(scene.normals),
+    "seg": lambda scene: maps.label_picture(scene.labels, _palette()),
+    "pose": lambda scene: maps.pose_picture(scene.keypoints, scene.labels.shape),
+}
+"""Hints drawn from what is known of a picture, by name."""
+
+
+def _palette() -> np.ndarray:
+    from controlkit.mini.scenes import PALETTE  # numba's import takes a second
+
+    return PALETTE
 
 
 def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
-    """The pair's own hint, brought to the picture's size, or the annotation of its picture; as the contract says."""
-    if pair.hint is None:
-        return annotate(pair.picture, contract)
-    return fit(pair.hint, pair.picture.shape[:2], contract.resize)
+    """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated."""
+    if pair.hint is not None:
+        return fit(pair.hint, pair.picture.shape[:2], contract.resize)
+    if contract.annotator in TRUTHS:
+        if pair.truth is None:
+            raise UserError(
+                f"Hints of {contract.annotator} are drawn from what is known of a picture, and of these pictures nothing "
+                "is known: take data.source: scenes, or a folder with hints of its own."
+            )
+        return TRUTHS[contract.annotator](pair.truth)
+    return annotate(pair.picture, contract)
 
 
 _EVALUATION_SEED = 2**31  # far from the seeds people give
@@ -66,6 +98,58 @@ class EmojiPairs(Sequence[Pair]):
             raise IndexError(index)
         row, visit = self._rows[index % len(self._rows)], index // len(self._rows)
         return Pair(*world.draw_emoji(self._emoji, row, self._seed, visit))
+
+
+class ScenePairs(Sequence[Pair]):
+    """Ray-cast scenes with their truth, scenes 0 to ``drawn`` of a seed.
+
+    ``heldout``: those with something in them that no control has seen (``scenes.HELDOUT``); else those without. ``person``:
+    those with a figure alone. Prompts come in the scenes' several wordings.
+    """
+
+    def __init__(
+        self, size: int, drawn: int, seed: int = 0, heldout: bool = False, count: int | None = None, person: bool = False
+    ) -> None:
+        from controlkit.mini.scenes import load_scenes
+
+        scenes = [s for s in load_scenes(size, seed, drawn) if s.heldout == heldout]
+        self._scenes = [s for s in scenes if len(s.keypoints) or not person][:count]
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        scene = self._scenes[index]
+        wording = numpy_rng("wording", self._seed, index).integers(len(scene.captions))
+        return Pair(scene.picture, scene.captions[wording], truth=scene)
+
+
+class TypedPairs(Sequence[Pair]):
+    """Pairs of several sources, each with one type of hint, for a Union to learn from.
+
+    A source's pairs take the types in turn, those drawn from truth twice as often; what is not known of a pair is passed
+    over. ``visits``: how often each source's pairs come, each time with another type.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Pair]], types: Sequence[str], visits: Sequence[int]) -> None:
+        self._sources = sources
+        self._rows: list[tuple[int, int, str]] = []
+        for number, source in enumerate(sources):
+            known = len(source) > 0 and source[0].truth is not None
+            turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 2
+            for row in range(len(source) * visits[number] if turns else 0):
+                index, kind = row % len(source), turns[(row + row // len(source)) % len(turns)]
+                if kind == "pose" and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
+                    continue
+                self._rows.append((number, index, kind))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        number, row, kind = self._rows[index]
+        return replace(self._sources[number][row], kind=kind)
 
 
 class CirclePairs(Sequence[Pair]):
@@ -126,15 +210,25 @@ def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
     return pairs.part(slice(None, -held)), pairs.part(slice(-held, None))
 
 
-def evaluation_pairs(source: str, size: int, num: int) -> tuple[Sequence[Pair], list[np.ndarray]]:
+SCENES_EVALUATED = 800
+"""Scenes drawn of a seed that trains nothing: those with something held out to measure on, the others for FID."""
+
+
+def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
-    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth).
+    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
+    nothing is trained on; ``person``: with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its held-out tenth).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
         return EmojiPairs(size, "heldout_concepts", count=num), [pair.picture for pair in unseen]
+    if source == "scenes":
+        drawn = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED, heldout=True, count=num, person=person)
+        if len(drawn) < num:
+            raise UserError(f"{len(drawn)} held-out scenes are at hand: measure on at most as many.")
+        others = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED)
+        return drawn, [pair.picture for pair in others]
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
@@ -177,12 +271,14 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
 class Cached:
     """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
 
-    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3); ``text`` half, one row a distinct prompt, row 0 the
-    empty prompt; ``prompt_rows`` (N,) says which row is whose.
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3, or 4 where some are masked); ``kinds`` (N,), the place of
+    each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt;
+    ``prompt_rows`` (N,) says which row is whose.
     """
 
     moments: Tensor
     hints: Tensor
+    kinds: Tensor
     text: Text
     prompt_rows: Tensor
 
@@ -200,24 +296,38 @@ class Cached:
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
 
 
+def _stacked(hints: Sequence[np.ndarray]) -> np.ndarray:
+    """Hints as one array; beside masked ones the others are masked nowhere."""
+    channels = max(hint.shape[-1] for hint in hints)
+    stacked = np.full((len(hints), *hints[0].shape[:2], channels), 255, np.uint8)
+    for row, hint in zip(stacked, hints, strict=True):
+        row[..., : hint.shape[-1]] = hint
+    return stacked
+
+
 def build_cache(
     base: UNetBase,
     pairs: Sequence[Pair],
-    contract: Hint,
+    contracts: Mapping[str, Hint],
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
     batch: int = 32,
 ) -> Cached:
-    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole."""
+    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole.
+
+    ``contracts``: of each type of hint; of a control of one type under "".
+    """
     if path.is_file():
         return Cached.read(path)
-    moments, hints, prompts = [], [], []
+    moments, hints, kinds, prompts = [], [], [], []
+    order = list(contracts)
     for first in range(0, len(pairs), batch):
         chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
         with base.autocast():
             latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
         moments.append(latents.half().cpu())
-        hints += [hint_of(t, contract) for t in chunk]
+        hints += [hint_of(t, contracts[t.kind]) for t in chunk]
+        kinds += [order.index(t.kind) for t in chunk]
         prompts += [t.prompt for t in chunk]
         on_pair(len(chunk))
     distinct = ["", *sorted(set(prompts) - {""})]
@@ -230,7 +340,8 @@ def build_cache(
     rows = torch.tensor([row_of[prompt] for prompt in prompts])
     parts = {
         "moments": torch.cat(moments).contiguous(),
-        "hints": torch.from_numpy(np.stack(hints)),
+        "hints": torch.from_numpy(_stacked(hints)),
+        "kinds": torch.tensor(kinds),
         "prompt_rows": rows,
     }
     write_atomic(path, save(parts | {f"{_TEXT}{name}": value for name, value in text.items()}))

@@ -1,9 +1,10 @@
 """Was the hint obeyed, and at what price: fidelity, floors, ceiling, obedience, CLIP-score and FID.
 
-- **fidelity**: the output is annotated again and compared with the hint, by the annotator's metric;
+- **fidelity**: the output is annotated again and compared with the hint, by the metric of such hints;
 - **floor**: the better of no control and hints shuffled between samples, same seeds and prompts;
 - **ceiling**: the VAE reconstruction of the truth, annotated;
-- **obedience** = (fidelity - floor) / (ceiling - floor): 0 is no control, 1 is all the VAE lets through.
+- **obedience** = (fidelity - floor) / (ceiling - floor): 0 is no control, 1 is all the VAE lets through. So it is for
+  metrics that are errors, of which a low one is good, too.
 
 Intervals are 95%, from a paired bootstrap over the pictures.
 """
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlkit.annotators import annotate, annotator
+from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate
 from controlkit.backbones import UNetBase
 from controlkit.data import Pair, hint_of
-from controlkit.errors import UserError
+from controlkit.errors import UserError, nearest
 from controlkit.hub import where
 from controlkit.images import Hint, to_pictures, to_tensor
+from controlkit.maps import FACING, keypoints_of, labels_of, normals_of
 from controlkit.mini.tower import ImageTextTower
 from controlkit.precision import autocast, number_format
 from controlkit.sample import Control, Job, Settings, generate
@@ -70,14 +72,180 @@ def edge_f1(found: np.ndarray, wanted: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"edge_f1": edge_f1}
+def _grey(picture: np.ndarray) -> np.ndarray:
+    """Grey values (H, W), float32 in [0, 1]."""
+    return cv2.cvtColor(np.ascontiguousarray(picture[..., :3]), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255.0
 
 
-def fidelity(pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], contract: Hint) -> np.ndarray:
-    """The annotator's metric of each picture, annotated again, against its hint; NaN where it says nothing."""
-    metric = METRICS[annotator(contract.annotator).metric]
+_SCALES = (0.0448, 0.2856, 0.3001)  # the weights of the first three of Wang, Simoncelli and Bovik's five scales
+_LEAST_SIDE = 44  # an 11-pixel window at the coarsest of three scales, as torchmetrics counts
+
+
+def ms_ssim(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Multi-scale structural similarity of two maps' greys, uint8 (H, W, 3): 0 to 1, 1 for equal maps.
+
+    Three scales instead of five, so that it can be taken of maps 64 pixels wide, and is the same at any size. NaN if
+    both are black.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    if min(found.shape[:2]) < _LEAST_SIDE:
+        raise UserError(f"MS-SSIM needs maps at least {_LEAST_SIDE} pixels wide and high, not {found.shape[:2]}.")
+    if not found.any() and not wanted.any():
+        return float("nan")
+    a, b = (torch.from_numpy(_grey(m))[None, None] for m in (found, wanted))
+    betas = tuple(weight / sum(_SCALES) for weight in _SCALES)
+    return float(multiscale_structural_similarity_index_measure(a, b, data_range=1.0, betas=betas))
+
+
+def depth_rmse(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Root mean square distance of two depth maps' greys, in [0, 1]; an error. NaN if both are black."""
+    if not found.any() and not wanted.any():
+        return float("nan")
+    return float(np.sqrt(((_grey(found) - _grey(wanted)) ** 2).mean()))
+
+
+def normal_angle(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean angle in degrees between two pictures of normals; an error.
+
+    Over the pixels where something is wanted, so that nothing and what faces the camera exactly, which have the same
+    colour, are left out. NaN if there are none.
+    """
+    there = (wanted != FACING).any(-1)
+    if not there.any():
+        return float("nan")
+    cosines = (normals_of(found[there]) * normals_of(wanted[there])).sum(-1)
+    return float(np.degrees(np.arccos(cosines.clip(-1, 1))).mean())
+
+
+def miou(found: np.ndarray, wanted: np.ndarray, palette: np.ndarray | None = None) -> float:
+    """Intersection over union of two pictures of labels, the mean over the classes that are in either.
+
+    ``palette``, uint8 (K, 3), says what colours mean; by default the embedded scenes' does.
+    """
+    if palette is None:
+        from controlkit.mini.scenes import PALETTE
+
+        palette = PALETTE
+    a, b = (labels_of(picture, palette) for picture in (found, wanted))
+    shares = [((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.union1d(a, b)]
+    return float(np.mean(shares))
+
+
+def pck(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Share of the wanted joints, in two pictures of poses, near which the same joint was found; NaN if none is wanted.
+
+    Near is within a tenth of the larger side of the box about all wanted joints, and at least 2% of the short side.
+    """
+    joints, there = keypoints_of(wanted), keypoints_of(found)
+    if not joints:
+        return float("nan")
+    reach = max(0.1 * np.ptp([at for _, *at in joints], axis=0).max(), 0.02 * min(wanted.shape[:2]))
+    right = [any(j == k and np.hypot(x - u, y - v) <= reach for k, u, v in there) for j, x, y in joints]
+    return float(np.mean(right))
+
+
+def inpaint_distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """How far a picture (H, W, 3) is from the one it fills, uint8 RGBA (H, W, 4), alpha 0 in its hole; an error.
+
+    The mean absolute distance, in [0, 1], outside the hole, plus that across the seam: between each pixel in the hole
+    and its neighbour outside, as the given picture has it. So a hole filled without regard to what is about it counts
+    even if that was left as it was. NaN if there is nothing outside.
+    """
+    given = wanted[..., :3].astype(np.float32) / 255.0
+    made = found[..., :3].astype(np.float32) / 255.0
+    hole = wanted[..., 3] < 128 if wanted.shape[-1] == 4 else np.zeros(wanted.shape[:2], bool)
+    if hole.all():
+        return float("nan")
+    steps = []
+    for here, beside in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        for inside, outside in ((here, beside), (beside, here)):
+            border = hole[inside] & ~hole[outside]
+            steps.append(abs(made[inside] - given[outside])[border])
+    seam = np.concatenate(steps)
+    return float(abs(made - given)[~hole].mean() + (seam.mean() if len(seam) else 0.0))
+
+
+def low_pass_psnr(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, at most 60, of two pictures that were low-passed, uint8 (H, W, 3).
+
+    By how much the contract of a tile says, which the output is annotated by. (Nothing, for a control from elsewhere.)
+    """
+    error = ((found.astype(np.float32) - wanted) ** 2).mean() / 255.0**2
+    return float(min(-10 * np.log10(max(error, 1e-12)), 60.0))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of hints found again: ``function(found, wanted)``, of hint pictures, and how to read it."""
+
+    name: str
+    function: Callable[[np.ndarray, np.ndarray], float]
+    higher_is_better: bool = True
+    least_range: float = 0.2
+    """How far the ceiling must lie above the floor for obedience to mean much; errors have a rule of their own."""
+    least_ceiling: float = 0.0
+    """How high the ceiling must be, besides."""
+    looks_again: bool = True
+    """Whether outputs are annotated; if not, they are compared as they are."""
+
+    def tells(self, floor: float, ceiling: float) -> bool:
+        """Whether obedience between them means much. A ceiling's error must be at most two thirds of the floor's."""
+        if not self.higher_is_better:
+            return 3 * ceiling <= 2 * floor
+        return ceiling - floor >= self.least_range and ceiling >= self.least_ceiling
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("edge_f1", edge_f1, least_ceiling=0.8),
+        Metric("ms_ssim", ms_ssim),
+        Metric("depth_rmse", depth_rmse, higher_is_better=False),
+        Metric("normal_angle", normal_angle, higher_is_better=False),
+        Metric("miou", miou),
+        Metric("pck", pck),
+        Metric("inpaint_distance", inpaint_distance, higher_is_better=False, looks_again=False),
+        # In dB, an error two thirds of another's lies this far from it.
+        Metric("low_pass_psnr", low_pass_psnr, least_range=20 * float(np.log10(1.5))),
+    )
+}
+
+
+def metric_of(contract: Hint) -> Metric:
+    """The metric of obedience to hints of this contract, whether or not anything here makes them."""
+    if contract.annotator not in METRIC_OF:
+        raise UserError(
+            f'Obedience to hints named "{contract.annotator}" is not measured: {nearest(contract.annotator, METRIC_OF)}'
+        )
+    return METRICS[METRIC_OF[contract.annotator]]
+
+
+Look = Callable[[np.ndarray], np.ndarray]
+"""How an output is looked at again: a picture, uint8 (H, W, 3), to the hint picture of it."""
+
+
+def look_of(contract: Hint) -> Look:
+    """How outputs are looked at again for hints of this contract: by its annotator, or as they are."""
+    if not metric_of(contract).looks_again:
+        return lambda picture: picture
+    if contract.annotator not in ANNOTATORS:
+        raise UserError(
+            f'Nothing here finds "{contract.annotator}" in a picture: give a `look`, a function from a picture to it.'
+        )
+    return lambda picture: annotate(picture, contract)
+
+
+def fidelity(
+    pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], contract: Hint, look: Look | None = None
+) -> np.ndarray:
+    """The metric of each picture, looked at again, against its hint; NaN where it says nothing.
+
+    ``look`` says how, for hints that nothing here makes: a network that finds depth, say.
+    """
+    metric, look = metric_of(contract), look or look_of(contract)
     pairs = zip(pictures, hints, strict=True)
-    return np.array([metric(annotate(picture, contract), hint) for picture, hint in pairs])
+    return np.array([metric.function(look(picture), hint) for picture, hint in pairs])
 
 
 # --- obedience ----------------------------------------------------------------------------------------------
@@ -85,7 +253,7 @@ def fidelity(pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], contra
 
 @dataclass(frozen=True)
 class Obedience:
-    """Fidelity between its floors and ceiling; one row a picture went in."""
+    """Fidelity between its floors and ceiling, by the metric of that name; one row a picture went in."""
 
     fidelity: Figure
     floor: Figure
@@ -93,17 +261,21 @@ class Obedience:
     floor_shuffled: Figure
     ceiling: Figure
     obedience: Figure
+    metric: str = "edge_f1"
 
     @property
     def counts(self) -> bool:
         """Whether floor and ceiling lie far enough apart, and the ceiling high enough, for obedience to mean much."""
-        return self.ceiling.mean - self.floor.mean >= 0.2 and self.ceiling.mean >= 0.8
+        return METRICS[self.metric].tells(self.floor.mean, self.ceiling.mean)
 
 
-def obedience(controlled: np.ndarray, no_control: np.ndarray, shuffled: np.ndarray, ceiling: np.ndarray) -> Obedience:
+def obedience(
+    controlled: np.ndarray, no_control: np.ndarray, shuffled: np.ndarray, ceiling: np.ndarray, metric: str = "edge_f1"
+) -> Obedience:
     """Obedience from each picture's fidelity under the four conditions, with a paired bootstrap.
 
-    Rows in which any condition says nothing (NaN) are left out of all four.
+    Rows in which any condition says nothing (NaN) are left out of all four. The better floor counts: the higher one, or
+    the lower one where ``metric`` is an error.
     """
     table = np.stack([controlled, no_control, shuffled, ceiling])
     table = table[:, ~np.isnan(table).any(0)]
@@ -113,15 +285,19 @@ def obedience(controlled: np.ndarray, no_control: np.ndarray, shuffled: np.ndarr
             "under some condition. Take pairs with something in their hints, or other annotator options."
         )
 
+    sign = 1 if METRICS[metric].higher_is_better else -1
+
     def figures(rows: np.ndarray) -> np.ndarray:
-        got, without, mixed, top = rows.mean(-1)
+        got, without, mixed, top = sign * rows.mean(-1)
         floor = np.maximum(without, mixed)
-        return np.stack([got, floor, without, mixed, top, (got - floor) / np.maximum(top - floor, 1e-6)])
+        scores = sign * np.stack([got, floor, without, mixed, top])
+        return np.stack([*scores, (got - floor) / np.maximum(top - floor, 1e-6)])
 
     draws = numpy_rng("bootstrap", table.shape[1]).integers(table.shape[1], size=(RESAMPLES, table.shape[1]))
     spread = figures(table[:, draws])
     low, high = np.quantile(spread, [0.025, 0.975], axis=1)
-    return Obedience(*(Figure(*map(float, row)) for row in zip(figures(table), low, high, strict=True)))
+    found = [Figure(*map(float, row)) for row in zip(figures(table), low, high, strict=True)]
+    return Obedience(*found, metric)  # type: ignore[arg-type]  # as many figures as it has
 
 
 def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 32) -> list[np.ndarray]:
@@ -226,23 +402,24 @@ def evaluate(
     referee: Referee | None = None,
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
+    look: Look | None = None,
 ) -> dict[str, Any]:
     """Everything `controlkit evaluate` prints, as plain values.
 
-    Seeds are 0..N-1. ``real`` are pictures nothing was trained on, for FID. Three passes of sampling are made:
-    controlled, without control, and with hints shuffled (a rotation by half: nobody keeps his own).
+    Seeds are 0..N-1. ``real`` are pictures nothing was trained on, for FID; ``look`` is ``fidelity``'s. Three passes of
+    sampling are made: controlled, without control, and with hints shuffled (a rotation by half: nobody keeps his own).
     """
     started = time.perf_counter()
     settings = settings or Settings()
     hints = [hint_of(truth, control.hint) for truth in truths]
     made = three_ways(base, control, truths, hints, settings, batch, on_step)
-    scores = {name: fidelity(pictures, hints, control.hint) for name, pictures in made.items()}
-    scores["ceiling"] = fidelity(ceiling_pictures(base, [t.picture for t in truths]), hints, control.hint)
-    measured = obedience(scores["controlled"], scores["no_control"], scores["shuffled"], scores["ceiling"])
+    made["ceiling"] = ceiling_pictures(base, [truth.picture for truth in truths])
+    scores = {name: fidelity(pictures, hints, control.hint, look) for name, pictures in made.items()}
+    measured = obedience(**scores, metric=metric_of(control.hint).name)
     referee = referee or Referee(device=base.device.type)
     prompts = [truth.prompt for truth in truths]
     reference = referee.features(real)
-    report: dict[str, Any] = {name: asdict(figure) for name, figure in vars(measured).items()}
+    report: dict[str, Any] = asdict(measured)
     for suffix, pictures in (("", made["controlled"]), ("_no_control", made["no_control"])):
         report[f"clip_score{suffix}"] = asdict(mean_figure(referee.clip_scores(pictures, prompts)))
         report[f"fid{suffix}"] = asdict(fid(referee.features(pictures), reference))
@@ -250,7 +427,6 @@ def evaluate(
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
     adheres = means["clip_score"] >= 0.95 * means["clip_score_no_control"]
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
-    report["metric"] = annotator(control.hint.annotator).metric
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {
         "scale": control.scale,

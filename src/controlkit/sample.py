@@ -5,7 +5,7 @@ classifier-free guidance go through in one batch, after the hint was read once f
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from controlkit.backbones import Text, UNetBase
 from controlkit.branch import ControlBranch, Tap, add_residuals
 from controlkit.errors import UserError
 from controlkit.images import Hint, to_pictures
+from controlkit.union import OneType
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -31,12 +32,14 @@ class Control:
     the less the finer the resolution (a tenth at the finest, all of it at the middle).
     """
 
-    branch: ControlBranch | Adapter
+    branch: ControlBranch | Adapter | OneType
     hint: Hint
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
     guess: bool = False
+    hints: Mapping[str, Hint] = field(default_factory=dict)
+    """A Union's contracts by type; what a type's name means everywhere, where it has none."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def _hint_tensors(base: UNetBase, control: Control, given: Sequence, size: tuple
         return read(given, control.hint)
     if any(one.keys() != given[0].keys() for one in given):
         raise UserError("The pictures of one batch have hints of different types: expected the same types for all.")
-    return {name: read([one[name] for one in given], control.hint.made_by(contract(name))) for name in given[0]}
+    return {name: read([one[name] for one in given], control.hints.get(name) or control.hint.made_by(contract(name))) for name in given[0]}
 
 
 def generate(

@@ -27,10 +27,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from controlkit.annotators import annotator
+from controlkit.annotators import ANNOTATORS, contract
 from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.branch import ControlBranch, ControlSpec
-from controlkit.data import Cached, CirclePairs, EmojiPairs, Pair, build_cache, hint_of, split_folder
+from controlkit.data import (
+    Cached,
+    CirclePairs,
+    EmojiPairs,
+    Pair,
+    ScenePairs,
+    TypedPairs,
+    build_cache,
+    hint_of,
+    split_folder,
+)
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
@@ -38,7 +48,7 @@ from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, obe
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
-from controlkit.union import UnionBranch
+from controlkit.union import TYPES, UnionBranch
 
 # --- the recipe ---------------------------------------------------------------------------------------------
 
@@ -52,6 +62,8 @@ class ControlRecipe(_Strict):
 
     annotator: str = "canny"
     """Makes the hints, unless the source has its own; and measures obedience to them."""
+    types: list[str] = []
+    """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
     body: Literal["copy", "conv"] = "copy"
@@ -65,11 +77,16 @@ class DataRecipe(_Strict):
     """On what."""
 
     source: str = "emoji"
-    """``emoji`` (held-out concepts left out), ``fill50k`` (drawn on the fly), or a folder with a prompt.json."""
+    """``emoji`` (held-out concepts left out), ``scenes`` (what no control may see left out), ``world`` (both),
+    ``fill50k`` (drawn on the fly), or a folder with a prompt.json."""
     count: int | None = Field(None, gt=0)
     """Pictures to train on; all by default."""
     variants: int = Field(2, gt=0)
     """Grounds each emoji is seen on: as many pairs a picture. Other sources have one."""
+    scenes: int = Field(6000, gt=0)
+    """Scenes drawn, of which those without anything held out are used."""
+    visits: int = Field(1, gt=0)
+    """How often each scene comes, for a Union each time with another type of hint."""
 
 
 class EvaluationRecipe(_Strict):
@@ -213,18 +230,46 @@ def verdict(evaluations: Sequence[Seen]) -> str:
 def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
-    if data.source == "emoji":
-        pairs = EmojiPairs(base.size, "control", data.variants, recipe.seed, data.count)
-        return pairs, EmojiPairs(base.size, "heldout_concepts", seed=recipe.seed, count=num)
+    emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
+    if emoji or scenes:
+        seen: list[Sequence[Pair]] = []
+        heldout: list[Sequence[Pair]] = []
+        if emoji:
+            seen.append(EmojiPairs(base.size, "control", data.variants, recipe.seed, data.count))
+            heldout.append(EmojiPairs(base.size, "heldout_concepts", seed=recipe.seed, count=num))
+        if scenes:
+            seen.append(ScenePairs(base.size, data.scenes, recipe.seed, count=data.count))
+            heldout.append(ScenePairs(base.size, data.scenes, recipe.seed, heldout=True, count=num))
+        visits = [1] * emoji + [data.visits] * scenes
+        return TypedPairs(seen, recipe.control.types or [""], visits), heldout[0]
+    if recipe.control.types:
+        raise UserError(f'A Union learns from data.source emoji, scenes or world; "{data.source}" has hints of one type.')
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
     if not Path(data.source).is_dir():
         raise UserError(
-            f'data.source is "{data.source}", which is no folder: {nearest(data.source, ["emoji", "fill50k"])}'
+            f'data.source is "{data.source}", which is no folder: {nearest(data.source, ["emoji", "scenes", "world", "fill50k"])}'
         )
-    seen, held = split_folder(Path(data.source), base.size)
-    return seen.part(slice(data.count)), held.part(slice(num))
+    folder, held = split_folder(Path(data.source), base.size)
+    return folder.part(slice(data.count)), held.part(slice(num))
+
+
+def hints_of(recipe: Recipe) -> dict[str, Hint]:
+    """The contracts of a recipe's hints: by type for a Union, else one under ""."""
+    control = recipe.control
+    if not control.types:
+        made = ANNOTATORS.get(control.annotator)
+        return {"": made.hint(**control.options) if made else contract(control.annotator)}
+    plain = ControlRecipe()
+    words = {"annotator", "options", "body", "join", "taps"}
+    if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
+        raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
+    if recipe.evaluation.every:
+        raise UserError("A Union is measured type by type, by `controlkit evaluate`: give evaluation: {every: 0}.")
+    if unknown := [kind for kind in control.types if kind not in TYPES]:
+        raise UserError(f'control.types has "{unknown[0]}": {nearest(unknown[0], TYPES)}')
+    return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -238,12 +283,17 @@ class Batch:
     noise: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
     text: Text
-    hints: Tensor  # (B, channels, H, W), in the contract's range
+    hints: Mapping[str, Tensor]  # by type, or under "": (rows of that type, channels, H, W), in its contract's range
 
 
-def draw_batch(base: UNetBase, cached: Cached, contract: Hint, recipe: Recipe, step: int) -> Batch:
-    """The batch of a step: shuffled epochs, with noise, timestep and prompt dropout keyed by (seed, step, sample)."""
-    latents, noise, times, rows, hints = [], [], [], [], []
+def draw_batch(base: UNetBase, cached: Cached, contracts: Mapping[str, Hint], recipe: Recipe, step: int) -> Batch:
+    """The batch of a step: shuffled epochs, with noise, timestep and prompt dropout keyed by (seed, step, sample).
+
+    Rows of one type of hint stand together, in the contracts' order.
+    """
+    latents, noise, times, rows, kinds = [], [], [], [], []
+    hints: list[Tensor] = []
+    names = list(contracts)
     order: dict[int, np.ndarray] = {}
     for sample in range(recipe.batch):
         epoch, place = divmod(step * recipe.batch + sample, len(cached))
@@ -259,15 +309,28 @@ def draw_batch(base: UNetBase, cached: Cached, contract: Hint, recipe: Recipe, s
         dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
         rows.append(0 if dropped else int(cached.prompt_rows[index]))
         picture = cached.hints[index].numpy()
-        hints.append(contract.tensor(picture, picture.shape[:2]))
+        kinds.append(int(cached.kinds[index]))
+        hints.append(contracts[names[kinds[-1]]].tensor(picture, picture.shape[:2]))
     device = base.device
+    by_type = sorted(range(recipe.batch), key=kinds.__getitem__)
     return Batch(
-        torch.stack(latents).to(device),
-        torch.stack(noise).to(device),
-        torch.tensor(times, device=device),
-        cached.text[rows].to(device, torch.float32),
-        torch.cat(hints).to(device),
+        torch.stack([latents[i] for i in by_type]).to(device),
+        torch.stack([noise[i] for i in by_type]).to(device),
+        torch.tensor([times[i] for i in by_type], device=device),
+        cached.text[[rows[i] for i in by_type]].to(device, torch.float32),
+        {
+            names[kind]: torch.cat([hints[i] for i in by_type if kinds[i] == kind]).to(device)
+            for kind in sorted(set(kinds))
+        },
     )
+
+
+def _features(branch: ControlBranch, hints: Mapping[str, Tensor]) -> Any:
+    """What the branch reads of a batch's hints, row after row; a Union's types one after the other."""
+    if not isinstance(branch, UnionBranch):
+        return branch.encode_hint(hints[""])
+    parts = [branch.encode_hint({kind: hint}) for kind, hint in hints.items()]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
@@ -276,7 +339,7 @@ def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
     The target is what the base predicts: the noise (eps), or v = alpha eps - sigma x_0.
     """
     z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
-    residuals = branch(z, batch.t, batch.text, branch.encode_hint(batch.hints))
+    residuals = branch(z, batch.t, batch.text, _features(branch, batch.hints))
     prediction = base.decode_noise(base.encode_noise(z, batch.t, batch.text), residuals)
     velocity = base.prediction == "v"
     target = base.scheduler.get_velocity(batch.latents, batch.noise, batch.t) if velocity else batch.noise
@@ -387,19 +450,20 @@ def train_control(
 
     ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating.
     """
-    contract = annotator(recipe.control.annotator).hint(**recipe.control.options)
+    contracts = hints_of(recipe)
     _check_folder(recipe, out)
     base = base or load_base(recipe.base)
     pairs, heldout = training_pairs(recipe, base)
     torch.manual_seed(recipe.seed)
     spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
-    branch = base.new_branch(spec, contract.channels).train()
+    branch = base.new_union() if recipe.control.types else base.new_branch(spec, contracts[""].channels)
+    branch.train()
     if recipe.control.start_from and not _checkpoints(out):
-        branch.load_state_dict(_neighbour(recipe.control.start_from, base, spec).state_dict())
+        branch.load_state_dict(_neighbour(recipe.control.start_from, base, branch).state_dict())
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     out.mkdir(parents=True, exist_ok=True)
     with _sole_owner(out):
-        yield from _train(recipe, out, base, branch, contract, pairs, heldout, on_stage, on_advance)
+        yield from _train(recipe, out, base, branch, contracts, pairs, heldout, on_stage, on_advance)
 
 
 def _train(
@@ -407,7 +471,7 @@ def _train(
     out: Path,
     base: UNetBase,
     branch: ControlBranch,
-    contract: Hint,
+    contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
     on_stage: Callable[[str, int], None],
@@ -415,9 +479,9 @@ def _train(
 ) -> Iterator[Record]:
     _begin_folder(recipe, out, base.device.type)
     on_stage("caching", len(pairs))
-    cached = build_cache(base, pairs, contract, out / f"pairs-{base.digest}.safetensors", on_advance)
+    cached = build_cache(base, pairs, contracts, out / f"pairs-{base.digest}.safetensors", on_advance)
     optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    evaluator = _Evaluator(base, heldout, contract, recipe, out) if recipe.evaluation.every else None
+    evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if recipe.evaluation.every else None
     step = 0
     kept = _checkpoints(out)
     if kept:
@@ -426,7 +490,8 @@ def _train(
 
     def saved(at: int) -> SavedControl:
         facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
-        return SavedControl(branch, contract, facts | {"recipe": recipe.model_dump()})
+        hints = contracts if recipe.control.types else {}
+        return SavedControl(branch, contracts.get("", Hint("")), facts | {"recipe": recipe.model_dump()}, hints)
 
     with (out / "log.jsonl").open("a") as log:
         while step < recipe.steps:
@@ -434,7 +499,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             with autocast(base.device.type), training_attention(base.device.type):
-                loss = objective(base, branch, draw_batch(base, cached, contract, recipe, step))
+                loss = objective(base, branch, draw_batch(base, cached, contracts, recipe, step))
             value = loss.item()
             loss.backward()
             slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
@@ -462,12 +527,15 @@ def _train(
     save_control(out / "control", saved(step), base)
 
 
-def _neighbour(name: str, base: UNetBase, spec: ControlSpec) -> ControlBranch:
+def _neighbour(name: str, base: UNetBase, like: ControlBranch) -> ControlBranch:
+    """The control to start from, which must be of the same kind as the one to be trained."""
     branch = load_control(name, base).branch
-    if not isinstance(branch, ControlBranch) or isinstance(branch, UnionBranch):
-        raise UserError(f'The control "{name}" is a {type(branch).__name__}; training starts from a ControlNet.')
-    if branch.spec != spec:
-        raise UserError(f'The control "{name}" is {branch.spec}; the recipe asks for {spec}: they must be equal.')
+    if type(branch) is not type(like):
+        raise UserError(
+            f'The control "{name}" is a {type(branch).__name__}; this recipe starts from a {type(like).__name__}.'
+        )
+    if branch.spec != like.spec:
+        raise UserError(f'The control "{name}" is {branch.spec}; the recipe asks for {like.spec}: they must be equal.')
     return branch
 
 

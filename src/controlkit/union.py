@@ -60,6 +60,14 @@ class UnionBranch(ControlBranch):
         self.spatial_ch_projs = nn.Linear(width, taps[0].channels)
         self.control_add_embedding = TimestepEmbedding(code_width * types, embedding)
 
+    def begin(self) -> "UnionBranch":
+        """Weights to train from: types are told apart by small random tokens, which at first change nothing."""
+        nn.init.normal_(self.task_embedding, std=self.task_embedding.shape[1] ** -0.5)
+        for silent in (self.spatial_ch_projs, self.control_add_embedding.linear_2):
+            nn.init.zeros_(silent.weight)
+            nn.init.zeros_(silent.bias)
+        return self
+
     @property
     def types(self) -> list[str]:
         """Names of the hint types these weights know."""
@@ -97,3 +105,22 @@ class UnionBranch(ControlBranch):
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """The residual of each tap, by name; ``hint_features`` from ``encode_hint``."""
         return self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
+
+
+class OneType(nn.Module):
+    """A Union as a control of one type: hints are plain tensors, as a ``ControlBranch`` takes them."""
+
+    pools = False
+
+    def __init__(self, union: UnionBranch, kind: str) -> None:
+        super().__init__()
+        union.check_types([kind])
+        self.union, self.kind, self.taps = union, kind, union.taps
+
+    def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
+        """As the Union's, of (B, C, H, W)."""
+        return self.union.encode_hint({self.kind: hint})
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The residual of each tap, by name."""
+        return self.union(x, t, text, hint_features)

@@ -18,6 +18,7 @@ from controlkit.backbones.families import Prediction
 from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap
 from controlkit.hub import digest
 from controlkit.precision import autocast
+from controlkit.union import UnionBranch
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 """Names in diffusers' scheduler configurations -> ours."""
@@ -314,6 +315,13 @@ class UNetBase:
         spec = spec or ControlSpec()
         body = self.conv_body() if spec.body == "conv" else self.copy_encoder()
         return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
+
+    def new_union(self, types: int = 8, code_width: int = 32) -> UnionBranch:
+        """A fresh Union for this base; released ones have codes 256 wide, which is much for a small base."""
+        first, embedding = self.branch_taps[0].channels, self.unet.time_embedding.linear_2.out_features
+        shape = {"types": types, "width": first, "code_width": code_width, "embedding": embedding}
+        union = UnionBranch(self.branch_taps, self.copy_encoder(), self.stride, **shape).begin()
+        return union.to(self.device, self.dtype)
 
     def conv_body(self) -> ConvBody:
         """A fresh body of ControlNet-lite for this base's taps."""

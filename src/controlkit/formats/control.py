@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,17 +29,23 @@ from controlkit.formats.names import key_table
 from controlkit.formats.weights import Weights, as_json, labelled, read_weights, said
 from controlkit.hub import shipped_names, where
 from controlkit.images import SCRATCH, Hint, write_atomic
-from controlkit.union import UnionBranch
+from controlkit.union import TYPES, OneType, UnionBranch
 
 
 @dataclass(frozen=True)
 class SavedControl:
     """A branch with what it needs to be used rightly: its hint's contract, and what it was trained on."""
 
-    branch: ControlBranch | Adapter
+    branch: ControlBranch | Adapter | OneType
     hint: Hint
     trained: Mapping[str, Any] = field(default_factory=dict)
     """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
+    hints: Mapping[str, Hint] = field(default_factory=dict)
+    """A Union's contracts by type, where it was trained here."""
+
+    def contract_of(self, kind: str) -> Hint:
+        """The contract of a Union's hints of a type: its own, or what that name means everywhere."""
+        return self.hints.get(kind) or self.hint.made_by(contract(kind))
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -56,14 +63,21 @@ def _absent_joins(branch: ControlBranch) -> dict[str, tuple[int, ...]]:
 
 def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict[str, Any]:
     """The configuration of a ``ControlNetModel`` with this branch's shapes."""
-    from diffusers import ControlNetModel
+    from diffusers import ControlNetModel, ControlNetUnionModel
 
     unet = base.unet.config
-    theirs = {name: unet[name] for name in inspect.signature(ControlNetModel.__init__).parameters if name in unet}
+    network = ControlNetUnionModel if isinstance(branch, UnionBranch) else ControlNetModel
+    theirs = {name: unet[name] for name in inspect.signature(network.__init__).parameters if name in unet}
     convs = branch.hint_encoder.convs
     widths = [convs[0].out_channels] + [conv.out_channels for conv in convs[2:-1:2]]
     theirs |= {"conditioning_channels": convs[0].in_channels, "conditioning_embedding_out_channels": widths}
     theirs |= {"controlnet_conditioning_channel_order": hint.colour_order.lower()}
+    if isinstance(branch, UnionBranch):
+        types, width = branch.task_embedding.shape
+        layers = branch.transformer_layes
+        theirs |= {"num_control_type": types, "num_trans_channel": width, "num_trans_layer": len(layers)}
+        theirs |= {"num_proj_channel": branch.taps[0].channels}
+        theirs |= {"num_trans_head": layers[0].attn.num_heads, "addition_time_embed_dim": branch.type_code.num_channels}
     return theirs | {"global_pool_conditions": branch.pools}
 
 
@@ -81,8 +95,11 @@ def control_weights(control: SavedControl, base: UNetBase) -> Weights:
         config = _diffusers_config(base, branch, control.hint)
         tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
     facts = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    if control.hints:
+        facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
-    return Weights("controlnet", tensors, config, metadata | {"controlkit.hint": control.hint.to_json()})
+    kind = "union" if isinstance(branch, UnionBranch) else "controlnet"
+    return Weights(kind, tensors, config, metadata | {"controlkit.hint": control.hint.to_json()})
 
 
 def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32) -> None:
@@ -134,6 +151,18 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
+def shipped_controls() -> dict[str, tuple[Path, str]]:
+    """Shipped controls by name: the folder, and which type of it if that is a Union (else "")."""
+    found = {}
+    for name in shipped_names():
+        if (where(name) / WEIGHTS).is_file():
+            with safe_open(where(name) / WEIGHTS, framework="pt") as file:
+                types = json.loads((file.metadata() or {}).get("controlkit.hints", "{}"))
+            found |= {kind: (where(name), kind) for kind in types}
+            found[name] = (where(name), "")
+    return found
+
+
 def control_path(name: str | Path) -> Path:
     """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder."""
     if str(name) in shipped_names():
@@ -144,24 +173,43 @@ def control_path(name: str | Path) -> Path:
     for folder in (path, path / "control"):
         if any((folder / file).is_file() for file in WEIGHTS_FILES):
             return folder
-    names = [n for n in shipped_names() if (where(n) / WEIGHTS).is_file()]
+    if str(name) in shipped_controls():
+        return shipped_controls()[str(name)][0]
     raise UserError(
-        f'There is no control "{name}": expected one of {", ".join(names) or "(none is shipped)"}, '
+        f'There is no control "{name}": expected one of {", ".join(shipped_controls()) or "(none is shipped)"}, '
         f"a file of weights, or a folder that holds {WEIGHTS}."
     )
+
+
+def type_of(name: str | Path) -> tuple[str | Path, str]:
+    """(a Union, a type) that a name means: a shipped type's own name, or ``UNION:TYPE``; else the name and ""."""
+    if str(name) in shipped_names() or Path(name).exists():
+        return name, ""
+    union, colon, kind = str(name).rpartition(":")
+    if colon and kind in TYPES:
+        return union, kind
+    return name, shipped_controls().get(str(name), (None, ""))[1]
 
 
 def load_control(name: str | Path, base: UNetBase, annotator: str | None = None) -> SavedControl:
     """Read a control of any format for ``base``; ``UserError`` if it was made for a base of another shape.
 
-    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...).
+    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...). A Union's
+    type is a control by itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
     """
+    union, kind = type_of(name)
+    if kind:
+        saved = load_control(control_path(union), base, annotator)
+        if not isinstance(saved.branch, UnionBranch):
+            raise UserError(f'"{union}" is no Union and has no types: name it without ":{kind}".')
+        return replace(saved, branch=OneType(saved.branch, kind), hint=saved.contract_of(kind), hints={})
     path = control_path(name)
     weights, described = read_weights(path, base)
     spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
     if weights.config.get("global_pool_conditions"):
         spec = replace(spec, pool="mean")
     hint = hint_of(name, weights, described, annotator)
+    hints = said(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
     trained = said(weights, path, "controlkit.trained", json.loads, {})
     signature = said(weights, path, "controlkit.signature", json.loads, None)
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
@@ -177,13 +225,20 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f"{hint.channels}."
         )
     branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
-    if not hint.annotator:
+    if not hint.annotator and weights.kind != "union":
         warnings.warn(
             f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, '
             f"{hint.high:g}]. Name the annotator that makes them (canny, scribble, ...).",
             stacklevel=2,
         )
-    return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained)
+    return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained, hints)
+
+
+def _hints(texts: Mapping[str, str]) -> dict[str, Hint]:
+    """A Union's contracts by type; ``ValueError`` for what is none of its types."""
+    if strange := texts.keys() - TYPES.keys():
+        raise ValueError(f"there is no type {sorted(strange)[0]}")
+    return {kind: _hint(text) for kind, text in texts.items()}
 
 
 def _hint(text: str) -> Hint:
