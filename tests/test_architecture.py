@@ -24,7 +24,7 @@ ROOMS = [
     {"mini"},
     {"branch"},
     {"images"},
-    {"hub", "tensors"},
+    {"hub", "tensors", "maps"},
     {"seeds", "precision", "errors"},
 ]
 

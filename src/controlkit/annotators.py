@@ -58,12 +58,12 @@ def softedge(picture: np.ndarray, width: float = 1 / 128, strength: float = 0.12
     """Soft boundaries, light on black, as HED's: the stronger and the larger an edge, the lighter and the wider.
 
     The released annotators (HED, PiDiNet) are networks; this needs none: the mean of the colour gradient at three
-    scales, each twice the last, over what is strong in this picture.
+    scales, each twice the last, over that of the picture's strongest edges.
 
     Args:
         width: of the finest scale's blur, as a share of the short side.
-        strength: an edge of this share of the full contrast is white even if the picture has stronger ones; where all
-            edges are weaker, they stay grey, so that noise is not drawn.
+        strength: what is white is at least this share of the full contrast, so that of a picture without edges the
+            noise is not drawn.
     """
     colours = picture.astype(np.float32) / 255.0
     edges = np.zeros(picture.shape[:2], np.float32)
@@ -154,8 +154,8 @@ def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: f
     kind = ("box", "ellipse", "strokes")[rng.integers(3)]
     if kind == "strokes":
         thick = max(round(rng.uniform(0.08, 0.16) * min(size)), 1)
-        # A last dab goes beyond the share at which it was due by less than a disc of the brush.
-        share = rng.uniform(least, max(most - thick**2 / (height * width), least))
+        # A last dab, a disc and a half of the brush, goes beyond the share at which it was due.
+        share = rng.uniform(least, max(most - 1.5 * thick**2 / (height * width), least))
         count = rng.integers(1, 4)
         for stroke in range(1, count + 1):
             at, heading = rng.uniform((0, 0), (width, height)), rng.uniform(0, 2 * np.pi)
@@ -169,9 +169,9 @@ def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: f
                 at = step
         return hole > 0
     share, aspect = rng.uniform(least, most), 2 ** rng.uniform(-0.5, 0.5)
-    part = share if kind == "box" else share * 4 / np.pi  # of the box about it
-    across, down = min(np.sqrt(part * aspect), 1.0), min(np.sqrt(part / aspect), 1.0)
-    across, down = part / down, part / across  # where one was cut, the other makes up for it
+    part = share if kind == "box" else min(share * 4 / np.pi, 1.0)  # of the box about it
+    across = np.clip(np.sqrt(part * aspect), part, 1.0)
+    down = part / across
     left, top = rng.uniform(0, 1 - across) * width, rng.uniform(0, 1 - down) * height
     y, x = np.mgrid[:height, :width] + 0.5
     u, v = (x - left) / (across * width), (y - top) / (down * height)

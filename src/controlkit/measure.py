@@ -114,8 +114,8 @@ def normal_angle(found: np.ndarray, wanted: np.ndarray) -> float:
     there = (wanted != FACING).any(-1)
     if not there.any():
         return float("nan")
-    cosines = (normals_of(found[there]) * normals_of(wanted[there])).sum(-1)
-    return float(np.degrees(np.arccos(cosines.clip(-1, 1))).mean())
+    chords = np.linalg.norm(normals_of(found[there]) - normals_of(wanted[there]), axis=-1)
+    return float(np.degrees(2 * np.arcsin((chords / 2).clip(0, 1))).mean())  # exact for small angles; arccos is not
 
 
 def miou(found: np.ndarray, wanted: np.ndarray, palette: np.ndarray | None = None) -> float:
@@ -296,8 +296,10 @@ def obedience(
     draws = numpy_rng("bootstrap", table.shape[1]).integers(table.shape[1], size=(RESAMPLES, table.shape[1]))
     spread = figures(table[:, draws])
     low, high = np.quantile(spread, [0.025, 0.975], axis=1)
-    found = [Figure(*map(float, row)) for row in zip(figures(table), low, high, strict=True)]
-    return Obedience(*found, metric)  # type: ignore[arg-type]  # as many figures as it has
+    got, floor, without, mixed, top, share = (
+        Figure(*map(float, row)) for row in zip(figures(table), low, high, strict=True)
+    )
+    return Obedience(got, floor, without, mixed, top, share, metric)
 
 
 def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 32) -> list[np.ndarray]:

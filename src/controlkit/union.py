@@ -61,11 +61,16 @@ class UnionBranch(ControlBranch):
         self.control_add_embedding = TimestepEmbedding(code_width * types, embedding)
 
     def begin(self) -> "UnionBranch":
-        """Weights to train from: types are told apart by small random tokens, which at first change nothing."""
-        nn.init.normal_(self.task_embedding, std=self.task_embedding.shape[1] ** -0.5)
+        """Weights to train from: types are told apart by their code alone, which at first changes nothing.
+
+        The tokens' shift of the features stays zero. What tells the types apart is then a constant beside the time
+        embedding, and one type can be taken out of the Union as an ordinary ControlNet, exactly.
+        """
         for silent in (self.spatial_ch_projs, self.control_add_embedding.linear_2):
             nn.init.zeros_(silent.weight)
             nn.init.zeros_(silent.bias)
+        for unused in (self.task_embedding, *self.transformer_layes.parameters(), *self.spatial_ch_projs.parameters()):
+            unused.requires_grad_(False)
         return self
 
     @property

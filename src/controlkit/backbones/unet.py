@@ -317,7 +317,11 @@ class UNetBase:
         return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
 
     def new_union(self, types: int = 8, code_width: int = 32) -> UnionBranch:
-        """A fresh Union for this base; released ones have codes 256 wide, which is much for a small base."""
+        """A fresh Union for this base; released ones have codes 256 wide, which is much for a small base.
+
+        Types are told by their code alone: the tokens' shift stays zero, so that each type can be taken out as an
+        ordinary ControlNet.
+        """
         first, embedding = self.branch_taps[0].channels, self.unet.time_embedding.linear_2.out_features
         shape = {"types": types, "width": first, "code_width": code_width, "embedding": embedding}
         union = UnionBranch(self.branch_taps, self.copy_encoder(), self.stride, **shape).begin()

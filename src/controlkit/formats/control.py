@@ -26,7 +26,15 @@ from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats.describe import KINDS, WEIGHTS, WEIGHTS_FILES, Description
 from controlkit.formats.names import key_table
-from controlkit.formats.weights import Weights, as_json, labelled, read_weights, said
+from controlkit.formats.weights import (
+    Weights,
+    as_controlnet,
+    as_json,
+    labelled,
+    read_weights,
+    said,
+    tells_types_by_code,
+)
 from controlkit.hub import shipped_names, where
 from controlkit.images import SCRATCH, Hint, write_atomic
 from controlkit.union import TYPES, OneType, UnionBranch
@@ -197,18 +205,12 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...). A Union's
     type is a control by itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
     """
-    union, kind = type_of(name)
-    if kind:
-        saved = load_control(control_path(union), base, annotator)
-        if not isinstance(saved.branch, UnionBranch):
-            raise UserError(f'"{union}" is no Union and has no types: name it without ":{kind}".')
-        return replace(saved, branch=OneType(saved.branch, kind), hint=saved.contract_of(kind), hints={})
-    path = control_path(name)
-    weights, described = read_weights(path, base)
+    path, weights, described = read_control(name, base)
     spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
     if weights.config.get("global_pool_conditions"):
         spec = replace(spec, pool="mean")
     hint = hint_of(name, weights, described, annotator)
+    kind = type_of(name)[1] if weights.kind == "union" else ""
     hints = said(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
     trained = said(weights, path, "controlkit.trained", json.loads, {})
     signature = said(weights, path, "controlkit.signature", json.loads, None)
@@ -231,7 +233,30 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f"{hint.high:g}]. Name the annotator that makes them (canny, scribble, ...).",
             stacklevel=2,
         )
-    return SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained, hints)
+    saved = SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained, hints)
+    if kind and isinstance(branch, UnionBranch):
+        saved = replace(saved, branch=OneType(branch, kind), hint=saved.contract_of(kind), hints={})
+    return saved
+
+
+def read_control(name: str | Path, base: UNetBase | None) -> tuple[Path, Weights, Description]:
+    """Where a control lies and what is there; a Union's type as an ordinary ControlNet, where it can be one."""
+    union, kind = type_of(name)
+    path = control_path(union)
+    weights, described = read_weights(path, base)
+    if not kind:
+        return path, weights, described
+    if weights.kind != "union":
+        raise UserError(f'"{union}" is no Union and has no types: name it without ":{kind}".')
+    if not TYPES[kind] < weights.config["num_control_type"]:
+        raise UserError(f'The Union "{union}" knows {weights.config["num_control_type"]} types; {kind} is none of them.')
+    if tells_types_by_code(weights):
+        hints = said(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
+        weights = as_controlnet(weights, TYPES[kind])
+        own = {"controlkit.hint": (hints.get(kind) or contract(kind)).to_json()}
+        weights = replace(weights, metadata={**weights.metadata, **own})
+        described = replace(described, kind="controlnet")
+    return path, weights, described
 
 
 def _hints(texts: Mapping[str, str]) -> dict[str, Hint]:

@@ -16,7 +16,14 @@ from torch import Tensor
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError, nearest
-from controlkit.formats.control import SavedControl, control_path, control_weights, hint_of, write_folder, write_tensors
+from controlkit.formats.control import (
+    SavedControl,
+    control_weights,
+    hint_of,
+    read_control,
+    write_folder,
+    write_tensors,
+)
 from controlkit.formats.describe import expected_shapes
 from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
 from controlkit.formats.weights import (
@@ -26,7 +33,6 @@ from controlkit.formats.weights import (
     labelled,
     low_rank,
     product,
-    read_weights,
     said,
     spectrum,
 )
@@ -72,9 +78,8 @@ def convert(
         annotator: what its hints are, where the source does not say.
         on_tensor: called with the tensors decomposed so far and in all (Control-LoRA only).
     """
-    path = control_path(source)
     _check(target, to, dtype)
-    weights, described = read_weights(path, base)
+    _, weights, described = read_control(source, base)
     hint = hint_of(source, weights, described, annotator)
     weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
     if transfer_to is not None:
@@ -126,7 +131,9 @@ def write(
     if weights.kind == "adapter" and to != "diffusers":
         raise UserError(f"A T2I-Adapter is another network and cannot be {to}: only --to diffusers.")
     if weights.kind == "union" and to not in ("union", "diffusers"):
-        raise UserError(f"A Union's types of hint cannot be told apart in {to}: only --to union.")
+        raise UserError(
+            f"A Union's types of hint cannot be told apart in {to}: only --to union, or one type of it, as NAME:TYPE."
+        )
     if to == "union" and weights.kind == "controlnet":
         weights = as_union(weights)
         notes.append("It does with every type of hint what the control did: the types are not trained apart.")

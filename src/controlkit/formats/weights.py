@@ -3,6 +3,7 @@
 Every reader ends here and every writer begins here, so a conversion is a reading and a writing.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -150,6 +152,36 @@ def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> 
     if difference.dim() == 4:
         return up[..., None, None].contiguous(), down.reshape(-1, *difference.shape[1:]).contiguous()
     return up.contiguous(), down.contiguous()
+
+
+_UNION_ALONE = ("task_embedding", "transformer_layes.", "spatial_ch_projs.", "control_add_embedding.")
+
+
+def tells_types_by_code(weights: Weights) -> bool:
+    """Whether a Union tells its types apart by their code beside the time embedding alone, as those trained here do."""
+    return not any(weights.tensors[f"spatial_ch_projs.{name}"].any() for name in ("weight", "bias"))
+
+
+def as_controlnet(weights: Weights, number: int) -> Weights:
+    """One type of a Union as an ordinary ControlNet, exactly: the type's code is a constant beside the time embedding.
+
+    Only where ``tells_types_by_code``; a released Union also shifts its features by what a hint shows.
+    """
+    from diffusers import ControlNetModel
+    from diffusers.models.embeddings import Timesteps
+
+    types, width = weights.config["num_control_type"], weights.config["addition_time_embed_dim"]
+    codes = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.eye(types)[number]).flatten()
+    union = {name: tensor.float() for name, tensor in weights.tensors.items() if name.startswith(_UNION_ALONE)}
+    first, second = (f"control_add_embedding.linear_{i}" for i in (1, 2))
+    hidden = F.silu(union[f"{first}.weight"] @ codes + union[f"{first}.bias"])
+    shift = union[f"{second}.weight"] @ hidden + union[f"{second}.bias"]
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in union}
+    tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"].float() + shift
+    settings = inspect.signature(ControlNetModel.__init__).parameters
+    config = {key: value for key, value in weights.config.items() if key in settings}
+    metadata = {key: value for key, value in weights.metadata.items() if key != "controlkit.hints"}
+    return Weights("controlnet", tensors, config | {"addition_time_embed_dim": None}, metadata)
 
 
 def said(weights: Weights | TensorFile, path: Path, key: str, parse: Any, default: Any) -> Any:
