@@ -19,9 +19,10 @@ from rich.progress import Progress
 from controlkit.annotators import annotate, drawn_hint
 from controlkit.backbones import UNetBase, load_base
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import grid, read_picture, write_atomic, write_png
+from controlkit.images import grid, read_picture, write_png
 from controlkit.measure import Referee, fidelity
 from controlkit.sample import Control, Job, Settings, generate
+from page import Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
 SEEDS = (0, 1, 2)
@@ -87,49 +88,30 @@ def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, 
     )
 
 
-STYLE = """
-body { font: 16px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1000px; padding: 0 1rem; color: #222 }
-section { border-top: 1px solid #ddd; padding: 1rem 0 }
-h2 { font-size: 1.05rem; margin: 0 0 .6rem }
-.row { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-end }
-figure { margin: 0 }
-figure img { width: 116px; height: 116px; display: block; border: 1px solid #ccc; image-rendering: auto }
-figcaption { font-size: .78rem; color: #555; text-align: center }
-.gap { width: 14px }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
-"""
-
-
-def page(shown: Sequence[Shown], base: UNetBase, settings: Settings, seconds: float) -> str:
-    """The demo as one HTML page; pictures lie beside it."""
-
-    def figure(path: str, label: str) -> str:
-        return f'<figure><img src="{path}" alt="{label}"><figcaption>{label}</figcaption></figure>'
-
-    sections = []
-    for i, s in enumerate(shown):
-        drawn = [figure(f"{i}-drawing.png", "drawing"), figure(f"{i}-hint.png", f"hint ({s.scene.control})")]
-        steered = [figure(f"{i}-control-{k}.png", f"with control, seed {k}") for k in SEEDS]
-        free = [figure(f"{i}-plain-{k}.png", f"without, seed {k}") for k in SEEDS]
-        gap = '<div class="gap"></div>'
-        sections.append(
-            f"<section><h2>{html.escape(s.scene.prompt)}</h2>"
-            f'<div class="row">{"".join(drawn)}{gap}{"".join(steered)}{gap}{"".join(free)}</div>'
-            f"<p>Edges agree with the hint: <b>{s.fidelity[0]:.2f}</b> with control, {s.fidelity[1]:.2f} without (F1). "
-            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score)."
-            "</p></section>"
-        )
+def write_page(shown: Sequence[Shown], base: UNetBase, settings: Settings, out: Path, seconds: float) -> Path:
+    """The demo as one HTML page with its pictures beside it."""
+    page = Page(out, "ControlKit demo")
     means = np.mean([[*s.fidelity, *s.clip_score] for s in shown], axis=0)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>ControlKit demo</title><style>{STYLE}</style>'
+    page.text(
         "<h1>A drawing and a prompt in, a controlled picture out</h1>"
         f"<p>Base <code>{html.escape(base.name)}</code>, {base.size} pixels, {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {seconds:.0f} s on this machine. Same seeds with control and without.</p>"
         "<table><tr><th>mean over all scenes</th><th>with control</th><th>without</th></tr>"
         f"<tr><td>edges agree with the hint (F1)</td><td><b>{means[0]:.2f}</b></td><td>{means[1]:.2f}</td></tr>"
         f"<tr><td>agrees with the prompt (CLIP-score)</td><td>{means[2]:.2f}</td><td>{means[3]:.2f}</td></tr></table>"
-        f"{''.join(sections)}</html>\n"
     )
+    for s in shown:
+        drawn = [("drawing", s.drawing), (f"hint ({s.scene.control})", s.hint)]
+        steered = [(f"with control, seed {k}", picture) for k, picture in zip(SEEDS, s.controlled, strict=True)]
+        free = [(f"without, seed {k}", picture) for k, picture in zip(SEEDS, s.plain, strict=True)]
+        page.section(
+            s.scene.prompt,
+            [[*drawn, None, *steered], [*free]],
+            f"<p>Edges agree with the hint: <b>{s.fidelity[0]:.2f}</b> with control, {s.fidelity[1]:.2f} without (F1). "
+            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score)."
+            "</p>",
+        )
+    return page.write()
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("out/demo")) -> None:
@@ -144,17 +126,11 @@ def main(out: Annotated[Path, typer.Option(help="Folder for the page and its pic
             show(base, controls[scene.control], scene, referee, settings)
             for scene in progress.track(SCENES, description="drawing to picture")
         ]
-    for i, s in enumerate(shown):
-        write_png(out / f"{i}-drawing.png", s.drawing)
-        write_png(out / f"{i}-hint.png", s.hint)
-        for k, controlled, plain in zip(SEEDS, s.controlled, s.plain, strict=True):
-            write_png(out / f"{i}-control-{k}.png", controlled)
-            write_png(out / f"{i}-plain-{k}.png", plain)
     rows = [[s.drawing, s.hint, *s.controlled, *s.plain] for s in shown]
     labels = ["drawing", "hint", *["with control"] * len(SEEDS), *["without"] * len(SEEDS)]
     write_png(out / "grid.png", grid(rows, labels))
-    write_atomic(out / "index.html", page(shown, base, settings, time.perf_counter() - started).encode())
-    print(f"The page: {out / 'index.html'}\nAll pictures in one: {out / 'grid.png'}")
+    page = write_page(shown, base, settings, out, time.perf_counter() - started)
+    print(f"The page: {page}\nAll pictures in one: {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

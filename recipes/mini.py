@@ -61,10 +61,16 @@ class Size:
 SIZES = {
     "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, 12, 1, (32, 1), (8, 16, 16, 32), (32, 1)),
     "64": Size(64, (24, 48, 96), 8, 16, (64, 128, 144), 48, 4000, 8, (192, 2), (48, 96, 160, 256), (128, 2)),
-    "128": Size(128, (24, 48, 96, 128), 16, 16, (64, 128, 144), 48, 6000, 6, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "128": Size(128, (24, 48, 96, 128), 16, 16, (64, 128, 144), 48, 6000, 2, (192, 2), (48, 96, 160, 256), (128, 2)),
     "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 192), 64, 12000, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
 }
 SHARES = {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64}  # of the budget
+SHARES_GOING_ON = {
+    "vae": 0.26,
+    "tower": 0.0,
+    "referee": 0.07,
+    "unet": 0.67,
+}  # where an earlier run's towers are at hand
 VOCABULARY = 2048
 SHAPE_SHARE, SCENE_SHARE = 0.1, 0.25  # of the pictures in a batch
 
@@ -291,9 +297,7 @@ def carry_vae(old: AutoencoderKL, new: AutoencoderKL) -> None:
             value.copy_(known[name])
 
 
-def train_vae(
-    run: Run, size: Size, pictures: Pictures, minutes: float, start: UNetBase | None = None
-) -> AutoencoderKL:
+def train_vae(run: Run, size: Size, pictures: Pictures, minutes: float, start: UNetBase | None = None) -> AutoencoderKL:
     """Squared error, an edge term (differences of neighbours) and a light pull towards a unit Gaussian.
 
     Small convolutions at full resolution are what costs, so three quarters of the time go to quarter crops.
@@ -348,16 +352,21 @@ def train_tower(
     seed: int,
     start: Path | None = None,
 ) -> ImageTextTower:
-    """Contrastive pairs, from nothing or on from the tower in ``start``; every other batch is of one style on one ground, so that concepts must be told apart."""
+    """Contrastive pairs, from nothing or on from the tower in ``start``.
+
+    Every other batch is of one style on one ground, or of scenes alone, so that things must be told apart.
+    """
     torch.manual_seed(seed)
-    width, layers = text_size
-    marks = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width} | marks
-    text |= {"num_hidden_layers": layers, "num_attention_heads": width // 32, "max_position_embeddings": WINDOW}
-    image = {"embedding_size": 32, "hidden_sizes": list(size.referee), "depths": [1] * 4, "layer_type": "basic"}
-    tower = ImageTextTower({"pixels": size.pixels, "space": 128, "text": text, "image": image})
     if start is not None:
-        tower.load_state_dict(ImageTextTower.load(start).state_dict())
+        tower = ImageTextTower.load(start)
+    else:
+        width, layers = text_size
+        marks = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        text = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width} | marks
+        text |= {"num_hidden_layers": layers, "num_attention_heads": width // 32, "max_position_embeddings": WINDOW}
+        image = {"embedding_size": 32, "hidden_sizes": list(size.referee), "depths": [1] * 4, "layer_type": "basic"}
+        # It looks at 64 pixels whatever the size: enough to tell what is drawn, at a quarter of the cost.
+        tower = ImageTextTower({"pixels": min(size.pixels, 64), "space": 128, "text": text, "image": image})
     tower = tower.to(run.device).requires_grad_(True)
     view = Pictures(size.pixels, "base", seed, size.scenes)
     count = 8 if size.pixels < 64 else 96
@@ -547,7 +556,8 @@ def main(
 ) -> None:
     """Rebuild the embedded base `mini` from nothing, in one resumable run."""
     chosen = SIZES["toy" if toy else size]
-    minutes = {name: share * (0.4 if toy else budget) for name, share in SHARES.items()}
+    shares = SHARES_GOING_ON if start else SHARES
+    minutes = {name: share * (0.4 if toy else budget) for name, share in shares.items()}
     run = Run(out, device)
     pictures = Pictures(chosen.pixels, "base", scenes=chosen.scenes)
     torch.manual_seed(0)
@@ -560,7 +570,15 @@ def main(
         tokenizer = learn_tokenizer(run, pictures)
         text = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2).text
     referee = train_tower(
-        run, "referee", chosen, chosen.referee_text, pictures, tokenizer, minutes["referee"], 3, start and start / "referee"
+        run,
+        "referee",
+        chosen,
+        chosen.referee_text,
+        pictures,
+        tokenizer,
+        minutes["referee"],
+        3,
+        start and start / "referee",
     )
     referee.save(out / "referee")
     tokenizer.save_pretrained(out / "referee")

@@ -297,14 +297,19 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 
 @app.command(epilog="Example:\n\n    controlkit annotate canny photo.png drawing.jpg --out hints")
 def annotate(
-    annotator: Annotated[str, typer.Argument(metavar="ANNOTATOR", help="`canny` or `scribble`.")],
+    annotator: Annotated[
+        str,
+        typer.Argument(
+            metavar="ANNOTATOR", help="`canny`, `softedge`, `scribble`, `lineart`, `mlsd`, `tile` or `inpaint`."
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
     out: OutOption = Path("out"),
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Annotate at this size; the picture's by default.")
     ] = None,
 ) -> None:
-    """Turn pictures into hints: `OUT/NAME.png` for each, white on black."""
+    """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
     from controlkit.annotators import annotate as annotate_picture
     from controlkit.annotators import annotator as find
     from controlkit.images import read_picture, write_png
@@ -374,7 +379,8 @@ def evaluate(
     num: Annotated[int, typer.Option(help="Pictures to measure on.", min=2)] = 64,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="`emoji`, `fill50k` or a folder; by default what the control was trained on.")
+        str | None,
+        typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
     ] = None,
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
@@ -392,10 +398,10 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from controlkit.annotators import annotator as find_annotator
-    from controlkit.data import evaluation_pairs
+    from controlkit.data import TRUTHS, evaluation_pairs
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
+    from controlkit.measure import metric_of
     from controlkit.sample import Control, Settings
     from controlkit.union import UnionBranch
 
@@ -404,9 +410,12 @@ def evaluate(
     model = _load_base(base, device)
     saved = _load_control(control, model, annotator)
     if isinstance(saved.branch, UnionBranch):
-        raise UserError(f'"{control}" is a Union: its types cannot be measured one by one yet.')
-    find_annotator(saved.hint.annotator)
-    pairs, real = evaluation_pairs(data or str(saved.trained.get("data", "emoji")), model.size, num)
+        raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
+    metric_of(saved.hint)
+    kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
+    if source == "world":  # what is known of scenes alone is measured there, the rest on emoji
+        source = "scenes" if kind in TRUTHS else "emoji"
+    pairs, real = evaluation_pairs(source, model.size, num, person=kind == "pose")
     with _progress() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(
@@ -447,11 +456,10 @@ def inspect(
 
     Told from the names and shapes in it, never from the file's own name; nothing in it is run.
     """
-    from controlkit.formats import describe
+    from controlkit.formats import describe, shipped_controls, shipped_folder
     from controlkit.hub import shipped_names
-    from controlkit.hub import where as find
 
-    found = describe(find(file) if file in shipped_names() else Path(file))
+    found = describe(shipped_folder(file) if file in {*shipped_names(), *shipped_controls()} else Path(file))
     _say(json.dumps(found.to_json(), indent=2) if as_json else found.sentence())
 
 
@@ -508,11 +516,15 @@ def convert(
 
 
 @app.command(epilog="Example:\n\n    controlkit where canny")
-def where(name: Annotated[str, typer.Argument(help="`mini`, `canny`, `scribble`, `referee`")]) -> None:
-    """Print the folder of what is shipped; the base and its controls are ordinary diffusers folders."""
-    from controlkit.hub import where as find
+def where(name: Annotated[str, typer.Argument(help="`mini`, `union`, `canny`, `depth`, `referee`, ...")]) -> None:
+    """Print the folder of what is shipped; the base and its controls are ordinary diffusers folders.
 
-    _say(str(find(name)))
+    A control that is a type of a Union lies in the Union's folder; `controlkit convert canny DST --to diffusers` takes it
+    out as an ordinary ControlNet.
+    """
+    from controlkit.formats import shipped_folder
+
+    _say(str(shipped_folder(name)))
 
 
 @make_app.command(epilog="Example:\n\n    controlkit data make fill50k --count 1000 --out fill50k")
@@ -531,6 +543,30 @@ def fill50k(
         for done in make_fill50k(out, count, size, seed):
             progress.update(task, completed=done)
     _say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
+
+
+@make_app.command(epilog="Example:\n\n    controlkit data make scenes --count 100 --hint depth --out scenes")
+def scenes(
+    out: OutOption,
+    count: Annotated[int, typer.Option(help="Scenes to draw.", min=1)] = 1000,
+    size: Annotated[int, typer.Option(help="Side in pixels.", min=32)] = 256,
+    seed: Annotated[int, typer.Option(help="Another seed draws another set.")] = 0,
+    hint: Annotated[
+        str, typer.Option(help="`depth`, `normal`, `seg`, `pose` or `edges`: the hints that `prompt.json` names.")
+    ] = "depth",
+) -> None:
+    """Draw scenes about which everything is known: solids and figures, with depth, normals, labels, poses, edges.
+
+    Each picture with its hints as pictures, its exact truth (`truth/N.npz`), and captions in several wordings.
+    """
+    from controlkit.data import make_scenes
+
+    _check_folder(out)
+    with _progress() as progress:
+        task = progress.add_task("drawing", total=count, figures="")
+        for done in make_scenes(out, count, size, seed, hint):
+            progress.update(task, completed=done)
+    _say(f"{count} scenes in {out}; listed in {out / 'prompt.json'} and {out / 'metadata.jsonl'}")
 
 
 _PLACES = (  # errors of a path or a disk, which the user can mend

@@ -4,6 +4,7 @@ A source is a sequence of ``Pair``.
 """
 
 import copy
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,13 @@ from torch import Tensor
 from controlkit import maps
 from controlkit.annotators import annotate
 from controlkit.backbones import Text, UNetBase
-from controlkit.errors import UserError
+from controlkit.errors import UserError, nearest
 from controlkit.images import Hint, fit, read_picture, to_tensor, write_atomic, write_png
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
 if TYPE_CHECKING:
+    from controlkit.mini.observer import Truth
     from controlkit.mini.scenes import Scene
 
 FILL50K_SIZE = 512
@@ -46,13 +48,13 @@ class Pair:
     """The type of its hint, where a Union learns several."""
 
 
-TRUTHS: dict[str, Callable[["Scene"], np.ndarray]] = {
-    "depth": lambda scene: maps.depth_picture(scene.depth),
-    "normal": lambda scene: maps.normal_picture(scene.normals),
-    "seg": lambda scene: maps.label_picture(scene.labels, _palette()),
-    "pose": lambda scene: maps.pose_picture(scene.keypoints, scene.labels.shape),
+TRUTHS: dict[str, Callable[["Truth"], np.ndarray]] = {
+    "depth": lambda truth: maps.depth_picture(truth.depth),
+    "normal": lambda truth: maps.normal_picture(truth.normals),
+    "seg": lambda truth: maps.label_picture(truth.labels, _palette()),
+    "pose": lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
 }
-"""Hints drawn from what is known of a picture, by name."""
+"""Hints drawn from what is known of a picture, or was read off it by an observer, by name."""
 
 
 def _palette() -> np.ndarray:
@@ -68,8 +70,8 @@ def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
     if contract.annotator in TRUTHS:
         if pair.truth is None:
             raise UserError(
-                f"Hints of {contract.annotator} are drawn from what is known of a picture, and of these pictures nothing "
-                "is known: take data.source: scenes, or a folder with hints of its own."
+                f"Hints of {contract.annotator} are drawn from what is known of a picture, and of these nothing is: "
+                "take data.source: scenes, or a folder with hints of its own."
             )
         return TRUTHS[contract.annotator](pair.truth)
     return annotate(pair.picture, contract)
@@ -103,12 +105,18 @@ class EmojiPairs(Sequence[Pair]):
 class ScenePairs(Sequence[Pair]):
     """Ray-cast scenes with their truth, scenes 0 to ``drawn`` of a seed.
 
-    ``heldout``: those with something in them that no control has seen (``scenes.HELDOUT``); else those without. ``person``:
-    those with a figure alone. Prompts come in the scenes' several wordings.
+    ``heldout``: those with something in them that no control has seen (``scenes.HELDOUT``); else those without.
+    ``person``: only those with a figure. Prompts come in the scenes' several wordings.
     """
 
     def __init__(
-        self, size: int, drawn: int, seed: int = 0, heldout: bool = False, count: int | None = None, person: bool = False
+        self,
+        size: int,
+        drawn: int,
+        seed: int = 0,
+        heldout: bool = False,
+        count: int | None = None,
+        person: bool = False,
     ) -> None:
         from controlkit.mini.scenes import load_scenes
 
@@ -128,8 +136,8 @@ class ScenePairs(Sequence[Pair]):
 class TypedPairs(Sequence[Pair]):
     """Pairs of several sources, each with one type of hint, for a Union to learn from.
 
-    A source's pairs take the types in turn, those drawn from truth twice as often; what is not known of a pair is passed
-    over. ``visits``: how often each source's pairs come, each time with another type.
+    A source's pairs take the types in turn, those drawn from truth twice as often; what is not known of a pair is
+    passed over. ``visits``: how often each source's pairs come, each time with another type.
     """
 
     def __init__(self, sources: Sequence[Sequence[Pair]], types: Sequence[str], visits: Sequence[int]) -> None:
@@ -218,7 +226,8 @@ def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> 
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
-    nothing is trained on; ``person``: with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its held-out tenth).
+    nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
+    held-out tenth).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -242,16 +251,7 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
     ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to go on;
     ``UserError`` if the folder was begun with another size or seed.
     """
-    settings, drawn = {"size": size, "seed": seed}, folder / "drawn.json"
-    begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
-    if not drawn.is_file() and (folder / "prompt.json").is_file():
-        raise UserError(f"{folder} holds a set that was not drawn here: give another folder.")
-    if begun != settings:
-        raise UserError(
-            f"{folder} was begun with size {begun['size']} and seed {begun['seed']}, not {size} and {seed}: "
-            "go on with those, or give another folder."
-        )
-    write_atomic(drawn, (json.dumps(settings) + "\n").encode())
+    _begin_set(folder, {"size": size, "seed": seed})
     pairs = CirclePairs(size, count, seed)
     lines = []
     for i, truth in enumerate(pairs):
@@ -264,6 +264,58 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
     write_atomic(folder / "prompt.json", ("\n".join(lines) + "\n").encode())
 
 
+def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: str = "depth") -> Iterator[int]:
+    """Write scenes with everything known of them; yields the number written so far.
+
+    ``target/N.png`` the picture; ``depth``, ``normal``, ``seg``, ``pose`` and ``edges`` hint pictures of the same name;
+    ``truth/N.npz`` the exact values, as ``scenes.Scene`` describes them. ``prompt.json`` pairs each picture with its
+    ``hint`` for training; ``metadata.jsonl`` holds all wordings, as the datasets library reads a folder of pictures.
+    Both come last. Run again to go on.
+    """
+    from controlkit.mini.scenes import draw_scenes
+
+    kinds: dict[str, Callable[[Scene], np.ndarray]] = {**TRUTHS, "edges": _edge_picture}
+    if hint not in kinds:
+        raise UserError(f'Scenes have no hints named "{hint}": {nearest(hint, kinds)}')
+    _begin_set(folder, {"size": size, "seed": seed})
+    missing = [i for i in range(count) if not (folder / "truth" / f"{i}.json").exists()]
+    for i, scene in zip(missing, draw_scenes(size, seed, missing), strict=True):
+        write_png(folder / "target" / f"{i}.png", scene.picture)
+        for kind, picture_of in kinds.items():
+            write_png(folder / kind / f"{i}.png", picture_of(scene))
+        exact = {name: value for name, value in vars(scene).items() if isinstance(value, np.ndarray)}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: value for name, value in exact.items() if name != "picture"})
+        write_atomic(folder / "truth" / f"{i}.npz", buffer.getvalue())
+        facts = {"captions": scene.captions, "heldout": scene.heldout}
+        write_atomic(folder / "truth" / f"{i}.json", (json.dumps(facts) + "\n").encode())
+        yield i + 1
+    facts_of = [json.loads((folder / "truth" / f"{i}.json").read_text()) for i in range(count)]
+    pairs = [
+        {"source": f"{hint}/{i}.png", "target": f"target/{i}.png", "prompt": facts["captions"][0]}
+        for i, facts in enumerate(facts_of)
+    ]
+    rows = [{"file_name": f"target/{i}.png", "text": facts["captions"][0], **facts} for i, facts in enumerate(facts_of)]
+    for name, lines in (("metadata.jsonl", rows), ("prompt.json", pairs)):
+        write_atomic(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _edge_picture(scene: "Scene") -> np.ndarray:
+    return np.repeat(scene.edges[..., None] * np.uint8(255), 3, axis=2)
+
+
+def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
+    """Mark a folder as holding a set drawn with these settings, or refuse one that holds another."""
+    drawn = folder / "drawn.json"
+    begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
+    if not drawn.is_file() and (folder / "prompt.json").is_file():
+        raise UserError(f"{folder} holds a set that was not drawn here: give another folder.")
+    if begun != settings:
+        ours, theirs = (" and ".join(f"{key} {value}" for key, value in of.items()) for of in (settings, begun))
+        raise UserError(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
+    write_atomic(drawn, (json.dumps(settings) + "\n").encode())
+
+
 # --- the cache ----------------------------------------------------------------------------------------------
 
 
@@ -271,8 +323,8 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
 class Cached:
     """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
 
-    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3, or 4 where some are masked); ``kinds`` (N,), the place of
-    each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt;
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3, or 4 where some are masked); ``kinds`` (N,), the place
+    of each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt;
     ``prompt_rows`` (N,) says which row is whose.
     """
 

@@ -12,6 +12,7 @@ Intervals are 95%, from a paired bootstrap over the pictures.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate
 from controlkit.backbones import UNetBase
-from controlkit.data import Pair, hint_of
+from controlkit.data import TRUTHS, Pair, hint_of
 from controlkit.errors import UserError, nearest
 from controlkit.hub import where
 from controlkit.images import Hint, to_pictures, to_tensor
 from controlkit.maps import FACING, keypoints_of, labels_of, normals_of
+from controlkit.mini.observer import Observer
 from controlkit.mini.tower import ImageTextTower
 from controlkit.precision import autocast, number_format
 from controlkit.sample import Control, Job, Settings, generate
@@ -226,14 +228,26 @@ Look = Callable[[np.ndarray], np.ndarray]
 
 
 def look_of(contract: Hint) -> Look:
-    """How outputs are looked at again for hints of this contract: by its annotator, or as they are."""
+    """How outputs are looked at again for hints of this contract: by its annotator, or as they are.
+
+    Depth, normals, labels and poses are read by the shipped observer, which knows the embedded scenes and nothing else.
+    """
     if not metric_of(contract).looks_again:
         return lambda picture: picture
+    if contract.annotator in TRUTHS:
+        observer = shipped_observer()
+        return lambda picture: TRUTHS[contract.annotator](observer.observe([picture])[0])
     if contract.annotator not in ANNOTATORS:
         raise UserError(
             f'Nothing here finds "{contract.annotator}" in a picture: give a `look`, a function from a picture to it.'
         )
     return lambda picture: annotate(picture, contract)
+
+
+@cache
+def shipped_observer() -> Observer:
+    """The network that reads truth off pictures of the embedded scenes."""
+    return Observer.load(where("observer"))
 
 
 def fidelity(
@@ -413,6 +427,10 @@ def evaluate(
     """
     started = time.perf_counter()
     settings = settings or Settings()
+    if look is None and control.hint.annotator in TRUTHS and any(truth.truth is None for truth in truths):
+        raise UserError(
+            f'"{control.hint.annotator}" can be found again in the embedded scenes alone: measure on scenes.'
+        )
     hints = [hint_of(truth, control.hint) for truth in truths]
     made = three_ways(base, control, truths, hints, settings, batch, on_step)
     made["ceiling"] = ceiling_pictures(base, [truth.picture for truth in truths])

@@ -194,7 +194,10 @@ def _hint_tensors(base: UNetBase, control: Control, given: Sequence, size: tuple
         return read(given, control.hint)
     if any(one.keys() != given[0].keys() for one in given):
         raise UserError("The pictures of one batch have hints of different types: expected the same types for all.")
-    return {name: read([one[name] for one in given], control.hints.get(name) or control.hint.made_by(contract(name))) for name in given[0]}
+    return {
+        name: read([one[name] for one in given], control.hints.get(name) or control.hint.made_by(contract(name)))
+        for name in given[0]
+    }
 
 
 def generate(

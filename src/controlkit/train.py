@@ -44,7 +44,7 @@ from controlkit.data import (
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
-from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, obedience, three_ways
+from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, metric_of, obedience, three_ways
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
@@ -243,14 +243,15 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         visits = [1] * emoji + [data.visits] * scenes
         return TypedPairs(seen, recipe.control.types or [""], visits), heldout[0]
     if recipe.control.types:
-        raise UserError(f'A Union learns from data.source emoji, scenes or world; "{data.source}" has hints of one type.')
+        raise UserError(
+            f'A Union learns from data.source emoji, scenes or world; "{data.source}" has hints of one type.'
+        )
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
     if not Path(data.source).is_dir():
-        raise UserError(
-            f'data.source is "{data.source}", which is no folder: {nearest(data.source, ["emoji", "scenes", "world", "fill50k"])}'
-        )
+        known = ["emoji", "scenes", "world", "fill50k"]
+        raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     folder, held = split_folder(Path(data.source), base.size)
     return folder.part(slice(data.count)), held.part(slice(num))
 
@@ -618,4 +619,4 @@ class _Evaluator:
         sheet = grid(shown[:8], ["hint", "truth", "controlled", "no control"])
         write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
         branch.train()
-        return obedience(scored[0], no_control, scored[1], ceiling_score)
+        return obedience(scored[0], no_control, scored[1], ceiling_score, metric_of(self.contract).name)

@@ -1,6 +1,13 @@
 """Weights on disk: every layout people have, recognised, read for a base, and written; one table of names both ways."""
 
-from controlkit.formats.control import SavedControl, control_path, load_control, save_control
+from controlkit.formats.control import (
+    SavedControl,
+    control_path,
+    load_control,
+    save_control,
+    shipped_controls,
+    shipped_folder,
+)
 from controlkit.formats.convert import Converted, attach, convert
 from controlkit.formats.describe import WEIGHTS, Description, describe
 
@@ -15,4 +22,6 @@ __all__ = [
     "describe",
     "load_control",
     "save_control",
+    "shipped_controls",
+    "shipped_folder",
 ]

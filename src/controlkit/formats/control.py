@@ -171,6 +171,11 @@ def shipped_controls() -> dict[str, tuple[Path, str]]:
     return found
 
 
+def shipped_folder(name: str) -> Path:
+    """The folder of what is shipped under a name; of a Union's type, the Union's."""
+    return shipped_controls()[name][0] if name in shipped_controls() else where(name)
+
+
 def control_path(name: str | Path) -> Path:
     """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder."""
     if str(name) in shipped_names():
@@ -182,7 +187,7 @@ def control_path(name: str | Path) -> Path:
         if any((folder / file).is_file() for file in WEIGHTS_FILES):
             return folder
     if str(name) in shipped_controls():
-        return shipped_controls()[str(name)][0]
+        return shipped_folder(str(name))
     raise UserError(
         f'There is no control "{name}": expected one of {", ".join(shipped_controls()) or "(none is shipped)"}, '
         f"a file of weights, or a folder that holds {WEIGHTS}."
@@ -202,8 +207,8 @@ def type_of(name: str | Path) -> tuple[str | Path, str]:
 def load_control(name: str | Path, base: UNetBase, annotator: str | None = None) -> SavedControl:
     """Read a control of any format for ``base``; ``UserError`` if it was made for a base of another shape.
 
-    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...). A Union's
-    type is a control by itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
+    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...). A
+    Union's type is a control by itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
     """
     path, weights, described = read_control(name, base)
     spec = said(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
@@ -249,7 +254,9 @@ def read_control(name: str | Path, base: UNetBase | None) -> tuple[Path, Weights
     if weights.kind != "union":
         raise UserError(f'"{union}" is no Union and has no types: name it without ":{kind}".')
     if not TYPES[kind] < weights.config["num_control_type"]:
-        raise UserError(f'The Union "{union}" knows {weights.config["num_control_type"]} types; {kind} is none of them.')
+        raise UserError(
+            f'The Union "{union}" knows {weights.config["num_control_type"]} types; {kind} is none of them.'
+        )
     if tells_types_by_code(weights):
         hints = said(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
         weights = as_controlnet(weights, TYPES[kind])

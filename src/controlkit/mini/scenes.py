@@ -240,9 +240,7 @@ def _figure(rng: np.random.Generator) -> _Thing:
 
     def limb(a: np.ndarray, b: np.ndarray, radius: float, colour: tuple[float, float, float], name: str) -> None:
         half = float(np.linalg.norm(b - a)) / 2
-        parts.append(
-            _Part(_CAPSULE, (a + b) / 2, _along(b - a), (radius, half, 0.0), colour, 0, CLASSES.index(name))
-        )
+        parts.append(_Part(_CAPSULE, (a + b) / 2, _along(b - a), (radius, half, 0.0), colour, 0, CLASSES.index(name)))
 
     def ball(centre: np.ndarray, radius: float, colour: tuple[float, float, float], name: str) -> None:
         parts.append(_Part(_SPHERE, centre, np.eye(3), (radius, 0.0, 0.0), colour, 0, CLASSES.index(name)))
@@ -337,12 +335,7 @@ def _arranged(rng: np.random.Generator) -> tuple[list[_Thing], _Camera]:
     margin = rng.uniform(0.05, 0.14)
     distance = 2.0
     corners = np.array(
-        [
-            (t.at[0] + sx * 0.8 * t.radius, y, t.at[1])
-            for t in placed
-            for sx in (-1, 1)
-            for y in (0.0, t.height)
-        ]
+        [(t.at[0] + sx * 0.8 * t.radius, y, t.at[1]) for t in placed for sx in (-1, 1) for y in (0.0, t.height)]
     )
     while True:
         for _ in range(3):  # look at the middle of what stands there
@@ -433,7 +426,7 @@ def _hit(kind, a, b, c, ox, oy, oz, dx, dy, dz):  # type: ignore[no-untyped-def]
             if t > past:
                 break
         return _FAR, 0.0, 0.0, 0.0
-    if kind == _CYLINDER or kind == _CAPSULE:
+    if kind in (_CYLINDER, _CAPSULE):
         qa = dx * dx + dz * dz
         qb = ox * dx + oz * dz
         qc = ox * ox + oz * oz - a * a
@@ -589,9 +582,9 @@ def _shade(
     if part == -1:
         which = 0
         if pattern == 1:  # planks
-            which = int(math.floor(p[0] / 0.3)) & 1
+            which = math.floor(p[0] / 0.3) & 1
         elif pattern == 2:
-            which = (int(math.floor(p[0] / 0.5)) + int(math.floor(p[2] / 0.5))) & 1
+            which = (math.floor(p[0] / 0.5) + math.floor(p[2] / 0.5)) & 1
         for k in range(3):
             base[k] = floors[which, k]
     else:
@@ -612,7 +605,7 @@ def _shade(
                 z = m[0, 2] * (p[0] - centres[part, 0]) + m[1, 2] * (p[1] - centres[part, 1])
                 z += m[2, 2] * (p[2] - centres[part, 2])
                 y = 0.2 * math.atan2(z, x) * 8 / math.pi
-            if int(math.floor(y / 0.2 + 0.5)) & 1:
+            if math.floor(y / 0.2 + 0.5) & 1:
                 for k in range(3):
                     base[k] = 0.25 * base[k] + 0.75 * 0.85
     for k in range(3):
@@ -893,7 +886,8 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
 def draw_scenes(size: int, seed: int, indices: Sequence[int], workers: int = 2) -> Iterator[Scene]:
     """Scenes in order, drawn by several threads (the ray caster lets go of Python's lock)."""
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda index: draw_scene(size, seed, index), indices)
+        for first in range(0, len(indices), 8 * workers):  # whoever reads slowly does not make them heap up
+            yield from pool.map(lambda index: draw_scene(size, seed, index), indices[first : first + 8 * workers])
 
 
 _EDITION = 1

@@ -1,0 +1,347 @@
+"""The referee that reads truth off a picture: depth, normals, classes and body joints, from one small network.
+
+Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
+reads follows the conventions of ``scenes.Scene``, so that an ``Observation`` can stand wherever a scene's truth can.
+It needs nothing that drawing scenes needs.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from controlkit.images import to_tensor
+from controlkit.maps import depth_picture
+from controlkit.precision import autocast
+
+JOINTS = 18
+MIRRORED = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
+"""The joint that each joint (OpenPose's order) is in a mirror: left for right."""
+_FIGURE = {"skin", "hair", "shirt", "trousers", "shoes"}
+_NECK = 1
+_THRESHOLD = 0.3  # of a heatmap's peak, to be a joint
+_FEWEST = 3  # joints that make a person
+
+Maps = dict[str, Tensor]
+"""What is to be seen in pictures (B, 3, H, W), true or read: ``depth`` (B, 1, H, W), 1/m, 0 for sky; ``normals`` (B, 3,
+H, W), zero for sky; ``labels``, int64 (B, H, W), or, read, their logits (B, classes, H, W); ``joints`` (B, 18, h, w),
+heatmaps in [0, 1], or, read, their logits."""
+
+
+class Truth(Protocol):
+    """What a ``scenes.Scene`` and an ``Observation`` share; fields as there."""
+
+    @property
+    def depth(self) -> np.ndarray: ...
+    @property
+    def normals(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def keypoints(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was read off a picture (H, W), in the conventions of ``scenes.Scene``.
+
+    depth: float32 (H, W), metres along the view; infinite where the label says sky.
+    normals: float32 (H, W, 3), unit, camera space (x right, y up, z towards the camera); zero where there is sky.
+    labels: uint8 (H, W), indices into the observer's classes.
+    keypoints: float32 (P, 18, 3), x and y in pixels (a pixel is 1 wide, the picture's corner is 0) and 1 where it was
+        found, else 0, of each person's joints in OpenPose's order.
+    """
+
+    depth: np.ndarray
+    normals: np.ndarray
+    labels: np.ndarray
+    keypoints: np.ndarray
+
+
+class Stored(nn.Module):
+    """A module made from a ``config`` (JSON) and stored as a folder without anything to unpickle."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.config = config
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and half-precision ``model.safetensors``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """What was saved in ``folder``, float32, frozen."""
+        module = cls(json.loads((folder / "config.json").read_text()))
+        module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        return module.eval().requires_grad_(False)
+
+
+class Observer(Stored):
+    """An encoder and a decoder with skips (diffusers' residual blocks), four kinds of map from one last convolution.
+
+    ``config``: ``pixels``, its side (a multiple of 16); ``widths``, channels at 1/2, 1/4, 1/8 and 1/16 of it;
+    ``classes``, the labels' names, among them "sky".
+    """
+
+    def __init__(self, config: dict) -> None:
+        super().__init__(config)
+        widths = config["widths"]
+        # Nothing runs at full resolution, where most of the time would go: pixels come in and maps go out in fours.
+        self.conv_in = nn.Conv2d(12, widths[0], 3, padding=1)
+        self.downs, self.lefts, self.rights, self.ups = (nn.ModuleList() for _ in range(4))
+        for fine, coarse in itertools.pairwise(widths):
+            self.downs.append(nn.Conv2d(fine, coarse, 3, stride=2, padding=1))
+            self.lefts.append(_Block(coarse))
+            self.ups.append(nn.Conv2d(coarse, fine, 1))
+            # At the finest a whole block would take a quarter of all the time.
+            self.rights.append(_Block(fine) if self.rights else nn.Conv2d(fine, fine, 3, padding=1))
+        self.norm_out = nn.GroupNorm(8, widths[0])
+        self.maps = [1, 3, len(config["classes"])]
+        maps, joints = nn.Conv2d(widths[0], 4 * sum(self.maps), 1), nn.Conv2d(widths[0], JOINTS, 1)
+        nn.init.constant_(joints.bias, -4.0)  # type: ignore[arg-type]  # joints are rare
+        self.conv_out = nn.ModuleDict({"maps": maps, "joints": joints})
+
+    def forward(self, pixels: Tensor) -> Maps:
+        """``Maps`` as read off pictures (B, 3, H, W) in [-1, 1], of their size; joints at half the observer's side."""
+        size = pixels.shape[-2:]
+        x = self.conv_in(F.pixel_unshuffle(_resized(pixels, self.config["pixels"]), 2))
+        skips = []
+        for down, left in zip(self.downs, self.lefts, strict=True):
+            skips.append(x)
+            x = left(down(x))
+        for up, right in reversed(list(zip(self.ups, self.rights, strict=True))):
+            x = right(F.interpolate(up(x), scale_factor=2.0) + skips.pop())
+        with torch.autocast(x.device.type, enabled=False):  # in half precision neighbours of a peak would equal it
+            x = F.silu(self.norm_out(x.float()))
+            joints, maps = self.conv_out["joints"](x), F.pixel_shuffle(self.conv_out["maps"](x), 2)
+        if maps.shape[-2:] != size:
+            maps = F.interpolate(maps, size, mode="bilinear")
+        depth, normals, labels = maps.split(self.maps, dim=1)
+        return {"depth": F.softplus(depth - 2), "normals": normals, "labels": labels, "joints": joints}
+
+    def loss(self, pixels: Tensor, truth: Maps) -> tuple[Tensor, dict[str, float]]:
+        """How far what is read off pictures of its own side lies from ``maps_of`` them: a balanced sum, and its terms.
+
+        Mean error of inverse depth (x 10), 1 - cosine of normals where there are any, cross-entropy of classes, and
+        of heatmaps a cross-entropy per pixel that is joint.
+        """
+        read = self(pixels)
+        solid = truth["normals"].square().sum(1) > 0.25
+        length = read["normals"].square().sum(1).clamp(min=1e-12).sqrt()
+        cosine = (read["normals"] * truth["normals"]).sum(1) / length
+        joints = F.binary_cross_entropy_with_logits(read["joints"], truth["joints"], reduction="sum")
+        terms = {
+            "depth": 10 * F.l1_loss(read["depth"], truth["depth"]),
+            "normals": (1 - cosine)[solid].mean(),
+            "labels": F.cross_entropy(read["labels"], truth["labels"]),
+            "joints": 0.1 * joints / (truth["joints"].sum() + len(pixels)),
+        }
+        return torch.stack(list(terms.values())).sum(), {name: term.item() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def observe(self, pictures: Sequence[np.ndarray], batch: int = 32) -> list[Observation]:
+        """What is to be seen in pictures, uint8 (H, W, 3), of any sizes."""
+        found = []
+        device = self.conv_in.weight.device
+        for start in range(0, len(pictures), batch):
+            chunk = pictures[start : start + batch]
+            pixels = torch.cat([_resized(to_tensor([picture]), self.config["pixels"]) for picture in chunk])
+            with autocast(device.type):
+                read = self(pixels.to(device))
+            read["joints"] = read["joints"].sigmoid()
+            for i, picture in enumerate(chunk):
+                found.append(self._observation({name: values[i].cpu() for name, values in read.items()}, picture.shape))
+        return found
+
+    def _observation(self, read: Maps, shape: Sequence[int]) -> Observation:
+        height, width = shape[:2]
+        depth, normals, logits = (
+            F.interpolate(read[name][None], (height, width), mode="bilinear")[0].numpy()
+            if read[name].shape[-2:] != (height, width)
+            else read[name].numpy()
+            for name in ("depth", "normals", "labels")
+        )
+        classes = self.config["classes"]
+        labels = logits.argmax(0).astype(np.uint8)
+        sky = labels == classes.index("sky")
+        normals = normals / np.maximum(np.linalg.norm(normals, axis=0, keepdims=True), 1e-6)
+        figure = np.isin(labels, [i for i, name in enumerate(classes) if name in _FIGURE])
+        heat = read["joints"].numpy()
+        return Observation(
+            depth=np.where(sky, np.inf, 1 / np.maximum(depth[0], 1e-3)).astype(np.float32),
+            normals=np.where(sky[..., None], 0, normals.transpose(1, 2, 0)).astype(np.float32),
+            labels=labels,
+            keypoints=persons(peaks(heat) * (width / heat.shape[2], height / heat.shape[1], 1, 1), figure),
+        )
+
+
+class _Block(ResnetBlock2D):
+    """GroupNorm, SiLU and convolution, twice, and what came in added; no timestep."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(in_channels=channels, temb_channels=None, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, None)
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+# --- joints -------------------------------------------------------------------------------------------------------
+
+
+def heatmaps(keypoints: Sequence[np.ndarray], size: int, side: int) -> Tensor:
+    """Visible joints as Gaussians of 1/40 of the side, (B, 18, side, side) in [0, 1].
+
+    Args:
+        keypoints: of each picture (P, 18, 3): x and y in pixels, and whether visible.
+        size: the pictures' side, in the same pixels.
+        side: the heatmaps'.
+    """
+    heat = np.zeros((len(keypoints), JOINTS, side, side), np.float32)
+    at = (np.arange(side) + 0.5) / side
+    for i, people in enumerate(keypoints):
+        for person in people:
+            for joint, (x, y, visible) in enumerate(person):
+                if visible:
+                    across, down = (np.exp(-((at - z / size) ** 2) * (40**2 / 2)) for z in (x, y))
+                    heat[i, joint] = np.maximum(heat[i, joint], down[:, None] * across)
+    return torch.from_numpy(heat)
+
+
+def peaks(heat: np.ndarray) -> np.ndarray:
+    """Peaks of heatmaps (18, h, w) as rows (x, y, height, joint), x and y in their pixels, to fractions of one."""
+    kernel = np.ones((5, 5), np.uint8)
+    found = []
+    for joint, values in enumerate(heat):
+        logs = np.pad(np.log(np.maximum(values, 1e-6)), 1, mode="edge")
+        for y, x in np.argwhere((values >= cv2.dilate(values, kernel)) & (values > _THRESHOLD)):
+            around = logs[y : y + 3, x : x + 3]
+            shifts = []
+            for a, b, c in (around[1], around[:, 1]):  # the summit of the parabola through three logs: a Gaussian's own
+                bend = 2 * b - a - c
+                shifts.append(float(np.clip((c - a) / (2 * bend), -0.5, 0.5)) if bend > 0 else 0.0)
+            found.append((x + 0.5 + shifts[0], y + 0.5 + shifts[1], values[y, x], joint))
+    return np.array(found, np.float32).reshape(-1, 4)
+
+
+def persons(found: np.ndarray, figure: np.ndarray) -> np.ndarray:
+    """Joints put together to persons, (P, 18, 3): each joins the nearest neck, one on the same figure if there is one.
+
+    Args:
+        found: rows (x, y, height, joint), x and y in pixels.
+        figure: bool (H, W), where figures are; its connected parts tell persons apart who stand apart.
+    """
+    height, width = figure.shape
+    span = max(max(height, width) // 32, 1)  # joints lie on a figure's very edge, at times beyond it
+    _, parts = cv2.connectedComponents(cv2.dilate(figure.astype(np.uint8), np.ones((2 * span + 1,) * 2, np.uint8)))
+    x, y = (np.clip(found[:, k].astype(int), 0, side - 1) for k, side in ((0, width), (1, height)))
+    part = parts[y, x]
+    necks = np.flatnonzero(found[:, 3] == _NECK)
+    if not len(necks):  # then every part is a person
+        necks = np.array([np.flatnonzero(part == p)[0] for p in np.unique(part)], int)
+    people = np.zeros((len(necks), JOINTS, 3), np.float32)
+    for i in np.argsort(found[:, 2], kind="stable"):  # of two peaks of one joint the higher is kept
+        away = np.hypot(*(found[necks, :2] - found[i, :2]).T)
+        joint = int(found[i, 3])
+        nearest = int((away + (part[necks] != part[i]) * (height + width)).argmin())
+        people[nearest, joint] = (*found[i, :2], 1)
+    return people[people[..., 2].sum(1) >= _FEWEST]
+
+
+# --- truth --------------------------------------------------------------------------------------------------------
+
+
+def maps_of(scenes: Sequence[Truth]) -> Maps:
+    """The truth of scenes of one size, as ``Observer.loss`` takes it; heatmaps are of half the side."""
+    size = len(scenes[0].depth)
+    return {
+        "depth": torch.from_numpy(np.stack([1 / scene.depth for scene in scenes]))[:, None],
+        "normals": torch.from_numpy(np.stack([scene.normals for scene in scenes])).permute(0, 3, 1, 2).contiguous(),
+        "labels": torch.from_numpy(np.stack([scene.labels for scene in scenes])).long(),
+        "joints": heatmaps([scene.keypoints for scene in scenes], size, size // 2),
+    }
+
+
+def mirrored(maps: Maps, where: Tensor) -> Maps:
+    """True ``Maps`` with left and right exchanged in the rows where ``where``, bool (B,), says so."""
+    turned = {name: values.flip(-1) for name, values in maps.items()}
+    turned["normals"] = turned["normals"] * torch.tensor([-1.0, 1.0, 1.0], device=where.device)[:, None, None]
+    turned["joints"] = turned["joints"][:, list(MIRRORED)]
+    return {
+        name: torch.where(where.view(-1, *[1] * (values.ndim - 1)), turned[name], values)
+        for name, values in maps.items()
+    }
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------
+
+
+def score(observations: Sequence[Truth], scenes: Sequence[Truth]) -> dict[str, float]:
+    """How well pictures of scenes were read; the figures that accompany every use of an observer.
+
+    depth_rmse: of inverse depth stretched to [0, 1] over each picture, mean over pictures.
+    normal_degrees: the mean angle between normals where the scene has any; one not read counts as 90 degrees.
+    miou: intersection over union of each class in all pictures together, mean over the classes that the scenes have.
+    pck: the share of visible joints that were found within a tenth of the larger side of the box about their person's
+        visible joints, and at least within 2% of the picture; nan where no joint is visible.
+    """
+    errors, angles, joints = [], [], []
+    most = 1 + max(int(t.labels.max()) for t in [*scenes, *observations])
+    confusion = np.zeros((most, most), np.int64)  # true, read
+    for seen, true in zip(observations, scenes, strict=True):
+        light, target = (depth_picture(t.depth)[..., 0] / 255.0 for t in (seen, true))
+        errors.append(float(np.sqrt(((light - target) ** 2).mean())))
+        solid = true.normals.any(-1)
+        # The same angle as the arc cosine's, but exact where normals agree.
+        a, b = seen.normals[solid].astype(np.float64), true.normals[solid].astype(np.float64)
+        angles.append(np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1))))
+        angles[-1][~a.any(-1)] = 90.0
+        confusion += np.bincount(
+            true.labels.astype(np.int64).ravel() * most + seen.labels.ravel(), minlength=most**2
+        ).reshape(most, most)
+        joints += _found(seen.keypoints, true.keypoints, max(true.labels.shape))
+    hits, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    there = confusion.sum(1) > 0
+    return {
+        "depth_rmse": float(np.mean(errors)),
+        "normal_degrees": float(np.concatenate(angles).mean()),
+        "miou": float((hits[there] / union[there]).mean()),
+        "pck": float(np.mean(joints)) if joints else float("nan"),
+    }
+
+
+def _found(seen: np.ndarray, true: np.ndarray, side: int) -> list[bool]:
+    """Of each visible joint, whether the same joint of anybody was read close by."""
+    found = []
+    for person in true:
+        visible = person[:, 2] > 0
+        if visible.any():
+            box = np.ptp(person[visible, :2], axis=0).max()
+            for joint in np.flatnonzero(visible):
+                read = seen[seen[:, joint, 2] > 0, joint, :2]
+                away = np.hypot(*(read - person[joint, :2]).T)
+                found.append(bool((away <= max(0.1 * box, 0.02 * side)).any()))
+    return found
+
+
+def accuracy(observer: Observer, scenes: Sequence) -> dict[str, float]:
+    """``score`` of an observer on ``scenes.Scene`` objects that it was not trained on."""
+    return score(observer.observe([scene.picture for scene in scenes]), scenes)
