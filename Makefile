@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo gallery test lint docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/run: pyproject.toml constraints.txt
@@ -17,6 +17,13 @@ $(VENV)/dev: $(VENV)/run
 
 demo: $(VENV)/run  ## drawings and prompts in, controlled pictures out: out/demo/index.html
 	$(BIN)/python recipes/demo.py --out out/demo
+
+$(VENV)/world: $(VENV)/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[world]"
+	touch $@
+
+gallery: $(VENV)/world  ## what control is good for, one page: out/gallery/index.html
+	$(BIN)/python recipes/gallery.py --out out/gallery
 
 test: $(VENV)/dev  ## the fast suite
 	$(BIN)/python -m pytest

@@ -142,6 +142,8 @@ def main(
     observer = train_observer(run, pictures.scenes, minutes["observer"])
     observer.save(out / "observer")
     found["observer"] = accuracy(Observer.load(out / "observer"), heldout)
+    observer.config["accuracy"] = found["observer"]  # goes wherever it goes
+    observer.save(out / "observer")
 
     tower = ImageTextTower.load(out / "referee" if (out / "referee").exists() else where("referee"))
     head = train_aesthetic(run, tower, pictures, minutes["aesthetic"])

@@ -3,7 +3,8 @@
     python recipes/report.py --out docs                      # the shipped base; needs npm once, for the pictures
     python recipes/report.py --base runs/mini/mini --referee runs/mini/referee --out runs/mini
 
-Writes ``OUT/mini.json`` and ``OUT/mini.png`` (12 concepts x 5 styles).
+Writes ``OUT/mini.json``, ``OUT/mini.png`` (12 concepts x 5 styles) and ``OUT/scenes.png`` (held-out scenes, and what the
+base makes of their captions).
 """
 
 import json
@@ -21,6 +22,7 @@ from controlkit.data import EmojiPairs
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
 from controlkit.mini import world
+from controlkit.mini.scenes import draw_scenes
 from controlkit.sample import Job, Settings, generate
 from controlkit.seeds import numpy_rng
 
@@ -38,6 +40,7 @@ CONCEPTS = (
     "umbrella",
     "glowing-star",
 )
+SCENES_SEED, SCENES = 2**31, 10  # of scenes that nothing was trained on
 CHOICES = 100  # captions the referee picks among, all of one style on one ground
 
 
@@ -76,7 +79,9 @@ def main(
     settings = Settings(steps, guidance)
     emoji = world.load_emoji(model.size)
     with Progress() as progress:
-        task = progress.add_task("generating", total=(num + len(CONCEPTS) * len(world.STYLES)) * steps)
+        scenes = list(draw_scenes(model.size, SCENES_SEED, range(SCENES)))
+        count = num + len(CONCEPTS) * len(world.STYLES) + len(scenes)
+        task = progress.add_task("generating", total=count * steps)
 
         def make(jobs: list[Job]) -> list[np.ndarray]:
             advance = generate(model, jobs, settings=settings, on_step=lambda n: progress.advance(task, n))
@@ -86,6 +91,7 @@ def main(
             make([Job(world.caption(concept, style, ground), 0) for style in world.STYLES])
             for concept, ground in zip(CONCEPTS, world.GROUNDS, strict=True)
         ]
+        staged = make([Job(scene.captions[0], seed) for seed, scene in enumerate(scenes)])
         rows, grounds, captions = quiz(emoji, num, "base")
         made = make([Job(texts[0], seed) for seed, texts in enumerate(captions)])
     unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
@@ -110,6 +116,8 @@ def main(
     write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())
     turned = [list(row) for row in zip(*sheet, strict=True)]  # styles down, concepts across
     write_png(out / "mini.png", grid(turned, [concept.replace("-", " ") for concept in CONCEPTS], cell=96))
+    labels = [scene.captions[-1] for scene in scenes]
+    write_png(out / "scenes.png", grid([[scene.picture for scene in scenes], staged], labels, cell=model.size))
     print(json.dumps(figures, indent=2))
 
 

@@ -194,7 +194,7 @@ def pairs():
 
 def test_a_cache_holds_what_a_step_needs(toy_base, pairs, tmp_path):
     counted = []
-    cached = build_cache(toy_base, pairs, CANNY, tmp_path / "cache.safetensors", counted.append, batch=2)
+    cached = build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors", counted.append, batch=2)
     assert (len(cached), counted) == (5, [2, 2, 1])
     moments = toy_base.encode_moments(to_tensor([pair.picture for pair in pairs]))
     assert torch.allclose(cached.moments.float(), moments, atol=1e-2)
@@ -206,21 +206,21 @@ def test_a_cache_holds_what_a_step_needs(toy_base, pairs, tmp_path):
 
 
 def test_row_zero_is_the_empty_prompt_though_no_pair_has_it(toy_base, pairs, tmp_path):
-    cached = build_cache(toy_base, pairs[:2], CANNY, tmp_path / "cache.safetensors")
+    cached = build_cache(toy_base, pairs[:2], {"": CANNY}, tmp_path / "cache.safetensors")
     assert torch.allclose(cached.text.tokens[0].float(), toy_base.encode_text([""]).tokens[0], atol=1e-2)
     assert 0 not in cached.prompt_rows
 
 
 def test_a_cache_is_built_once_and_read_back_equal(toy_base, pairs, tmp_path, monkeypatch):
     path = tmp_path / "cache.safetensors"
-    built = build_cache(toy_base, pairs, CANNY, path)
+    built = build_cache(toy_base, pairs, {"": CANNY}, path)
 
     def encode(*args):
         raise AssertionError("the cache was built again")
 
     monkeypatch.setattr(toy_base, "encode_moments", encode)
     monkeypatch.setattr(toy_base, "encode_text", encode)
-    read = build_cache(toy_base, pairs, CANNY, path)
+    read = build_cache(toy_base, pairs, {"": CANNY}, path)
     before, after = ({**vars(c), **c.text.tensors()} for c in (built, read))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "text")
@@ -231,5 +231,5 @@ def test_an_interrupted_cache_leaves_nothing(toy_base, pairs, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_cache(toy_base, pairs, CANNY, tmp_path / "cache.safetensors", interrupt)
+        build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors", interrupt)
     assert not list(tmp_path.iterdir())

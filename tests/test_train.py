@@ -48,6 +48,7 @@ from controlkit.train import (
 )
 
 CONTRACT = Hint("canny")
+CONTRACTS = {"": CONTRACT}
 TINY = {
     "data": {"source": "fill50k", "count": 8},
     "steps": 6,
@@ -177,9 +178,11 @@ PROBED = {
     "checkpoint_every": 1,
     "evaluation": {"every": 2, "num": 2, "steps": 1},
 }
-SETTINGS = [  # key, another value, what of the run it must change
+SCENES = {"data": {"source": "scenes", "scenes": 8}}
+SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
     ("control.annotator", "scribble", "hints"),
+    ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
     ("control.body", "conv", "tensors"),
     ("control.join", "gaussian", "losses"),
@@ -188,6 +191,8 @@ SETTINGS = [  # key, another value, what of the run it must change
     ("data.source", "fill50k", "hints"),
     ("data.count", 5, "pairs"),
     ("data.variants", 1, "pairs"),
+    ("data.scenes", 16, "pairs", SCENES),
+    ("data.visits", 2, "pairs", SCENES),
     ("steps", 3, "steps"),
     ("batch", 3, "losses"),
     ("lr", 2e-3, "weights"),
@@ -224,12 +229,15 @@ def neighbour(toy_base, drawn_joins, tmp_path_factory):
 
 @pytest.fixture
 def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch):
-    """``trace(key, value)`` runs the probed recipe with one setting changed; all that can be seen of the run."""
+    """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed; all that can
+    be seen of the run."""
     monkeypatch.setattr(train, "load_base", {"toy": toy_base, "other": other_base}.__getitem__)
     monkeypatch.chdir(neighbour.parent)
 
-    def run(key=None, value=None):
+    def run(key=None, value=None, within=None):
         content, out, stages = copy.deepcopy(PROBED), tmp_path / f"{key}", []
+        for section, values in (within or {}).items():
+            content[section] |= values
         if key:
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
@@ -246,7 +254,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "evaluated": [record.step for record in records if record.evaluation],
             "work": {total for name, total in stages if name == "evaluating"},
             "checkpoints": sorted(path.name for path in (out / "checkpoints").iterdir()),
-            "samples": {path.name: path.read_bytes() for path in (out / "samples").iterdir()},
+            "samples": {path.name: path.read_bytes() for path in out.glob("samples/*")},
         }
 
     return run
@@ -258,11 +266,12 @@ def remembered():
     return {}
 
 
-@pytest.mark.parametrize(("key", "value", "seen"), SETTINGS, ids=[key for key, *_ in SETTINGS])
-def test_every_setting_changes_the_run(key, value, seen, trace, remembered):
-    if not remembered:
-        remembered.update(trace())
-    assert trace(key, value)[seen] != remembered[seen]
+@pytest.mark.parametrize("setting", SETTINGS, ids=[key for key, *_ in SETTINGS])
+def test_every_setting_changes_the_run(setting, trace, remembered):
+    key, value, seen, within = (*setting, None)[:4]
+    if str(within) not in remembered:
+        remembered[str(within)] = trace(within=within)
+    assert trace(key, value, within)[seen] != remembered[str(within)][seen]
 
 
 def test_no_setting_is_left_out():
@@ -315,7 +324,8 @@ def cached():
     moments = torch.cat([torch.arange(10.0).view(-1, 1, 1, 1).expand(10, 4, 8, 8), torch.full((10, 4, 8, 8), -30.0)], 1)
     hints = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(10, 32, 32, 3)
     text = torch.arange(11.0).view(-1, 1, 1).expand(11, 4, 32)
-    return Cached(moments.half(), hints.contiguous(), Text(text.half()), torch.arange(1, 11))
+    kinds = torch.zeros(10, dtype=torch.int64)
+    return Cached(moments.half(), hints.contiguous(), kinds, Text(text.half()), torch.arange(1, 11))
 
 
 def drawn_pairs(batch, toy_base):
@@ -324,32 +334,34 @@ def drawn_pairs(batch, toy_base):
 
 
 def same(a, b):
-    return equal(vars(a) | a.text.tensors() | {"text": a.t}, vars(b) | b.text.tensors() | {"text": b.t})
+    parts = [vars(one) | one.text.tensors() | {"text": one.t, "hints": one.hints[""]} for one in (a, b)]
+    return equal(*parts)
 
 
 def test_a_step_s_batch_is_the_same_whatever_came_before(toy_base, cached):
     recipe = tiny()
-    first = draw_batch(toy_base, cached, CONTRACT, recipe, 7)
+    first = draw_batch(toy_base, cached, CONTRACTS, recipe, 7)
     torch.randn(100)
     np.random.default_rng().random()
     for step in (0, 3, 8):
-        assert not same(draw_batch(toy_base, cached, CONTRACT, recipe, step), first)
-    assert same(draw_batch(toy_base, cached, CONTRACT, recipe, 7), first)
+        assert not same(draw_batch(toy_base, cached, CONTRACTS, recipe, step), first)
+    assert same(draw_batch(toy_base, cached, CONTRACTS, recipe, 7), first)
 
 
 def test_a_sample_s_draws_do_not_depend_on_the_batch_s_size(toy_base, cached):
-    small, large = (draw_batch(toy_base, cached, CONTRACT, tiny(batch=batch), 0) for batch in (2, 5))
-    assert same(Batch(**{name: value[:2] for name, value in vars(large).items()}), small)
-    later = [draw_batch(toy_base, cached, CONTRACT, tiny(batch=batch), 3) for batch in (2, 5)]
+    small, large = (draw_batch(toy_base, cached, CONTRACTS, tiny(batch=batch), 0) for batch in (2, 5))
+    cut = {name: value[:2] for name, value in vars(large).items() if name != "hints"}
+    assert same(Batch(**cut, hints={"": large.hints[""][:2]}), small)
+    later = [draw_batch(toy_base, cached, CONTRACTS, tiny(batch=batch), 3) for batch in (2, 5)]
     assert torch.equal(later[0].noise, later[1].noise[:2]) and torch.equal(later[0].t, later[1].t[:2])
 
 
 def test_samples_and_steps_have_draws_of_their_own(toy_base, cached):
-    batches = [draw_batch(toy_base, cached, CONTRACT, tiny(seed=seed), step) for seed in (0, 1) for step in (0, 1)]
+    batches = [draw_batch(toy_base, cached, CONTRACTS, tiny(seed=seed), step) for seed in (0, 1) for step in (0, 1)]
     noise = torch.cat([batch.noise for batch in batches])
     assert len(noise.unique(dim=0)) == len(noise) == 8
     spread = dataclasses.replace(cached, moments=torch.zeros_like(cached.moments))
-    batch = draw_batch(toy_base, spread, CONTRACT, tiny(), 0)
+    batch = draw_batch(toy_base, spread, CONTRACTS, tiny(), 0)
     latents = batch.latents / toy_base.vae.config.scaling_factor  # of mean 0 and variance 1: the draw itself
     assert latents.std() == pytest.approx(1, abs=0.15)
     assert abs((latents * batch.noise).mean()) < 0.15, "the latents' draw is not the noise"
@@ -359,10 +371,10 @@ def test_an_epoch_shows_every_pair_once_and_each_its_own_order(toy_base, cached)
     recipe = tiny(batch=2, prompt_dropout=0.0)
     epochs = []
     for epoch in range(2):
-        batches = [draw_batch(toy_base, cached, CONTRACT, recipe, epoch * 5 + step) for step in range(5)]
+        batches = [draw_batch(toy_base, cached, CONTRACTS, recipe, epoch * 5 + step) for step in range(5)]
         epochs.append([pair for batch in batches for pair in drawn_pairs(batch, toy_base)])
         for batch in batches:
-            assert (255 * batch.hints[:, 0, 0, 0]).round().int().tolist() == drawn_pairs(batch, toy_base)
+            assert (255 * batch.hints[""][:, 0, 0, 0]).round().int().tolist() == drawn_pairs(batch, toy_base)
             assert (batch.text.tokens[:, 0, 0] - 1).int().tolist() == drawn_pairs(batch, toy_base)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1] and epochs[0] != list(range(10))
@@ -372,14 +384,14 @@ def test_an_epoch_shows_every_pair_once_and_each_its_own_order(toy_base, cached)
 def test_prompts_are_dropped_at_the_share_asked_for(share, toy_base, cached):
     recipe = tiny(batch=10, prompt_dropout=share)
     rows = torch.stack(
-        [draw_batch(toy_base, cached, CONTRACT, recipe, step).text.tokens[:, 0, 0] for step in range(60)]
+        [draw_batch(toy_base, cached, CONTRACTS, recipe, step).text.tokens[:, 0, 0] for step in range(60)]
     )
     assert (rows == 0).float().mean() == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
 
 
 def test_timesteps_cover_the_schedule(toy_base, cached):
     recipe = tiny(batch=10)
-    t = torch.cat([draw_batch(toy_base, cached, CONTRACT, recipe, step).t for step in range(60)]).float()
+    t = torch.cat([draw_batch(toy_base, cached, CONTRACTS, recipe, step).t for step in range(60)]).float()
     assert t.min() < 25 and t.max() > 975
     assert t.quantile(0.5) == pytest.approx(500, abs=60)
 
@@ -414,7 +426,7 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind,
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     hints, t = torch.rand(3, 3, *[8 * base.stride] * 2, generator=generator), torch.tensor([0, 500, 999])
-    batch = Batch(latents, noise, t, base.encode_text(["a red apple", "", "gold circle"]), hints)
+    batch = Batch(latents, noise, t, base.encode_text(["a red apple", "", "gold circle"]), {"": hints})
 
     alpha = base.scheduler.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
@@ -459,7 +471,8 @@ def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(name, contract, tmp_p
     base = request.getfixturevalue(name)
     pair = CirclePairs(base.size, 1)[0]
     monkeypatch.setattr("controlkit.data.hint_of", lambda pair, contract: pair.hint)
-    trained_on = draw_batch(base, build_cache(base, [pair], contract, tmp_path / "x"), contract, tiny(batch=1), 0).hints
+    cached = build_cache(base, [pair], {"": contract}, tmp_path / "x")
+    trained_on = draw_batch(base, cached, {"": contract}, tiny(batch=1), 0).hints[""]
     branch = base.new_branch(hint_channels=contract.channels)
     read = []
     branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
@@ -533,7 +546,7 @@ def test_training_lowers_the_loss(toy_base, tmp_path):
     recipe = tiny(steps=40, batch=4, lr=5e-3, checkpoint_every=40, evaluation={"every": 0})
     list(train_control(recipe, tmp_path, toy_base))
     cached = Cached.read(next(tmp_path.glob("pairs*")))
-    batch = draw_batch(toy_base, cached, CONTRACT, tiny(batch=16), 1000)
+    batch = draw_batch(toy_base, cached, CONTRACTS, tiny(batch=16), 1000)
     with torch.no_grad():
         before, after = (
             objective(toy_base, branch, batch)

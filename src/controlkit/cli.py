@@ -437,6 +437,9 @@ def evaluate(
         if isinstance(figure, dict) and "mean" in figure:
             table.add_row(name, f"{figure['mean']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
     Console().print(table)
+    if report.get("observer"):
+        told = ", ".join(f"{name} {value:.3f}" for name, value in report["observer"].items())
+        _say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {told}.")
     if json_file:
         write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
     if not report["counts"]:
@@ -519,8 +522,8 @@ def convert(
 def where(name: Annotated[str, typer.Argument(help="`mini`, `union`, `canny`, `depth`, `referee`, ...")]) -> None:
     """Print the folder of what is shipped; the base and its controls are ordinary diffusers folders.
 
-    A control that is a type of a Union lies in the Union's folder; `controlkit convert canny DST --to diffusers` takes it
-    out as an ordinary ControlNet.
+    A control that is a type of a Union lies in the Union's folder; `controlkit convert canny DST --to diffusers` takes
+    it out as an ordinary ControlNet.
     """
     from controlkit.formats import shipped_folder
 

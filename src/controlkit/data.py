@@ -233,11 +233,10 @@ def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> 
         unseen = EmojiPairs(size, "heldout_pictures")
         return EmojiPairs(size, "heldout_concepts", count=num), [pair.picture for pair in unseen]
     if source == "scenes":
-        drawn = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED, heldout=True, count=num, person=person)
-        if len(drawn) < num:
-            raise UserError(f"{len(drawn)} held-out scenes are at hand: measure on at most as many.")
-        others = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED)
-        return drawn, [pair.picture for pair in others]
+        scenes = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED, heldout=True, count=num, person=person)
+        if len(scenes) < num:
+            raise UserError(f"{len(scenes)} held-out scenes are at hand: measure on at most as many.")
+        return scenes, [pair.picture for pair in ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED)]
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
@@ -285,7 +284,7 @@ def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: 
             write_png(folder / kind / f"{i}.png", picture_of(scene))
         exact = {name: value for name, value in vars(scene).items() if isinstance(value, np.ndarray)}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: value for name, value in exact.items() if name != "picture"})
+        np.savez_compressed(buffer, allow_pickle=False, **{k: value for k, value in exact.items() if k != "picture"})
         write_atomic(folder / "truth" / f"{i}.npz", buffer.getvalue())
         facts = {"captions": scene.captions, "heldout": scene.heldout}
         write_atomic(folder / "truth" / f"{i}.json", (json.dumps(facts) + "\n").encode())

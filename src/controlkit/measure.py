@@ -419,11 +419,13 @@ def evaluate(
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
     look: Look | None = None,
+    without: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Everything `controlkit evaluate` prints, as plain values.
 
     Seeds are 0..N-1. ``real`` are pictures nothing was trained on, for FID; ``look`` is ``fidelity``'s. Three passes of
     sampling are made: controlled, without control, and with hints shuffled (a rotation by half: nobody keeps his own).
+    ``without``: the pictures of the second, where another control was measured on the same pairs and settings.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -432,7 +434,9 @@ def evaluate(
             f'"{control.hint.annotator}" can be found again in the embedded scenes alone: measure on scenes.'
         )
     hints = [hint_of(truth, control.hint) for truth in truths]
-    made = three_ways(base, control, truths, hints, settings, batch, on_step)
+    made = three_ways(base, control, truths, hints, settings, batch, on_step, skip_no_control=without is not None)
+    if without is not None:
+        made["no_control"] = list(without)
     made["ceiling"] = ceiling_pictures(base, [truth.picture for truth in truths])
     scores = {name: fidelity(pictures, hints, control.hint, look) for name, pictures in made.items()}
     measured = obedience(**scores, metric=metric_of(control.hint).name)
@@ -447,6 +451,8 @@ def evaluate(
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
     adheres = means["clip_score"] >= 0.95 * means["clip_score_no_control"]
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
+    if look is None and control.hint.annotator in TRUTHS:
+        report["observer"] = shipped_observer().config.get("accuracy")
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {
         "scale": control.scale,

@@ -54,6 +54,7 @@ class UnionBranch(ControlBranch):
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         super().__init__(taps, body, stride, hint_channels, spec)
+        self.heads, self.layers = heads, layers
         self.type_code = Timesteps(code_width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.task_embedding = nn.Parameter(torch.zeros(types, width))
         self.transformer_layes = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))  # sic

@@ -82,10 +82,9 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict
     theirs |= {"controlnet_conditioning_channel_order": hint.colour_order.lower()}
     if isinstance(branch, UnionBranch):
         types, width = branch.task_embedding.shape
-        layers = branch.transformer_layes
-        theirs |= {"num_control_type": types, "num_trans_channel": width, "num_trans_layer": len(layers)}
+        theirs |= {"num_control_type": types, "num_trans_channel": width, "num_trans_layer": branch.layers}
         theirs |= {"num_proj_channel": branch.taps[0].channels}
-        theirs |= {"num_trans_head": layers[0].attn.num_heads, "addition_time_embed_dim": branch.type_code.num_channels}
+        theirs |= {"num_trans_head": branch.heads, "addition_time_embed_dim": branch.type_code.num_channels}
     return theirs | {"global_pool_conditions": branch.pools}
 
 
@@ -161,7 +160,7 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 
 def shipped_controls() -> dict[str, tuple[Path, str]]:
     """Shipped controls by name: the folder, and which type of it if that is a Union (else "")."""
-    found = {}
+    found: dict[str, tuple[Path, str]] = {}
     for name in shipped_names():
         if (where(name) / WEIGHTS).is_file():
             with safe_open(where(name) / WEIGHTS, framework="pt") as file:

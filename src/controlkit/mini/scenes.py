@@ -556,10 +556,10 @@ def _sky(y, skies):  # type: ignore[no-untyped-def]
 
 
 @_fast
-def _shade(
+def _shade(  # type: ignore[no-untyped-def]
     o, d, want_colour, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies, floors,
     pattern, n, rgb, p, spare,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """What a ray sees: (part, or -1 for the floor, -2 for the sky; t). Normal into ``n``, light into ``rgb``."""
     part, t = _first(o, d, _FAR, False, groups, bounds, kinds, centres, turns, sizes, n)
     if d[1] < 0:
@@ -644,10 +644,10 @@ def _shade(
 
 
 @_fast
-def _cast(
+def _cast(  # type: ignore[no-untyped-def]
     size, focal, turn, place, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies,
     floors, pattern,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One ray a pixel for the truth; four more for the colour where neighbours differ."""
     seen = np.empty((size, size), np.int64)
     depth = np.empty((size, size))
@@ -907,11 +907,12 @@ def load_scenes(size: int, seed: int, count: int) -> list[Scene]:
             parts[f"{name}_counts"] = np.array([len(scene[name]) for scene in drawn])
             parts[name] = np.concatenate([np.asarray(scene[name]) for scene in drawn])
         parts["normals"] = (parts["normals"] * 127).round().astype(np.int8)
-        parts["depth"] = parts["depth"].astype(np.float16)
+        depth = parts["depth"]  # the floor right before the horizon lies farther than half precision reaches
+        parts["depth"] = np.where(np.isfinite(depth), np.minimum(depth, 6e4), np.inf).astype(np.float16)
 
         def write(scratch: Path) -> None:
             with scratch.open("wb") as file:
-                np.savez(file, **parts)
+                np.savez(file, allow_pickle=False, **parts)
 
         write_atomic(path, write)
     with np.load(path) as held:
@@ -920,7 +921,7 @@ def load_scenes(size: int, seed: int, count: int) -> list[Scene]:
     read["depth"] = read["depth"].astype(np.float32)
     for name in ("captions", "lines", "keypoints"):
         ends = np.cumsum(read.pop(f"{name}_counts"))[:-1]
-        read[name] = np.split(read[name], ends)  # type: ignore[assignment]
+        read[name] = np.split(read[name], ends)
     return [
         Scene(**{name: values[i] for name, values in read.items()} | {"captions": tuple(map(str, read["captions"][i]))})
         for i in range(len(read["heldout"]))
