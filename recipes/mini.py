@@ -490,12 +490,13 @@ def train_unet(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     minutes: float,
-    begin: Callable[[UNet2DConditionModel], None] = lambda unet: None,
+    begin: Callable[[UNet2DConditionModel], None] | None = None,
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
     unet = build_unet(size)
-    begin(unet)
+    if begin:
+        begin(unet)
     model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
     schedule = build_schedule()
     count = size.unet_batch
@@ -506,9 +507,11 @@ def train_unet(
         prompts = ["" if rng.random() < 0.1 else words_for(tuple(texts[row]), rng) for row in rows]
         x = torch.from_numpy(latents[rows]).float().to(run.device)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
-        # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T); and one is
-        # drawn from each of `count` equal shares, so that the batch's loss varies less than with free draws.
-        steps = np.sqrt((np.arange(count) + rng.random(count)) / count) * schedule.config.num_train_timesteps
+        # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T), except where an
+        # earlier U-Net knows that already and the new latents' detail is what has to be learnt. And one is drawn from
+        # each of `count` equal shares, so that the batch's loss varies less than with free draws.
+        drawn = (np.arange(count) + rng.random(count)) / count
+        steps = (drawn if begin else np.sqrt(drawn)) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
         out = model(schedule.add_noise(x, noise, t), t, tokens_of(tokenizer, prompts, run.device))
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
@@ -583,7 +586,7 @@ def main(
     referee.save(out / "referee")
     tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)
-    begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else lambda unet: None
+    begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else None
     model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin)
     save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")

@@ -3,8 +3,8 @@
     python recipes/report.py --out docs                      # the shipped base; needs npm once, for the pictures
     python recipes/report.py --base runs/mini/mini --referee runs/mini/referee --out runs/mini
 
-Writes ``OUT/mini.json``, ``OUT/mini.png`` (12 concepts x 5 styles) and ``OUT/scenes.png`` (held-out scenes, and what the
-base makes of their captions).
+Writes ``OUT/mini.json``, ``OUT/mini.png`` (12 concepts x 5 styles) and ``OUT/scenes.png`` (held-out scenes, and what
+the base makes of their captions).
 """
 
 import json

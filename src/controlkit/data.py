@@ -136,7 +136,7 @@ class ScenePairs(Sequence[Pair]):
 class TypedPairs(Sequence[Pair]):
     """Pairs of several sources, each with one type of hint, for a Union to learn from.
 
-    A source's pairs take the types in turn, those drawn from truth twice as often; what is not known of a pair is
+    A source's pairs take the types in turn, those drawn from truth three times as often; what is not known of a pair is
     passed over. ``visits``: how often each source's pairs come, each time with another type.
     """
 
@@ -145,7 +145,7 @@ class TypedPairs(Sequence[Pair]):
         self._rows: list[tuple[int, int, str]] = []
         for number, source in enumerate(sources):
             known = len(source) > 0 and source[0].truth is not None
-            turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 2
+            turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 3
             for row in range(len(source) * visits[number] if turns else 0):
                 index, kind = row % len(source), turns[(row + row // len(source)) % len(turns)]
                 if kind == "pose" and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
