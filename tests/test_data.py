@@ -7,22 +7,27 @@ import numpy as np
 import pytest
 import torch
 
+from controlkit import maps
 from controlkit.annotators import annotate, annotator, canny
 from controlkit.data import (
     CirclePairs,
     EmojiPairs,
     FolderPairs,
     Pair,
+    ScenePairs,
+    TypedPairs,
     build_cache,
     evaluation_pairs,
     hint_of,
     make_fill50k,
+    make_scenes,
     split_folder,
 )
 from controlkit.errors import UserError
 from controlkit.images import Hint, read_picture, to_tensor
 from controlkit.measure import edge_f1
 from controlkit.mini import world
+from controlkit.mini.scenes import PALETTE, draw_scene, load_scenes
 
 CANNY = annotator("canny").hint()
 
@@ -233,3 +238,116 @@ def test_an_interrupted_cache_leaves_nothing(toy_base, pairs, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors", interrupt)
     assert not list(tmp_path.iterdir())
+
+
+# --- scenes, and types of hint ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scenes(fake_packages):
+    """Two dozen scenes of 32 pixels, drawn once for all tests."""
+    return load_scenes(32, 0, 24)
+
+
+def test_scene_pairs_are_those_with_or_without_something_held_out_and_with_a_figure_if_asked(scenes):
+    for heldout in (False, True):
+        wanted = [scene for scene in scenes if scene.heldout == heldout]
+        pairs = ScenePairs(32, 24, heldout=heldout)
+        assert len(pairs) == len(wanted) > 2
+        for pair, scene in zip(pairs, wanted, strict=True):
+            assert np.array_equal(pair.picture, scene.picture) and pair.prompt in scene.captions
+            assert np.array_equal(pair.truth.depth, scene.depth)
+    people = ScenePairs(32, 24, person=True)
+    assert 0 < len(people) < len(ScenePairs(32, 24)) and all(len(pair.truth.keypoints) for pair in people)
+    assert len(ScenePairs(32, 24, count=2)) == 2
+    firsts = [pair.prompt == pair.truth.captions[0] for pair in ScenePairs(32, 24)]
+    assert any(firsts) and not all(firsts), "prompts come in several wordings"
+
+
+def test_hints_of_truth_are_drawn_from_it_and_the_others_from_the_picture(scenes):
+    pair = next(iter(ScenePairs(32, 24, person=True)))
+    truth = pair.truth
+    assert np.array_equal(hint_of(pair, Hint("depth")), maps.depth_picture(truth.depth))
+    assert np.array_equal(hint_of(pair, Hint("normal")), maps.normal_picture(truth.normals))
+    assert np.array_equal(hint_of(pair, Hint("seg")), PALETTE[truth.labels])
+    assert np.array_equal(hint_of(pair, Hint("pose")), maps.pose_picture(truth.keypoints, (32, 32)))
+    assert np.array_equal(hint_of(pair, CANNY), canny(pair.picture))
+
+
+@pytest.mark.parametrize("kind", ["depth", "normal", "seg", "pose"])
+def test_of_a_picture_of_which_nothing_is_known_no_truth_is_drawn(kind, pairs):
+    with pytest.raises(UserError, match=rf"Hints of {kind} are drawn from what is known .* data.source: scenes"):
+        hint_of(Pair(pairs[0].picture, ""), Hint(kind))
+
+
+def test_types_go_round_and_none_is_asked_of_a_pair_that_lacks_what_it_shows(scenes):
+    circles, drawn = [Pair(p.picture, p.prompt) for p in CirclePairs(32, 10)], ScenePairs(32, 24)
+    types = ["canny", "depth", "pose", "tile"]
+    typed = TypedPairs([circles, drawn], types, [1, 4])
+    pairs = list(islice(typed, len(typed)))
+    known = [pair for pair in pairs if pair.truth is not None]
+    assert {pair.kind for pair in pairs if pair.truth is None} == {"canny", "tile"}
+    assert {pair.kind for pair in known} == set(types)
+    assert all(len(pair.truth.keypoints) for pair in known if pair.kind == "pose")
+    counts = {kind: sum(pair.kind == kind for pair in known) for kind in types}
+    assert counts["depth"] == pytest.approx(2 * counts["canny"], abs=2), "types of truth come twice as often"
+    visits = [pair.kind for pair in known if np.array_equal(pair.picture, drawn[0].picture)]
+    assert len(visits) >= 3 and len(set(visits)) == len(visits), "each visit brings another type"
+    assert not len(TypedPairs([circles], ["depth"], [1]))
+
+
+def test_a_cache_says_which_type_each_hint_is_of_and_masks_nothing_of_those_without_masks(toy_base, pairs, tmp_path):
+    contracts = {"canny": CANNY, "inpaint": annotator("inpaint").hint()}
+    typed = [Pair(p.picture, p.prompt, kind=kind) for p, kind in zip(pairs, ["inpaint", "canny"] * 2, strict=False)]
+    cached = build_cache(toy_base, typed, contracts, tmp_path / "cache.safetensors")
+    assert cached.kinds.tolist() == [1, 0, 1, 0] and cached.hints.shape == (4, 32, 32, 4)
+    assert np.array_equal(cached.hints[1, ..., :3], canny(typed[1].picture))
+    assert (cached.hints[1::2, ..., 3] == 255).all() and (cached.hints[::2, ..., 3] == 0).any()
+
+
+def test_evaluation_on_scenes_sees_held_out_ones_of_a_seed_nothing_is_trained_on(scenes, monkeypatch):
+    monkeypatch.setattr("controlkit.data.SCENES_EVALUATED", 24)
+    heldout, reference = evaluation_pairs("scenes", 32, 2)
+    assert len(heldout) == 2 and all(pair.truth.heldout for pair in heldout)
+    seen = {scene.picture.tobytes() for scene in scenes}
+    assert not seen & {picture.tobytes() for picture in reference}
+    assert not seen & {pair.picture.tobytes() for pair in heldout} and len(reference) > 2
+    people, _ = evaluation_pairs("scenes", 32, 1, person=True)
+    assert len(people[0].truth.keypoints)
+    with pytest.raises(UserError, match="measure on at most as many"):
+        evaluation_pairs("scenes", 32, 24)
+
+
+def test_scenes_are_written_with_all_that_is_known_of_them(tmp_path):
+    assert list(make_scenes(tmp_path, 3, size=32, seed=7, hint="normal")) == [1, 2, 3]
+    kinds = ("target", "depth", "normal", "seg", "pose", "edges")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    truths = {f"truth/{i}.{end}" for i in range(3) for end in ("npz", "json")}
+    pictures = {f"{kind}/{i}.png" for kind in kinds for i in range(3)}
+    assert files == {"prompt.json", "metadata.jsonl", "drawn.json"} | truths | pictures
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    for i, (pair, row) in enumerate(zip(FolderPairs(tmp_path, 32), rows, strict=True)):
+        scene = draw_scene(32, 7, i)
+        assert np.array_equal(pair.picture, scene.picture) and pair.prompt == scene.captions[0] == row["text"]
+        assert np.array_equal(pair.hint, maps.normal_picture(scene.normals))
+        assert row["file_name"] == f"target/{i}.png" and tuple(row["captions"]) == scene.captions
+        assert row["heldout"] == scene.heldout
+        with np.load(tmp_path / "truth" / f"{i}.npz", allow_pickle=False) as exact:
+            assert {"depth", "normals", "labels", "instances", "edges", "lines", "keypoints"} <= set(exact.files)
+            for name in exact.files:
+                assert np.array_equal(exact[name], getattr(scene, name)), name
+
+
+def test_interrupted_scenes_go_on_and_another_seed_or_an_unknown_hint_is_refused(tmp_path):
+    next(make_scenes(tmp_path, 3, size=32))
+    with pytest.raises(UserError, match=r"holds no prompt\.json"):
+        FolderPairs(tmp_path, 32)
+    with pytest.raises(UserError, match="was begun with size 32 and seed 0"):
+        next(make_scenes(tmp_path, 3, size=32, seed=1))
+    with pytest.raises(UserError, match='did you mean "depth"'):
+        next(make_scenes(tmp_path / "other", 1, size=32, hint="deph"))
+    assert not (tmp_path / "other").exists()
+    first = tmp_path / "target" / "0.png"
+    before = first.stat().st_mtime_ns
+    assert list(make_scenes(tmp_path, 3, size=32)) == [2, 3]
+    assert first.stat().st_mtime_ns == before and len(FolderPairs(tmp_path, 32)) == 3

@@ -209,7 +209,7 @@ def test_a_visible_joint_lies_on_its_figure(many):
         assert len(scene.keypoints) == scene.captions[0].count("person in")
         for number, person in enumerate(scene.keypoints, 1):  # figures come before solids
             x, y = person[person[:, 2] > 0, :2].astype(int).T
-            assert near(scene.instances == number, 1)[y, x].all(), "or just beside it, where it is thin"
+            assert near(scene.instances == number, 2)[y, x].all(), "or just beside it, where it is thin"
             exact += (scene.instances[y, x] == number).tolist()
             people += 1
     assert people > 8 and np.mean(exact) > 0.9

@@ -28,6 +28,7 @@ from controlkit.errors import UserError, nearest
 from controlkit.hub import where
 from controlkit.images import Hint, to_pictures, to_tensor
 from controlkit.maps import FACING, keypoints_of, labels_of, normals_of
+from controlkit.mini.aesthetic import AestheticHead
 from controlkit.mini.observer import Observer
 from controlkit.mini.tower import ImageTextTower
 from controlkit.precision import autocast, number_format
@@ -330,7 +331,10 @@ def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 
 
 
 class Referee:
-    """The image-text tower that never met the base: prompt adherence, and the features of FID."""
+    """The image-text tower that never met the base: prompt adherence, and the features of FID.
+
+    And, where there is one in the folder ``aesthetic`` beside it, the head that rates how well-made a picture is.
+    """
 
     def __init__(self, folder: Path | None = None, device: str = "cpu") -> None:
         from transformers import CLIPTokenizer
@@ -338,6 +342,8 @@ class Referee:
         folder = folder or where("referee")
         self.tower = ImageTextTower.load(folder).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        beside = folder.parent / "aesthetic"
+        self.head = AestheticHead.load(beside).to(device) if beside.is_dir() else None
         self.device = device
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
@@ -356,6 +362,13 @@ class Referee:
     def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Pooled features (N, C)."""
         return torch.cat([self.tower.features(b) for b in to_tensor(pictures).to(self.device).split(128)])
+
+    @torch.no_grad()
+    def ratings(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """How well-made each picture is, 0 to 10, (N,); ``UserError`` without a head."""
+        if self.head is None:
+            raise UserError("This referee has no aesthetic head: expected a folder `aesthetic` beside its own.")
+        return self.head(self.features(pictures)).cpu().numpy()
 
     @torch.no_grad()
     def clip_scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -447,6 +460,8 @@ def evaluate(
     for suffix, pictures in (("", made["controlled"]), ("_no_control", made["no_control"])):
         report[f"clip_score{suffix}"] = asdict(mean_figure(referee.clip_scores(pictures, prompts)))
         report[f"fid{suffix}"] = asdict(fid(referee.features(pictures), reference))
+        if referee.head is not None:
+            report[f"aesthetic{suffix}"] = asdict(mean_figure(referee.ratings(pictures)))
     report["counts"] = measured.counts
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
     adheres = means["clip_score"] >= 0.95 * means["clip_score_no_control"]
