@@ -508,8 +508,8 @@ def train_unet(
         x = torch.from_numpy(latents[rows]).float().to(run.device)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
         # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T), except where
-        # an earlier U-Net knows that already and the new latents' detail has to be learnt. And one is drawn from each of
-        # `count` equal shares, so that the batch's loss varies less than with free draws.
+        # an earlier U-Net knows that already and the new latents' detail has to be learnt. And one is drawn from each
+        # of `count` equal shares, so that the batch's loss varies less than with free draws.
         drawn = (np.arange(count) + rng.random(count)) / count
         steps = (drawn if begin else np.sqrt(drawn)) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlkit import precision
+from controlkit.annotators import contract
 from controlkit.backbones import load_base
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import Hint
@@ -51,6 +52,17 @@ def stock_inputs(inputs):
     x, t, text = inputs[:3]
     added = {} if text.pooled is None else {"text_embeds": text.pooled, "time_ids": text.sizes}
     return (x, t, text.tokens), {"added_cond_kwargs": added} if added else {}
+
+
+@torch.no_grad()
+def randomised(union, seed=0):
+    """A Union whose joins, hint encoder and types' code are drawn: it has learnt something of every type."""
+    generator = torch.Generator().manual_seed(seed)
+    code = union.control_add_embedding
+    for module in (union.hint_encoder.convs[-1], *union.joins.values(), code.linear_1, code.linear_2):
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+    return union.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +222,17 @@ def drawn_joins(toy_base):
         return branch
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def union_folder(toy_base, tmp_path_factory):
+    """A Union of the toy base, with something learnt of each of five types; alone in its folder, as if shipped."""
+    hints = {kind: contract(kind) for kind in ("canny", "scribble", "depth", "pose", "inpaint")}
+    trained = {"base": toy_base.name, "base_digest": toy_base.digest, "data": "world"}
+    saved = SavedControl(randomised(toy_base.new_union()), Hint(""), trained, hints)
+    folder = tmp_path_factory.mktemp("shipped") / "union"
+    save_control(folder, saved, toy_base)
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from controlkit import cli
+from controlkit.annotators import contract
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import Hint, write_png
 from controlkit.train import Recipe
@@ -102,6 +103,15 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
 def test_fill50k_is_drawn(run, tmp_path):
     assert run("data", "make", "fill50k", "--count", 3, "--size", 32, "--out", tmp_path / "set")[0] == 0
     assert len((tmp_path / "set" / "prompt.json").read_text().splitlines()) == 3
+
+
+def test_scenes_are_drawn_with_the_hints_asked_for(run, tmp_path):
+    out = tmp_path / "set"
+    assert run("data", "make", "scenes", "--count", 2, "--size", 32, "--hint", "seg", "--out", out)[0] == 0
+    lines = [json.loads(line) for line in (out / "prompt.json").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["seg/0.png", "seg/1.png"]
+    code, _, err = run("data", "make", "scenes", "--count", 1, "--hint", "deph", "--out", tmp_path / "other")
+    assert code == 2 and 'did you mean "depth"' in err
 
 
 def test_every_setting_of_a_recipe_is_documented():
@@ -224,6 +234,36 @@ def test_a_union_takes_a_picture_for_each_of_its_types(run, xl_folder, xl_base, 
         assert code == 2 and message in err
     code, _, err = run(*command, "--control", f"{tmp_path / 'edges'}:canny={drawing}")
     assert code == 2 and "is no Union" in err
+
+
+@pytest.fixture
+def shipped(union_folder, monkeypatch):
+    """As if nothing were shipped but a Union of the toy base."""
+    monkeypatch.setattr("controlkit.hub.SHIPPED", union_folder.parent)
+    return union_folder
+
+
+def test_a_shipped_union_s_types_are_found_by_their_own_names(run, shipped, toy_folder, toy_base, drawing, tmp_path):
+    assert {run("where", name)[1].strip() for name in ("canny", "depth", "union")} == {str(shipped)}
+    assert run("inspect", "depth")[1] == run("inspect", "union")[1] != ""
+    assert run("convert", "canny", tmp_path / "edges", "--to", "diffusers")[0] == 0
+    assert json.loads((tmp_path / "edges" / "config.json").read_text())["_class_name"] == "ControlNetModel"
+    assert load_control(tmp_path / "edges", toy_base).hint == load_control("canny", toy_base).hint == contract("canny")
+    command = ["generate", "x", "--base", toy_folder, "--steps", 2, "--control"]
+    for i, name in enumerate(("depth", "union:depth", "canny")):
+        assert run(*command, f"{name}={drawing}", "--hint", "--out", tmp_path / str(i))[0] == 0
+    pictures = [np.asarray(Image.open(tmp_path / str(i) / "picture-0.png")).astype(int) for i in range(3)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 < np.abs(pictures[0] - pictures[2]).max()
+
+
+def test_a_union_is_measured_by_its_types_and_their_names_are_not_written_over(
+    run, shipped, toy_folder, control, tmp_path, monkeypatch
+):
+    code, _, err = run("evaluate", "union", "--base", toy_folder)
+    assert code == 2 and "measure one of its types, as union:TYPE" in err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("convert", control, "depth", "--to", "diffusers")
+    assert code == 2 and "name of a shipped model" in err and not (tmp_path / "depth").exists()
 
 
 def test_a_foreign_file_is_used_as_named_or_its_pictures_as_they_are(run, toy_folder, toy_base, drawing, tmp_path):

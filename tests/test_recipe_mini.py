@@ -1,10 +1,17 @@
 """The recipe that makes `mini`, at toy size: every stage, what it leaves, and going on after an interruption."""
 
+import copy
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from recipes import mini
 from torch import nn
 
+from conftest import draw_inputs, relative
 from controlkit.backbones import load_base
 from controlkit.measure import Referee
 from controlkit.mini import world
@@ -15,7 +22,8 @@ PROMPT = "a red apple, 3d style, on a teal background"
 @pytest.fixture
 def short(monkeypatch):
     """Half a second a stage."""
-    monkeypatch.setattr(mini, "SHARES", dict.fromkeys(mini.SHARES, 0.5 / 60 / 0.4))
+    for shares in ("SHARES", "SHARES_GOING_ON"):
+        monkeypatch.setattr(mini, shares, dict.fromkeys(mini.SHARES, 0.5 / 60 / 0.4))
 
 
 @pytest.fixture
@@ -37,7 +45,9 @@ def counted(monkeypatch):
     return steps
 
 
-def test_the_toy_recipe_makes_a_base_and_its_referee_once(short, counted, fake_packages, tmp_path):
+def test_the_toy_recipe_makes_a_base_and_its_referee_once_and_another_run_goes_on_from_it(
+    short, counted, fake_packages, tmp_path
+):
     from diffusers import StableDiffusionPipeline
 
     mini.main(tmp_path, toy=True)
@@ -62,6 +72,14 @@ def test_the_toy_recipe_makes_a_base_and_its_referee_once(short, counted, fake_p
     assert not any(counted.values()), "finished stages are not trained again"
     assert all(path.read_bytes() == data for path, data in made.items() if path.suffix in (".safetensors", ".pt"))
     assert load_base(tmp_path / "mini").vae.config.scaling_factor == base.vae.config.scaling_factor
+
+    counted.clear()
+    mini.main(tmp_path / "next", toy=True, start=tmp_path)
+    assert counted.keys() == {"vae", "referee", "unet"} and all(counted.values()), "words are known already"
+    following = load_base(tmp_path / "next" / "mini")
+    assert following.digest != base.digest
+    assert following.towers[0].tokenizer(PROMPT).input_ids == base.towers[0].tokenizer(PROMPT).input_ids
+    assert Referee(tmp_path / "next" / "referee").clip_scores([drawn], [PROMPT]).shape == (1,)
 
 
 def test_an_interrupted_stage_goes_on_from_its_saved_step(tmp_path):
@@ -139,3 +157,86 @@ def test_muon_moves_the_module_s_own_matrices_and_is_used_for_the_inner_ones_alo
     module["inner"](module["conv_in"](torch.ones(1, 3, 8, 8))).square().mean().backward()
     optimizer.step(1e-2)
     assert all(not torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
+
+
+def test_words_are_one_of_a_picture_s_wordings_mostly_the_fullest_and_rarely_plain():
+    rng = np.random.default_rng(0)
+    wordings = ("a red ball, on a grey floor", "3d scene, a red ball", "a red sphere, on a grey floor")
+    said = Counter(mini.words_for(wordings, rng) for _ in range(1000))
+    assert said.keys() == {*wordings, mini.PLAIN}
+    assert said[wordings[0]] > 400 and 10 < said[mini.PLAIN] < 80
+    said = Counter(mini.words_for((PROMPT,), rng) for _ in range(1000))
+    what, style, ground = PROMPT.split(", ")
+    assert said.keys() == {PROMPT, f"{what}, {style}", f"{what}, {ground}", what, mini.PLAIN}
+    assert said[PROMPT] > 700
+
+
+@pytest.fixture
+def pictures(fake_packages):
+    """A world with a dozen scenes in it."""
+    return mini.Pictures(32, "base", scenes=12)
+
+
+def as_drawn(pixels):
+    return [picture.tobytes() for picture in ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()]
+
+
+def test_a_batch_of_one_kind_is_of_scenes_alone_or_has_none(pictures):
+    scenes = {scene.picture.tobytes(): scene.captions for scene in pictures.scenes}
+    kinds = []
+    for step in range(12):
+        pixels, texts = pictures.alike(6, step)
+        drawn = as_drawn(pixels)
+        kinds.append({picture in scenes for picture in drawn})
+        assert len(set(drawn)) == 6 and len(kinds[-1]) == 1
+        if kinds[-1] == {True}:
+            assert all(text in (*scenes[one], mini.PLAIN) for one, text in zip(drawn, texts, strict=True))
+    assert {True} in kinds and {False} in kinds
+
+
+def test_a_batch_has_scenes_in_their_share(pictures):
+    scenes = {scene.picture.tobytes() for scene in pictures.scenes}
+    share = np.mean([one in scenes for step in range(8) for one in as_drawn(pictures.batch(25, step)[0])])
+    assert share == pytest.approx(mini.SCENE_SHARE, abs=0.12)
+
+
+def test_two_visits_show_every_scene_and_the_next_two_their_mirror_images(pictures):
+    shown = [[picture for picture, words in pictures.views(visit) if len(words) > 1] for visit in range(4)]
+    assert [len(visit) for visit in shown] == [6, 6, 6, 6]
+    drawn = {scene.picture.tobytes() for scene in pictures.scenes}
+    assert {picture.tobytes() for visit in shown[:2] for picture in visit} == drawn
+    assert {picture[:, ::-1].tobytes() for visit in shown[2:] for picture in visit} == drawn
+
+
+def test_a_vae_begins_with_another_s_layers_nearest_the_pixels():
+    torch.manual_seed(0)
+    size = mini.SIZES["toy"]
+    old, new = mini.build_vae(size), mini.build_vae(replace(size, vae_channels=(8, 16, 16, 16), latent_channels=8))
+    mini.carry_vae(old, new)
+    before, after = old.state_dict(), new.state_dict()
+    for theirs, ours in (
+        ("encoder.conv_in", "encoder.conv_in"),
+        ("encoder.down_blocks.0.resnets.0.conv1", "encoder.down_blocks.0.resnets.0.conv1"),
+        ("decoder.up_blocks.2.resnets.0.conv1", "decoder.up_blocks.3.resnets.0.conv1"),
+        ("decoder.up_blocks.1.upsamplers.0.conv", "decoder.up_blocks.2.upsamplers.0.conv"),
+        ("decoder.conv_out", "decoder.conv_out"),
+    ):
+        assert torch.equal(before[f"{theirs}.weight"], after[f"{ours}.weight"]), ours
+    middle = "decoder.mid_block.resnets.0.conv1.weight"
+    assert not torch.equal(before[middle], after[middle])
+
+
+def test_a_u_net_is_carried_over_as_it_is_where_the_latents_are_the_same_and_turned_with_them(toy_base):
+    generator = torch.Generator().manual_seed(0)
+    drawn = SimpleNamespace(batch=lambda count, step: (2 * torch.rand(count, 3, 32, 32, generator=generator) - 1, []))
+    unet = mini.build_unet(mini.SIZES["toy"])
+    mini.carry_unet(toy_base, toy_base.vae, unet, drawn)
+    x, t, text, _ = draw_inputs(toy_base)
+    with torch.no_grad():
+        wanted = toy_base.unet(x, t, text.tokens).sample
+        assert relative(unet(x, t, text.tokens).sample, wanted) < 1e-3
+        turned = copy.deepcopy(toy_base.vae)
+        for parameter in turned.quant_conv.parameters():
+            parameter[:4] = -2 * parameter[[1, 0, 3, 2]]
+        mini.carry_unet(toy_base, turned, unet, drawn)
+        assert relative(unet(-2 * x[:, [1, 0, 3, 2]], t, text.tokens).sample, -2 * wanted[:, [1, 0, 3, 2]]) < 1e-3

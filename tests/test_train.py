@@ -22,7 +22,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from conftest import stock_inputs
+from conftest import randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.data import Cached, CirclePairs, build_cache, make_fill50k
@@ -46,6 +46,7 @@ from controlkit.train import (
     training_pairs,
     verdict,
 )
+from controlkit.union import UnionBranch
 
 CONTRACT = Hint("canny")
 CONTRACTS = {"": CONTRACT}
@@ -798,3 +799,77 @@ def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monk
     list(itertools.islice(train_control(tiny(), tmp_path, toy_base), 4))
     last = list(train_control(tiny(), tmp_path, toy_base))[-1]
     assert last.verdict == "control found at step 3"
+
+
+# --- a Union ------------------------------------------------------------------------------------------------
+
+UNION = {
+    "control": {"types": ["canny", "depth", "pose", "inpaint"]},
+    "data": {"source": "scenes", "scenes": 8, "count": 6, "visits": 4},
+    "evaluation": {"every": 0},
+}
+
+
+def test_a_batch_of_several_types_keeps_each_row_with_its_own_hint_and_picture(toy_base, cached):
+    contracts = {"canny": CONTRACT, "depth": Hint("depth", low=-1.0), "pose": Hint("pose")}
+    typed = dataclasses.replace(cached, kinds=torch.arange(10) % 3)
+    plain = draw_batch(toy_base, cached, CONTRACTS, tiny(batch=7, prompt_dropout=0.0), 1)
+    batch = draw_batch(toy_base, typed, contracts, tiny(batch=7, prompt_dropout=0.0), 1)
+    pairs = drawn_pairs(batch, toy_base)
+    assert sorted(pairs) == sorted(drawn_pairs(plain, toy_base))
+    assert [pair % 3 for pair in pairs] == sorted(pair % 3 for pair in pairs)
+    assert (batch.text.tokens[:, 0, 0] - 1).int().tolist() == pairs
+    levels = {kind: (hint[:, 0, 0, 0] - contract.low) / (contract.high - contract.low)
+              for kind, contract in contracts.items() if (hint := batch.hints.get(kind)) is not None}  # fmt: skip
+    assert [round(255 * float(level)) for level in torch.cat(list(levels.values()))] == pairs
+    order = [drawn_pairs(plain, toy_base).index(pair) for pair in pairs]
+    assert torch.equal(batch.noise, plain.noise[order]) and torch.equal(batch.t, plain.t[order])
+
+
+def test_the_objective_of_a_batch_of_types_is_the_mean_of_its_types_own(toy_base, cached):
+    union = randomised(toy_base.new_union())
+    typed = dataclasses.replace(cached, kinds=torch.arange(10) % 2)
+    batch = draw_batch(toy_base, typed, {"canny": CONTRACT, "depth": CONTRACT}, tiny(batch=6), 0)
+    counts = [len(hint) for hint in batch.hints.values()]
+    assert len(counts) == 2
+    total, first = 0.0, 0
+    for kind, hint in batch.hints.items():
+        rows = slice(first, first + len(hint))
+        own = {name: value[rows] for name, value in vars(batch).items() if name != "hints"}
+        total += len(hint) / 6 * objective(toy_base, union, Batch(**own, hints={kind: hint})).item()
+        first += len(hint)
+    assert objective(toy_base, union, batch).item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["scenes", "world"])
+def test_a_union_is_trained_and_ends_the_same_whether_stopped_or_not(source, toy_base, fake_packages, tmp_path):
+    recipe = tiny(**UNION, steps=4, batch=4)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    list(train_control(recipe, tmp_path / "stopped", toy_base))
+    assert_like(tmp_path / "whole", tmp_path / "stopped")
+    saved = load_control(tmp_path / "whole", toy_base)
+    assert type(saved.branch) is UnionBranch and saved.trained["data"] == source
+    assert saved.hints == train.hints_of(recipe) and list(saved.hints) == UNION["control"]["types"]
+    assert saved.hints["inpaint"].mark == -1 and saved.hints["canny"].options == {"low": 100.0, "high": 200.0}
+    fresh = toy_base.new_union().state_dict()
+    changed = {key for key, value in saved.branch.state_dict().items() if not torch.equal(value, fresh[key])}
+    assert "control_add_embedding.linear_2.weight" in changed and "joins.middle.weight" in changed
+    assert not any(key.startswith("spatial_ch_projs") for key in changed), "types are told by their code alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluation": {"every": 2}}, "measured type by type"),
+        ({"control": {"types": ["cany"]}}, 'did you mean "canny"'),
+        ({"control": {"types": ["canny"], "body": "conv"}}, r"no control\.body"),
+        ({"control": {"types": ["canny"], "options": {"low": 1.0}}}, r"no control\.options"),
+        ({"data": {"source": "fill50k"}}, '"fill50k" has hints of one type'),
+    ],
+)
+def test_a_union_s_recipe_that_cannot_be_meant_is_refused(changes, words, toy_base, fake_packages, tmp_path):
+    with pytest.raises(UserError, match=words):
+        next(train_control(tiny(**(UNION | changes)), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()

@@ -147,7 +147,8 @@ class TypedPairs(Sequence[Pair]):
             known = len(source) > 0 and source[0].truth is not None
             turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 3
             for row in range(len(source) * visits[number] if turns else 0):
-                index, kind = row % len(source), turns[(row + row // len(source)) % len(turns)]
+                visit, index = divmod(row, len(source))
+                kind = turns[(index + visit) % len(turns)]
                 if kind == "pose" and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
                     continue
                 self._rows.append((number, index, kind))

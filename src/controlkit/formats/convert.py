@@ -21,6 +21,7 @@ from controlkit.formats.control import (
     control_weights,
     hint_of,
     read_control,
+    shipped_controls,
     write_folder,
     write_tensors,
 )
@@ -111,7 +112,7 @@ def _check(target: Path, to: str, dtype: str | None) -> None:
         raise UserError(f"{to} is a folder: expected a folder's name, got {target}.")
     if target.is_file() or (target.is_dir() and (any(target.iterdir()) or target.samefile("."))):
         raise UserError(f"{target} is there already and is not overwritten: give another name, or delete it first.")
-    if str(target) in shipped_names():
+    if str(target) in {*shipped_names(), *shipped_controls()}:
         raise UserError(f'"{target}" is the name of a shipped model, which would be found instead: give another name.')
 
 

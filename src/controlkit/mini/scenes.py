@@ -557,7 +557,7 @@ def _sky(y, skies):  # type: ignore[no-untyped-def]
 
 @_fast
 def _shade(  # type: ignore[no-untyped-def]
-    o, d, want_colour, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies, floors,
+    o, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies, floors,
     pattern, n, rgb, p, spare,
 ):  # fmt: skip
     """What a ray sees: (part, or -1 for the floor, -2 for the sky; t). Normal into ``n``, light into ``rgb``."""
@@ -574,8 +574,6 @@ def _shade(  # type: ignore[no-untyped-def]
         rgb[0], rgb[1], rgb[2] = _sky(d[1] / length, skies)
         n[0], n[1], n[2] = 0.0, 0.0, 0.0
         return part, _FAR
-    if not want_colour:
-        return part, t
     for k in range(3):
         p[k] = o[k] + t * d[k]
     gloss, mirror, base = 0.0, 0.0, np.empty(3)
@@ -660,7 +658,7 @@ def _cast(  # type: ignore[no-untyped-def]
             for k in range(3):
                 d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
             part, t = _shade(
-                place, d, True, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies,
+                place, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies,
                 floors, pattern, n, rgb, p, spare,
             )  # fmt: skip
             seen[y, x], depth[y, x] = part, t
@@ -687,7 +685,7 @@ def _cast(  # type: ignore[no-untyped-def]
                     for k in range(3):
                         d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
                     _shade(
-                        place, d, True, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots,
+                        place, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots,
                         skies, floors, pattern, n, rgb, p, spare,
                     )  # fmt: skip
                     total0 += min(rgb[0], 1.0)
