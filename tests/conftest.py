@@ -62,6 +62,8 @@ def randomised(union, seed=0):
     for module in (union.hint_encoder.convs[-1], *union.joins.values(), code.linear_1, code.linear_2):
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+    for parameter in code.linear_2.parameters():
+        parameter.mul_(4)
     return union.eval()
 
 

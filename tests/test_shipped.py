@@ -11,13 +11,13 @@ from diffusers import (
 )
 
 from controlkit import hub
-from controlkit.annotators import contract
 from controlkit.backbones import load_base
 from controlkit.data import Pair, hint_of
 from controlkit.formats import convert, load_control, shipped_controls
 from controlkit.hub import where
 from controlkit.mini.scenes import draw_scene
 from controlkit.sample import Control, Job, Settings, generate
+from controlkit.train import Recipe, hints_of
 
 PROMPT = "a red apple, 3d style, on a teal background"
 TYPES = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
@@ -84,7 +84,7 @@ def test_every_type_is_shipped_and_says_what_it_is(mini):
     assert {name for name, (folder, kind) in shipped_controls().items() if kind} == set(TYPES)
     for name in TYPES:
         saved = load_control(name, mini)
-        assert saved.hint == contract(name)
+        assert saved.hint == hints_of(Recipe(**saved.trained["recipe"]))[name]
         assert saved.trained["base_digest"] == mini.digest
         assert saved.trained["recipe"]["prompt_dropout"] == 0.5
 

@@ -46,7 +46,7 @@ from controlkit.train import (
     training_pairs,
     verdict,
 )
-from controlkit.union import UnionBranch
+from controlkit.union import OneType, UnionBranch
 
 CONTRACT = Hint("canny")
 CONTRACTS = {"": CONTRACT}
@@ -836,7 +836,7 @@ def test_the_objective_of_a_batch_of_types_is_the_mean_of_its_types_own(toy_base
     for kind, hint in batch.hints.items():
         rows = slice(first, first + len(hint))
         own = {name: value[rows] for name, value in vars(batch).items() if name != "hints"}
-        total += len(hint) / 6 * objective(toy_base, union, Batch(**own, hints={kind: hint})).item()
+        total += len(hint) / 6 * objective(toy_base, OneType(union, kind), Batch(**own, hints={"": hint})).item()
         first += len(hint)
     assert objective(toy_base, union, batch).item() == pytest.approx(total, rel=1e-5)
 

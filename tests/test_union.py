@@ -65,7 +65,7 @@ def test_a_union_that_also_shifts_its_features_gives_its_types_as_they_are(toy_b
     saved = load_control(f"{tmp_path / 'foreign'}:pose", toy_base)
     assert type(saved.branch) is OneType and saved.hint == Hint("").made_by(contract("pose"))
     assert relative(residuals(saved.branch, inputs), residuals(union, inputs, "pose")) <= 1e-5
-    assert relative(residuals(saved.branch, inputs), residuals(union, inputs, "depth")) > 1e-2
+    assert relative(residuals(saved.branch, inputs), residuals(union, inputs, "depth")) > 1e-3
 
 
 def test_what_is_no_union_or_knows_fewer_types_has_no_such_type(toy_base, tmp_path):

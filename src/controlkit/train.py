@@ -330,8 +330,7 @@ def _features(branch: ControlBranch, hints: Mapping[str, Tensor]) -> Any:
     """What the branch reads of a batch's hints, row after row; a Union's types one after the other."""
     if not isinstance(branch, UnionBranch):
         return branch.encode_hint(hints[""])
-    parts = [branch.encode_hint({kind: hint}) for kind, hint in hints.items()]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return branch.encode_each(hints)
 
 
 def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:

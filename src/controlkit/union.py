@@ -94,8 +94,21 @@ class UnionBranch(ControlBranch):
         so that there each depends on its neighbours.
         """
         self.check_types(hint)
-        numbers = [TYPES[name] for name in hint]
-        maps = [self.hint_encoder(one) for one in hint.values()]
+        return self._fused({name: self.hint_encoder(one) for name, one in hint.items()})
+
+    def encode_each(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Features of rows with one hint each, as a batch of training has them: those of the first type, of the next, ...
+
+        The same as ``encode_hint`` of each type by itself; the hints are read together, which on a CPU takes half the time.
+        """
+        self.check_types(hints)
+        maps = self.hint_encoder(torch.cat(list(hints.values()))).split([len(hint) for hint in hints.values()])
+        parts = [self._fused({name: one}) for name, one in zip(hints, maps, strict=True)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _fused(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Maps of several types of hint put together, and the code of their types."""
+        numbers, maps = [TYPES[name] for name in hints], list(hints.values())
         means = [one.mean((2, 3)) + self.task_embedding[number] for one, number in zip(maps, numbers, strict=True)]
         tokens = torch.stack(means)  # (hints, B, C)
         rows = tokens.flatten(0, 1)[None]  # to the module, a sequence of one token in each of hints x B rows
