@@ -97,9 +97,9 @@ class UnionBranch(ControlBranch):
         return self._fused({name: self.hint_encoder(one) for name, one in hint.items()})
 
     def encode_each(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Features of rows with one hint each, as a batch of training has them: those of the first type, of the next, ...
+        """Features of rows with one hint each, as training has them: those of the first type, of the next, and so on.
 
-        The same as ``encode_hint`` of each type by itself; the hints are read together, which on a CPU takes half the time.
+        The same as ``encode_hint`` of each type by itself, but the hints are read together.
         """
         self.check_types(hints)
         maps = self.hint_encoder(torch.cat(list(hints.values()))).split([len(hint) for hint in hints.values()])

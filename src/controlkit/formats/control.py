@@ -23,7 +23,7 @@ from controlkit.annotators import contract
 from controlkit.backbones import UNetBase, UNetEncoder
 from controlkit.backbones.families import family_of_width
 from controlkit.branch import ControlBranch, ControlSpec
-from controlkit.errors import UserError
+from controlkit.errors import UserError, nearest
 from controlkit.formats.describe import KINDS, WEIGHTS, WEIGHTS_FILES, Description
 from controlkit.formats.names import key_table
 from controlkit.formats.weights import (
@@ -172,7 +172,11 @@ def shipped_controls() -> dict[str, tuple[Path, str]]:
 
 def shipped_folder(name: str) -> Path:
     """The folder of what is shipped under a name; of a Union's type, the Union's."""
-    return shipped_controls()[name][0] if name in shipped_controls() else where(name)
+    controls = shipped_controls()
+    if name not in controls and name not in shipped_names():
+        known = sorted({*controls, *shipped_names()})
+        raise UserError(f'Nothing is shipped under the name "{name}": {nearest(name, known)}')
+    return controls[name][0] if name in controls else where(name)
 
 
 def control_path(name: str | Path) -> Path:
