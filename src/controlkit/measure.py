@@ -217,6 +217,8 @@ METRICS = {
 
 def metric_of(contract: Hint) -> Metric:
     """The metric of obedience to hints of this contract, whether or not anything here makes them."""
+    if not contract.annotator:
+        raise UserError(f"No annotator of these hints is named: expected one of {', '.join(METRIC_OF)}.")
     if contract.annotator not in METRIC_OF:
         raise UserError(
             f'Obedience to hints named "{contract.annotator}" is not measured: {nearest(contract.annotator, METRIC_OF)}'
