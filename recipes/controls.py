@@ -110,7 +110,7 @@ def main(
             reports[name] = evaluate(
                 model, control, on.pairs, on.real, settings, referee, on_step=advance, without=on.without
             )
-            write_png(out / "controls" / f"{name}.png", sheet(model, control, on, settings))
+            write_png(out / "controls" / f"{name}.png", sheet(model, control, on, settings), colours=256)
         print(line(name, reports[name]), flush=True)
         table = "\n".join([HEAD, *(line(*one) for one in reports.items())])
         write_atomic(out / "controls.md", f"{table}\n".encode())

@@ -28,6 +28,7 @@ from page import Labelled, Page  # recipes/page.py
 DRAWINGS = Path(__file__).parent / "drawings"
 CONDITIONS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 FOUR = ("depth", "normal", "seg", "canny")
+WIDEST = 13  # pictures side by side in gallery.png
 SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
 
 
@@ -129,11 +130,10 @@ def main(
         sheets.append(row)
         page.section(f"Every control: {scene.captions[0]}", [row[:12], row[12:]])
     page.text(f"<p>Made in {time.perf_counter() - started:.0f} s.</p>")
-    widest = max(map(len, sheets))
     blank = np.full((*sides, 3), 255, np.uint8)
-    write_png(
-        out / "gallery.png", grid([[p for _, p in row] + [blank] * (widest - len(row)) for row in sheets], cell=96)
-    )
+    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
+    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
+    write_png(out / "gallery.png", grid(rows, cell=96), colours=256)
     print(f"The page: {page.write()}\nAll pictures in one: {out / 'gallery.png'}")
 
 

@@ -275,8 +275,8 @@ def test_what_nothing_here_finds_needs_a_look():
     own, other = truths("depth")
     seen = {0: own, 1: other}
     pictures = [np.full((64, 64, 3), i, np.uint8) for i in seen]
-    with pytest.raises(UserError, match='Nothing here finds "depth" in a picture: give a `look`'):
-        fidelity(pictures, [own, own], contract("depth"))
+    with pytest.raises(UserError, match='Nothing here finds "hed" in a picture: give a `look`'):
+        fidelity(pictures, [own, own], contract("hed"))
     scores = fidelity(pictures, [own, own], contract("depth"), look=lambda picture: seen[int(picture[0, 0, 0])])
     assert scores.tolist() == [0.0, depth_rmse(other, own)]
 

@@ -837,7 +837,7 @@ def test_mutated_files_are_read_or_refused(layouts, toy_base, tmp_path):
     counts = fuzz(layouts, toy_base, tmp_path, 150)
     for reader in READERS:
         done = {end: sum(counts[layout, reader, end] for layout in LAYOUTS) for end in ("read", "refused")}
-        assert min(done.values()) >= 10, counts  # both ways are tried, or it tests little
+        assert min(done.values()) >= 5, counts  # both ways are tried, or it tests little; one in twelve is read
 
 
 @pytest.mark.slow
