@@ -23,10 +23,10 @@ from controlkit.images import grid, read_picture, write_png
 from controlkit.mini import world
 from controlkit.mini.scenes import Scene, draw_scene
 from controlkit.sample import Control, Job, Settings, generate
+from controls import CONTROLS  # recipes/controls.py
 from page import Labelled, Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
-CONDITIONS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 FOUR = ("depth", "normal", "seg", "canny")
 WIDEST = 13  # pictures side by side in gallery.png
 SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
@@ -37,8 +37,8 @@ class Studio:
 
     def __init__(self, base: UNetBase, tick: Progress) -> None:
         self.base, self.progress = base, tick
-        self.controls: dict[str, SavedControl] = {name: load_control(name, base) for name in CONDITIONS}
-        self.task = tick.add_task("drawing", total=len(CONDITIONS) + 5 + 5 + 3 * 3 + len(FOUR) * 2)
+        self.controls: dict[str, SavedControl] = {name: load_control(name, base) for name in CONTROLS}
+        self.task = tick.add_task("drawing", total=len(CONTROLS) + 5 + 5 + 3 * 3 + len(FOUR) * 2)
 
     def make(self, hints: Mapping[str, np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         """One picture a prompt and seed, under all the hints together."""
@@ -124,7 +124,7 @@ def main(
         page.section(f"A pose and a depth map together: {scene.captions[0]}", [row[:3], row[3:]])
 
         row = []
-        for name in CONDITIONS:
+        for name in CONTROLS:
             hint = studio.hint(name, scene)
             row += [(name, shown(hint)), ("", studio.make({name: hint}, [scene.captions[0]], (0,))[0])]
         sheets.append(row)

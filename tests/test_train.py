@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from conftest import randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
-from controlkit.data import Cached, CirclePairs, build_cache, make_fill50k
+from controlkit.data import Cached, CirclePairs, Pair, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
@@ -873,3 +873,13 @@ def test_a_union_s_recipe_that_cannot_be_meant_is_refused(changes, words, toy_ba
     with pytest.raises(UserError, match=words):
         next(train_control(tiny(**(UNION | changes)), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
+
+
+def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_scenes_alone(toy_base, tmp_path):
+    with pytest.raises(UserError, match="Nothing here makes hints of depth"):
+        train.hints_of(train.parse_recipe({"control": {"annotator": "depth", "options": {"low": 1.0}}}))
+    picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
+    own = [Pair(picture, "a thing", picture)] * 2
+    with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
+        train._Evaluator(toy_base, own, train.hints_of(train.parse_recipe({"control": {"annotator": "depth"}}))[""],
+                         train.Recipe(), tmp_path)  # fmt: skip

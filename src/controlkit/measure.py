@@ -253,6 +253,12 @@ def shipped_observer() -> Observer:
     return Observer.load(where("observer"))
 
 
+def check_findable(contract: Hint, truths: Iterable[Pair]) -> None:
+    """Refuse to look with the shipped observer at pictures of anything but the embedded scenes."""
+    if contract.annotator in TRUTHS and any(truth.truth is None for truth in truths):
+        raise UserError(f'"{contract.annotator}" can be found again in the embedded scenes alone: measure on scenes.')
+
+
 def fidelity(
     pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], contract: Hint, look: Look | None = None
 ) -> np.ndarray:
@@ -444,10 +450,8 @@ def evaluate(
     """
     started = time.perf_counter()
     settings = settings or Settings()
-    if look is None and control.hint.annotator in TRUTHS and any(truth.truth is None for truth in truths):
-        raise UserError(
-            f'"{control.hint.annotator}" can be found again in the embedded scenes alone: measure on scenes.'
-        )
+    if look is None:
+        check_findable(control.hint, truths)
     hints = [hint_of(truth, control.hint) for truth in truths]
     made = three_ways(base, control, truths, hints, settings, batch, on_step, skip_no_control=without is not None)
     if without is not None:

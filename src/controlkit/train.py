@@ -44,7 +44,16 @@ from controlkit.data import (
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import SCRATCH, Hint, grid, write_atomic, write_png
-from controlkit.measure import FOUND, Obedience, ceiling_pictures, fidelity, metric_of, obedience, three_ways
+from controlkit.measure import (
+    FOUND,
+    Obedience,
+    ceiling_pictures,
+    check_findable,
+    fidelity,
+    metric_of,
+    obedience,
+    three_ways,
+)
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
@@ -261,6 +270,8 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     control = recipe.control
     if not control.types:
         made = ANNOTATORS.get(control.annotator)
+        if control.options and not made:
+            raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
         return {"": made.hint(**control.options) if made else contract(control.annotator)}
     plain = ControlRecipe()
     words = {"annotator", "options", "body", "join", "taps"}
@@ -589,6 +600,7 @@ class _Evaluator:
     def __init__(self, base: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path) -> None:
         self.base, self.contract, self.out = base, contract, out
         self.pairs = [pairs[i] for i in range(len(pairs))]
+        check_findable(contract, self.pairs)
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self._fixed: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
