@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from controlkit.hub import digest
 from controlkit.mini import world
 from controlkit.mini.scenes import load_scenes
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
+from controlkit.optimizers import Optimizer
 from controlkit.precision import autocast, training_attention
 from controlkit.sample import PLAIN_PROMPT as PLAIN
 from controlkit.seeds import numpy_rng, torch_rng
@@ -61,16 +63,14 @@ class Size:
 SIZES = {
     "toy": Size(32, (8, 16, 16), 4, 4, (16, 32, 32), 4, 12, 1, (32, 1), (8, 16, 16, 32), (32, 1)),
     "64": Size(64, (24, 48, 96), 8, 16, (64, 128, 144), 48, 4000, 8, (192, 2), (48, 96, 160, 256), (128, 2)),
-    "128": Size(128, (24, 48, 96, 128), 16, 16, (64, 128, 144), 48, 6000, 2, (192, 2), (48, 96, 160, 256), (128, 2)),
+    "128": Size(128, (24, 48, 96, 128), 16, 16, (64, 128, 144), 48, 6000, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
     "256": Size(256, (64, 128, 256, 256), 4, 32, (96, 160, 192), 64, 12000, 4, (192, 2), (48, 96, 160, 256), (128, 2)),
 }
-SHARES = {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64}  # of the budget
-SHARES_GOING_ON = {
-    "vae": 0.26,
-    "tower": 0.0,
-    "referee": 0.07,
-    "unet": 0.67,
-}  # where an earlier run's towers are at hand
+SHARES = {  # of the budget, by what --start gives: nothing, a base of another size, or one of this very shape
+    "nothing": {"vae": 0.22, "tower": 0.04, "referee": 0.10, "unet": 0.64},
+    "another": {"vae": 0.26, "referee": 0.07, "unet": 0.67},
+    "same": {"unet": 1.0},
+}
 VOCABULARY = 2048
 SHAPE_SHARE, SCENE_SHARE = 0.1, 0.25  # of the pictures in a batch
 
@@ -153,47 +153,6 @@ class Pictures:
         return to_batch(drawn)
 
 
-class Optimizer:
-    """AdamW; with ``muon``, Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k).
-
-    What meets tokens, timesteps and latents (embeddings, first and last convolution) stays with AdamW, as do vectors.
-    """
-
-    def __init__(self, module: nn.Module, lr: float, muon: bool) -> None:
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        edge = ("embed", "conv_in", "conv_out.")
-        inner = {n for n, p in named.items() if muon and p.ndim >= 2 and not any(e in n for e in edge)}
-        # torch's Muon takes matrices alone: parameters that share the convolutions' memory.
-        self.views = [(named[n], nn.Parameter(named[n].detach().view(len(named[n]), -1))) for n in named if n in inner]
-        rest = [p for n, p in named.items() if n not in inner]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        ]
-        if self.views:
-            matrices = [view for _, view in self.views]
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-
-    def step(self, rate: float) -> None:
-        """One step at this learning rate; gradients are used up."""
-        for parameter, view in self.views:
-            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
-            parameter.grad = None
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-            part.zero_grad()
-
-    def state(self) -> list[dict]:
-        """What ``restore`` takes."""
-        return [part.state_dict() for part in self.parts]
-
-    def restore(self, state: list[dict]) -> None:
-        """Go on from a ``state``."""
-        for part, kept in zip(self.parts, state, strict=True):
-            part.load_state_dict(kept)
-
-
 @dataclass
 class Run:
     """Where the run lives and on what it runs; trains one module at a time against the clock."""
@@ -219,7 +178,7 @@ class Run:
         state_path = self.out / "state" / f"{name}.pt"
         state_path.parent.mkdir(parents=True, exist_ok=True)
         params = [p for p in module.parameters() if p.requires_grad]
-        optimizer = Optimizer(module, lr, muon)
+        optimizer = Optimizer(module, "muon" if muon else "adamw", betas=(0.9, 0.99))
         ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
         step, used = 0, 0.0
         if state_path.exists():
@@ -406,8 +365,12 @@ def carry_unet(old: UNetBase, vae: AutoencoderKL, unet: UNet2DConditionModel, pi
     """Begin a U-Net with another base's, of the same channels and latents of the same height and width.
 
     Latents of the two VAEs are matched by least squares over pictures (both see the same place of a picture at the same
-    place of their latents), and the first and last convolution are taken through that match.
+    place of their latents), and the first and last convolution are taken through that match. Of one VAE there is
+    nothing to match.
     """
+    if vae is old.vae:
+        unet.load_state_dict(old.unet.state_dict())
+        return
     pixels = pictures.batch(256, -100)[0]
     small = F.interpolate(pixels, (old.size, old.size), mode="area")
     before = torch.cat([old.encode_moments(part).chunk(2, 1)[0] for part in small.split(32)])
@@ -420,6 +383,13 @@ def carry_unet(old: UNetBase, vae: AutoencoderKL, unet: UNet2DConditionModel, pi
     state["conv_out.weight"] = torch.einsum("nc,cfij->nfij", to_new, state["conv_out.weight"])
     state["conv_out.bias"] = to_new @ state["conv_out.bias"]
     unet.load_state_dict(state)
+
+
+def same_latents(base: UNetBase, size: Size) -> bool:
+    """Whether a base's VAE has this size's very shape, so that it stays as it is and the U-Net goes on."""
+    config = base.vae.config
+    shape = (base.size, tuple(config.block_out_channels), config.latent_channels)
+    return shape == (size.pixels, size.vae_channels, size.latent_channels)
 
 
 def build_schedule() -> DDIMScheduler:
@@ -450,6 +420,7 @@ def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -
     path = run.out / "state" / f"latents-{digest(vae.state_dict())}.npy"  # of another VAE's latents nothing is of use
     texts_path = path.with_suffix(".json")
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         latents, texts = [], []
         for visit in range(size.views):
             views = pictures.views(visit)
@@ -491,6 +462,7 @@ def train_unet(
     tokenizer: CLIPTokenizer,
     minutes: float,
     begin: Callable[[UNet2DConditionModel], None] | None = None,
+    compiled: bool = False,
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
@@ -498,6 +470,8 @@ def train_unet(
     if begin:
         begin(unet)
     model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
+    if compiled:  # the method, so that weights keep their names
+        model.unet.forward = torch.compile(model.unet.forward)
     schedule = build_schedule()
     count = size.unet_batch
 
@@ -517,6 +491,7 @@ def train_unet(
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
 
     run.train("unet", model, loss_of, minutes, lr=1e-3, muon=True)
+    vars(model.unet).pop("forward", None)
     return model
 
 
@@ -555,39 +530,42 @@ def main(
     start: Annotated[
         Path | None, typer.Option(help="What an earlier run of this recipe left: begin with its averaged weights.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the U-Net: a sixth faster, after a minute and a half.")
+    ] = False,
     toy: Annotated[bool, typer.Option("--toy", help="Every stage at 32 pixels in under a minute.")] = False,
 ) -> None:
     """Rebuild the embedded base `mini` from nothing, in one resumable run."""
     chosen = SIZES["toy" if toy else size]
-    shares = SHARES_GOING_ON if start else SHARES
-    minutes = {name: share * (0.4 if toy else budget) for name, share in shares.items()}
     run = Run(out, device)
     pictures = Pictures(chosen.pixels, "base", scenes=chosen.scenes)
     torch.manual_seed(0)
     begun = load_base(start / "mini") if start else None
-    vae = train_vae(run, chosen, pictures, minutes["vae"], begun)
-    set_scale(vae, chosen, pictures, device)
+    at_hand = "nothing" if begun is None else "same" if same_latents(begun, chosen) else "another"
+    minutes = {name: share * (0.4 if toy else budget) for name, share in SHARES[at_hand].items()}
+    if begun and at_hand == "same":
+        vae = begun.vae.to(device)
+    else:
+        vae = train_vae(run, chosen, pictures, minutes["vae"], begun)
+        set_scale(vae, chosen, pictures, device)
     if begun:  # words and their numbers go together
         tokenizer, text = begun.towers[0].tokenizer, begun.towers[0].encoder
     else:
         tokenizer = learn_tokenizer(run, pictures)
         text = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2).text
-    referee = train_tower(
-        run,
-        "referee",
-        chosen,
-        chosen.referee_text,
-        pictures,
-        tokenizer,
-        minutes["referee"],
-        3,
-        start and start / "referee",
-    )
-    referee.save(out / "referee")
-    tokenizer.save_pretrained(out / "referee")
+    if start and at_hand == "same":
+        shutil.copytree(start / "referee", out / "referee", dirs_exist_ok=True)
+    else:
+        earlier = start and start / "referee"
+        size_of_words = chosen.referee_text
+        referee = train_tower(
+            run, "referee", chosen, size_of_words, pictures, tokenizer, minutes["referee"], 3, earlier
+        )
+        referee.save(out / "referee")
+        tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)
     begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else None
-    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin)
+    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin, compiled)
     save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")
 

@@ -26,7 +26,7 @@ ROOMS = [
     {"branch"},
     {"images"},
     {"hub", "tensors", "maps"},
-    {"seeds", "precision", "errors"},
+    {"seeds", "precision", "optimizers", "errors"},
 ]
 
 

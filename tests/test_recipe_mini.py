@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import draw_inputs, relative
 from controlkit.backbones import load_base
+from controlkit.hub import digest
 from controlkit.measure import Referee
 from controlkit.mini import world
 
@@ -22,8 +23,9 @@ PROMPT = "a red apple, 3d style, on a teal background"
 @pytest.fixture
 def short(monkeypatch):
     """Half a second a stage."""
-    for shares in ("SHARES", "SHARES_GOING_ON"):
-        monkeypatch.setattr(mini, shares, dict.fromkeys(mini.SHARES, 0.5 / 60 / 0.4))
+    for shares in mini.SHARES.values():
+        for stage in shares:
+            monkeypatch.setitem(shares, stage, 0.5 / 60 / 0.4)
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def counted(monkeypatch):
     return steps
 
 
-def test_the_toy_recipe_makes_a_base_and_its_referee_once_and_another_run_goes_on_from_it(
-    short, counted, fake_packages, tmp_path
+def test_the_toy_recipe_makes_a_base_and_its_referee_once_and_other_runs_go_on_from_it(
+    short, counted, fake_packages, tmp_path, monkeypatch
 ):
     from diffusers import StableDiffusionPipeline
 
@@ -74,10 +76,19 @@ def test_the_toy_recipe_makes_a_base_and_its_referee_once_and_another_run_goes_o
     assert load_base(tmp_path / "mini").vae.config.scaling_factor == base.vae.config.scaling_factor
 
     counted.clear()
+    mini.main(tmp_path / "more", toy=True, start=tmp_path)
+    assert counted.keys() == {"unet"} and all(counted.values()), "of a base of this shape only the U-Net goes on"
+    more = load_base(tmp_path / "more" / "mini")
+    assert more.digest != base.digest and digest(more.vae.state_dict()) == digest(base.vae.state_dict())
+    weights = "referee/model.safetensors"
+    assert (tmp_path / "more" / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+    counted.clear()
+    monkeypatch.setitem(mini.SIZES, "toy", replace(mini.SIZES["toy"], latent_channels=6))
     mini.main(tmp_path / "next", toy=True, start=tmp_path)
     assert counted.keys() == {"vae", "referee", "unet"} and all(counted.values()), "words are known already"
     following = load_base(tmp_path / "next" / "mini")
-    assert following.digest != base.digest
+    assert following.latent_channels == 6
     assert following.towers[0].tokenizer(PROMPT).input_ids == base.towers[0].tokenizer(PROMPT).input_ids
     assert Referee(tmp_path / "next" / "referee").clip_scores([drawn], [PROMPT]).shape == (1,)
 
@@ -146,17 +157,6 @@ def test_the_base_never_sees_a_held_out_picture(fake_packages):
     pictures = mini.Pictures(32, "base")
     names = {f"{pictures.emoji.styles[row]}/{pictures.emoji.concepts[row]}" for row in pictures.rows}
     assert names and not names & world.heldout_pictures()
-
-
-def test_muon_moves_the_module_s_own_matrices_and_is_used_for_the_inner_ones_alone():
-    torch.manual_seed(0)
-    module = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "inner": nn.Conv2d(4, 4, 3)})
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimizer = mini.Optimizer(module, 1e-2, muon=True)
-    assert [parameter is module["inner"].weight for parameter, _ in optimizer.views] == [True]
-    module["inner"](module["conv_in"](torch.ones(1, 3, 8, 8))).square().mean().backward()
-    optimizer.step(1e-2)
-    assert all(not torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
 
 
 def test_words_are_one_of_a_picture_s_wordings_mostly_the_fullest_and_rarely_plain():

@@ -397,6 +397,28 @@ def test_timesteps_cover_the_schedule(toy_base, cached):
     assert t.quantile(0.5) == pytest.approx(500, abs=60)
 
 
+def test_several_draws_of_a_pair_share_its_hint_and_nothing_else(toy_base, cached):
+    recipe = tiny(batch=12, draws=4)
+    batches = [draw_batch(toy_base, cached, CONTRACTS, recipe, step) for step in range(20)]
+    for batch in batches:
+        pairs = drawn_pairs(batch, toy_base)
+        assert [len(set(pairs[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and len(set(pairs)) == 3
+        assert len(batch.hints[""]) == 3 and len(batch.noise.unique(dim=0)) == 12
+        assert (255 * batch.hints[""][:, 0, 0, 0]).round().int().tolist() == pairs[::4]
+        shares = batch.t.view(3, 4) // 250
+        assert shares.tolist() == [[0, 1, 2, 3]] * 3, "each from a share of the schedule of its own"
+    dropped = torch.stack([batch.text.tokens[:, 0, 0] == 0 for batch in batches]).view(-1, 4).float().mean(1)
+    assert 0 < dropped.mean() < 1 and len(dropped.unique()) > 2, "prompts are dropped row by row"
+    assert sorted(pair for batch in batches[:10] for pair in drawn_pairs(batch, toy_base)[::4]) == sorted(
+        [*range(10)] * 3
+    ), "an epoch is every pair once"
+
+
+def test_a_batch_is_whole_pairs():
+    with pytest.raises(UserError, match="a batch of 6 rows cannot be shared out in 4 draws"):
+        train.parse_recipe({"batch": 6, "draws": 4})
+
+
 # --- the objective ------------------------------------------------------------------------------------------
 
 
@@ -839,6 +861,18 @@ def test_the_objective_of_a_batch_of_types_is_the_mean_of_its_types_own(toy_base
         total += len(hint) / 6 * objective(toy_base, OneType(union, kind), Batch(**own, hints={"": hint})).item()
         first += len(hint)
     assert objective(toy_base, union, batch).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_objective_of_several_draws_is_that_of_rows_with_the_same_hint(toy_base, cached):
+    for branch, kinds in ((toy_base.new_branch(), [""]), (toy_base.new_union(), ["canny", "depth"])):
+        contracts = dict.fromkeys(kinds, CONTRACT)
+        typed = dataclasses.replace(cached, kinds=torch.arange(10) % len(kinds))
+        batch = draw_batch(toy_base, typed, contracts, tiny(batch=12, draws=2), 0)
+        repeated = {name: hint.repeat_interleave(2, 0) for name, hint in batch.hints.items()}
+        plain = dataclasses.replace(batch, hints=repeated, draws=1)
+        randomised(branch)
+        got, wanted = (objective(toy_base, branch, one).item() for one in (batch, plain))
+        assert got == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("source", ["scenes", "world"])

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from controlkit.measure import (
     obedience,
     three_ways,
 )
+from controlkit.optimizers import Optimizer, OptimizerName
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
@@ -116,8 +117,13 @@ class Recipe(_Strict):
     data: DataRecipe = DataRecipe()
     steps: int = Field(3000, gt=0)
     batch: int = Field(32, gt=0)
+    draws: int = Field(1, gt=0)
+    """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
+    for all of them. Reading hints is what costs most on a small base."""
+    optimizer: OptimizerName = "adamw"
+    """``muon``: Muon for weight matrices, AdamW for the rest."""
     lr: float = Field(1e-5, gt=0)
-    """AdamW's, constant between warm-up and cooldown (the paper: 1e-5 for SD, constant throughout)."""
+    """The rate between warm-up and cooldown (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
     warmup: int = Field(0, ge=0)
     """Steps at the start over which the rate rises linearly."""
     cooldown: int = Field(0, ge=0)
@@ -130,6 +136,12 @@ class Recipe(_Strict):
     keep: int = Field(2, gt=0)
     """Checkpoints kept."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "Recipe":
+        if self.batch % self.draws:
+            raise ValueError(f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair")
+        return self
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
@@ -159,6 +171,8 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of several keys together
+            raise UserError(f"{origin}: {first['ctx']['error']}.") from None
         *path, key = first["loc"]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
@@ -295,53 +309,61 @@ class Batch:
     noise: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
     text: Text
-    hints: Mapping[str, Tensor]  # by type, or under "": (rows of that type, channels, H, W), in its contract's range
+    hints: Mapping[str, Tensor]  # by type, or under "": (pairs of that type, channels, H, W), in its contract's range
+    draws: int = 1  # rows of a pair, one after the other
 
 
 def draw_batch(base: UNetBase, cached: Cached, contracts: Mapping[str, Hint], recipe: Recipe, step: int) -> Batch:
     """The batch of a step: shuffled epochs, with noise, timestep and prompt dropout keyed by (seed, step, sample).
 
-    Rows of one type of hint stand together, in the contracts' order.
+    Pairs of one type of hint stand together, in the contracts' order. Of several draws of a pair each has its timestep
+    from a share of the schedule of its own.
     """
-    latents, noise, times, rows, kinds = [], [], [], [], []
-    hints: list[Tensor] = []
     names = list(contracts)
+    count = recipe.batch // recipe.draws
     order: dict[int, np.ndarray] = {}
-    for sample in range(recipe.batch):
-        epoch, place = divmod(step * recipe.batch + sample, len(cached))
+    chosen = []
+    for number in range(step * count, (step + 1) * count):
+        epoch, place = divmod(number, len(cached))
         if epoch not in order:
             order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
-        index = int(order[epoch][place])
+        chosen.append(int(order[epoch][place]))
+    places = sorted(range(count), key=lambda place: int(cached.kinds[chosen[place]]))
+
+    total = base.scheduler.config.num_train_timesteps
+    shares = [total * draw // recipe.draws for draw in range(recipe.draws + 1)]
+    latents, noise, times, rows = [], [], [], []
+    hints: dict[str, list[Tensor]] = {}
+    for place in places:
+        index = chosen[place]
         moments = cached.moments[index].float()
-        generator = torch_rng("noise", recipe.seed, step, sample)
         shape = (moments.shape[0] // 2, *moments.shape[1:])
-        latents.append(base.draw_latents(moments[None], torch.randn(shape, generator=generator))[0])
-        noise.append(torch.randn(shape, generator=generator))
-        times.append(int(torch.randint(base.scheduler.config.num_train_timesteps, (), generator=generator)))
-        dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
-        rows.append(0 if dropped else int(cached.prompt_rows[index]))
-        picture = cached.hints[index].numpy()
-        kinds.append(int(cached.kinds[index]))
-        hints.append(contracts[names[kinds[-1]]].tensor(picture, picture.shape[:2]))
+        for draw in range(recipe.draws):
+            generator = torch_rng("noise", recipe.seed, step, place * recipe.draws + draw)
+            latents.append(base.draw_latents(moments[None], torch.randn(shape, generator=generator))[0])
+            noise.append(torch.randn(shape, generator=generator))
+            times.append(int(torch.randint(shares[draw], shares[draw + 1], (), generator=generator)))
+            dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
+            rows.append(0 if dropped else int(cached.prompt_rows[index]))
+        picture, name = cached.hints[index].numpy(), names[int(cached.kinds[index])]
+        hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
     device = base.device
-    by_type = sorted(range(recipe.batch), key=kinds.__getitem__)
     return Batch(
-        torch.stack([latents[i] for i in by_type]).to(device),
-        torch.stack([noise[i] for i in by_type]).to(device),
-        torch.tensor([times[i] for i in by_type], device=device),
-        cached.text[[rows[i] for i in by_type]].to(device, torch.float32),
-        {
-            names[kind]: torch.cat([hints[i] for i in by_type if kinds[i] == kind]).to(device)
-            for kind in sorted(set(kinds))
-        },
+        torch.stack(latents).to(device),
+        torch.stack(noise).to(device),
+        torch.tensor(times, device=device),
+        cached.text[rows].to(device, torch.float32),
+        {name: torch.cat(of_type).to(device) for name, of_type in hints.items()},
+        recipe.draws,
     )
 
 
-def _features(branch: ControlBranch, hints: Mapping[str, Tensor]) -> Any:
-    """What the branch reads of a batch's hints, row after row; a Union's types one after the other."""
+def _features(branch: ControlBranch, batch: Batch) -> Any:
+    """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
     if not isinstance(branch, UnionBranch):
-        return branch.encode_hint(hints[""])
-    return branch.encode_each(hints)
+        return branch.encode_hint(batch.hints[""]).repeat_interleave(batch.draws, 0)
+    read = branch.encode_each(batch.hints)
+    return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
 def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
@@ -350,7 +372,7 @@ def objective(base: UNetBase, branch: ControlBranch, batch: Batch) -> Tensor:
     The target is what the base predicts: the noise (eps), or v = alpha eps - sigma x_0.
     """
     z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
-    residuals = branch(z, batch.t, batch.text, _features(branch, batch.hints))
+    residuals = branch(z, batch.t, batch.text, _features(branch, batch))
     prediction = base.decode_noise(base.encode_noise(z, batch.t, batch.text), residuals)
     velocity = base.prediction == "v"
     target = base.scheduler.get_velocity(batch.latents, batch.noise, batch.t) if velocity else batch.noise
@@ -367,12 +389,15 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
+_BRANCH, _MOMENTS = "branch.", "optimizer."  # what the names of a checkpoint's tensors begin with
+
+
 def _checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
 def _save_checkpoint(
-    out: Path, step: int, control: SavedControl, base: UNetBase, optimizer: torch.optim.Optimizer, keep: int
+    out: Path, step: int, control: SavedControl, base: UNetBase, optimizer: Optimizer, keep: int
 ) -> None:
     """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
     folder = out / "checkpoints"
@@ -380,13 +405,9 @@ def _save_checkpoint(
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         save_control(scratch / "control", control, base)
-        moments = {
-            f"{index}.{name}": value
-            for index, kept in optimizer.state_dict()["state"].items()
-            for name, value in kept.items()
-        }
+        moments = {f"{_MOMENTS}{name}": value for name, value in optimizer.state().items()}
         facts = {"step": str(step), "base_digest": base.digest}
-        branch = {f"branch.{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
+        branch = {f"{_BRANCH}{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
         write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
@@ -404,7 +425,7 @@ def _save_checkpoint(
         shutil.rmtree(old)
 
 
-def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimizer: torch.optim.Optimizer) -> int:
+def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimizer: Optimizer) -> int:
     path = folder / "state.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
@@ -419,13 +440,8 @@ def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimi
             "go on with those weights, or give another --out."
         )
     tensors = load_file(path)
-    branch.load_state_dict({k.removeprefix("branch."): v for k, v in tensors.items() if k.startswith("branch.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if not key.startswith("branch."):
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    branch.load_state_dict({k.removeprefix(_BRANCH): v for k, v in tensors.items() if k.startswith(_BRANCH)})
+    optimizer.restore({k.removeprefix(_MOMENTS): v for k, v in tensors.items() if k.startswith(_MOMENTS)})
     return int(facts["step"])
 
 
@@ -491,7 +507,7 @@ def _train(
     _begin_folder(recipe, out, base.device.type)
     on_stage("caching", len(pairs))
     cached = build_cache(base, pairs, contracts, out / f"pairs-{base.digest}.safetensors", on_advance)
-    optimizer = torch.optim.AdamW(branch.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
     evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if recipe.evaluation.every else None
     step = 0
     kept = _checkpoints(out)
@@ -507,8 +523,6 @@ def _train(
     with (out / "log.jsonl").open("a") as log:
         while step < recipe.steps:
             started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
             with autocast(base.device.type), training_attention(base.device.type):
                 loss = objective(base, branch, draw_batch(base, cached, contracts, recipe, step))
             value = loss.item()
@@ -519,8 +533,7 @@ def _train(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.step(learning_rate(recipe, step))
             step += 1
             seconds = time.perf_counter() - started
             measured, words = None, None
