@@ -7,6 +7,7 @@ from PIL import Image
 
 from controlkit import cli
 from controlkit.annotators import contract
+from controlkit.data import make_fill50k
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import Hint, write_png
 from controlkit.train import Recipe
@@ -112,6 +113,16 @@ def test_scenes_are_drawn_with_the_hints_asked_for(run, tmp_path):
     assert [line["source"] for line in lines] == ["seg/0.png", "seg/1.png"]
     code, _, err = run("data", "make", "scenes", "--count", 1, "--hint", "deph", "--out", tmp_path / "other")
     assert code == 2 and 'did you mean "depth"' in err
+
+
+def test_the_doctor_says_whether_training_may_start(run, tmp_path):
+    list(make_fill50k(tmp_path / "set", 3, 32))
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "told")
+    assert code == 0 and "Training may start" in out and "3 pairs (prompt.json)" in out
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json"}
+    (tmp_path / "set/source/1.png").write_bytes(b"")
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
+    assert code == 1 and "may not start" in out and "source/1.png" in out
 
 
 def test_every_setting_of_a_recipe_is_documented():

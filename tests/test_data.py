@@ -133,6 +133,8 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize(("count", "held"), [(3, 2), (20, 2), (45, 4), (6000, 512)])
 def test_the_last_tenth_of_a_folder_is_held_out(count, held, tmp_path):
+    for name in "st":
+        (tmp_path / name).touch()
     lines = [json.dumps({"source": "s", "target": "t", "prompt": str(i)}) for i in range(count)]
     (tmp_path / "prompt.json").write_text("\n".join(lines))
     trained, heldout = split_folder(tmp_path, 32)
@@ -172,8 +174,10 @@ def test_evaluation_sees_no_pair_of_a_training_run(source, fake_packages, tmp_pa
     ],
 )
 def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):
+    for name in "ab":
+        (tmp_path / name).touch()
     (tmp_path / "prompt.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"expected .* JSON object a line") as caught:
+    with pytest.raises(UserError, match=r"JSON object a line|UTF-8") as caught:
         FolderPairs(tmp_path, 32)
     assert str(tmp_path / "prompt.json") in str(caught.value) and "\n" not in str(caught.value)
 
@@ -306,7 +310,7 @@ def test_a_cache_says_which_type_each_hint_is_of_and_masks_nothing_of_those_with
 
 
 def test_evaluation_on_scenes_sees_held_out_ones_of_a_seed_nothing_is_trained_on(scenes, monkeypatch):
-    monkeypatch.setattr("controlkit.data.SCENES_EVALUATED", 24)
+    monkeypatch.setattr("controlkit.data.pairs.SCENES_EVALUATED", 24)
     heldout, reference = evaluation_pairs("scenes", 32, 2)
     assert len(heldout) == 2 and all(pair.truth.heldout for pair in heldout)
     seen = {scene.picture.tobytes() for scene in scenes}

@@ -530,6 +530,53 @@ def where(name: Annotated[str, typer.Argument(help="`mini`, `union`, `canny`, `d
     _say(str(shipped_folder(name)))
 
 
+@data_app.command(
+    epilog="Examples:\n\n    controlkit data doctor fill50k --annotator canny\n\n"
+    "    controlkit data doctor photos && controlkit train canny.yaml --out runs/canny"
+)
+def doctor(
+    path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
+    annotator: Annotated[
+        str | None, typer.Option(help="What the hints are, or what will make them: they are held against it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
+) -> None:
+    """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
+
+    Opens every picture: counts, missing or extra pairs, sizes, unreadable files, duplicates, captions, hints.
+    """
+    from collections import Counter
+
+    from controlkit.annotators import contract
+    from controlkit.data import add_up, examine, read_listing, sheet_rows
+    from controlkit.images import grid, write_atomic, write_png
+
+    _check_folder(out)
+    made_by = contract(annotator) if annotator else None
+    listing = read_listing(path)
+    with _progress() as progress:
+        rows = progress.track(examine(listing, made_by), len(listing.rows), description="opening")
+        report = add_up(listing, iter(rows), made_by)
+    facts = report.to_json()
+    _say(
+        f"{path}: {facts['rows']} pairs by the layout {facts['layout']}, {facts['with_hints']} with hints of their own."
+    )
+    _say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
+    words = facts["caption_words"]
+    _say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
+    if facts["hint_mean_grey"] is not None:
+        _say(f"hints: mean grey {facts['hint_mean_grey']:.3f} (0 black, 1 white)")
+    for (kind, fatal), count in Counter((p.kind, p.fatal) for p in report.problems).items():
+        first = next(p for p in report.problems if (p.kind, p.fatal) == (kind, fatal))
+        _say(f"{'problem' if fatal else 'note'}: {kind}, {count} times; the first: {first}")
+    if report.shown:
+        write_png(out / "sheet.png", grid(sheet_rows(report)))
+    write_atomic(out / "report.json", (json.dumps(facts, indent=2) + "\n").encode())
+    _say(f"Training {'may' if report.may_train else 'may not'} start. All of it, and a contact sheet: {out}")
+    if not report.may_train:
+        raise typer.Exit(1)
+
+
 @make_app.command(epilog="Example:\n\n    controlkit data make fill50k --count 1000 --out fill50k")
 def fill50k(
     out: OutOption,

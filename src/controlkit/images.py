@@ -92,8 +92,13 @@ def read_picture(path: Path, masked: bool = False) -> np.ndarray:
     """
     if not path.is_file():
         raise UserError(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
+    return decode_picture(path.read_bytes(), str(path), masked)
+
+
+def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
+    """The bytes of a picture file as ``read_picture`` gives them; ``name`` says in errors where they come from."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(data)) as opened:
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -107,8 +112,9 @@ def read_picture(path: Path, masked: bool = False) -> np.ndarray:
                 return np.asarray(picture.convert("RGBA"))
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "the file is empty" if not data else str(error)
         raise UserError(
-            f"{path} cannot be read as a picture ({error}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
+            f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
 
 

@@ -1,0 +1,48 @@
+"""Training data: pairs of picture, prompt and hint, where they come from, and their cache."""
+
+from controlkit.data.cache import Cached, build_cache
+from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
+from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
+from controlkit.data.layouts import LAYOUTS, Listing, Problem, Row, read_listing
+from controlkit.data.pairs import (
+    SCENES_EVALUATED,
+    TRUTHS,
+    CirclePairs,
+    EmojiPairs,
+    FolderPairs,
+    Pair,
+    ScenePairs,
+    TypedPairs,
+    evaluation_pairs,
+    hint_of,
+    split_folder,
+)
+
+__all__ = [
+    "FILL50K_SIZE",
+    "LAYOUTS",
+    "SCENES_EVALUATED",
+    "TRUTHS",
+    "Cached",
+    "CirclePairs",
+    "EmojiPairs",
+    "Finding",
+    "FolderPairs",
+    "Listing",
+    "Pair",
+    "Problem",
+    "Report",
+    "Row",
+    "ScenePairs",
+    "TypedPairs",
+    "add_up",
+    "build_cache",
+    "evaluation_pairs",
+    "examine",
+    "hint_of",
+    "make_fill50k",
+    "make_scenes",
+    "read_listing",
+    "sheet_rows",
+    "split_folder",
+]

@@ -1,0 +1,95 @@
+"""All that a training step needs of every pair, made once: latents, text embeddings, hints."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from controlkit.backbones import Text, UNetBase
+from controlkit.data.pairs import Pair, hint_of
+from controlkit.images import Hint, to_tensor, write_atomic
+
+
+@dataclass(frozen=True)
+class Cached:
+    """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
+
+    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3, or 4 where some are masked); ``kinds`` (N,), the place
+    of each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt;
+    ``prompt_rows`` (N,) says which row is whose.
+    """
+
+    moments: Tensor
+    hints: Tensor
+    kinds: Tensor
+    text: Text
+    prompt_rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    @classmethod
+    def read(cls, path: Path) -> "Cached":
+        """The cache that ``build_cache`` wrote."""
+        held = load_file(path)
+        text = Text(**{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)})
+        return cls(text=text, **held)
+
+
+_TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
+
+
+def _stacked(hints: Sequence[np.ndarray]) -> np.ndarray:
+    """Hints as one array; beside masked ones the others are masked nowhere."""
+    channels = max(hint.shape[-1] for hint in hints)
+    stacked = np.full((len(hints), *hints[0].shape[:2], channels), 255, np.uint8)
+    for row, hint in zip(stacked, hints, strict=True):
+        row[..., : hint.shape[-1]] = hint
+    return stacked
+
+
+def build_cache(
+    base: UNetBase,
+    pairs: Sequence[Pair],
+    contracts: Mapping[str, Hint],
+    path: Path,
+    on_pair: Callable[[int], None] = lambda done: None,
+    batch: int = 32,
+) -> Cached:
+    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole.
+
+    ``contracts``: of each type of hint; of a control of one type under "".
+    """
+    if path.is_file():
+        return Cached.read(path)
+    moments, hints, kinds, prompts = [], [], [], []
+    order = list(contracts)
+    for first in range(0, len(pairs), batch):
+        chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
+        with base.autocast():
+            latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
+        moments.append(latents.half().cpu())
+        hints += [hint_of(t, contracts[t.kind]) for t in chunk]
+        kinds += [order.index(t.kind) for t in chunk]
+        prompts += [t.prompt for t in chunk]
+        on_pair(len(chunk))
+    distinct = ["", *sorted(set(prompts) - {""})]
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    read = [
+        base.encode_text(distinct[i : i + 256]).to(torch.device("cpu"), torch.half).tensors()
+        for i in range(0, len(distinct), 256)
+    ]
+    text = {name: torch.cat([part[name] for part in read]).contiguous() for name in read[0]}
+    rows = torch.tensor([row_of[prompt] for prompt in prompts])
+    parts = {
+        "moments": torch.cat(moments).contiguous(),
+        "hints": torch.from_numpy(_stacked(hints)),
+        "kinds": torch.tensor(kinds),
+        "prompt_rows": rows,
+    }
+    write_atomic(path, save(parts | {f"{_TEXT}{name}": value for name, value in text.items()}))
+    return Cached(text=Text(**text), **parts)

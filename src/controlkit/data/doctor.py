@@ -1,0 +1,209 @@
+"""What is wrong with a data set, told before anything trains on it.
+
+``examine`` opens every picture and yields a ``Finding`` a row; ``Report`` adds them up. A set whose report has a fatal
+problem must not be trained on.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from controlkit.annotators import ANNOTATORS, annotate
+from controlkit.data.layouts import Held, Listing, Problem, Row
+from controlkit.errors import UserError
+from controlkit.images import Hint, decode_picture, fit
+
+MOST_PIXELS = 64_000_000
+"""Of a picture; a larger one is taken for a mistake, or for a trap."""
+LINES = ("canny", "scribble", "lineart", "softedge", "mlsd")
+"""Hints that are light lines on a black ground."""
+_SHARE = 0.02  # pictures' shapes may differ by so much before they count as different
+_SHOWN = 8  # rows on the sheet
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one row is: its pictures' sizes, and what is wrong with them."""
+
+    row: Row
+    problems: tuple[Problem, ...] = ()
+    picture_size: tuple[int, int] | None = None  # height, width
+    hint_size: tuple[int, int] | None = None
+    digest: str = ""
+    hint_light: float = float("nan")  # mean grey, 0 to 1
+    shown: tuple[np.ndarray, ...] = field(default=(), repr=False)  # picture and hint, where they belong on the sheet
+
+
+@dataclass
+class Report:
+    """All findings of a set, added up."""
+
+    layout: str
+    rows: int
+    problems: list[Problem]
+    words: list[int]
+    sizes: Counter[tuple[int, int]]
+    hints: int = 0
+    hint_light: list[float] = field(default_factory=list)
+    shown: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    @property
+    def may_train(self) -> bool:
+        """Whether nothing fatal was found, and something to train on."""
+        return self.rows > 0 and not any(problem.fatal for problem in self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without pictures."""
+        sizes = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
+        words = {name: int(value) for name, value in zip(("least", "median", "most"), _spread(self.words), strict=True)}
+        return {
+            "layout": self.layout,
+            "rows": self.rows,
+            "with_hints": self.hints,
+            "may_train": self.may_train,
+            "picture_sizes": sizes,
+            "caption_words": words | {"none": self.words.count(0)},
+            "hint_mean_grey": round(float(np.mean(self.hint_light)), 4) if self.hint_light else None,
+            "problems": [{"kind": p.kind, "where": p.where, "words": p.words, "fatal": p.fatal} for p in self.problems],
+        }
+
+
+def _spread(values: Sequence[int]) -> tuple[float, float, float]:
+    return (min(values), float(np.median(values)), max(values)) if values else (0, 0, 0)
+
+
+def examine(listing: Listing, contract: Hint | None = None) -> Iterator[Finding]:
+    """Open every row's pictures, in the set's order. ``contract``: what the hints should be."""
+    shown = set(np.linspace(0, len(listing.rows) - 1, _SHOWN).astype(int).tolist()) if listing.rows else set()
+    for place, row in enumerate(listing.rows):
+        problems: list[Problem] = []
+        picture, data = _opened(row.picture, problems)
+        hint = _opened(row.hint, problems)[0] if row.hint else None
+        if picture is not None and hint is not None:
+            problems += _beside(row.hint, picture, hint)  # type: ignore[arg-type]
+        if hint is not None and contract is not None:
+            problems += _against(row.hint, hint, contract)  # type: ignore[arg-type]
+        made = hint
+        if picture is not None and hint is None and row.hint is None and contract and contract.annotator in ANNOTATORS:
+            made = annotate(picture, contract) if place in shown else None
+        yield Finding(
+            row,
+            tuple(problems),
+            None if picture is None else picture.shape[:2],
+            None if hint is None else hint.shape[:2],
+            hashlib.sha256(data).hexdigest() if data else "",
+            float("nan") if hint is None else float(hint.mean()) / 255,
+            tuple(one for one in (picture, made) if one is not None) if place in shown else (),
+        )
+
+
+def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None = None) -> Report:
+    """The report of a set, from ``examine``'s findings."""
+    words = [len(row.prompt.split()) for row in listing.rows]
+    report = Report(listing.layout, len(listing.rows), list(listing.problems), words, Counter())
+    seen: dict[str, str] = {}
+    for finding in findings:
+        name = finding.row.picture.name
+        report.problems += finding.problems
+        report.hints += finding.row.hint is not None
+        if finding.picture_size:
+            report.sizes[finding.picture_size] += 1
+        if finding.hint_size:
+            report.hint_light.append(finding.hint_light)
+        if finding.shown:
+            report.shown.append(finding.shown)
+        if finding.digest in seen:
+            report.problems.append(
+                Problem("duplicate", name, f"is the very picture {seen[finding.digest]}", fatal=False)
+            )
+        elif finding.digest:
+            seen[finding.digest] = name
+    if report.rows and words.count(0) == report.rows:
+        report.problems.append(
+            Problem("no captions", listing.layout, "no picture has one: prompts will mean little", fatal=False)
+        )
+    if 0 < report.hints < report.rows:
+        report.problems.append(
+            Problem("missing hint", listing.layout, f"{report.rows - report.hints} of {report.rows} rows have no hint")
+        )
+    if not report.rows and not report.problems:
+        report.problems.append(Problem("empty", listing.layout, "there is nothing in it"))
+    if contract and contract.annotator in LINES and report.hint_light and np.mean(report.hint_light) > 0.5:
+        report.problems.append(
+            Problem(
+                "hints inverted",
+                listing.layout,
+                f"their mean grey is {np.mean(report.hint_light):.2f}: {contract.annotator} is light lines on black",
+            )
+        )
+    return report
+
+
+def _opened(held: Held, problems: list[Problem]) -> tuple[np.ndarray | None, bytes]:
+    """A picture as training will see it, or None with the reason among ``problems``; and its file's bytes."""
+    try:
+        data = held.read()
+    except OSError as error:
+        problems.append(Problem("unreadable file", held.name, f"cannot be read ({error.strerror or error})"))
+        return None, b""
+    if not data:
+        problems.append(Problem("empty file", held.name, "has no bytes: write it anew, or take it out"))
+        return None, b""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:  # the header alone
+            width, height = opened.size
+            mode = opened.mode
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        kind = "huge picture" if isinstance(error, Image.DecompressionBombError) else "unreadable picture"
+        problems.append(Problem(kind, held.name, f"{error}: write it anew, or take it out"))
+        return None, data
+    if width * height > MOST_PIXELS:
+        problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
+        return None, data
+    try:
+        picture = decode_picture(data, held.name)
+    except UserError as error:
+        problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
+        return None, data
+    read_as = {
+        "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
+        "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),
+        "I;16": ("16 bits", "has 16 bits a sample: read as 8"),
+    }
+    mode = "I;16" if mode.startswith("I;16") else mode
+    if mode in read_as:
+        kind, words = read_as[mode]
+        problems.append(Problem(kind, held.name, words, fatal=False))
+    return picture, data
+
+
+def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
+    """What is wrong with a hint beside its picture: both are cut to the same part only if they have one shape."""
+    (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
+    sides = f"is {wide}x{high}, its picture {width}x{height}"
+    if abs(width / height - wide / high) > _SHARE * width / height:
+        yield Problem("sizes differ", held.name, f"{sides}: not of one shape, so not in place")
+    elif (height, width) != (high, wide):
+        yield Problem("sizes differ", held.name, f"{sides}: it will be scaled", fatal=False)
+
+
+def _against(held: Held, hint: np.ndarray, contract: Hint) -> Iterator[Problem]:
+    """What of a hint is not as its contract says."""
+    if not hint.any():
+        yield Problem("empty hint", held.name, "is black all over: it says nothing", fatal=False)
+    elif contract.annotator in LINES and (hint.max(-1).astype(int) - hint.min(-1)).mean() > 8:
+        yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
+
+
+def sheet_rows(report: Report, side: int = 128) -> list[list[np.ndarray]]:
+    """Pictures above, their hints below, for a contact sheet; hints that training will make are made."""
+    columns = [[fit(one, (side, side)) for one in shown] for shown in report.shown]
+    depth = max((len(column) for column in columns), default=0)
+    blank = np.full((side, side, 3), 255, np.uint8)
+    return [[column[k] if k < len(column) else blank for column in columns] for k in range(depth)]

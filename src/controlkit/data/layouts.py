@@ -1,0 +1,442 @@
+"""Data sets as people have them: one reader a layout, told apart by what lies in the folder.
+
+A reader lists a set without opening its pictures: a ``Row`` for each pair, and a ``Problem`` for whatever the listing
+itself has wrong. ``LAYOUTS`` is the order in which they are tried:
+
+- ``huggingface``: what the datasets library saved, or parquet files, with columns for picture, hint and caption;
+- ``simpletuner``: ``multidatabackend.json``, a backend of pictures that names a backend of hints;
+- ``prompt.json``: the original repository's, JSON lines with ``source`` (hint), ``target`` (picture), ``prompt``;
+- ``metadata``: the datasets library's folder of pictures, ``metadata.jsonl`` or ``.csv`` (DiffSynth's columns too);
+- ``webdataset``: tar shards, whose members of one name belong together;
+- ``paired``: a folder of pictures beside a folder of hints of the same names (kohya, ai-toolkit), captions beside the
+  pictures;
+- ``pictures``: a plain folder; captions from ``NAME.txt`` or the file's name, hints by an annotator.
+"""
+
+import csv
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from controlkit.errors import UserError, nearest
+from controlkit.seeds import numpy_rng
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Of files that are taken for pictures."""
+CAPTION_SUFFIXES = (".txt", ".caption", ".text")
+PICTURE_NAMES = ("image", "file_name", "image_file_name", "target", "jpg", "picture")
+HINT_NAMES = (
+    "conditioning_image", "conditioning_image_file_name", "controlnet_image", "control_image", "conditioning",
+    "control", "hint", "source",
+)  # fmt: skip
+CAPTION_NAMES = ("text", "prompt", "caption")
+"""Names of columns and keys: what picture, hint and caption are called; the first found counts."""
+FOLDERS = ("conditioning", "control", "hint", "hints", "cond")
+"""What the name of a folder of hints is, or begins with before a ``_``."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that lie somewhere: in a file, a tar, a table."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair as its data set lists it, with nothing opened."""
+
+    picture: Held
+    prompt: str
+    hint: Held | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a data set: what kind, where, and what to do. Where ``fatal``, nothing trains on it."""
+
+    kind: str
+    where: str
+    words: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.words}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set's rows, by what layout they were read, and what is wrong with the listing."""
+
+    layout: str
+    rows: list[Row]
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_listing(folder: Path) -> Listing:
+    """The rows of a data set, in the first layout that its folder shows; ``UserError`` if it shows none."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
+    if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
+        raise UserError(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
+    for name, reader in LAYOUTS.items():
+        problems: list[Problem] = []
+        rows = reader(folder, problems)
+        if rows is not None:
+            return Listing(name, rows, problems)
+    raise UserError(
+        f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
+        "tar files, a folder of pictures beside one of hints, or pictures."
+    )
+
+
+# --- helpers of several readers -----------------------------------------------------------------------------
+
+
+def _file(path: Path) -> Held:
+    return Held(str(path), path.read_bytes)
+
+
+def _inside(folder: Path, name: str, problems: list[Problem]) -> Held | None:
+    """The file a listing names, if it is there and in the data set's own folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        problems.append(
+            Problem("path escapes", name, f"lies outside {folder}; a listing may name what is inside alone")
+        )
+        return None
+    if not path.is_file():
+        problems.append(Problem("missing file", name, f"is named by the listing and not in {folder}"))
+        return None
+    return _file(path)
+
+
+def _one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((values[name] for name in names if values.get(name) not in (None, "")), None)
+
+
+def _wording(captions: Any, place: int) -> str:
+    """One caption of those a row has; the same one each time it is read."""
+    if isinstance(captions, list):
+        return str(captions[int(numpy_rng("caption", place).integers(len(captions)))]) if captions else ""
+    return "" if captions is None else str(captions)
+
+
+def _caption_beside(path: Path, problems: list[Problem]) -> str | None:
+    """What stands in the caption file of a picture's name; None if there is none."""
+    for suffix in CAPTION_SUFFIXES:
+        beside = path.with_suffix(suffix)
+        if beside.is_file():
+            try:
+                return " ".join(beside.read_text(encoding="utf-8").split())
+            except UnicodeDecodeError as error:
+                problems.append(
+                    Problem("not UTF-8", str(beside), f"{error.reason} at byte {error.start}: save it as UTF-8")
+                )
+                return ""
+    return None
+
+
+def _words_of(path: Path) -> str:
+    """What a file's name calls its picture: ``red_apple-01.png`` -> ``red apple``."""
+    words = "".join(c if c.isalpha() else " " for c in path.stem).lower().split()
+    return " ".join(words)
+
+
+def _said(prompt: str, path: Path) -> str:
+    return prompt
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def _paired(pictures: Path, hints: Path, prompt_of: Callable[[Path], str | None], problems: list[Problem]) -> list[Row]:
+    """Pictures and hints of the same names, whatever their suffixes, in two folders."""
+    own = {path.relative_to(pictures).with_suffix(""): path for path in _pictures_in(pictures)}
+    others = {path.relative_to(hints).with_suffix(""): path for path in _pictures_in(hints)}
+    rows = []
+    for name, path in own.items():
+        if name not in others:
+            problems.append(Problem("missing hint", str(path), f"has no hint of its name in {hints}"))
+            continue
+        prompt = prompt_of(path)
+        if prompt is None:
+            problems.append(Problem("no caption", str(path), "has no caption beside it; none is taken", fatal=False))
+        rows.append(Row(_file(path), prompt or "", _file(others[name])))
+    for name in sorted(others.keys() - own.keys()):
+        problems.append(Problem("extra hint", str(others[name]), f"has no picture of its name in {pictures}"))
+    return rows
+
+
+def _text_of(path: Path, problems: list[Problem]) -> str:
+    """A listing's text; nothing, and a problem, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        problems.append(Problem("not UTF-8", str(path), f"{error.reason} at byte {error.start}: save it as UTF-8"))
+        return ""
+
+
+def _json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, and where each stands."""
+    for number, line in enumerate(_text_of(path, problems).splitlines(), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                values = json.loads(line)
+                reason = f"holds a {type(values).__name__}"
+            except ValueError as error:
+                values, reason = None, f"is no JSON ({error})"
+            if isinstance(values, dict):
+                yield where, values
+            else:
+                problems.append(Problem("unreadable line", where, f"{reason}; expected a JSON object a line"))
+
+
+# --- the layouts --------------------------------------------------------------------------------------------
+
+
+def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
+    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+    tables = sorted(str(path) for path in folder.rglob("*.parquet"))
+    if not saved and not tables:
+        return None
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
+        ) from error
+    if saved:
+        table = datasets.load_from_disk(str(folder))
+    else:
+        table = datasets.Dataset.from_parquet(tables, cache_dir=None, keep_in_memory=True)
+    if isinstance(table, datasets.DatasetDict):
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    columns = {
+        what: next((name for name in names if name in table.column_names), None)
+        for what, names in (("picture", PICTURE_NAMES), ("hint", HINT_NAMES), ("caption", CAPTION_NAMES))
+    }
+    if columns["picture"] is None:
+        raise UserError(
+            f"{folder} has the columns {', '.join(table.column_names)}: expected one of {', '.join(PICTURE_NAMES)} for "
+            "the picture."
+        )
+    for what in ("picture", "hint"):
+        if columns[what] is not None and isinstance(table.features[columns[what]], datasets.Image):
+            table = table.cast_column(columns[what], datasets.Image(decode=False))
+
+    def held(place: int, column: str) -> Held:
+        def read() -> bytes:
+            value = table[place][column]
+            if isinstance(value, dict):
+                return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+            return (folder / str(value)).read_bytes()
+
+        return Held(f"row {place}, {column}", read)
+
+    captions = table[columns["caption"]] if columns["caption"] else [""] * len(table)
+    return [
+        Row(
+            held(place, columns["picture"]),
+            _wording(caption, place),
+            held(place, columns["hint"]) if columns["hint"] else None,
+        )
+        for place, caption in enumerate(captions)
+    ]
+
+
+def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """``multidatabackend.json``: backends of pictures with ``conditioning_data``, the id of a backend of hints."""
+    path = folder / "multidatabackend.json"
+    if not path.is_file():
+        return None
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        backends = {one["id"]: one for one in listed if not one.get("disabled")}
+        local = [one for one in backends.values() if "instance_data_dir" in one]
+        pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
+
+    def place(backend: Mapping[str, Any]) -> Path:
+        return folder / str(backend["instance_data_dir"])
+
+    rows: list[Row] = []
+    for backend in pictures:
+        strategy = backend.get("caption_strategy", "filename")
+        prompts: dict[str, Callable[[Path], str | None]] = {
+            "filename": _words_of,
+            "textfile": lambda picture: _caption_beside(picture, problems),
+            "instanceprompt": partial(_said, str(backend.get("instance_prompt", ""))),
+        }
+        if strategy not in prompts:
+            raise UserError(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
+        other = backend.get("conditioning_data")
+        if other is None:
+            rows += [Row(_file(p), prompts[strategy](p) or "") for p in _pictures_in(place(backend))]
+        elif other not in backends:
+            raise UserError(f'{path}: conditioning_data is "{other}": {nearest(str(other), backends)}')
+        else:
+            rows += _paired(place(backend), place(backends[other]), prompts[strategy], problems)
+    return rows
+
+
+def _prompt_json(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """The original repository's ``prompt.json``."""
+    listing = folder / "prompt.json"
+    if not listing.is_file():
+        return None
+    rows = []
+    for where, values in _json_lines(listing, problems):
+        if absent := [key for key in ("source", "target", "prompt") if not isinstance(values.get(key), str)]:
+            words = f'lacks "{absent[0]}"; expected "source", "target" and "prompt" in a JSON object a line'
+            problems.append(Problem("unreadable line", where, words))
+            continue
+        hint, picture = (_inside(folder, values[key], problems) for key in ("source", "target"))
+        if hint and picture:
+            rows.append(Row(picture, values["prompt"], hint))
+    return rows
+
+
+def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """``metadata.jsonl``, ``.json`` or ``.csv``, in the folder itself or in ``train/``; paths from where it lies."""
+    suffixes = (".jsonl", ".csv", ".json")
+    places = [base / f"metadata{suffix}" for base in (folder, folder / "train") for suffix in suffixes]
+    listing = next((path for path in places if path.is_file()), None)
+    if listing is None:
+        return None
+    rows = []
+    for number, (where, values) in enumerate(_entries(listing, problems)):
+        named, hinted = _one_of(values, PICTURE_NAMES), _one_of(values, HINT_NAMES)
+        if not isinstance(named, str):
+            words = f"names no picture; expected one of {', '.join(PICTURE_NAMES)}"
+            problems.append(Problem("unreadable line", where, words))
+            continue
+        picture = _inside(listing.parent, named, problems)
+        hint = _inside(listing.parent, str(hinted), problems) if hinted else None
+        if picture and (hint or not hinted):
+            rows.append(Row(picture, _wording(_one_of(values, CAPTION_NAMES), number), hint))
+    if hints := sum(row.hint is not None for row in rows):
+        for row in rows:
+            if row.hint is None:
+                problems.append(Problem("missing hint", row.picture.name, f"has no hint, and {hints} others have"))
+        rows = [row for row in rows if row.hint is not None]
+    return rows
+
+
+def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a listing of pictures says of each, and where it says so."""
+    if listing.suffix == ".jsonl":
+        yield from _json_lines(listing, problems)
+    elif listing.suffix == ".csv":
+        lines = csv.DictReader(_text_of(listing, problems).splitlines())
+        yield from ((f"{listing}, line {lines.line_num}", values) for values in lines)
+    else:
+        try:
+            listed = json.loads(_text_of(listing, problems) or "[]")
+        except ValueError as error:
+            problems.append(Problem("unreadable file", str(listing), f"is no JSON ({error})"))
+            return
+        for place, values in enumerate(listed if isinstance(listed, list) else [listed]):
+            if isinstance(values, dict):
+                yield f"{listing}, entry {place}", values
+            else:
+                words = f"holds a {type(values).__name__}; expected a list of JSON objects"
+                problems.append(Problem("unreadable line", f"{listing}, entry {place}", words))
+
+
+def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """Tar shards: ``KEY.jpg``, ``KEY.txt``, ``KEY.conditioning_image.png``, ``KEY.json``."""
+    shards = sorted(folder.rglob("*.tar"))
+    if not shards:
+        return None
+    rows = []
+    for shard in shards:
+        samples: dict[str, dict[str, Held]] = {}
+        try:
+            with tarfile.open(shard) as archive:
+                for member in archive:
+                    if member.isfile():
+                        where, _, name = member.name.rpartition("/")
+                        stem, _, part = name.partition(".")
+                        read = partial(_bytes_at, shard, member.offset_data, member.size)
+                        key = f"{where}/{stem}" if where else stem
+                        samples.setdefault(key, {})[part.lower()] = Held(f"{shard}:{member.name}", read)
+        except tarfile.TarError as error:
+            problems.append(Problem("unreadable file", str(shard), f"is no whole tar file ({error})"))
+        for key, parts in samples.items():
+            row = _sample(f"{shard}:{key}", parts, problems)
+            if row:
+                rows.append(row)
+    return rows
+
+
+def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> Row | None:
+    """A row of the members of one key; a member's part is what follows the first dot of its name."""
+    pictures = {part: held for part, held in parts.items() if f".{part.rpartition('.')[2]}" in SUFFIXES}
+    hints = {part: held for part, held in pictures.items() if part.split(".")[0] in HINT_NAMES}
+    own = [held for part, held in pictures.items() if part not in hints]
+    if len(own) != 1:
+        problems.append(Problem("missing file", where, f"has {len(own)} pictures; expected one, such as KEY.jpg"))
+        return None
+    facts: dict[str, Any] = {}
+    prompt: str | None = None
+    try:
+        said = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
+        prompt = said.read().decode("utf-8").strip() if said else None
+        if "json" in parts:
+            facts = json.loads(parts["json"].read().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        problems.append(Problem("not UTF-8", where, f"{error.reason} at byte {error.start}: save it as UTF-8"))
+    except ValueError as error:
+        problems.append(Problem("unreadable line", where, f"its json cannot be read ({error})"))
+    if prompt is None:
+        prompt = _wording(_one_of(facts, CAPTION_NAMES), 0)
+    return Row(own[0], prompt, next(iter(hints.values()), None))
+
+
+def _bytes_at(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _two_folders(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``)."""
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures_in(path)]
+    hints = [path for path in inside if path.name.lower().split("_")[0] in FOLDERS]
+    pictures = [path for path in inside if path not in hints]
+    if len(hints) != 1 or len(pictures) != 1:
+        return None
+    return _paired(pictures[0], hints[0], lambda path: _caption_beside(path, problems), problems)
+
+
+def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:
+    """Pictures, at any depth."""
+    found = _pictures_in(folder)
+    if not found:
+        return None
+    rows = []
+    for path in found:
+        said = _caption_beside(path, problems)
+        rows.append(Row(_file(path), _words_of(path) if said is None else said))
+    return rows
+
+
+LAYOUTS: dict[str, Callable[[Path, list[Problem]], list[Row] | None]] = {
+    "huggingface": _huggingface,
+    "simpletuner": _simpletuner,
+    "prompt.json": _prompt_json,
+    "metadata": _metadata,
+    "webdataset": _webdataset,
+    "paired": _two_folders,
+    "pictures": _plain,
+}

@@ -1,0 +1,231 @@
+"""Pairs of picture, prompt and hint, and the sources they come from. A source is a sequence of ``Pair``."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from controlkit import maps
+from controlkit.annotators import annotate
+from controlkit.data.layouts import read_listing
+from controlkit.errors import UserError
+from controlkit.images import Hint, decode_picture, fit
+from controlkit.mini import world
+from controlkit.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from controlkit.mini.observer import Truth
+    from controlkit.mini.scenes import Scene
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture nobody generated, uint8 (H, W, 3), and its prompt.
+
+    And its hint, of any size, where the source has one of its own; or what is known of it (a scene's truth), from which
+    its hints are drawn; else the picture's annotation is the hint.
+    """
+
+    picture: np.ndarray
+    prompt: str
+    hint: np.ndarray | None = None
+    truth: "Scene | None" = None
+    kind: str = ""
+    """The type of its hint, where a Union learns several."""
+
+
+TRUTHS: dict[str, Callable[["Truth"], np.ndarray]] = {
+    "depth": lambda truth: maps.depth_picture(truth.depth),
+    "normal": lambda truth: maps.normal_picture(truth.normals),
+    "seg": lambda truth: maps.label_picture(truth.labels, _palette()),
+    "pose": lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
+}
+"""Hints drawn from what is known of a picture, or was read off it by an observer, by name."""
+
+
+def _palette() -> np.ndarray:
+    from controlkit.mini.scenes import PALETTE  # numba's import takes a second
+
+    return PALETTE
+
+
+def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
+    """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated."""
+    if pair.hint is not None:
+        return fit(pair.hint, pair.picture.shape[:2], contract.resize)
+    if contract.annotator in TRUTHS:
+        if pair.truth is None:
+            raise UserError(
+                f"Hints of {contract.annotator} are drawn from what is known of a picture, and of these nothing is: "
+                "take data.source: scenes, or a folder with hints of its own."
+            )
+        return TRUTHS[contract.annotator](pair.truth)
+    return annotate(pair.picture, contract)
+
+
+_EVALUATION_SEED = 2**31  # far from the seeds people give
+
+
+class EmojiPairs(Sequence[Pair]):
+    """Emoji of one split, each on ``variants`` grounds. Hints are annotations."""
+
+    def __init__(
+        self, size: int, split: world.Split, variants: int = 1, seed: int = 0, count: int | None = None
+    ) -> None:
+        self._emoji = world.load_emoji(size)
+        rows = world.rows(self._emoji, split)
+        if count is not None:  # spread over the whole list, which is sorted by style
+            rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+        self._rows, self._variants, self._seed = rows, variants, seed
+
+    def __len__(self) -> int:
+        return len(self._rows) * self._variants
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]  # slices are not needed
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row, visit = self._rows[index % len(self._rows)], index // len(self._rows)
+        return Pair(*world.draw_emoji(self._emoji, row, self._seed, visit))
+
+
+class ScenePairs(Sequence[Pair]):
+    """Ray-cast scenes with their truth, scenes 0 to ``drawn`` of a seed.
+
+    ``heldout``: those with something in them that no control has seen (``scenes.HELDOUT``); else those without.
+    ``person``: only those with a figure. Prompts come in the scenes' several wordings.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        drawn: int,
+        seed: int = 0,
+        heldout: bool = False,
+        count: int | None = None,
+        person: bool = False,
+    ) -> None:
+        from controlkit.mini.scenes import load_scenes
+
+        scenes = [s for s in load_scenes(size, seed, drawn) if s.heldout == heldout]
+        self._scenes = [s for s in scenes if len(s.keypoints) or not person][:count]
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        scene = self._scenes[index]
+        wording = numpy_rng("wording", self._seed, index).integers(len(scene.captions))
+        return Pair(scene.picture, scene.captions[wording], truth=scene)
+
+
+class TypedPairs(Sequence[Pair]):
+    """Pairs of several sources, each with one type of hint, for a Union to learn from.
+
+    A source's pairs take the types in turn, those drawn from truth three times as often; what is not known of a pair is
+    passed over. ``visits``: how often each source's pairs come, each time with another type.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Pair]], types: Sequence[str], visits: Sequence[int]) -> None:
+        self._sources = sources
+        self._rows: list[tuple[int, int, str]] = []
+        for number, source in enumerate(sources):
+            known = len(source) > 0 and source[0].truth is not None
+            turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 3
+            for row in range(len(source) * visits[number] if turns else 0):
+                visit, index = divmod(row, len(source))
+                kind = turns[(index + visit) % len(turns)]
+                if kind == "pose" and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
+                    continue
+                self._rows.append((number, index, kind))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        number, row, kind = self._rows[index]
+        return replace(self._sources[number][row], kind=kind)
+
+
+class CirclePairs(Sequence[Pair]):
+    """The original tutorial set, drawn here: coloured circles on coloured grounds, the outline as hint."""
+
+    def __init__(self, size: int, count: int, seed: int = 0, first: int = 0) -> None:
+        self._size, self._count, self._seed, self._first = size, count, seed, first
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        picture, outline, prompt = world.draw_shape(self._size, self._seed, self._first + index, ("circle",))
+        return Pair(picture, prompt, outline)
+
+
+class FolderPairs(Sequence[Pair]):
+    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own, else annotations.
+
+    ``UserError`` where its listing has something wrong with it that nothing should be trained on.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        listing = read_listing(folder)
+        fatal = [problem for problem in listing.problems if problem.fatal]
+        if fatal:
+            more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
+            raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
+        self._rows, self._size = listing.rows, size
+
+    def part(self, rows: slice) -> "FolderPairs":
+        """Some of the rows; pictures are still read one at a time."""
+        chosen = copy.copy(self)
+        chosen._rows = self._rows[rows]
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        row = self._rows[index]
+        picture = decode_picture(row.picture.read(), row.picture.name)
+        hint = decode_picture(row.hint.read(), row.hint.name) if row.hint else None
+        return Pair(fit(picture, (self._size, self._size)), row.prompt, hint)
+
+
+def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
+    """(pairs to train on, pairs held out): the last tenth of a folder, at most 512 pairs, is never trained on."""
+    pairs = FolderPairs(folder, size)
+    held = min(max(len(pairs) // 10, 2), 512)
+    if len(pairs) <= held:
+        raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
+    return pairs.part(slice(None, -held)), pairs.part(slice(-held, None))
+
+
+SCENES_EVALUATED = 800
+"""Scenes drawn of a seed that trains nothing: those with something held out to measure on, the others for FID."""
+
+
+def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> tuple[Sequence[Pair], list[np.ndarray]]:
+    """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
+
+    ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
+    nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
+    held-out tenth).
+    """
+    if source == "emoji":
+        unseen = EmojiPairs(size, "heldout_pictures")
+        return EmojiPairs(size, "heldout_concepts", count=num), [pair.picture for pair in unseen]
+    if source == "scenes":
+        scenes = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED, heldout=True, count=num, person=person)
+        if len(scenes) < num:
+            raise UserError(f"{len(scenes)} held-out scenes are at hand: measure on at most as many.")
+        return scenes, [pair.picture for pair in ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED)]
+    if source == "fill50k":
+        others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
+        return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
+    _, held = split_folder(Path(source), size)
+    return held.part(slice(num)), [pair.picture for pair in held]

@@ -1,0 +1,205 @@
+"""Data sets as people have them: one set of pairs in every layout reads as the same tensors."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlkit.annotators import annotator
+from controlkit.data import CirclePairs, FolderPairs, hint_of, make_fill50k, read_listing
+from controlkit.errors import UserError
+
+COUNT, SIDE = 3, 32
+
+
+@pytest.fixture
+def tutorial(tmp_path):
+    """The tutorial set in its own layout, and its rows."""
+    folder = tmp_path / "fill50k"
+    list(make_fill50k(folder, COUNT, SIDE))
+    return folder, [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+
+
+def copied(folder, name, source):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, folder / name)
+
+
+def metadata(spelling, suffix):
+    """The datasets library's folder of pictures, with these names of columns."""
+    picture, hint, text = spelling
+
+    def write(folder, tutorial, rows):
+        entries = []
+        for i, row in enumerate(rows):
+            copied(folder / "train", f"a/{i}.png", tutorial / row["target"])
+            copied(folder / "train", f"b/{i}.png", tutorial / row["source"])
+            entries.append({picture: f"a/{i}.png", hint: f"b/{i}.png", text: row["prompt"]})
+        listing = folder / "train" / f"metadata{suffix}"
+        if suffix == ".csv":
+            with listing.open("w", newline="") as file:
+                writer = csv.DictWriter(file, entries[0])
+                writer.writeheader()
+                writer.writerows(entries)
+        elif suffix == ".json":
+            listing.write_text(json.dumps(entries))
+        else:
+            listing.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    return write
+
+
+def kohya(pictures, hints, suffix):
+    def write(folder, tutorial, rows):
+        for i, row in enumerate(rows):
+            copied(folder / pictures, f"{i}.png", tutorial / row["target"])
+            copied(folder / hints, f"{i}.png", tutorial / row["source"])
+            (folder / pictures / f"{i}{suffix}").write_text(row["prompt"] + "\n")
+
+    return write
+
+
+def simpletuner(folder, tutorial, rows):
+    kohya("pictures", "edges", ".txt")(folder, tutorial, rows)
+    backends = [
+        {"id": "a", "dataset_type": "image", "instance_data_dir": "pictures", "caption_strategy": "textfile",
+         "conditioning_data": "b"},
+        {"id": "b", "dataset_type": "conditioning", "instance_data_dir": "edges"},
+        {"id": "text", "dataset_type": "text_embeds", "default": True},
+    ]  # fmt: skip
+    (folder / "multidatabackend.json").write_text(json.dumps(backends))
+
+
+def webdataset(folder, tutorial, rows):
+    folder.mkdir()
+    for shard, part in ((0, rows[:2]), (1, rows[2:])):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
+            for i, row in enumerate(part):
+                parts = {
+                    "png": (tutorial / row["target"]).read_bytes(),
+                    "conditioning_image.png": (tutorial / row["source"]).read_bytes(),
+                    "txt": row["prompt"].encode(),
+                }
+                for name, data in parts.items():
+                    member = tarfile.TarInfo(f"{shard}{i:04}.{name}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+def huggingface(saved):
+    def write(folder, tutorial, rows):
+        datasets = pytest.importorskip("datasets")
+        columns = {
+            "image": [str(tutorial / row["target"]) for row in rows],
+            "conditioning_image": [str(tutorial / row["source"]) for row in rows],
+            "text": [row["prompt"] for row in rows],
+        }
+        table = datasets.Dataset.from_dict(columns)
+        for name in ("image", "conditioning_image"):
+            table = table.cast_column(name, datasets.Image())
+        if saved:
+            table.save_to_disk(folder)
+        else:
+            (folder / "data").mkdir(parents=True)
+            table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+
+    return write
+
+
+WRITERS = {
+    "prompt.json": ("prompt.json", lambda folder, tutorial, rows: shutil.copytree(tutorial, folder)),
+    "saved by datasets": ("huggingface", huggingface(saved=True)),
+    "parquet": ("huggingface", huggingface(saved=False)),
+    "imagefolder": ("metadata", metadata(("file_name", "conditioning_image_file_name", "text"), ".jsonl")),
+    "imagefolder, the other spelling": ("metadata", metadata(("image", "conditioning_image", "text"), ".jsonl")),
+    "DiffSynth": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".csv")),
+    "DiffSynth, json": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".json")),
+    "kohya": ("paired", kohya("image_dir", "conditioning_data_dir", ".caption")),
+    "ai-toolkit": ("paired", kohya("images", "control", ".txt")),
+    "WebDataset": ("webdataset", webdataset),
+    "SimpleTuner": ("simpletuner", simpletuner),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_is_the_same_pairs_in_every_layout(name, tutorial, tmp_path):
+    layout, write = WRITERS[name]
+    write(tmp_path / "set", *tutorial)
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, listing.problems) == (layout, [])
+    contract = annotator("canny").hint()
+    read = FolderPairs(tmp_path / "set", SIDE)
+    assert len(read) == COUNT
+    for pair, drawn in zip(read, CirclePairs(SIDE, COUNT), strict=True):
+        assert pair.prompt == drawn.prompt
+        assert np.array_equal(pair.picture, drawn.picture) and np.array_equal(pair.hint, drawn.hint)
+        tensors = [contract.tensor(hint_of(one, contract), (SIDE, SIDE)) for one in (pair, drawn)]
+        assert tensors[0].equal(tensors[1])
+
+
+def test_a_plain_folder_of_pictures_gets_its_captions_beside_them_or_from_their_names(tutorial, tmp_path):
+    folder = tmp_path / "set"
+    for name in ("red_apple-01.png", "deep/blue car.JPG", "c.png"):
+        copied(folder, name, tutorial[0] / "target/0.png")
+    (folder / "c.txt").write_text("a circle,\n  in caption")
+    pairs = FolderPairs(folder, SIDE)
+    assert read_listing(folder).layout == "pictures"
+    assert [pair.prompt for pair in pairs] == ["a circle, in caption", "blue car", "red apple"]
+    assert all(pair.hint is None for pair in pairs), "hints are for an annotator to make"
+
+
+def test_one_of_several_captions_is_taken_and_always_the_same(tutorial, tmp_path):
+    folder, rows = tutorial
+    entries = [{"file_name": row["target"], "text": ["a", "b", "c"]} for row in rows * 20]
+    (folder / "prompt.json").rename(folder / "metadata.jsonl")
+    (folder / "drawn.json").unlink()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    prompts = [row.prompt for row in read_listing(folder).rows]
+    assert set(prompts) == {"a", "b", "c"} and prompts == [row.prompt for row in read_listing(folder).rows]
+
+
+@pytest.mark.parametrize(
+    ("layout", "break_it", "kind", "words"),
+    [
+        ("prompt.json", lambda folder: (folder / "source/1.png").unlink(), "missing file", "source/1.png"),
+        ("kohya", lambda folder: (folder / "conditioning_data_dir/1.png").unlink(), "missing hint", "1.png"),
+        ("kohya", lambda folder: (folder / "image_dir/1.png").unlink(), "extra hint", "1.png"),
+        ("kohya", lambda folder: (folder / "image_dir/1.caption").write_bytes(b"\xff\xfe"), "not UTF-8", "1.caption"),
+        ("WebDataset", lambda folder: (folder / "00000.tar").write_bytes(b"rubbish" * 99), "unreadable file", "00000"),
+        ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "a/0.png", "../../x.png"), "path escapes",
+         "../../x.png"),
+        ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "file_name", "fil_name"),
+         "unreadable line", "line 1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_listing_is_said_and_nothing_trains_on_it(
+    layout, break_it, kind, words, tutorial, tmp_path
+):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    WRITERS[layout][1](tmp_path / "set", *tutorial)
+    break_it(tmp_path / "set")
+    problem = read_listing(tmp_path / "set").problems[0]
+    assert problem.kind == kind and words in problem.where and problem.fatal
+    with pytest.raises(UserError, match="controlkit data doctor"):
+        FolderPairs(tmp_path / "set", SIDE)
+
+
+def edit(path, before, after):
+    path.write_text(path.read_text().replace(before, after))
+
+
+def test_a_backend_that_names_no_other_and_a_folder_that_shows_nothing_are_refused(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    edit(tmp_path / "set" / "multidatabackend.json", '"conditioning_data": "b"', '"conditioning_data": "bb"')
+    with pytest.raises(UserError, match='did you mean "b"'):
+        read_listing(tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="shows no layout known here"):
+        read_listing(tmp_path / "empty")
+    with pytest.raises(UserError, match="There is no folder"):
+        read_listing(tmp_path / "nowhere")
