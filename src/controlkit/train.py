@@ -362,9 +362,9 @@ def draw_batch(base: UNetBase, cached: Cached, contracts: Mapping[str, Hint], re
 
 def _features(branch: ControlBranch, batch: Batch) -> Any:
     """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
-    if not isinstance(branch, UnionBranch):
-        return branch.encode_hint(batch.hints[""]).repeat_interleave(batch.draws, 0)
-    read = branch.encode_each(batch.hints)
+    read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
+    if isinstance(read, Tensor):
+        return read.repeat_interleave(batch.draws, 0)
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
