@@ -1,6 +1,7 @@
 """Data sets as people have them: one set of pairs in every layout reads as the same tensors."""
 
 import csv
+import gzip
 import io
 import json
 import shutil
@@ -91,16 +92,16 @@ def webdataset(folder, tutorial, rows):
                     archive.addfile(member, io.BytesIO(data))
 
 
-def huggingface(saved):
+def huggingface(saved, hint="conditioning_image"):
     def write(folder, tutorial, rows):
         datasets = pytest.importorskip("datasets")
         columns = {
             "image": [str(tutorial / row["target"]) for row in rows],
-            "conditioning_image": [str(tutorial / row["source"]) for row in rows],
+            hint: [str(tutorial / row["source"]) for row in rows],
             "text": [row["prompt"] for row in rows],
         }
         table = datasets.Dataset.from_dict(columns)
-        for name in ("image", "conditioning_image"):
+        for name in ("image", hint):
             table = table.cast_column(name, datasets.Image())
         if saved:
             table.save_to_disk(folder)
@@ -115,6 +116,7 @@ WRITERS = {
     "prompt.json": ("prompt.json", lambda folder, tutorial, rows: shutil.copytree(tutorial, folder)),
     "saved by datasets": ("huggingface", huggingface(saved=True)),
     "parquet": ("huggingface", huggingface(saved=False)),
+    "ControlNet++": ("huggingface", huggingface(saved=False, hint="control_canny")),
     "imagefolder": ("metadata", metadata(("file_name", "conditioning_image_file_name", "text"), ".jsonl")),
     "imagefolder, the other spelling": ("metadata", metadata(("image", "conditioning_image", "text"), ".jsonl")),
     "DiffSynth": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".csv")),
@@ -173,6 +175,10 @@ def test_one_of_several_captions_is_taken_and_always_the_same(tutorial, tmp_path
         ("WebDataset", lambda folder: (folder / "00000.tar").write_bytes(b"rubbish" * 99), "unreadable file", "00000"),
         ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "a/0.png", "../../x.png"), "path escapes",
          "../../x.png"),
+        ("SimpleTuner", lambda folder: (folder / "edges").rename(folder / "lines"), "missing folder", "edges"),
+        ("ai-toolkit", lambda folder: shutil.copy(folder / "images/1.png", folder / "images/1.webp"), "two of a name",
+         "1.webp"),
+        ("WebDataset", lambda folder: pack(folder / "00000.tar"), "unreadable file", "00000"),
         ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "file_name", "fil_name"),
          "unreadable line", "line 1"),
     ],
@@ -187,6 +193,10 @@ def test_what_is_wrong_with_a_listing_is_said_and_nothing_trains_on_it(
     assert problem.kind == kind and words in problem.where and problem.fatal
     with pytest.raises(UserError, match="controlkit data doctor"):
         FolderPairs(tmp_path / "set", SIDE)
+
+
+def pack(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
 
 
 def edit(path, before, after):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from controlkit.optimizers import Optimizer
+from controlkit.optimizers import Average, Optimizer
 
 
 @pytest.fixture
@@ -65,3 +65,19 @@ def test_going_on_from_a_state_is_going_on(module, name):
     module.load_state_dict(kept)
     make_step(module, Optimizer(module, name))
     assert not all(torch.equal(p, wanted[key]) for key, p in module.named_parameters()), "a fresh one is not"
+
+
+def test_an_average_forgets_the_start_and_then_follows_slowly():
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(100.0)
+    average = Average(module, 0.9)
+    for step in range(1, 41):
+        module.weight.data.fill_(float(step))
+        average.update(module, step)
+    wanted = 100.0
+    for step in range(1, 41):
+        keep = min(0.9, (1 + step) / (10 + step))
+        wanted = keep * wanted + (1 - keep) * step
+    assert average.module.weight.item() == pytest.approx(wanted, rel=1e-5)
+    assert 28 < wanted < 36 and not average.module.weight.requires_grad
+    assert module.weight.item() == 40, "the module itself is not touched"

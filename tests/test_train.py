@@ -415,9 +415,21 @@ def test_several_draws_of_a_pair_share_its_hint_and_nothing_else(toy_base, cache
     ), "an epoch is every pair once"
 
 
-def test_a_batch_is_whole_pairs():
-    with pytest.raises(UserError, match="a batch of 6 rows cannot be shared out in 4 draws"):
-        train.parse_recipe({"batch": 6, "draws": 4})
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_parts_of_a_batch_are_its_rows(draws, toy_base, cached):
+    recipe = tiny(batch=8, draws=draws)
+    whole = draw_batch(toy_base, cached, CONTRACTS, recipe, 3)
+    parts = [draw_batch(toy_base, cached, CONTRACTS, recipe, 3, part, 4) for part in range(4)]
+    assert [len(part.t) for part in parts] == [2] * 4
+    for name in ("latents", "noise", "t"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.hints[""] for part in parts]), whole.hints[""])
+
+
+def test_a_batch_is_whole_pairs_and_equal_parts():
+    for changes in ({"draws": 4}, {"accumulate": 4}, {"draws": 2, "accumulate": 2}):
+        with pytest.raises(UserError, match="a batch of 6 rows cannot be shared out"):
+            train.parse_recipe({"batch": 6} | changes)
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -822,6 +834,115 @@ def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monk
     list(itertools.islice(train_control(tiny(), tmp_path, toy_base), 4))
     last = list(train_control(tiny(), tmp_path, toy_base))[-1]
     assert last.verdict == "control found at step 3"
+
+
+# --- settings of the run ------------------------------------------------------------------------------------
+
+
+def ended(recipe, out, base):
+    """The weights a run ends with, and what its log says."""
+    list(train_control(recipe, out, base))
+    return weights_of(out), log_of(out)
+
+
+def far(a, b):
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+PLAIN = {"steps": 3, "batch": 4, "lr": 1e-3, "evaluation": {"every": 0}}
+
+
+def test_gradients_of_parts_add_up_to_those_of_the_whole(toy_base, tmp_path):
+    whole, log = ended(tiny(**PLAIN), tmp_path / "whole", toy_base)
+    parts, log_of_parts = ended(tiny(**PLAIN, accumulate=2), tmp_path / "parts", toy_base)
+    assert [one["loss"] for one in log] == pytest.approx([one["loss"] for one in log_of_parts], rel=1e-4)
+    moved = far(whole, ended(tiny(**PLAIN, seed=1), tmp_path / "other", toy_base)[0])
+    assert far(whole, parts) < 0.1 * moved
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_computed_in_more_parts_and_said_so(toy_base, tmp_path, monkeypatch):
+    log = ended(tiny(**PLAIN), tmp_path / "whole", toy_base)[1]
+    room, real, said = 2, train.objective, []
+
+    def crowded(base, branch, batch, predict):
+        if len(batch.t) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(base, branch, batch, predict)
+
+    monkeypatch.setattr(train, "objective", crowded)
+    list(train_control(tiny(**PLAIN), tmp_path / "parts", toy_base, on_stage=lambda name, total: said.append(name)))
+    assert [one["loss"] for one in log_of(tmp_path / "parts")] == pytest.approx([one["loss"] for one in log], rel=1e-4)
+    assert [words for words in said if "memory" in words] == [
+        "out of memory: step 1 and the rest in 2 parts, the batch is still 4"
+    ]
+    room = 0
+    with pytest.raises(UserError, match="does not hold even a part of 1 rows"):
+        list(train_control(tiny(**PLAIN), tmp_path / "none", toy_base))
+
+
+def test_features_computed_anew_give_the_same_weights_and_leave_the_base_as_it_was(toy_base, tmp_path, monkeypatch):
+    kept = ended(tiny(**PLAIN), tmp_path / "kept", toy_base)[0]
+    calls = []
+    real = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **more):
+        calls.append(args)
+        return real(*args, **more)
+
+    monkeypatch.setattr("controlkit.backbones.unet.checkpoint", counted)
+    anew = ended(tiny(**PLAIN, checkpointing=True), tmp_path / "anew", toy_base)[0]
+    assert calls and far(kept, anew) < 1e-5
+    assert not any(getattr(block, "gradient_checkpointing", False) for block in toy_base.unet.modules())
+
+
+def test_the_denoiser_is_compiled_where_asked_for(toy_base, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_(function):
+        def run(*given):
+            compiled.append(function)
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    plain = ended(tiny(**PLAIN), tmp_path / "plain", toy_base)[0]
+    assert not compiled
+    assert far(plain, ended(tiny(**PLAIN, compile=True), tmp_path / "compiled", toy_base)[0]) == 0
+    assert compiled == [train.controlled] * PLAIN["steps"]
+
+
+def test_an_average_is_what_is_saved_and_goes_on_exactly(toy_base, tmp_path):
+    recipe = tiny(**PLAIN | {"steps": 6}, ema=0.9, checkpoint_every=2)
+    whole, _ = ended(recipe, tmp_path / "whole", toy_base)
+    assert far(whole, ended(tiny(**PLAIN | {"steps": 6}), tmp_path / "plain", toy_base)[0]) > 1e-5
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 5))
+    assert far(whole, ended(recipe, tmp_path / "stopped", toy_base)[0]) == 0
+
+
+def test_muon_trains_another_control_and_goes_on_exactly(toy_base, tmp_path):
+    recipe = tiny(**PLAIN | {"steps": 4}, optimizer="muon", checkpoint_every=2)
+    whole, _ = ended(recipe, tmp_path / "whole", toy_base)
+    assert far(whole, ended(tiny(**PLAIN | {"steps": 4}), tmp_path / "plain", toy_base)[0]) > 1e-4
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    assert far(whole, ended(recipe, tmp_path / "stopped", toy_base)[0]) == 0
+
+
+def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: 5\ndata: {source: fill50k}\n")
+    recipe = train.read_recipe(path, ["steps=7", "data.count=9", "evaluation.guidance=2.5", "control.taps=mid"])
+    assert (recipe.steps, recipe.data.source, recipe.data.count) == (7, "fill50k", 9)
+    assert (recipe.evaluation.guidance, recipe.control.taps) == (2.5, "mid")
+    for change, words in (
+        ("steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("steps=[", "is not YAML"),
+        ("steps.more=3", "steps is 5 and has no more"),
+        ("data.sorce=x", 'did you mean "source"'),
+    ):
+        with pytest.raises(UserError, match=words):
+            train.read_recipe(path, [change])
 
 
 # --- a Union ------------------------------------------------------------------------------------------------

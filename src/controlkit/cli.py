@@ -331,11 +331,16 @@ def annotate(
 
 @app.command(
     epilog="Examples:\n\n    controlkit train recipes/smoke.yaml --out runs/smoke\n\n"
+    "    controlkit train recipes/canny.yaml --set data.source=photos --set batch=16 --out runs/photos\n\n"
     "    controlkit train recipes/canny.yaml --out runs/canny     # again, to go on after an interruption"
 )
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe: YAML; see `recipes/`.")],
     out: OutOption,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a control, and say in words whether control was found.
@@ -345,13 +350,16 @@ def train(
     """
     from controlkit.train import read_recipe, train_control
 
-    settings = read_recipe(recipe)
+    settings = read_recipe(recipe, changes or [])
     base = _load_base(settings.base, device)
     with _progress() as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
+            if not total:  # no work, but something to know
+                progress.print(name, highlight=False)
+                return
             progress.reset(side, total=total, description=name, visible=True)
 
         def advance(count: int) -> None:

@@ -1,5 +1,6 @@
-"""How weights are moved: AdamW, or Muon for matrices with AdamW for the rest."""
+"""How weights are moved: AdamW, or Muon for matrices with AdamW for the rest; and their average over steps."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -69,3 +70,22 @@ class Optimizer:
             held[int(number)].setdefault(int(index), {})[name] = value
         for part, kept in zip(self._parts, held, strict=True):
             part.load_state_dict({"state": kept, "param_groups": part.state_dict()["param_groups"]})
+
+
+class Average:
+    """An exponential average of a module's weights over steps (EMA), as a module of its own."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take in the weights after ``step`` steps; the first steps weigh more, so that the start is forgotten."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        state = self.module.state_dict()
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                state[name].lerp_(value, 1 - keep)
+            else:
+                state[name].copy_(value)

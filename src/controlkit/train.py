@@ -12,8 +12,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from controlkit.annotators import ANNOTATORS, contract
-from controlkit.backbones import Text, UNetBase, load_base
+from controlkit.backbones import Text, UNetBase, load_base, recomputed
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
     Cached,
@@ -54,7 +55,7 @@ from controlkit.measure import (
     obedience,
     three_ways,
 )
-from controlkit.optimizers import Optimizer, OptimizerName
+from controlkit.optimizers import Average, Optimizer, OptimizerName
 from controlkit.precision import autocast, number_format, settle_format, training_attention
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
@@ -120,6 +121,10 @@ class Recipe(_Strict):
     draws: int = Field(1, gt=0)
     """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
     for all of them. Reading hints is what costs most on a small base."""
+    accumulate: int = Field(1, gt=0)
+    """Parts a batch is computed in, one after the other, where memory is short: the gradients are the whole batch's."""
+    checkpointing: bool = False
+    """Compute features of branch and decoder anew in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
     """``muon``: Muon for weight matrices, AdamW for the rest."""
     lr: float = Field(1e-5, gt=0)
@@ -129,6 +134,8 @@ class Recipe(_Strict):
     cooldown: int = Field(0, ge=0)
     """Steps at the end over which it falls linearly, nearly to zero."""
     weight_decay: float = Field(0.01, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
     compile: bool = False
@@ -141,8 +148,11 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _whole_pairs(self) -> "Recipe":
-        if self.batch % self.draws:
-            raise ValueError(f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair")
+        if self.batch % (self.draws * self.accumulate):
+            raise ValueError(
+                f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
+                f"{self.accumulate} equal parts"
+            )
         return self
 
 
@@ -154,8 +164,11 @@ def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file; ``UserError`` names a wrong key or value and the nearest right one."""
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file; ``UserError`` names a wrong key or value and the nearest right one.
+
+    ``changes``: values to put in place of the file's, such as ``data.source=scenes``.
+    """
     if not path.is_file():
         raise UserError(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
     try:
@@ -164,7 +177,27 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} is not YAML ({error}).") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
+    for change in changes:
+        _put(content, change)
     return parse_recipe(content, str(path))
+
+
+def _put(content: dict[str, Any], change: str) -> None:
+    """Put KEY=VALUE, the key's parts joined by dots and the value as YAML has it, into a recipe's values."""
+    name, equals, text = change.partition("=")
+    *path, key = name.strip().split(".")
+    if not (equals and key and all(path)):
+        raise UserError(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f'"{change}": the value is not YAML ({error}).') from error
+    for part in path:
+        inner = content.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f'"{change}": {part} is {inner!r} and has no {key}.')
+        content = inner
+    content[key] = value
 
 
 def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
@@ -315,22 +348,33 @@ class Batch:
     draws: int = 1  # rows of a pair, one after the other
 
 
-def draw_batch(base: UNetBase, cached: Cached, contracts: Mapping[str, Hint], recipe: Recipe, step: int) -> Batch:
-    """The batch of a step: shuffled epochs, with noise, timestep and prompt dropout keyed by (seed, step, sample).
+def draw_batch(
+    base: UNetBase,
+    cached: Cached,
+    contracts: Mapping[str, Hint],
+    recipe: Recipe,
+    step: int,
+    part: int = 0,
+    parts: int = 1,
+) -> Batch:
+    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep and prompt
+    dropout keyed by (seed, step, sample).
 
     Pairs of one type of hint stand together, in the contracts' order. Of several draws of a pair each has its timestep
     from a share of the schedule of its own.
     """
     names = list(contracts)
     count = recipe.batch // recipe.draws
+    own = range(part * count // parts, (part + 1) * count // parts)
     order: dict[int, np.ndarray] = {}
-    chosen = []
-    for number in range(step * count, (step + 1) * count):
-        epoch, place = divmod(number, len(cached))
+    chosen = {}
+    for place in own:
+        number = step * count + place
+        epoch, turn = divmod(number, len(cached))
         if epoch not in order:
             order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
-        chosen.append(int(order[epoch][place]))
-    places = sorted(range(count), key=lambda place: int(cached.kinds[chosen[place]]))
+        chosen[place] = int(order[epoch][turn])
+    places = sorted(own, key=lambda place: int(cached.kinds[chosen[place]]))
 
     total = base.scheduler.config.num_train_timesteps
     shares = [total * draw // recipe.draws for draw in range(recipe.draws + 1)]
@@ -398,7 +442,46 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-_BRANCH, _MOMENTS = "branch.", "optimizer."  # what the names of a checkpoint's tensors begin with
+@dataclass(frozen=True)
+class _Learner:
+    """All that a step changes."""
+
+    branch: ControlBranch
+    optimizer: Optimizer
+    average: Average | None = None
+
+    @property
+    def result(self) -> ControlBranch:
+        """The weights that are measured and saved."""
+        return self.average.module if self.average else self.branch  # type: ignore[return-value]
+
+    def step(self, rate: float, number: int) -> None:
+        """Step ``number``, from 1, with the gradients at hand."""
+        self.optimizer.step(rate)
+        if self.average:
+            self.average.update(self.branch, number)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors by name."""
+        parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
+        if self.average:
+            parts["average"] = self.average.module.state_dict()
+        return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state``."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+        self.branch.load_state_dict(part("branch"))
+        self.optimizer.restore(part("optimizer"))
+        if self.average:
+            self.average.module.load_state_dict(part("average"))
+
+
+_LAYOUT = "2"
+"""Of a checkpoint's tensors; raised when their names change."""
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -406,7 +489,7 @@ def _checkpoints(out: Path) -> list[Path]:
 
 
 def _save_checkpoint(
-    out: Path, step: int, control: SavedControl, base: UNetBase, optimizer: Optimizer, keep: int
+    out: Path, step: int, control: SavedControl, base: UNetBase, state: Mapping[str, Tensor], keep: int
 ) -> None:
     """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
     folder = out / "checkpoints"
@@ -414,10 +497,8 @@ def _save_checkpoint(
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         save_control(scratch / "control", control, base)
-        moments = {f"{_MOMENTS}{name}": value for name, value in optimizer.state().items()}
-        facts = {"step": str(step), "base_digest": base.digest}
-        branch = {f"{_BRANCH}{k}": v.contiguous() for k, v in control.branch.state_dict().items()}
-        write_atomic(scratch / "state.safetensors", save(moments | branch, facts))
+        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest}
+        write_atomic(scratch / "state.safetensors", save(dict(state), facts))
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
         if target.exists():
@@ -434,7 +515,7 @@ def _save_checkpoint(
         shutil.rmtree(old)
 
 
-def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimizer: Optimizer) -> int:
+def _load_checkpoint(folder: Path, learner: _Learner, base: UNetBase) -> int:
     path = folder / "state.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
@@ -443,14 +524,14 @@ def _load_checkpoint(folder: Path, branch: ControlBranch, base: UNetBase, optimi
         raise UserError(
             f"{path} cannot be read ({error}). Delete {folder} and run again: the run goes on from the one before."
         ) from error
+    if facts.get("layout") != _LAYOUT:
+        raise UserError(f"{folder} was written by an earlier version and cannot be gone on from: give another --out.")
     if facts["base_digest"] != base.digest:
         raise UserError(
             f'{folder} was trained on other weights of "{base.name}" ({facts["base_digest"]}, now {base.digest}): '
             "go on with those weights, or give another --out."
         )
-    tensors = load_file(path)
-    branch.load_state_dict({k.removeprefix(_BRANCH): v for k, v in tensors.items() if k.startswith(_BRANCH)})
-    optimizer.restore({k.removeprefix(_MOMENTS): v for k, v in tensors.items() if k.startswith(_MOMENTS)})
+    learner.restore(load_file(path))
     return int(facts["step"])
 
 
@@ -484,7 +565,8 @@ def train_control(
 ) -> Iterator[Record]:
     """Train a control, yielding a record a step; ``OUT/control`` holds the result when the iterator ends.
 
-    ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating.
+    ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating. With a
+    total of 0 the name is something to know, such as what was done when memory ran out.
     """
     contracts = hints_of(recipe)
     _check_folder(recipe, out)
@@ -517,48 +599,82 @@ def _train(
     on_stage("caching", len(pairs))
     cached = build_cache(base, pairs, contracts, out / f"pairs-{base.digest}.safetensors", on_advance)
     optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
+    learner = _Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
     evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if recipe.evaluation.every else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = _checkpoints(out)
     if kept:
-        step = _load_checkpoint(kept[-1], branch, base, optimizer)
+        step = _load_checkpoint(kept[-1], learner, base)
     evaluations = _cut_log(out / "log.jsonl", step)
 
     def saved(at: int) -> SavedControl:
         facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
         hints = contracts if recipe.control.types else {}
-        return SavedControl(branch, contracts.get("", Hint("")), facts | {"recipe": recipe.model_dump()}, hints)
+        return SavedControl(learner.result, contracts.get("", Hint("")), facts | {"recipe": recipe.model_dump()}, hints)
 
-    with (out / "log.jsonl").open("a") as log:
+    attention = partial(training_attention, base.device.type)
+
+    def gradients(step: int, parts: int) -> float:
+        """The gradients of a step's batch, added up over equal parts of it; returns the loss."""
+        total = torch.zeros((), device=base.device)
+        for part in range(parts):
+            batch = draw_batch(base, cached, contracts, recipe, step, part, parts)
+            with autocast(base.device.type), attention():
+                loss = objective(base, branch, batch, predict) / parts
+            loss.backward()
+            total += loss.detach()
+        return total.item()
+
+    parts = recipe.accumulate
+    short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    with (out / "log.jsonl").open("a") as log, short:
         while step < recipe.steps:
             started = time.perf_counter()
-            with autocast(base.device.type), training_attention(base.device.type):
-                loss = objective(base, branch, draw_batch(base, cached, contracts, recipe, step), predict)
-            value = loss.item()
-            loss.backward()
+            try:
+                value = gradients(step, parts)
+            except torch.OutOfMemoryError as error:
+                branch.zero_grad()
+                parts = _more_parts(recipe, parts, error)
+                words = (
+                    f"out of memory: step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
+                )
+                on_stage(words, 0)
+                continue
             slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
                 )
-            optimizer.step(learning_rate(recipe, step))
             step += 1
+            learner.step(learning_rate(recipe, step - 1), step)
             seconds = time.perf_counter() - started
             measured, words = None, None
             if evaluator and (step % recipe.evaluation.every == 0 or step == recipe.steps):
                 on_stage("evaluating", evaluator.work)
-                measured = evaluator.measure(branch, step, on_advance)
+                measured = evaluator.measure(learner.result, step, on_advance)
                 evaluations.append(Seen(step, measured.obedience.low, measured.counts))
                 words = verdict(evaluations)
             record = Record(step, value, seconds, measured, words)
             log.write(record.to_json() + "\n")
             log.flush()
             if step % recipe.checkpoint_every == 0 or step == recipe.steps:
-                _save_checkpoint(out, step, saved(step), base, optimizer, recipe.keep)
+                _save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
             yield record
     save_control(out / "control", saved(step), base)
+
+
+def _more_parts(recipe: Recipe, parts: int, error: torch.OutOfMemoryError) -> int:
+    """In how many parts to compute a batch that did not fit in memory in ``parts``."""
+    pairs = recipe.batch // recipe.draws
+    more = next((count for count in range(2 * parts, pairs + 1) if pairs % count == 0), None)
+    if more is None:
+        raise UserError(
+            f"Memory does not hold even a part of {recipe.batch // parts} rows ({str(error).splitlines()[0]}). Set "
+            "checkpointing: true, draws: 1, or take a smaller base or size."
+        ) from error
+    return more
 
 
 def _neighbour(name: str, base: UNetBase, like: ControlBranch) -> ControlBranch:

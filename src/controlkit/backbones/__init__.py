@@ -2,6 +2,6 @@
 
 from controlkit.backbones.families import FAMILIES, Family
 from controlkit.backbones.load import load_base
-from controlkit.backbones.unet import Text, UNetBase, UNetEncoder
+from controlkit.backbones.unet import Text, UNetBase, UNetEncoder, recomputed
 
-__all__ = ["FAMILIES", "Family", "Text", "UNetBase", "UNetEncoder", "load_base"]
+__all__ = ["FAMILIES", "Family", "Text", "UNetBase", "UNetEncoder", "load_base", "recomputed"]

@@ -5,14 +5,15 @@ Control comes in as an explicit argument, ``inject={tap name: residual}``. Leavi
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.families import Prediction
 from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap
@@ -59,6 +60,26 @@ class Encoded:
     middle: Tensor
     embedding: Tensor  # (B, D)
     text: Text
+
+
+@contextmanager
+def recomputed(*modules: nn.Module, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    """Within it, the blocks in ``modules`` compute their features anew in the backward pass instead of keeping them.
+
+    ``within``: the context the forward pass runs in, entered again for the second one (autocast's is entered anyway).
+    """
+    blocks = [block for module in modules for block in module.modules() if hasattr(block, "gradient_checkpointing")]
+    before = [(block, block.gradient_checkpointing) for block in blocks]
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), within())
+        )
+    try:
+        yield
+    finally:
+        for block, was in before:
+            block.gradient_checkpointing = was
 
 
 class UNetEncoder(nn.Module):

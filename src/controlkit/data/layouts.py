@@ -28,13 +28,14 @@ from controlkit.seeds import numpy_rng
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of files that are taken for pictures."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
-PICTURE_NAMES = ("image", "file_name", "image_file_name", "target", "jpg", "picture")
+PICTURE_NAMES = ("image", "file_name", "image_file_name", "jpg", "picture")
 HINT_NAMES = (
     "conditioning_image", "conditioning_image_file_name", "controlnet_image", "control_image", "conditioning",
-    "control", "hint", "source",
+    "control", "hint",
 )  # fmt: skip
 CAPTION_NAMES = ("text", "prompt", "caption")
-"""Names of columns and keys: what picture, hint and caption are called; the first found counts."""
+"""Names of columns and keys: what picture, hint and caption are called; the first found counts. A hint may also be
+called ``control_`` and something (ControlNet++)."""
 FOLDERS = ("conditioning", "control", "hint", "hints", "cond")
 """What the name of a folder of hints is, or begins with before a ``_``."""
 
@@ -120,6 +121,11 @@ def _one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((values[name] for name in names if values.get(name) not in (None, "")), None)
 
 
+def _hint_names(names: Sequence[str]) -> list[str]:
+    """What of these may be called a hint, the likeliest first."""
+    return [name for name in HINT_NAMES if name in names] + [name for name in names if name.startswith("control_")]
+
+
 def _wording(captions: Any, place: int) -> str:
     """One caption of those a row has; the same one each time it is read."""
     if isinstance(captions, list):
@@ -158,8 +164,7 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 def _paired(pictures: Path, hints: Path, prompt_of: Callable[[Path], str | None], problems: list[Problem]) -> list[Row]:
     """Pictures and hints of the same names, whatever their suffixes, in two folders."""
-    own = {path.relative_to(pictures).with_suffix(""): path for path in _pictures_in(pictures)}
-    others = {path.relative_to(hints).with_suffix(""): path for path in _pictures_in(hints)}
+    own, others = (_by_name(folder, problems) for folder in (pictures, hints))
     rows = []
     for name, path in own.items():
         if name not in others:
@@ -172,6 +177,19 @@ def _paired(pictures: Path, hints: Path, prompt_of: Callable[[Path], str | None]
     for name in sorted(others.keys() - own.keys()):
         problems.append(Problem("extra hint", str(others[name]), f"has no picture of its name in {pictures}"))
     return rows
+
+
+def _by_name(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
+    """A folder's pictures by what their names are without suffix."""
+    if not folder.is_dir():
+        problems.append(Problem("missing folder", str(folder), "is named by the data set and is not there"))
+    found: dict[Path, Path] = {}
+    for path in _pictures_in(folder):
+        name = path.relative_to(folder).with_suffix("")
+        if name in found:
+            problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
+        found[name] = path
+    return found
 
 
 def _text_of(path: Path, problems: list[Problem]) -> str:
@@ -220,37 +238,30 @@ def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
         table = datasets.Dataset.from_parquet(tables, cache_dir=None, keep_in_memory=True)
     if isinstance(table, datasets.DatasetDict):
         table = table["train"] if "train" in table else next(iter(table.values()))
-    columns = {
-        what: next((name for name in names if name in table.column_names), None)
-        for what, names in (("picture", PICTURE_NAMES), ("hint", HINT_NAMES), ("caption", CAPTION_NAMES))
-    }
-    if columns["picture"] is None:
-        raise UserError(
-            f"{folder} has the columns {', '.join(table.column_names)}: expected one of {', '.join(PICTURE_NAMES)} for "
-            "the picture."
-        )
-    for what in ("picture", "hint"):
-        if columns[what] is not None and isinstance(table.features[columns[what]], datasets.Image):
-            table = table.cast_column(columns[what], datasets.Image(decode=False))
+    columns = table.column_names
+    named = [next((name for name in names if name in columns), None) for names in (PICTURE_NAMES, CAPTION_NAMES)]
+    picture, caption, hint = (*named, next(iter(_hint_names(columns)), None))
+    if picture is None:
+        raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(PICTURE_NAMES)}.")
+    for name in (picture, hint):
+        if name and isinstance(table.features[name], datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
 
-    def held(place: int, column: str) -> Held:
+    def held(place: int, column: str) -> Held | None:
         def read() -> bytes:
             value = table[place][column]
-            if isinstance(value, dict):
-                return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-            return (folder / str(value)).read_bytes()
+            return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
-        return Held(f"row {place}, {column}", read)
+        if isinstance(table.features[column], datasets.Image):
+            return Held(f"{folder}, row {place}, {column}", read)
+        return _inside(folder, str(table[place][column]), problems)
 
-    captions = table[columns["caption"]] if columns["caption"] else [""] * len(table)
-    return [
-        Row(
-            held(place, columns["picture"]),
-            _wording(caption, place),
-            held(place, columns["hint"]) if columns["hint"] else None,
-        )
-        for place, caption in enumerate(captions)
-    ]
+    rows = []
+    for place, said in enumerate(table[caption] if caption else [""] * len(table)):
+        own, other = held(place, picture), held(place, hint) if hint else None
+        if own and (other or not hint):
+            rows.append(Row(own, _wording(said, place), other))
+    return rows
 
 
 def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
@@ -315,7 +326,7 @@ def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
         return None
     rows = []
     for number, (where, values) in enumerate(_entries(listing, problems)):
-        named, hinted = _one_of(values, PICTURE_NAMES), _one_of(values, HINT_NAMES)
+        named, hinted = _one_of(values, PICTURE_NAMES), _one_of(values, _hint_names(list(values)))
         if not isinstance(named, str):
             words = f"names no picture; expected one of {', '.join(PICTURE_NAMES)}"
             problems.append(Problem("unreadable line", where, words))
@@ -362,7 +373,7 @@ def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
     for shard in shards:
         samples: dict[str, dict[str, Held]] = {}
         try:
-            with tarfile.open(shard) as archive:
+            with tarfile.open(shard, "r:") as archive:  # not compressed: members are read where they lie
                 for member in archive:
                     if member.isfile():
                         where, _, name = member.name.rpartition("/")
@@ -371,7 +382,7 @@ def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
                         key = f"{where}/{stem}" if where else stem
                         samples.setdefault(key, {})[part.lower()] = Held(f"{shard}:{member.name}", read)
         except tarfile.TarError as error:
-            problems.append(Problem("unreadable file", str(shard), f"is no whole tar file ({error})"))
+            problems.append(Problem("unreadable file", str(shard), f"is no whole tar file, uncompressed ({error})"))
         for key, parts in samples.items():
             row = _sample(f"{shard}:{key}", parts, problems)
             if row:
@@ -382,7 +393,8 @@ def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
 def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> Row | None:
     """A row of the members of one key; a member's part is what follows the first dot of its name."""
     pictures = {part: held for part, held in parts.items() if f".{part.rpartition('.')[2]}" in SUFFIXES}
-    hints = {part: held for part, held in pictures.items() if part.split(".")[0] in HINT_NAMES}
+    called = _hint_names([part.split(".")[0] for part in pictures])
+    hints = {part: held for part, held in pictures.items() if part.split(".")[0] in called}
     own = [held for part, held in pictures.items() if part not in hints]
     if len(own) != 1:
         problems.append(Problem("missing file", where, f"has {len(own)} pictures; expected one, such as KEY.jpg"))
@@ -393,7 +405,8 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> R
         said = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
         prompt = said.read().decode("utf-8").strip() if said else None
         if "json" in parts:
-            facts = json.loads(parts["json"].read().decode("utf-8"))
+            held = json.loads(parts["json"].read().decode("utf-8"))
+            facts = held if isinstance(held, dict) else {}
     except UnicodeDecodeError as error:
         problems.append(Problem("not UTF-8", where, f"{error.reason} at byte {error.start}: save it as UTF-8"))
     except ValueError as error:
