@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "controlkit"
 ROOMS = [
     {"__main__"},
     {"cli"},
-    {"train"},
+    {"train", "flags"},
     {"measure"},
     {"sample", "data"},
     {"formats"},

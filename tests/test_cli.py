@@ -101,6 +101,21 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
     assert load_control(tmp_path / "run", toy_base).trained["step"] == 2
 
 
+def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tmp_path):
+    list(make_fill50k(tmp_path / "set", 6, 32))
+    flags = ["--pretrained_model_name_or_path", toy_folder, "--train_data_dir", tmp_path / "set"]
+    flags += ["--train_batch_size", 2, "--output_dir", tmp_path / "run"]
+    code, _, err = run("train", *flags)
+    assert code == 2 and "expected --resolution 32" in err
+    code, _, err = run("train", *flags, "--resolution", 32, "--set", "prompt_dropout=0.25", "--report_to", "wandb")
+    assert code == 0 and "--report_to is not needed" in err
+    trained = load_control(tmp_path / "run", toy_base).trained
+    assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"
+    code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")
+    assert code == 2 and '"--ouut" is no option of train' in err
+    assert run("train", "recipes/smoke.yaml")[0] == 2
+
+
 def test_fill50k_is_drawn(run, tmp_path):
     assert run("data", "make", "fill50k", "--count", 3, "--size", 32, "--out", tmp_path / "set")[0] == 0
     assert len((tmp_path / "set" / "prompt.json").read_text().splitlines()) == 3

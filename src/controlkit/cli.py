@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from controlkit.backbones import UNetBase
+    from controlkit.data import Finding
     from controlkit.formats import SavedControl
 
 app = typer.Typer(
@@ -330,13 +331,19 @@ def annotate(
 
 
 @app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Examples:\n\n    controlkit train recipes/smoke.yaml --out runs/smoke\n\n"
+    "    controlkit train --pretrained_model_name_or_path mini --train_data_dir photos --annotator canny "
+    "--resolution 128 --output_dir runs/photos\n\n"
     "    controlkit train recipes/canny.yaml --set data.source=photos --set batch=16 --out runs/photos\n\n"
-    "    controlkit train recipes/canny.yaml --out runs/canny     # again, to go on after an interruption"
+    "    controlkit train recipes/canny.yaml --out runs/canny     # again, to go on after an interruption",
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML; see `recipes/`.")],
-    out: OutOption,
+    context: typer.Context,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe: YAML; see `recipes/`. Or, instead, train_controlnet.py's flags.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; give the same one to go on.")] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
@@ -348,10 +355,27 @@ def train(
     Run the same command again to go on from the last checkpoint. `OUT/log.jsonl` holds a record a line,
     `OUT/samples` pictures, `OUT/control` the result.
     """
-    from controlkit.train import read_recipe, train_control
+    from controlkit.data import read_listing, trained_count
+    from controlkit.flags import read_flags
+    from controlkit.train import parse_recipe, put, read_recipe, train_control
 
-    settings = read_recipe(recipe, changes or [])
+    words = [*([str(recipe)] if recipe else []), *context.args]
+    if words and words[0].startswith("--"):
+        asked = read_flags(words, lambda folder: trained_count(len(read_listing(folder).rows)))
+        for change in changes or []:
+            put(asked.recipe, change)
+        settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
+        for note in asked.notes:
+            _warn(note)
+    elif context.args:
+        raise UserError(f'"{context.args[0]}" is no option of train: see `controlkit train --help`.')
+    elif not words or not out:
+        raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
+    else:
+        asked, settings = None, read_recipe(Path(words[0]), changes or [])
     base = _load_base(settings.base, device)
+    if asked and asked.resolution != base.size:
+        raise UserError(f'"{base.name}" makes pictures of {base.size} pixels: expected --resolution {base.size}.')
     with _progress() as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -563,8 +587,14 @@ def doctor(
     made_by = contract(annotator) if annotator else None
     listing = read_listing(path)
     with _progress() as progress:
-        rows = progress.track(examine(listing, made_by), len(listing.rows), description="opening")
-        report = add_up(listing, iter(rows), made_by)
+        task = progress.add_task("opening", total=len(listing.rows), figures="")
+
+        def opened() -> Iterator["Finding"]:
+            for finding in examine(listing, made_by):
+                progress.advance(task)
+                yield finding
+
+        report = add_up(listing, opened(), made_by)
     facts = report.to_json()
     _say(
         f"{path}: {facts['rows']} pairs by the layout {facts['layout']}, {facts['with_hints']} with hints of their own."

@@ -178,11 +178,11 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
     for change in changes:
-        _put(content, change)
+        put(content, change)
     return parse_recipe(content, str(path))
 
 
-def _put(content: dict[str, Any], change: str) -> None:
+def put(content: dict[str, Any], change: str) -> None:
     """Put KEY=VALUE, the key's parts joined by dots and the value as YAML has it, into a recipe's values."""
     name, equals, text = change.partition("=")
     *path, key = name.strip().split(".")
@@ -311,6 +311,11 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     folder, held = split_folder(Path(data.source), base.size)
+    if not folder.hinted and recipe.control.annotator not in ANNOTATORS:
+        raise UserError(
+            f"{data.source} has pictures and no hints, and nothing here makes hints of "
+            f'"{recipe.control.annotator}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
+        )
     return folder.part(slice(data.count)), held.part(slice(num))
 
 

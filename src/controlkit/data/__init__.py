@@ -16,6 +16,7 @@ from controlkit.data.pairs import (
     evaluation_pairs,
     hint_of,
     split_folder,
+    trained_count,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "read_listing",
     "sheet_rows",
     "split_folder",
+    "trained_count",
 ]

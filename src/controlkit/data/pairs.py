@@ -167,7 +167,7 @@ class CirclePairs(Sequence[Pair]):
 
 
 class FolderPairs(Sequence[Pair]):
-    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own, else annotations.
+    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
 
     ``UserError`` where its listing has something wrong with it that nothing should be trained on.
     """
@@ -179,6 +179,9 @@ class FolderPairs(Sequence[Pair]):
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
             raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
         self._rows, self._size = listing.rows, size
+        self.hinted = any(row.hint for row in listing.rows)
+        if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
+            raise UserError(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
 
     def part(self, rows: slice) -> "FolderPairs":
         """Some of the rows; pictures are still read one at a time."""
@@ -196,13 +199,18 @@ class FolderPairs(Sequence[Pair]):
         return Pair(fit(picture, (self._size, self._size)), row.prompt, hint)
 
 
+def trained_count(pairs: int) -> int:
+    """Of so many pairs in a folder, those that are trained on: the last tenth, 2 to 512 pairs, is held out."""
+    return max(pairs - min(max(pairs // 10, 2), 512), 0)
+
+
 def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): the last tenth of a folder, at most 512 pairs, is never trained on."""
     pairs = FolderPairs(folder, size)
-    held = min(max(len(pairs) // 10, 2), 512)
-    if len(pairs) <= held:
+    trained = trained_count(len(pairs))
+    if not trained:
         raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
-    return pairs.part(slice(None, -held)), pairs.part(slice(-held, None))
+    return pairs.part(slice(trained)), pairs.part(slice(trained, None))
 
 
 SCENES_EVALUATED = 800

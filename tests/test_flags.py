@@ -1,0 +1,98 @@
+"""The flags of diffusers' script: each has its place, its reason, or its refusal."""
+
+import pytest
+
+from controlkit.errors import UserError
+from controlkit.flags import FIXED, NEEDLESS, PLACES, SWITCHES, WORKED_OUT, read_flags
+from controlkit.train import parse_recipe
+
+# `train_controlnet.py --help`, diffusers 0.35
+SCRIPT = """pretrained_model_name_or_path controlnet_model_name_or_path revision variant tokenizer_name output_dir
+cache_dir seed resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+lr_warmup_steps lr_num_cycles lr_power use_8bit_adam dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay
+adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32 report_to mixed_precision
+enable_xformers_memory_efficient_attention set_grads_to_none dataset_name dataset_config_name train_data_dir
+image_column conditioning_image_column caption_column max_train_samples proportion_empty_prompts validation_prompt
+validation_image num_validation_images validation_steps tracker_project_name"""
+MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
+--gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
+--checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
+--validation_image a.png b.png --report_to wandb --mixed_precision fp16"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Read flags beside the two that are needed."""
+
+    def read(*more):
+        needed = ["--pretrained_model_name_or_path", "mini", "--train_data_dir", str(tmp_path)]
+        return read_flags([*needed, *map(str, more)], lambda folder: 103)
+
+    return read
+
+
+def test_every_flag_of_the_script_is_known_and_in_one_place():
+    known = [*PLACES, *WORKED_OUT, *NEEDLESS, *FIXED]
+    assert len(known) == len(set(known)) and set(SWITCHES) <= set(known)
+    assert set(known) == {*SCRIPT.split(), "annotator"}
+
+
+def test_what_is_left_out_has_the_script_s_defaults(asked, tmp_path):
+    found = asked()
+    recipe = parse_recipe(found.recipe)
+    assert (recipe.base, recipe.data.source, str(found.out)) == ("mini", str(tmp_path), "controlnet-model")
+    assert (recipe.batch, recipe.lr, recipe.prompt_dropout, recipe.warmup, recipe.cooldown) == (4, 5e-6, 0.0, 0, 0)
+    assert recipe.steps == 26, "one epoch of 103 pairs, four a step"
+    assert found.resolution == 512 and recipe.control.annotator == ""
+    assert any("proportion_empty_prompts 0.5" in note for note in found.notes)
+
+
+def test_flags_go_where_they_belong(asked):
+    found = asked(*MANY.split())
+    recipe = parse_recipe(found.recipe)
+    assert (recipe.batch, recipe.accumulate, recipe.steps, recipe.lr) == (6, 3, 20, 1e-5)
+    assert (recipe.checkpointing, recipe.seed, recipe.prompt_dropout, recipe.checkpoint_every) == (True, 7, 0.5, 100)
+    assert (recipe.keep, recipe.data.count, recipe.weight_decay, recipe.control.annotator) == (3, 60, 0, "canny")
+    assert (str(found.out), found.resolution) == ("o", 128)
+    said = "\n".join(found.notes)
+    assert all(f"--{name} is not needed" in said for name in ("validation_image", "report_to", "mixed_precision"))
+    assert "paper" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "warmup", "cooldown", "lr"),
+    [
+        ("--lr_warmup_steps 10", 0, 0, 5e-6),
+        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 10", 10, 0, 5e-6),
+        ("--lr_scheduler linear --lr_warmup_steps 10 --scale_lr", 10, 90, 2e-5),
+    ],
+)
+def test_schedules_are_diffusers(flags, warmup, cooldown, lr, asked):
+    recipe = parse_recipe(asked("--max_train_steps", 100, *flags.split()).recipe)
+    assert (recipe.warmup, recipe.cooldown, recipe.lr) == (warmup, cooldown, pytest.approx(lr))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lr_scheduler cosine", '--lr_scheduler is "cosine"'),
+        ("--use_8bit_adam", "--use_8bit_adam is True"),
+        ("--adam_beta2 0.99", "takes 0.999"),
+        ("--image_column picture", "takes image or file_name"),
+        ("--learning_rat 1", 'did you mean "learning_rate"'),
+        ("--seed", "--seed has no value"),
+        ("seed 5", '"seed" stands where a flag was expected'),
+        ("--dataset_name fusing/fill50k", "one of --train_data_dir and --dataset_name"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_what_to_do(flags, words, asked):
+    with pytest.raises(UserError, match=words):
+        asked(*flags.split())
+
+
+def test_a_hub_s_data_set_and_a_missing_base_are_refused(tmp_path):
+    with pytest.raises(UserError, match="There is no folder fusing/fill50k"):
+        read_flags(["--pretrained_model_name_or_path", "x", "--dataset_name", "fusing/fill50k"], lambda folder: 1)
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path is missing"):
+        read_flags(["--train_data_dir", str(tmp_path)], lambda folder: 1)
