@@ -596,9 +596,7 @@ def doctor(
 
         report = add_up(listing, opened(), made_by)
     facts = report.to_json()
-    _say(
-        f"{path}: {facts['rows']} pairs by the layout {facts['layout']}, {facts['with_hints']} with hints of their own."
-    )
+    _say(f"{path}: {facts['rows']} pairs ({facts['layout']}), {facts['with_hints']} with hints of their own")
     _say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
     words = facts["caption_words"]
     _say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
