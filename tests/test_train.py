@@ -196,6 +196,12 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("data.visits", 2, "pairs", SCENES),
     ("steps", 3, "steps"),
     ("batch", 3, "losses"),
+    ("draws", 2, "losses"),
+    ("accumulate", 2, "rows"),
+    ("checkpointing", True, "recomputed"),
+    ("optimizer", "muon", "weights"),
+    ("ema", 0.5, "weights"),
+    ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
     ("cooldown", 1, "weights"),
@@ -236,7 +242,15 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
     monkeypatch.chdir(neighbour.parent)
 
     def run(key=None, value=None, within=None):
-        content, out, stages = copy.deepcopy(PROBED), tmp_path / f"{key}", []
+        content, out, stages, batches = copy.deepcopy(PROBED), tmp_path / f"{key}", [], []
+
+        def watched(base, branch, batch, predict):
+            blocks = [getattr(block, "gradient_checkpointing", False) for block in base.unet.modules()]
+            batches.append((len(batch.t), any(blocks), predict is not train.controlled))
+            return objective(base, branch, batch, predict)
+
+        monkeypatch.setattr(train, "objective", watched)
+        monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
             content[section] |= values
         if key:
@@ -251,6 +265,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "tensors": weights.keys(),
             "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             "losses": [record.loss for record in records],
+            **dict(zip(("rows", "recomputed", "compiled"), zip(*batches, strict=True), strict=True)),
             "steps": len(records),
             "evaluated": [record.step for record in records if record.evaluation],
             "work": {total for name, total in stages if name == "evaluating"},
@@ -314,6 +329,17 @@ def test_a_neighbour_of_another_shape_is_refused(neighbour, toy_base, tmp_path):
     recipe = tiny(control={"start_from": str(neighbour), "taps": "mid"})
     with pytest.raises(UserError, match=r"neighbour.*taps='all'.*taps='mid'"):
         next(train_control(recipe, tmp_path / "run", toy_base))
+
+
+def test_a_control_of_the_middle_alone_is_reconnected_to_all_taps(toy_base, drawn_joins, tmp_path):
+    middle = drawn_joins(toy_base.new_branch(train.ControlSpec(taps="mid")))
+    save_control(tmp_path / "mid", SavedControl(middle, CONTRACT), toy_base)
+    recipe = tiny(control={"start_from": str(tmp_path / "mid")}, steps=1, lr=1e-12, evaluation={"every": 0})
+    begun = ended(recipe, tmp_path / "run", toy_base)[0]
+    before = load_file(tmp_path / "mid" / WEIGHTS)
+    outside = {name for name in begun if name.startswith("controlnet_down_blocks")}
+    assert outside and all(begun[name].abs().max() < 1e-9 for name in outside), "silent where nothing was learnt"
+    assert all(torch.allclose(begun[name], before[name], atol=1e-6) for name in before if name not in outside)
 
 
 # --- draws --------------------------------------------------------------------------------------------------
@@ -836,6 +862,34 @@ def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monk
     assert last.verdict == "control found at step 3"
 
 
+UNION = {
+    "control": {"types": ["canny", "depth", "pose", "inpaint"]},
+    "data": {"source": "scenes", "scenes": 8, "count": 6, "visits": 4},
+    "evaluation": {"every": 0},
+}
+
+
+def test_the_relative_loss_is_1_without_control_and_falls_as_a_control_learns(toy_base, tmp_path):
+    recipe = tiny(steps=60, batch=8, lr=3e-3, evaluation={"every": 20, "num": 6, "steps": 1}, prompt_dropout=0.0)
+    pairs = training_pairs(recipe, toy_base)[0]  # of what it was trained on, so that a toy can show it
+    gauge = train._Gauge(toy_base, [pairs[i] for i in range(6)], CONTRACTS, recipe, tmp_path)
+    born = gauge.measure(toy_base.new_branch())
+    assert born.keys() == {""} and born[""] == pytest.approx([1.0] * 4, abs=1e-6)
+    records = list(train_control(recipe, tmp_path / "run", toy_base))
+    assert [len(record.relative[""]) for record in records if record.relative] == [4] * 3
+    trained = gauge.measure(load_control(tmp_path / "run", toy_base).branch)[""]
+    assert np.mean(trained) < 0.995 and gauge.measure(toy_base.new_branch()) == born, "the same noise each time"
+    logged = [line["relative_loss"][""] for line in log_of(tmp_path / "run") if "relative_loss" in line]
+    assert logged[-1] == pytest.approx(list(records[-1].relative[""]), abs=1e-4)
+
+
+def test_a_union_s_relative_loss_is_told_type_by_type(toy_base, fake_packages, tmp_path):
+    recipe = tiny(**UNION | {"evaluation": {"every": 2, "num": 4}}, steps=2, batch=4)
+    last = list(train_control(recipe, tmp_path / "run", toy_base))[-1]
+    assert last.evaluation is None and set(last.relative) <= set(UNION["control"]["types"])
+    assert len(last.relative) > 1 and all(len(quarters) == 4 for quarters in last.relative.values())
+
+
 # --- settings of the run ------------------------------------------------------------------------------------
 
 
@@ -895,23 +949,6 @@ def test_features_computed_anew_give_the_same_weights_and_leave_the_base_as_it_w
     assert not any(getattr(block, "gradient_checkpointing", False) for block in toy_base.unet.modules())
 
 
-def test_the_denoiser_is_compiled_where_asked_for(toy_base, tmp_path, monkeypatch):
-    compiled = []
-
-    def compile_(function):
-        def run(*given):
-            compiled.append(function)
-            return function(*given)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    plain = ended(tiny(**PLAIN), tmp_path / "plain", toy_base)[0]
-    assert not compiled
-    assert far(plain, ended(tiny(**PLAIN, compile=True), tmp_path / "compiled", toy_base)[0]) == 0
-    assert compiled == [train.controlled] * PLAIN["steps"]
-
-
 def test_an_average_is_what_is_saved_and_goes_on_exactly(toy_base, tmp_path):
     recipe = tiny(**PLAIN | {"steps": 6}, ema=0.9, checkpoint_every=2)
     whole, _ = ended(recipe, tmp_path / "whole", toy_base)
@@ -946,12 +983,6 @@ def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
 
 
 # --- a Union ------------------------------------------------------------------------------------------------
-
-UNION = {
-    "control": {"types": ["canny", "depth", "pose", "inpaint"]},
-    "data": {"source": "scenes", "scenes": 8, "count": 6, "visits": 4},
-    "evaluation": {"every": 0},
-}
 
 
 def test_a_batch_of_several_types_keeps_each_row_with_its_own_hint_and_picture(toy_base, cached):
@@ -1020,7 +1051,6 @@ def test_a_union_is_trained_and_ends_the_same_whether_stopped_or_not(source, toy
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"evaluation": {"every": 2}}, "measured type by type"),
         ({"control": {"types": ["cany"]}}, 'did you mean "canny"'),
         ({"control": {"types": ["canny"], "body": "conv"}}, r"no control\.body"),
         ({"control": {"types": ["canny"], "options": {"low": 1.0}}}, r"no control\.options"),

@@ -396,6 +396,10 @@ def train(
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
+            if record.relative:
+                means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
+                told = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
+                progress.print(f"step {record.step}: loss relative to no control {told}", highlight=False)
             if seen := record.evaluation:
                 words = record.verdict or ""
                 range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"

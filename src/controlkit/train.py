@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,8 @@ class ControlRecipe(_Strict):
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
-    """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny)."""
+    """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
+    recipe trains ``taps: mid`` first and then reconnects: start from that control with ``taps: all``)."""
 
 
 class DataRecipe(_Strict):
@@ -101,7 +102,8 @@ class DataRecipe(_Strict):
 
 
 class EvaluationRecipe(_Strict):
-    """How often, and on how much, obedience is measured on held-out hints."""
+    """How often, and on how much, it is measured on held-out hints what came of the training: the loss relative to the
+    base without control and, but for a Union, obedience."""
 
     every: int = Field(250, ge=0)
     """Steps between evaluations; 0 for none."""
@@ -231,6 +233,10 @@ class Record:
     seconds: float
     evaluation: Obedience | None = None
     verdict: str | None = None
+    relative: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By type of hint, or under "": the loss on held-out pairs, relative to the base without control, with the same
+    noise each time, in each quarter of the schedule from the least noise on. 1 is no control; a loss by itself says
+    little, for it hardly moves while control comes."""
 
     def to_json(self) -> str:
         """The log's line; means alone for the figures' main keys, intervals for obedience."""
@@ -244,6 +250,8 @@ class Record:
             ]
             line["counts"] = self.evaluation.counts
             line["verdict"] = self.verdict
+        if self.relative:
+            line["relative_loss"] = {kind: [round(x, 4) for x in quarters] for kind, quarters in self.relative.items()}
         return json.dumps(line)
 
 
@@ -299,7 +307,8 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
             seen.append(ScenePairs(base.size, data.scenes, recipe.seed, count=data.count))
             heldout.append(ScenePairs(base.size, data.scenes, recipe.seed, heldout=True, count=num))
         visits = [1] * emoji + [data.visits] * scenes
-        return TypedPairs(seen, recipe.control.types or [""], visits), heldout[0]
+        types = recipe.control.types
+        return TypedPairs(seen, types or [""], visits), TypedPairs(heldout, types, [4] * 2) if types else heldout[0]
     if recipe.control.types:
         raise UserError(
             f'A Union learns from data.source emoji, scenes or world; "{data.source}" has hints of one type.'
@@ -331,8 +340,6 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     words = {"annotator", "options", "body", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
-    if recipe.evaluation.every:
-        raise UserError("A Union is measured type by type, by `controlkit evaluate`: give evaluation: {every: 0}.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
         raise UserError(f'control.types has "{unknown[0]}": {nearest(unknown[0], TYPES)}')
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
@@ -427,14 +434,18 @@ def objective(
 ) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
-    The target is what the base predicts: the noise (eps), or v = alpha eps - sigma x_0. ``predict`` is ``controlled``,
-    or that compiled.
+    ``predict`` is ``controlled``, or that compiled.
     """
     z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
     prediction = predict(base, branch, z, batch.t, batch.text, _features(branch, batch))
-    velocity = base.prediction == "v"
-    target = base.scheduler.get_velocity(batch.latents, batch.noise, batch.t) if velocity else batch.noise
-    return F.mse_loss(prediction.float(), target)
+    return F.mse_loss(prediction.float(), target_of(base, batch))
+
+
+def target_of(base: UNetBase, batch: Batch) -> Tensor:
+    """What the base should predict of a batch: the noise (eps), or v = alpha eps - sigma x_0."""
+    if base.prediction == "v":
+        return base.scheduler.get_velocity(batch.latents, batch.noise, batch.t)
+    return batch.noise
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -582,7 +593,7 @@ def train_control(
     branch = base.new_union() if recipe.control.types else base.new_branch(spec, contracts[""].channels)
     branch.train()
     if recipe.control.start_from and not _checkpoints(out):
-        branch.load_state_dict(_neighbour(recipe.control.start_from, base, branch).state_dict())
+        _begin_with(branch, recipe.control.start_from, base)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     out.mkdir(parents=True, exist_ok=True)
     with _sole_owner(out):
@@ -605,7 +616,9 @@ def _train(
     cached = build_cache(base, pairs, contracts, out / f"pairs-{base.digest}.safetensors", on_advance)
     optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
     learner = _Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
-    evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if recipe.evaluation.every else None
+    evaluates = recipe.evaluation.every > 0
+    evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
+    gauge = _Gauge(base, heldout, contracts, recipe, out) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = _checkpoints(out)
@@ -655,13 +668,15 @@ def _train(
             step += 1
             learner.step(learning_rate(recipe, step - 1), step)
             seconds = time.perf_counter() - started
-            measured, words = None, None
-            if evaluator and (step % recipe.evaluation.every == 0 or step == recipe.steps):
-                on_stage("evaluating", evaluator.work)
-                measured = evaluator.measure(learner.result, step, on_advance)
-                evaluations.append(Seen(step, measured.obedience.low, measured.counts))
-                words = verdict(evaluations)
-            record = Record(step, value, seconds, measured, words)
+            measured, words, relative = None, None, {}
+            if gauge and (step % recipe.evaluation.every == 0 or step == recipe.steps):
+                relative = gauge.measure(learner.result)
+                if evaluator:
+                    on_stage("evaluating", evaluator.work)
+                    measured = evaluator.measure(learner.result, step, on_advance)
+                    evaluations.append(Seen(step, measured.obedience.low, measured.counts))
+                    words = verdict(evaluations)
+            record = Record(step, value, seconds, measured, words, relative)
             log.write(record.to_json() + "\n")
             log.flush()
             if step % recipe.checkpoint_every == 0 or step == recipe.steps:
@@ -682,16 +697,23 @@ def _more_parts(recipe: Recipe, parts: int, error: torch.OutOfMemoryError) -> in
     return more
 
 
-def _neighbour(name: str, base: UNetBase, like: ControlBranch) -> ControlBranch:
-    """The control to start from, which must be of the same kind as the one to be trained."""
-    branch = load_control(name, base).branch
-    if type(branch) is not type(like):
+def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
+    """Begin with the weights of a control of the same kind.
+
+    One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
+    """
+    neighbour = load_control(name, base).branch
+    if type(neighbour) is not type(branch):
         raise UserError(
-            f'The control "{name}" is a {type(branch).__name__}; this recipe starts from a {type(like).__name__}.'
+            f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
         )
-    if branch.spec != like.spec:
-        raise UserError(f'The control "{name}" is {branch.spec}; the recipe asks for {like.spec}: they must be equal.')
-    return branch
+    reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
+    if branch.spec not in (neighbour.spec, reconnected):
+        raise UserError(
+            f'The control "{name}" is {neighbour.spec}; the recipe asks for {branch.spec}: they must be equal, but '
+            "that zero joins of the middle alone may become joins of all taps."
+        )
+    branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
 
 
 def _check_folder(recipe: Recipe, out: Path) -> None:
@@ -775,3 +797,45 @@ class _Evaluator:
         write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
         branch.train()
         return obedience(scored[0], no_control, scored[1], ceiling_score, metric_of(self.contract).name)
+
+
+class _Gauge:
+    """The loss on held-out pairs relative to the base without control, with the same noise each time."""
+
+    QUARTERS = 4
+
+    def __init__(
+        self, base: UNetBase, pairs: Sequence[Pair], contracts: Mapping[str, Hint], recipe: Recipe, out: Path
+    ) -> None:
+        cached = build_cache(base, pairs, contracts, out / f"heldout-{base.digest}.safetensors")
+        fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
+        asked = recipe.model_copy(update=fixed)
+        parts = -(-len(cached) // 8)
+        self.base = base
+        self.batches = [draw_batch(base, cached, contracts, asked, 0, part, parts) for part in range(parts)]
+        self.without = [self._errors(batch, None) for batch in self.batches]
+
+    @torch.no_grad()
+    def _errors(self, batch: Batch, branch: ControlBranch | None) -> Tensor:
+        """The squared error of each pair (P, quarters); ``branch`` None: without control."""
+        z = self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+        with autocast(self.base.device.type):
+            if branch is None:
+                prediction = self.base.decode_noise(self.base.encode_noise(z, batch.t, batch.text))
+            else:
+                prediction = controlled(self.base, branch, z, batch.t, batch.text, _features(branch, batch))
+        off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
+        return off.view(-1, self.QUARTERS).cpu()
+
+    def measure(self, branch: ControlBranch) -> dict[str, list[float]]:
+        """By type of hint: under control / without, in each quarter of the schedule."""
+        branch.eval()
+        sums: dict[str, list[Tensor]] = {}
+        for batch, without in zip(self.batches, self.without, strict=True):
+            counts = [len(hint) for hint in batch.hints.values()]
+            parts = (errors.split(counts) for errors in (self._errors(batch, branch), without))
+            for kind, under, plain in zip(batch.hints, *parts, strict=True):
+                sums.setdefault(kind, []).append(torch.stack([under.sum(0), plain.sum(0)]))
+        branch.train()
+        found = {kind: torch.stack(of_kind).sum(0) for kind, of_kind in sums.items()}
+        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(found.items())}
