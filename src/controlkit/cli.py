@@ -659,6 +659,39 @@ def scenes(
     _say(f"{count} scenes in {out}; listed in {out / 'prompt.json'} and {out / 'metadata.jsonl'}")
 
 
+@data_app.command(
+    epilog="Examples:\n\n    controlkit data build photos --annotator canny --size 512 --out photos-canny\n\n"
+    "    controlkit data build fill50k --annotator canny --layout webdataset --out shards"
+)
+def build(
+    path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
+    out: OutOption,
+    annotator: Annotated[str, typer.Option(help="What the hints are, or, where there are none, what makes them.")],
+    layout: Annotated[
+        str, typer.Option(help="`metadata` (the datasets library), `prompt.json`, `paired` (kohya), `webdataset`.")
+    ] = "metadata",
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Size in pixels; the pictures' own by default.")
+    ] = None,
+) -> None:
+    """Write a data set anew in another layout, with hints made where it has none.
+
+    Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
+    """
+    from controlkit.annotators import contract
+    from controlkit.data import build_set, read_listing
+
+    _check_folder(out)
+    listing = read_listing(path)
+    if fatal := [problem for problem in listing.problems if problem.fatal]:
+        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+    with _progress() as progress:
+        task = progress.add_task("writing", total=len(listing.rows), figures="")
+        for done in build_set(listing, out, layout, contract(annotator), _parse_size(size)):
+            progress.update(task, completed=done)
+    _say(f"{len(listing.rows)} pairs in {out} ({layout})")
+
+
 _PLACES = (  # errors of a path or a disk, which the user can mend
     errno.ENOSPC,
     errno.EDQUOT,

@@ -179,10 +179,15 @@ def write_png(
     info = PngImagePlugin.PngInfo()
     if settings:
         info.add_text("parameters", json.dumps(settings))
+    write_atomic(path, png_bytes(picture, info, colours))
+
+
+def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, colours: int | None = None) -> bytes:
+    """A picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file's bytes."""
     buffer = io.BytesIO()
     image = Image.fromarray(picture)
     (image.quantize(colours) if colours else image).save(buffer, "PNG", pnginfo=info, optimize=colours is not None)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Training data: pairs of picture, prompt and hint, where they come from, and their cache."""
 
+from controlkit.data.build import TARGETS, build_set
 from controlkit.data.cache import Cached, build_cache
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
@@ -23,6 +24,7 @@ __all__ = [
     "FILL50K_SIZE",
     "LAYOUTS",
     "SCENES_EVALUATED",
+    "TARGETS",
     "TRUTHS",
     "Cached",
     "CirclePairs",
@@ -38,6 +40,7 @@ __all__ = [
     "TypedPairs",
     "add_up",
     "build_cache",
+    "build_set",
     "evaluation_pairs",
     "examine",
     "hint_of",

@@ -27,6 +27,8 @@ from controlkit.seeds import numpy_rng
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of files that are taken for pictures."""
+BUILT = "built.json"
+"""What marks a folder that ``build`` writes, and says whether it is whole."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
 PICTURE_NAMES = ("image", "file_name", "image_file_name", "jpg", "picture")
 HINT_NAMES = (
@@ -85,6 +87,9 @@ def read_listing(folder: Path) -> Listing:
         raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
     if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
         raise UserError(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
+    built = folder / BUILT
+    if built.is_file() and not json.loads(built.read_text()).get("whole"):
+        raise UserError(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     for name, reader in LAYOUTS.items():
         problems: list[Problem] = []
         rows = reader(folder, problems)
