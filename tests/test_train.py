@@ -180,6 +180,7 @@ PROBED = {
     "evaluation": {"every": 2, "num": 2, "steps": 1},
 }
 SCENES = {"data": {"source": "scenes", "scenes": 8}}
+EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
 SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
     ("control.annotator", "scribble", "hints"),
@@ -214,6 +215,8 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("evaluation.num", 3, "work"),
     ("evaluation.steps", 2, "work"),
     ("evaluation.guidance", 1.0, "samples"),
+    ("evaluation.target", -9.0, "steps", EVERY_STEP),
+    ("evaluation.patience", 1, "steps", EVERY_STEP),
 ]
 
 
@@ -249,10 +252,16 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             batches.append((len(batch.t), any(blocks), predict is not train.controlled))
             return objective(base, branch, batch, predict)
 
+        def falling(*scores):  # a toy's figures would not count
+            fell = Figure(*[1 / (1 + len(batches))] * 3)
+            ends = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
+            return dataclasses.replace(obedience(*scores), obedience=fell, **ends)
+
         monkeypatch.setattr(train, "objective", watched)
+        monkeypatch.setattr(train, "obedience", falling)
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
-            content[section] |= values
+            content[section] = content[section] | values if isinstance(values, dict) else values
         if key:
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
@@ -888,6 +897,37 @@ def test_a_union_s_relative_loss_is_told_type_by_type(toy_base, fake_packages, t
     last = list(train_control(recipe, tmp_path / "run", toy_base))[-1]
     assert last.evaluation is None and set(last.relative) <= set(UNION["control"]["types"])
     assert len(last.relative) > 1 and all(len(quarters) == 4 for quarters in last.relative.values())
+
+
+def test_a_run_ends_where_it_got_where_it_should_or_no_longer_gets_better():
+    seen = [Seen(100 * i, mean - 0.1, counts, mean) for i, (mean, counts) in enumerate(
+        [(0.9, False), (0.1, True), (0.4, True), (0.3, True), (0.4, True)], 1)]  # fmt: skip
+    assert train.best_of(seen).step == 300 and train.best_of(seen[:1]) is None
+    for patience, length in ((1, 4), (2, 5), (3, None)):
+        recipe = train.EvaluationRecipe(patience=patience)
+        assert next((n for n in range(6) if train.enough(recipe, seen[:n])), None) == length
+    for target, length in ((0.0, 2), (0.29, 3), (0.35, None)):
+        recipe = train.EvaluationRecipe(target=target)
+        assert next((n for n in range(6) if train.enough(recipe, seen[:n])), None) == length
+    assert not train.enough(train.EvaluationRecipe(), seen)
+
+
+def test_the_best_is_kept_and_a_run_that_ended_early_has_ended(toy_base, tmp_path, monkeypatch):
+    means = iter([0.2, 0.5, 0.3, 0.4, 0.1])
+    figures = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
+
+    def told(*scores):
+        mean = next(means)
+        return dataclasses.replace(obedience(*scores), obedience=Figure(mean, mean - 0.1, mean + 0.1), **figures)
+
+    monkeypatch.setattr(train, "obedience", told)
+    recipe = tiny(steps=9, evaluation={"every": 1, "num": 2, "steps": 1, "patience": 2})
+    records = list(train_control(recipe, tmp_path, toy_base))
+    assert [record.step for record in records] == [1, 2, 3, 4]
+    assert load_control(tmp_path / "best", toy_base).trained["step"] == 2
+    assert load_control(tmp_path / "control", toy_base).trained["step"] == 4
+    assert (tmp_path / "checkpoints" / "step-0000004").is_dir()
+    assert list(train_control(recipe, tmp_path, toy_base)) == []
 
 
 # --- settings of the run ------------------------------------------------------------------------------------

@@ -110,6 +110,10 @@ class EvaluationRecipe(_Strict):
     num: int = Field(16, ge=2)
     steps: int = Field(10, gt=0)
     guidance: float = 4.0
+    patience: int = Field(0, ge=0)
+    """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
+    target: float | None = None
+    """The run ends where the lower bound of obedience reaches this."""
 
 
 class Recipe(_Strict):
@@ -257,11 +261,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an evaluation says of control: the lower bound of obedience, and whether that obedience counts."""
+    """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean."""
 
     step: int
     low: float
     counts: bool
+    mean: float = float("nan")
 
     @property
     def control(self) -> bool:
@@ -271,12 +276,29 @@ class Seen:
 
 def seen_in(line: Mapping[str, Any]) -> Seen | None:
     """What a line of the log says of control; None for a step without evaluation."""
-    return Seen(line["step"], line["obedience_interval"][0], line["counts"]) if "obedience" in line else None
+    if "obedience" not in line:
+        return None
+    return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"])
 
 
 def found_step(evaluations: Sequence[Seen]) -> int | None:
     """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
     return next((a.step for a, b in itertools.pairwise(evaluations) if a.control and b.control), None)
+
+
+def best_of(evaluations: Sequence[Seen]) -> Seen | None:
+    """The first of those that count with the highest obedience."""
+    return max((one for one in evaluations if one.counts), key=lambda one: one.mean, default=None)
+
+
+def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
+    """Whether a run ends before its last step: it got where it should, or has not got better for long enough."""
+    best = best_of(evaluations)
+    if best is None:
+        return False
+    if recipe.target is not None and any(one.counts and one.low >= recipe.target for one in evaluations):
+        return True
+    return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
 
 
 def verdict(evaluations: Sequence[Seen]) -> str:
@@ -579,7 +601,8 @@ def train_control(
     on_stage: Callable[[str, int], None] = lambda name, total: None,
     on_advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Record]:
-    """Train a control, yielding a record a step; ``OUT/control`` holds the result when the iterator ends.
+    """Train a control, yielding a record a step; ``OUT/control`` holds the result when the iterator ends, ``OUT/best``
+    what obeyed best when it was measured.
 
     ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating. With a
     total of 0 the name is something to know, such as what was done when memory ran out.
@@ -647,7 +670,7 @@ def _train(
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
     with (out / "log.jsonl").open("a") as log, short:
-        while step < recipe.steps:
+        while step < recipe.steps and not enough(recipe.evaluation, evaluations):
             started = time.perf_counter()
             try:
                 value = gradients(step, parts)
@@ -674,12 +697,16 @@ def _train(
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
                     measured = evaluator.measure(learner.result, step, on_advance)
-                    evaluations.append(Seen(step, measured.obedience.low, measured.counts))
+                    reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
+                    evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
+                    if best_of(evaluations) == evaluations[-1]:
+                        save_control(out / "best", saved(step), base)
             record = Record(step, value, seconds, measured, words, relative)
             log.write(record.to_json() + "\n")
             log.flush()
-            if step % recipe.checkpoint_every == 0 or step == recipe.steps:
+            last = step == recipe.steps or enough(recipe.evaluation, evaluations)
+            if step % recipe.checkpoint_every == 0 or last:
                 _save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
             yield record
     save_control(out / "control", saved(step), base)
