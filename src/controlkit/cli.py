@@ -359,9 +359,9 @@ def train(
     from controlkit.flags import read_flags
     from controlkit.train import parse_recipe, put, read_recipe, train_control
 
-    words = [*([str(recipe)] if recipe else []), *context.args]
-    if words and words[0].startswith("--"):
-        asked = read_flags(words, lambda folder: trained_count(len(read_listing(folder).rows)))
+    given = [*([str(recipe)] if recipe else []), *context.args]
+    if given and given[0].startswith("--"):
+        asked = read_flags(given, lambda folder: trained_count(len(read_listing(folder).rows)))
         for change in changes or []:
             put(asked.recipe, change)
         settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
@@ -369,10 +369,10 @@ def train(
             _warn(note)
     elif context.args:
         raise UserError(f'"{context.args[0]}" is no option of train: see `controlkit train --help`.')
-    elif not words or not out:
+    elif not given or not out:
         raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     else:
-        asked, settings = None, read_recipe(Path(words[0]), changes or [])
+        asked, settings = None, read_recipe(Path(given[0]), changes or [])
     base = _load_base(settings.base, device)
     if asked and asked.resolution != base.size:
         raise UserError(f'"{base.name}" makes pictures of {base.size} pixels: expected --resolution {base.size}.')

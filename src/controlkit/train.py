@@ -677,10 +677,8 @@ def _train(
             except torch.OutOfMemoryError as error:
                 branch.zero_grad()
                 parts = _more_parts(recipe, parts, error)
-                words = (
-                    f"out of memory: step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
-                )
-                on_stage(words, 0)
+                said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
+                on_stage(f"out of memory: {said}", 0)
                 continue
             slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
             if not np.isfinite([value, slope]).all():
@@ -691,7 +689,9 @@ def _train(
             step += 1
             learner.step(learning_rate(recipe, step - 1), step)
             seconds = time.perf_counter() - started
-            measured, words, relative = None, None, {}
+            measured: Obedience | None = None
+            words: str | None = None
+            relative: dict[str, list[float]] = {}
             if gauge and (step % recipe.evaluation.every == 0 or step == recipe.steps):
                 relative = gauge.measure(learner.result)
                 if evaluator:

@@ -68,11 +68,11 @@ def recomputed(*modules: nn.Module, within: Callable[[], AbstractContextManager[
 
     ``within``: the context the forward pass runs in, entered again for the second one (autocast's is entered anyway).
     """
-    blocks = [block for module in modules for block in module.modules() if hasattr(block, "gradient_checkpointing")]
+    blocks: list[Any] = [b for module in modules for b in module.modules() if hasattr(b, "gradient_checkpointing")]
     before = [(block, block.gradient_checkpointing) for block in blocks]
     for block in blocks:
         block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+        block._gradient_checkpointing_func = partial(
             checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), within())
         )
     try:
