@@ -26,7 +26,7 @@ ROOMS = [
     {"branch"},
     {"images"},
     {"hub", "tensors", "maps"},
-    {"seeds", "precision", "optimizers", "errors"},
+    {"seeds", "precision", "optimizers", "ranks", "errors"},
 ]
 
 

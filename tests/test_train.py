@@ -970,7 +970,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_computed_in_more_parts_and_said_
         "out of memory: step 1 and the rest in 2 parts, the batch is still 4"
     ]
     room = 0
-    with pytest.raises(UserError, match="does not hold even a part of 1 rows"):
+    with pytest.raises(UserError, match="does not hold even 1 pair"):
         list(train_control(tiny(**PLAIN), tmp_path / "none", toy_base))
 
 

@@ -51,12 +51,19 @@ GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1
 
 
 @contextmanager
-def _progress() -> Iterator["Progress"]:
+def _progress(disable: bool = False) -> Iterator["Progress"]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress:
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=disable) as progress:
         yield progress
+
+
+def _on_cuda(device: str) -> bool:
+    """Whether ``cpu``, ``cuda`` or ``auto`` means the GPU here."""
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
@@ -69,10 +76,10 @@ def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda", "auto"):
         raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
+    if device == "auto":
+        device = "cuda" if _on_cuda(device) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
     return load_base(name, device, **options)
@@ -357,6 +364,7 @@ def train(
     """
     from controlkit.data import read_listing, trained_count
     from controlkit.flags import read_flags
+    from controlkit.ranks import ranks
     from controlkit.train import parse_recipe, put, read_recipe, train_control
 
     given = [*([str(recipe)] if recipe else []), *context.args]
@@ -365,18 +373,20 @@ def train(
         for change in changes or []:
             put(asked.recipe, change)
         settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
-        for note in asked.notes:
-            _warn(note)
+        notes = asked.notes
     elif context.args:
         raise UserError(f'"{context.args[0]}" is no option of train: see `controlkit train --help`.')
     elif not given or not out:
         raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     else:
-        asked, settings = None, read_recipe(Path(given[0]), changes or [])
+        asked, settings, notes = None, read_recipe(Path(given[0]), changes or []), []
+    together = ranks(cpu=not _on_cuda(device))
+    for note in notes if together.first else []:
+        _warn(note)
     base = _load_base(settings.base, device)
     if asked and asked.resolution != base.size:
         raise UserError(f'"{base.name}" makes pictures of {base.size} pixels: expected --resolution {base.size}.')
-    with _progress() as progress:
+    with _progress(disable=not together.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
 
@@ -405,7 +415,8 @@ def train(
                 range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
                 shown = f"obedience {seen.obedience}" if seen.counts else range_
                 progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
-    _say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+    if together.first:
+        _say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
 
 
 @app.command(epilog="Example:\n\n    controlkit evaluate canny --num 64 --json canny.json")

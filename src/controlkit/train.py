@@ -57,6 +57,7 @@ from controlkit.measure import (
 )
 from controlkit.optimizers import Average, Optimizer, OptimizerName
 from controlkit.precision import autocast, number_format, settle_format, training_attention
+from controlkit.ranks import Ranks, ranks
 from controlkit.sample import Control, Settings
 from controlkit.seeds import numpy_rng, torch_rng
 from controlkit.union import TYPES, UnionBranch
@@ -606,10 +607,18 @@ def train_control(
 
     ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating. With a
     total of 0 the name is something to know, such as what was done when memory ran out.
+
+    Where several processes were started together (``accelerate launch``), each computes its part of every batch.
     """
     contracts = hints_of(recipe)
     _check_folder(recipe, out)
     base = base or load_base(recipe.base)
+    together = ranks(cpu=base.device.type == "cpu")
+    if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
+        raise UserError(
+            f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
+            f"{recipe.accumulate} equal parts and {together.count} processes: take another batch."
+        )
     pairs, heldout = training_pairs(recipe, base)
     torch.manual_seed(recipe.seed)
     spec = ControlSpec(recipe.control.body, recipe.control.join, recipe.control.taps)
@@ -618,9 +627,10 @@ def train_control(
     if recipe.control.start_from and not _checkpoints(out):
         _begin_with(branch, recipe.control.start_from, base)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
+    together.wait()
     out.mkdir(parents=True, exist_ok=True)
-    with _sole_owner(out):
-        yield from _train(recipe, out, base, branch, contracts, pairs, heldout, on_stage, on_advance)
+    with _sole_owner(out) if together.first else nullcontext():
+        yield from _train(recipe, out, base, branch, contracts, pairs, heldout, together, on_stage, on_advance)
 
 
 def _train(
@@ -631,15 +641,22 @@ def _train(
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
+    together: Ranks,
     on_stage: Callable[[str, int], None],
     on_advance: Callable[[int], None],
 ) -> Iterator[Record]:
-    _begin_folder(recipe, out, base.device.type)
-    on_stage("caching", len(pairs))
-    cached = build_cache(base, pairs, contracts, out / f"pairs-{base.digest}.safetensors", on_advance)
+    path = out / f"pairs-{base.digest}.safetensors"
+    if together.first:
+        _begin_folder(recipe, out, base.device.type)
+        on_stage("caching", len(pairs))
+        cached = build_cache(base, pairs, contracts, path, on_advance)
+    together.wait()
+    if not together.first:
+        _keep_format(out, base.device.type)
+        cached = Cached.read(path)
     optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
     learner = _Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
-    evaluates = recipe.evaluation.every > 0
+    evaluates = recipe.evaluation.every > 0 and together.first
     evaluator = _Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
     gauge = _Gauge(base, heldout, contracts, recipe, out) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
@@ -647,7 +664,7 @@ def _train(
     kept = _checkpoints(out)
     if kept:
         step = _load_checkpoint(kept[-1], learner, base)
-    evaluations = _cut_log(out / "log.jsonl", step)
+    evaluations = together.told(_cut_log(out / "log.jsonl", step) if together.first else None)
 
     def saved(at: int) -> SavedControl:
         facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
@@ -657,10 +674,10 @@ def _train(
     attention = partial(training_attention, base.device.type)
 
     def gradients(step: int, parts: int) -> float:
-        """The gradients of a step's batch, added up over equal parts of it; returns the loss."""
+        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss."""
         total = torch.zeros((), device=base.device)
-        for part in range(parts):
-            batch = draw_batch(base, cached, contracts, recipe, step, part, parts)
+        for part in range(together.index * parts, (together.index + 1) * parts):
+            batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
             with autocast(base.device.type), attention():
                 loss = objective(base, branch, batch, predict) / parts
             loss.backward()
@@ -669,17 +686,25 @@ def _train(
 
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
-    with (out / "log.jsonl").open("a") as log, short:
+    with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
         while step < recipe.steps and not enough(recipe.evaluation, evaluations):
             started = time.perf_counter()
+            full: torch.OutOfMemoryError | None = None
+            value = float("nan")
             try:
                 value = gradients(step, parts)
             except torch.OutOfMemoryError as error:
+                full = error
+            if together.any(full is not None, base.device):
                 branch.zero_grad()
-                parts = _more_parts(recipe, parts, error)
+                parts = _more_parts(recipe.batch // recipe.draws // together.count, parts, full)
                 said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
                 on_stage(f"out of memory: {said}", 0)
                 continue
+            losses = torch.tensor(value, device=base.device)
+            together.mean([losses])
+            together.mean_gradients(branch)
+            value = losses.item()
             slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
             if not np.isfinite([value, slope]).all():
                 raise UserError(
@@ -692,7 +717,8 @@ def _train(
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
-            if gauge and (step % recipe.evaluation.every == 0 or step == recipe.steps):
+            due = recipe.evaluation.every > 0 and (step % recipe.evaluation.every == 0 or step == recipe.steps)
+            if due and gauge:
                 relative = gauge.measure(learner.result)
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
@@ -702,24 +728,29 @@ def _train(
                     words = verdict(evaluations)
                     if best_of(evaluations) == evaluations[-1]:
                         save_control(out / "best", saved(step), base)
+            if due:
+                evaluations = together.told(evaluations)
             record = Record(step, value, seconds, measured, words, relative)
-            log.write(record.to_json() + "\n")
-            log.flush()
             last = step == recipe.steps or enough(recipe.evaluation, evaluations)
-            if step % recipe.checkpoint_every == 0 or last:
-                _save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
+            if together.first:
+                log.write(record.to_json() + "\n")
+                log.flush()
+                if step % recipe.checkpoint_every == 0 or last:
+                    _save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
             yield record
-    save_control(out / "control", saved(step), base)
+    if together.first:
+        save_control(out / "control", saved(step), base)
+    together.wait()
 
 
-def _more_parts(recipe: Recipe, parts: int, error: torch.OutOfMemoryError) -> int:
-    """In how many parts to compute a batch that did not fit in memory in ``parts``."""
-    pairs = recipe.batch // recipe.draws
+def _more_parts(pairs: int, parts: int, error: torch.OutOfMemoryError | None) -> int:
+    """In how many parts to compute a process's ``pairs``, which did not fit in memory in ``parts``."""
     more = next((count for count in range(2 * parts, pairs + 1) if pairs % count == 0), None)
     if more is None:
+        reason = str(error).splitlines()[0] if error else "of another process"
         raise UserError(
-            f"Memory does not hold even a part of {recipe.batch // parts} rows ({str(error).splitlines()[0]}). Set "
-            "checkpointing: true, draws: 1, or take a smaller base or size."
+            f"Memory does not hold even {pairs // parts} pair and its draws ({reason}). Set checkpointing: true, "
+            "draws: 1, or take a smaller base or size."
         ) from error
     return more
 
@@ -780,7 +811,11 @@ def _begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
     if not path.is_file():
         begun = {"threads": torch.get_num_threads(), "format": number_format(device_type)}
         write_atomic(path, (json.dumps(begun) + "\n").encode())
-    begun = json.loads(path.read_text())
+    _keep_format(out, device_type)
+
+
+def _keep_format(out: Path, device_type: str) -> None:
+    begun = json.loads((out / "machine.json").read_text())
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])
     if begun["format"] != number_format(device_type):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlkit.backbones import Text, UNetBase
@@ -43,15 +43,6 @@ class Cached:
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
 
 
-def _stacked(hints: Sequence[np.ndarray]) -> np.ndarray:
-    """Hints as one array; beside masked ones the others are masked nowhere."""
-    channels = max(hint.shape[-1] for hint in hints)
-    stacked = np.full((len(hints), *hints[0].shape[:2], channels), 255, np.uint8)
-    for row, hint in zip(stacked, hints, strict=True):
-        row[..., : hint.shape[-1]] = hint
-    return stacked
-
-
 def build_cache(
     base: UNetBase,
     pairs: Sequence[Pair],
@@ -66,14 +57,23 @@ def build_cache(
     """
     if path.is_file():
         return Cached.read(path)
-    moments, hints, kinds, prompts = [], [], [], []
     order = list(contracts)
+    # Many pairs are many gigabytes: held once, and written without a copy.
+    moments = torch.empty(0)
+    hints = torch.empty(0, dtype=torch.uint8)
+    kinds, prompts = [], []
     for first in range(0, len(pairs), batch):
         chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
         with base.autocast():
             latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
-        moments.append(latents.half().cpu())
-        hints += [hint_of(t, contracts[t.kind]) for t in chunk]
+        drawn = [hint_of(t, contracts[t.kind]) for t in chunk]
+        if not first:
+            moments = torch.empty((len(pairs), *latents.shape[1:]), dtype=torch.half)
+            channels = 3 + any(contract.mark is not None for contract in contracts.values())
+            hints = torch.full((len(pairs), *drawn[0].shape[:2], channels), 255, dtype=torch.uint8)
+        moments[first : first + len(chunk)] = latents.half().cpu()
+        for row, hint in zip(hints[first:], drawn, strict=False):  # beside masked ones the others are masked nowhere
+            row[..., : hint.shape[-1]] = torch.from_numpy(np.ascontiguousarray(hint))
         kinds += [order.index(t.kind) for t in chunk]
         prompts += [t.prompt for t in chunk]
         on_pair(len(chunk))
@@ -85,11 +85,7 @@ def build_cache(
     ]
     text = {name: torch.cat([part[name] for part in read]).contiguous() for name in read[0]}
     rows = torch.tensor([row_of[prompt] for prompt in prompts])
-    parts = {
-        "moments": torch.cat(moments).contiguous(),
-        "hints": torch.from_numpy(_stacked(hints)),
-        "kinds": torch.tensor(kinds),
-        "prompt_rows": rows,
-    }
-    write_atomic(path, save(parts | {f"{_TEXT}{name}": value for name, value in text.items()}))
+    parts = {"moments": moments, "hints": hints, "kinds": torch.tensor(kinds), "prompt_rows": rows}
+    named = parts | {f"{_TEXT}{name}": value for name, value in text.items()}
+    write_atomic(path, lambda scratch: save_file(named, scratch))
     return Cached(text=Text(**text), **parts)
