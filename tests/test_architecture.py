@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "controlkit"
 ROOMS = [
     {"__main__"},
     {"cli"},
-    {"train", "flags"},
+    {"train", "flags", "watch"},
     {"measure"},
     {"sample", "data"},
     {"formats"},

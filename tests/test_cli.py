@@ -116,6 +116,15 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     assert run("train", "recipes/smoke.yaml")[0] == 2
 
 
+def test_watch_shows_a_run_and_writes_its_page(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 4\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 0.25, "seconds": 1.0}\n')
+    code, out, _ = run("watch", tmp_path, "--once", "--html", tmp_path / "run.html")
+    assert code == 0 and "step 2 of 4" in out and "<svg" in (tmp_path / "run.html").read_text()
+    (tmp_path / "control").mkdir()
+    assert run("watch", tmp_path)[0] == 0, "it ends with the run"
+
+
 def test_fill50k_is_drawn(run, tmp_path):
     assert run("data", "make", "fill50k", "--count", 3, "--size", 32, "--out", tmp_path / "set")[0] == 0
     assert len((tmp_path / "set" / "prompt.json").read_text().splitlines()) == 3

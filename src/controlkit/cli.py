@@ -419,6 +419,41 @@ def train(
         _say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
 
 
+@app.command(
+    epilog="Examples:\n\n    controlkit watch runs/canny\n\n    controlkit watch runs/canny --html run.html --once"
+)
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
+) -> None:
+    """Look at a run while it goes on: its loss, the loss relative to no control, obedience, and what was said of it.
+
+    Reads the run's folder alone, so it does not matter where the run goes on. Ends with the run.
+    """
+    import time
+
+    from rich.live import Live
+    from rich.text import Text
+
+    from controlkit.images import write_atomic
+    from controlkit.watch import lines, page, read_run
+
+    seen = read_run(run)
+    with Live(refresh_per_second=4) as live:
+        while True:
+            live.update(Text("\n".join(lines(seen))))
+            if html:
+                write_atomic(html, page(seen).encode())
+            if once or seen.ended:
+                break
+            time.sleep(every)
+            seen = read_run(run)
+    if html:
+        _say(str(html))
+
+
 @app.command(epilog="Example:\n\n    controlkit evaluate canny --num 64 --json canny.json")
 def evaluate(
     control: Annotated[str, typer.Argument(help="A shipped control, a control folder, or a run's folder.")],
