@@ -930,6 +930,20 @@ def test_the_best_is_kept_and_a_run_that_ended_early_has_ended(toy_base, tmp_pat
     assert list(train_control(recipe, tmp_path, toy_base)) == []
 
 
+def test_a_run_says_beforehand_what_it_will_do(toy_base, tmp_path):
+    said = []
+    recipe = tiny(batch=4, draws=2, prompt_dropout=0.5)
+    next(train_control(recipe, tmp_path, toy_base, on_stage=lambda name, total: said.append((name, total))))
+    plan, total = said[0]
+    learning = sum(p.numel() for p in toy_base.new_branch().parameters()) / 1e6
+    assert total == 0 and plan.startswith(
+        f"{learning:.2f}M parameters learn hints of canny [0, 1] for {toy_base.name}: "
+    )
+    assert (
+        "8 pairs, 1.5 times each, in 6 steps of 4 rows; 50% of prompts dropped" in plan and "adamw, rate 0.001" in plan
+    )
+
+
 # --- settings of the run ------------------------------------------------------------------------------------
 
 

@@ -633,6 +633,21 @@ def train_control(
         yield from _train(recipe, out, base, branch, contracts, pairs, heldout, together, on_stage, on_advance)
 
 
+def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
+    """What a run is about to do, in one sentence: to be read before it is waited for."""
+    learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
+    hints = ", ".join(
+        f"{kind or contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]"
+        for kind, contract in contracts.items()
+    )
+    often = recipe.steps * (recipe.batch // recipe.draws) / max(pairs, 1)
+    return (
+        f"{learning / 1e6:.2f}M parameters learn hints of {hints} for {base.name}: {pairs:,} pairs, {often:.1f} times "
+        f"each, in {recipe.steps:,} steps of {recipe.batch} rows; {recipe.prompt_dropout:.0%} of prompts dropped; "
+        f"{number_format(base.device.type)}, {recipe.optimizer}, rate {recipe.lr:g}"
+    )
+
+
 def _train(
     recipe: Recipe,
     out: Path,
@@ -648,6 +663,7 @@ def _train(
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         _begin_folder(recipe, out, base.device.type)
+        on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
         cached = build_cache(base, pairs, contracts, path, on_advance)
     together.wait()
