@@ -35,7 +35,7 @@ from controlkit.hub import digest
 from controlkit.mini import world
 from controlkit.mini.scenes import load_scenes
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
-from controlkit.optimizers import Optimizer
+from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import autocast, training_attention
 from controlkit.sample import PLAIN_PROMPT as PLAIN
 from controlkit.seeds import numpy_rng, torch_rng
@@ -179,13 +179,14 @@ class Run:
         state_path.parent.mkdir(parents=True, exist_ok=True)
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = Optimizer(module, "muon" if muon else "adamw", betas=(0.9, 0.99))
-        ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        average = Average(module, 0.999)
         step, used = 0, 0.0
         if state_path.exists():
             state = torch.load(state_path, map_location=self.device, weights_only=True)
             module.load_state_dict(state["module"])
             optimizer.restore(state["optimizer"])
-            ema, step, used = state["ema"], state["step"], state["used"]
+            average.module.load_state_dict(state["ema"])
+            step, used = state["step"], state["used"]
         budget = minutes * 60
         count = sum(p.numel() for p in params)
         console.print(f"[bold]{name}[/]: {count / 1e6:.2f}M parameters, {minutes:.1f} min, step {step}")
@@ -201,13 +202,7 @@ class Run:
             nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step(lr * rate)
             step += 1
-            keep = min(0.999, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for key, value in module.state_dict().items():
-                    if value.is_floating_point():
-                        ema[key].lerp_(value, 1 - keep)
-                    else:
-                        ema[key].copy_(value)
+            average.update(module, step)
             now = time.perf_counter()
             used = before + now - started
             if now - shown > 15:
@@ -217,9 +212,10 @@ class Run:
             if now - saved > self.save_every or used >= budget:
                 saved = now
                 state = {"module": module.state_dict(), "optimizer": optimizer.state()}
-                torch.save(state | {"ema": ema, "step": step, "used": used}, state_path.with_suffix(".tmp"))
+                state |= {"ema": average.module.state_dict(), "step": step, "used": used}
+                torch.save(state, state_path.with_suffix(".tmp"))
                 os.replace(state_path.with_suffix(".tmp"), state_path)
-        module.load_state_dict(ema)
+        module.load_state_dict(average.module.state_dict())
         return module.eval().requires_grad_(False)
 
 
@@ -449,9 +445,6 @@ class Conditioned(nn.Module):
         super().__init__()
         self.unet, self.text = unet, text
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(tokens).last_hidden_state).sample
-
 
 def train_unet(
     run: Run,
@@ -470,8 +463,7 @@ def train_unet(
     if begin:
         begin(unet)
     model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
-    if compiled:  # the method, so that weights keep their names
-        model.unet.forward = torch.compile(model.unet.forward)
+    denoiser = torch.compile(model.unet) if compiled else model.unet
     schedule = build_schedule()
     count = size.unet_batch
 
@@ -487,11 +479,11 @@ def train_unet(
         drawn = (np.arange(count) + rng.random(count)) / count
         steps = (drawn if begin else np.sqrt(drawn)) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
-        out = model(schedule.add_noise(x, noise, t), t, tokens_of(tokenizer, prompts, run.device))
+        text = model.text(tokens_of(tokenizer, prompts, run.device)).last_hidden_state
+        out = denoiser(schedule.add_noise(x, noise, t), t, text).sample
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
 
     run.train("unet", model, loss_of, minutes, lr=1e-3, muon=True)
-    vars(model.unet).pop("forward", None)
     return model
 
 
