@@ -509,6 +509,10 @@ def save_base(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
+    for path in folder.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        held = json.loads(path.read_text())
+        held.pop("_name_or_path", None)
+        path.write_text(json.dumps(held, indent=2) + "\n")
     # Readers that take the stored type as the wanted one would mix half and single precision otherwise.
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
