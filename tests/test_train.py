@@ -593,7 +593,8 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(whole, toy_base):
     assert [record["step"] for record in records if "obedience" in record] == [3, 6]
     evaluated = records[2]
     assert set(evaluated) == {
-        "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "counts", "verdict"
+        "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "counts", "verdict",
+        "relative_loss",
     }  # fmt: skip
     assert not evaluated["counts"] and evaluated["verdict"].startswith("control cannot be told here")
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
@@ -632,7 +633,8 @@ def test_the_work_announced_is_the_work_done(toy_base, tmp_path):
         tiny(), tmp_path, toy_base, lambda name, total: stages.append([name, total, 0]), lambda n: stages[-1].append(n)
     )
     list(run)
-    assert [name for name, *_ in stages] == ["caching", "evaluating", "evaluating"]
+    assert [name for name, *_ in stages[1:]] == ["caching", "evaluating", "evaluating"]
+    assert stages[0][1:] == [0, 0], "the plan: nothing to be done, something to know"
     for name, total, *done in stages:
         assert sum(done) == total, name
 
