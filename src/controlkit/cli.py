@@ -654,7 +654,8 @@ def doctor(
         _say(f"hints: mean grey {facts['hint_mean_grey']:.3f} (0 black, 1 white)")
     for (kind, fatal), count in Counter((p.kind, p.fatal) for p in report.problems).items():
         first = next(p for p in report.problems if (p.kind, p.fatal) == (kind, fatal))
-        _say(f"{'problem' if fatal else 'note'}: {kind}, {count} times; the first: {first}")
+        often = f"{count} times; the first: " if count > 1 else ""
+        _say(f"{'problem' if fatal else 'note'}: {kind}, {often}{first}")
     if report.shown:
         write_png(out / "sheet.png", grid(sheet_rows(report)))
     write_atomic(out / "report.json", (json.dumps(facts, indent=2) + "\n").encode())
