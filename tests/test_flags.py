@@ -18,7 +18,7 @@ validation_image num_validation_images validation_steps tracker_project_name"""
 MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
 --gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
 --checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
---validation_image a.png b.png --report_to wandb --mixed_precision fp16"""
+--validation_steps 50 --validation_image a.png b.png --report_to wandb --mixed_precision fp16"""
 
 
 @pytest.fixture
@@ -57,7 +57,16 @@ def test_flags_go_where_they_belong(asked):
     assert (str(found.out), found.resolution) == ("o", 128)
     said = "\n".join(found.notes)
     assert all(f"--{name} is not needed" in said for name in ("validation_image", "report_to", "mixed_precision"))
-    assert "paper" not in said
+    assert "paper" not in said and recipe.evaluation.every == 50
+    unnamed = asked("--validation_steps", 50)
+    assert parse_recipe(unnamed.recipe).evaluation.every == 0 and "nothing is measured" in unnamed.notes[0]
+
+
+def test_names_of_folders_are_never_read_as_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    found = read_flags(["--pretrained_model_name_or_path", "15", "--train_data_dir", "2024"], lambda folder: 8)
+    assert (found.recipe["base"], found.recipe["data"]["source"]) == ("15", "2024")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +91,8 @@ def test_schedules_are_diffusers(flags, warmup, cooldown, lr, asked):
         ("--image_column picture", "takes image or file_name"),
         ("--learning_rat 1", 'did you mean "learning_rate"'),
         ("--seed", "--seed has no value"),
+        ("--train_batch_size two", "--train_batch_size is two; expected a whole number"),
+        ("--resolution 0.5", "--resolution is 0.5; expected a whole number"),
         ("seed 5", '"seed" stands where a flag was expected'),
         ("--dataset_name fusing/fill50k", "one of --train_data_dir and --dataset_name"),
     ],

@@ -155,6 +155,15 @@ def test_a_plain_folder_of_pictures_gets_its_captions_beside_them_or_from_their_
     assert all(pair.hint is None for pair in pairs), "hints are for an annotator to make"
 
 
+def test_others_files_of_the_names_we_use_do_not_stand_in_the_way(tutorial, tmp_path):
+    folder = tmp_path / "set"
+    copied(folder, "a.png", tutorial[0] / "target/0.png")
+    for content in ("[1]", "{}", "no json"):
+        (folder / "built.json").write_text(content)
+        (folder / "metadata.json").write_text('{"licence": "CC0"}')
+        assert read_listing(folder).layout == "pictures"
+
+
 def test_one_of_several_captions_is_taken_and_always_the_same(tutorial, tmp_path):
     folder, rows = tutorial
     entries = [{"file_name": row["target"], "text": ["a", "b", "c"]} for row in rows * 20]

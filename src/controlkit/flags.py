@@ -33,7 +33,8 @@ PLACES = {
 """Where in a recipe a flag's value goes as it is. ``annotator`` is ours: what the hints are, or what makes them."""
 
 WORKED_OUT = (
-    "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "scale_lr", "resolution"
+    "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "scale_lr", "resolution",
+    "validation_steps",
 )  # fmt: skip
 """Flags of which something is computed."""
 
@@ -48,7 +49,6 @@ NEEDLESS = {
     "tokenizer_name": "the base brings its own",
     "validation_prompt": "obedience on held-out pairs is measured instead",
     "validation_image": "obedience on held-out pairs is measured instead",
-    "validation_steps": "obedience is measured where evaluation.every says so",
     "num_validation_images": "obedience is measured on evaluation.num pairs",
     "report_to": "the log is OUT/log.jsonl",
     "logging_dir": "the log is OUT/log.jsonl",
@@ -78,6 +78,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_none", "use_8bit_adam", "push_to_hub",
             "enable_xformers_memory_efficient_attention")  # fmt: skip
+WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "resolution",
+         "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
+TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
+        "output_dir", "annotator")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
 
 DEFAULTS: dict[str, Any] = {
@@ -124,10 +128,9 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         if values.get(name) is not None:
             section, _, key = place.rpartition(".")
             (recipe.setdefault(section, {}) if section else recipe)[key] = values[name]
-    source = Path(str(recipe["data"]["source"]))
+    source = Path(recipe["data"]["source"])
     if not source.is_dir():
         raise UserError(f"There is no folder {source}: data sets are read from folders, a hub's name is not.")
-    recipe["data"]["source"] = str(source)
     recipe["batch"] = values["train_batch_size"] * values["gradient_accumulation_steps"]
     if "max_train_steps" not in given:
         pairs = min(count_pairs(source), given.get("max_train_samples", 2**62))
@@ -136,6 +139,10 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         recipe["lr"] *= recipe["batch"]
     recipe |= _schedule(values["lr_scheduler"], values["lr_warmup_steps"], recipe["steps"])
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
+    if values["annotator"] and "validation_steps" in given:
+        recipe["evaluation"]["every"] = given["validation_steps"]
+    elif "validation_steps" in given:
+        notes.append("nothing is measured on the way: --annotator says what the hints are, so that it can be")
     if not recipe["prompt_dropout"]:
         notes.append("no prompts are dropped, as in the script; the paper drops half: --proportion_empty_prompts 0.5")
     return Asked(recipe, Path(values["output_dir"]), values["resolution"], notes)
@@ -161,7 +168,9 @@ def _split(arguments: Sequence[str]) -> dict[str, Any]:
                 given[name].append(rest.pop(0))
         elif equals or (rest and not rest[0].startswith("--")):
             text = value if equals else rest.pop(0)
-            given[name] = _number(text) if name not in ("pretrained_model_name_or_path", "output_dir") else text
+            given[name] = text if name in TEXT else _number(text)
+            if name in WHOLE and not (isinstance(given[name], int) and given[name] >= 0):
+                raise UserError(f"--{name} is {text}; expected a whole number.")
         else:
             raise UserError(f"--{name} has no value.")
     return given

@@ -87,8 +87,7 @@ def read_listing(folder: Path) -> Listing:
         raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
     if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
         raise UserError(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
-    built = folder / BUILT
-    if built.is_file() and not json.loads(built.read_text()).get("whole"):
+    if _half_built(folder):
         raise UserError(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     for name, reader in LAYOUTS.items():
         problems: list[Problem] = []
@@ -99,6 +98,16 @@ def read_listing(folder: Path) -> Listing:
         f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
         "tar files, a folder of pictures beside one of hints, or pictures."
     )
+
+
+def _half_built(folder: Path) -> bool:
+    """Whether ``build`` began this folder and did not end; others' files of the marker's name say nothing."""
+    marker = folder / BUILT
+    try:
+        facts = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and {"layout", "hint"} <= facts.keys() and not facts.get("whole")
 
 
 # --- helpers of several readers -----------------------------------------------------------------------------
@@ -323,12 +332,13 @@ def _prompt_json(folder: Path, problems: list[Problem]) -> list[Row] | None:
 
 
 def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
-    """``metadata.jsonl``, ``.json`` or ``.csv``, in the folder itself or in ``train/``; paths from where it lies."""
+    """``metadata.jsonl``, ``.csv`` or ``.json`` (a list), in the folder itself or in ``train/``; paths from where it
+    lies."""
     suffixes = (".jsonl", ".csv", ".json")
     places = [base / f"metadata{suffix}" for base in (folder, folder / "train") for suffix in suffixes]
     listing = next((path for path in places if path.is_file()), None)
-    if listing is None:
-        return None
+    if listing is None or (listing.suffix == ".json" and not listing.read_bytes().lstrip().startswith(b"[")):
+        return None  # a JSON object of that name is about something else
     rows = []
     for number, (where, values) in enumerate(_entries(listing, problems)):
         named, hinted = _one_of(values, PICTURE_NAMES), _one_of(values, _hint_names(list(values)))
@@ -361,7 +371,7 @@ def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
         except ValueError as error:
             problems.append(Problem("unreadable file", str(listing), f"is no JSON ({error})"))
             return
-        for place, values in enumerate(listed if isinstance(listed, list) else [listed]):
+        for place, values in enumerate(listed):
             if isinstance(values, dict):
                 yield f"{listing}, entry {place}", values
             else:
