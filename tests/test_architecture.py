@@ -26,6 +26,7 @@ ROOMS = [
     {"branch"},
     {"images"},
     {"hub", "tensors", "maps"},
+    {"recipe"},
     {"seeds", "precision", "optimizers", "ranks", "errors"},
 ]
 

@@ -10,7 +10,7 @@ from controlkit.annotators import contract
 from controlkit.data import make_fill50k
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import Hint, write_png
-from controlkit.train import Recipe
+from controlkit.recipe import Recipe
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
 
 
 def test_every_setting_of_a_recipe_is_documented():
-    source = cli.__file__.replace("cli.py", "train.py")
+    source = cli.__file__.replace("cli.py", "recipe.py")
     with open(source) as file:  # noqa: PTH123
         text = file.read()
     assert all(f"    {name}: " in text for name in Recipe.model_fields)

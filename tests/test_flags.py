@@ -4,7 +4,7 @@ import pytest
 
 from controlkit.errors import UserError
 from controlkit.flags import FIXED, NEEDLESS, PLACES, SWITCHES, WORKED_OUT, read_flags
-from controlkit.train import parse_recipe
+from controlkit.recipe import parse_recipe
 
 # `train_controlnet.py --help`, diffusers 0.35
 SCRIPT = """pretrained_model_name_or_path controlnet_model_name_or_path revision variant tokenizer_name output_dir

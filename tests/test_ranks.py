@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS
 from controlkit.ranks import Ranks, ranks
-from controlkit.train import parse_recipe, train_control
+from controlkit.recipe import parse_recipe
+from controlkit.train import train_control
 
 RECIPE = {
     "data": {"source": "fill50k", "count": 8},

@@ -16,8 +16,9 @@ from controlkit.data import Pair, hint_of
 from controlkit.formats import convert, load_control, shipped_controls
 from controlkit.hub import where
 from controlkit.mini.scenes import draw_scene
+from controlkit.recipe import Recipe
 from controlkit.sample import Control, Job, Settings, generate
-from controlkit.train import Recipe, hints_of
+from controlkit.train import hints_of
 
 PROMPT = "a red apple, 3d style, on a teal background"
 TYPES = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")

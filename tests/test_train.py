@@ -32,16 +32,14 @@ from controlkit.formats.names import key_table
 from controlkit.images import Hint
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
+from controlkit.recipe import EvaluationRecipe, Recipe, parse_recipe, read_recipe
 from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train import (
     Batch,
-    Recipe,
     Seen,
     draw_batch,
     found_step,
     objective,
-    parse_recipe,
-    read_recipe,
     train_control,
     training_pairs,
     verdict,
@@ -464,7 +462,7 @@ def test_the_parts_of_a_batch_are_its_rows(draws, toy_base, cached):
 def test_a_batch_is_whole_pairs_and_equal_parts():
     for changes in ({"draws": 4}, {"accumulate": 4}, {"draws": 2, "accumulate": 2}):
         with pytest.raises(UserError, match="a batch of 6 rows cannot be shared out"):
-            train.parse_recipe({"batch": 6} | changes)
+            parse_recipe({"batch": 6} | changes)
 
 
 # --- the objective ------------------------------------------------------------------------------------------
@@ -906,12 +904,12 @@ def test_a_run_ends_where_it_got_where_it_should_or_no_longer_gets_better():
         [(0.9, False), (0.1, True), (0.4, True), (0.3, True), (0.4, True)], 1)]  # fmt: skip
     assert train.best_of(seen).step == 300 and train.best_of(seen[:1]) is None
     for patience, length in ((1, 4), (2, 5), (3, None)):
-        recipe = train.EvaluationRecipe(patience=patience)
+        recipe = EvaluationRecipe(patience=patience)
         assert next((n for n in range(6) if train.enough(recipe, seen[:n])), None) == length
     for target, length in ((0.0, 2), (0.29, 3), (0.35, None)):
-        recipe = train.EvaluationRecipe(target=target)
+        recipe = EvaluationRecipe(target=target)
         assert next((n for n in range(6) if train.enough(recipe, seen[:n])), None) == length
-    assert not train.enough(train.EvaluationRecipe(), seen)
+    assert not train.enough(EvaluationRecipe(), seen)
 
 
 def test_the_best_is_kept_and_a_run_that_ended_early_has_ended(toy_base, tmp_path, monkeypatch):
@@ -1024,7 +1022,7 @@ def test_muon_trains_another_control_and_goes_on_exactly(toy_base, tmp_path):
 def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("steps: 5\ndata: {source: fill50k}\n")
-    recipe = train.read_recipe(path, ["steps=7", "data.count=9", "evaluation.guidance=2.5", "control.taps=mid"])
+    recipe = read_recipe(path, ["steps=7", "data.count=9", "evaluation.guidance=2.5", "control.taps=mid"])
     assert (recipe.steps, recipe.data.source, recipe.data.count) == (7, "fill50k", 9)
     assert (recipe.evaluation.guidance, recipe.control.taps) == (2.5, "mid")
     for change, words in (
@@ -1035,7 +1033,7 @@ def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
         ("data.sorce=x", 'did you mean "source"'),
     ):
         with pytest.raises(UserError, match=words):
-            train.read_recipe(path, [change])
+            read_recipe(path, [change])
 
 
 # --- a Union ------------------------------------------------------------------------------------------------
@@ -1121,9 +1119,9 @@ def test_a_union_s_recipe_that_cannot_be_meant_is_refused(changes, words, toy_ba
 
 def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_scenes_alone(toy_base, tmp_path):
     with pytest.raises(UserError, match="Nothing here makes hints of depth"):
-        train.hints_of(train.parse_recipe({"control": {"annotator": "depth", "options": {"low": 1.0}}}))
+        train.hints_of(parse_recipe({"control": {"annotator": "depth", "options": {"low": 1.0}}}))
     picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
     own = [Pair(picture, "a thing", picture)] * 2
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        train._Evaluator(toy_base, own, train.hints_of(train.parse_recipe({"control": {"annotator": "depth"}}))[""],
-                         train.Recipe(), tmp_path)  # fmt: skip
+        train._Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
+                         Recipe(), tmp_path)  # fmt: skip

@@ -365,7 +365,8 @@ def train(
     from controlkit.data import read_listing, trained_count
     from controlkit.flags import read_flags
     from controlkit.ranks import ranks
-    from controlkit.train import parse_recipe, put, read_recipe, train_control
+    from controlkit.recipe import parse_recipe, put, read_recipe
+    from controlkit.train import train_control
 
     given = [*([str(recipe)] if recipe else []), *context.args]
     if given and given[0].startswith("--"):

@@ -1,0 +1,172 @@
+"""What a training run is asked for: the recipe's settings, read from YAML, every key checked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from controlkit.errors import UserError, nearest
+from controlkit.optimizers import OptimizerName
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ControlRecipe(_Strict):
+    """What is trained."""
+
+    annotator: str = "canny"
+    """Makes the hints, unless the source has its own; and measures obedience to them."""
+    types: list[str] = []
+    """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
+    options: dict[str, float] = {}
+    """The annotator's options; the rest keep their defaults."""
+    body: Literal["copy", "conv"] = "copy"
+    join: Literal["zero", "gaussian"] = "zero"
+    taps: Literal["all", "mid"] = "all"
+    start_from: str | None = None
+    """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
+    recipe trains ``taps: mid`` first and then reconnects: start from that control with ``taps: all``)."""
+
+
+class DataRecipe(_Strict):
+    """On what."""
+
+    source: str = "emoji"
+    """``emoji`` (held-out concepts left out), ``scenes`` (what no control may see left out), ``world`` (both),
+    ``fill50k`` (drawn on the fly), or a folder in any of the layouts of ``data.layouts``."""
+    count: int | None = Field(None, gt=0)
+    """Pictures to train on; all by default."""
+    variants: int = Field(2, gt=0)
+    """Grounds each emoji is seen on: as many pairs a picture. Other sources have one."""
+    scenes: int = Field(6000, gt=0)
+    """Scenes drawn, of which those without anything held out are used."""
+    visits: int = Field(1, gt=0)
+    """How often each scene comes, for a Union each time with another type of hint."""
+
+
+class EvaluationRecipe(_Strict):
+    """How often, and on how much, it is measured on held-out hints what came of the training: the loss relative to the
+    base without control and, but for a Union, obedience."""
+
+    every: int = Field(250, ge=0)
+    """Steps between evaluations; 0 for none."""
+    num: int = Field(16, ge=2)
+    steps: int = Field(10, gt=0)
+    guidance: float = 4.0
+    patience: int = Field(0, ge=0)
+    """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
+    target: float | None = None
+    """The run ends where the lower bound of obedience reaches this."""
+
+
+class Recipe(_Strict):
+    """A control's training run. Unknown keys are refused, with the nearest known one."""
+
+    base: str = "mini"
+    control: ControlRecipe = ControlRecipe()
+    data: DataRecipe = DataRecipe()
+    steps: int = Field(3000, gt=0)
+    batch: int = Field(32, gt=0)
+    draws: int = Field(1, gt=0)
+    """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
+    for all of them. Reading hints is what costs most on a small base."""
+    accumulate: int = Field(1, gt=0)
+    """Parts a batch is computed in, one after the other, where memory is short: the gradients are the whole batch's."""
+    checkpointing: bool = False
+    """Compute features of branch and decoder anew in the backward pass instead of keeping them: less memory, slower."""
+    optimizer: OptimizerName = "adamw"
+    """``muon``: Muon for weight matrices, AdamW for the rest."""
+    lr: float = Field(1e-5, gt=0)
+    """The rate between warm-up and cooldown (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    warmup: int = Field(0, ge=0)
+    """Steps at the start over which the rate rises linearly."""
+    cooldown: int = Field(0, ge=0)
+    """Steps at the end over which it falls linearly, nearly to zero."""
+    weight_decay: float = Field(0.01, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
+    prompt_dropout: float = Field(0.5, ge=0, le=1)
+    """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
+    compile: bool = False
+    """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
+    seed: int = 0
+    checkpoint_every: int = Field(500, gt=0)
+    keep: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "Recipe":
+        if self.batch % (self.draws * self.accumulate):
+            raise ValueError(
+                f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
+                f"{self.accumulate} equal parts"
+            )
+        return self
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file; ``UserError`` names a wrong key or value and the nearest right one.
+
+    ``changes``: values to put in place of the file's, such as ``data.source=scenes``.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
+    for change in changes:
+        put(content, change)
+    return parse_recipe(content, str(path))
+
+
+def put(content: dict[str, Any], change: str) -> None:
+    """Put KEY=VALUE, the key's parts joined by dots and the value as YAML has it, into a recipe's values."""
+    name, equals, text = change.partition("=")
+    *path, key = name.strip().split(".")
+    if not (equals and key and all(path)):
+        raise UserError(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f'"{change}": the value is not YAML ({error}).') from error
+    for part in path:
+        inner = content.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f'"{change}": {part} is {inner!r} and has no {key}.')
+        content = inner
+    content[key] = value
+
+
+def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
+    """A recipe from plain values; ``origin`` names them in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # of several keys together
+            raise UserError(f"{origin}: {first['ctx']['error']}.") from None
+        *path, key = first["loc"]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
+            ) from None
+        raise UserError(
+            f'{origin}: "{name}" is {first["input"]!r}; {first["msg"][0].lower()}{first["msg"][1:]}.'
+        ) from None
