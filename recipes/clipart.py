@@ -73,7 +73,7 @@ def main(
     """Measure a control on drawings from elsewhere."""
     model, settings = load_base(base), Settings()
     saved = load_control(name, model)
-    control = Control(saved.branch, saved.hint)
+    control = Control.of(saved)
     pairs: Sequence[Pair] = drawings(folder, num, model.size)
     _, real = evaluation_pairs("emoji", model.size, 2)
     with Progress() as progress:

@@ -72,7 +72,7 @@ def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, 
     drawing = read_picture(DRAWINGS / f"{scene.drawing}.png")
     sides = (base.size, base.size)
     hint = (drawn_hint if scene.control == "scribble" else annotate)(drawing, control.hint, sides)
-    in_use = Control(control.branch, control.hint)
+    in_use = Control.of(control)
     made = {}
     for name, controls, hints in (("controlled", [in_use], (hint,)), ("plain", [], ())):
         jobs = [Job(scene.prompt, seed, hints) for seed in SEEDS]

@@ -42,7 +42,7 @@ class Studio:
 
     def make(self, hints: Mapping[str, np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         """One picture a prompt and seed, under all the hints together."""
-        used = [Control(self.controls[name].branch, self.controls[name].hint) for name in hints]
+        used = [Control.of(self.controls[name]) for name in hints]
         jobs = [Job(prompt, seed, tuple(hints.values())) for prompt, seed in zip(prompts, seeds, strict=True)]
         made = [picture.pixels for picture in generate(self.base, jobs, used, Settings())]
         self.progress.advance(self.task, len(made))

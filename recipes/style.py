@@ -53,7 +53,7 @@ def controlled(base: UNetBase, name: str) -> list[np.ndarray]:
     sides = (base.size, base.size)
     hints = [annotate(read_picture(DRAWINGS / f"{drawing}.png"), saved.hint, sides) for drawing in SHOWN]
     jobs = [Job(prompt, 0, (hint,)) for prompt, hint in zip(SHOWN.values(), hints, strict=True)]
-    return [picture.pixels for picture in generate(base, jobs, [Control(saved.branch, saved.hint)])]
+    return [picture.pixels for picture in generate(base, jobs, [Control.of(saved)])]
 
 
 def main(

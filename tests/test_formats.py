@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import draw_inputs, relative, stock_inputs
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
+from controlkit.formats import WEIGHTS, SavedControl, convert, load_control, save_control
 from controlkit.images import Hint
 from controlkit.sample import Control, Job, Settings, generate
 
@@ -99,6 +99,28 @@ def test_generation_reads_hints_as_the_saved_contract_says(toy_base, tmp_path, c
     list(generate(toy_base, [Job("", 0, (picture,))], [Control(back.branch, back.hint)], Settings(1)))
     assert torch.equal(read[0], contract.tensor(picture, (32, 32)))
     assert change == {} or not torch.equal(read[0], Hint("canny").tensor(picture, (32, 32)))
+
+
+@pytest.mark.parametrize("counted", [1.0, 2.5])
+def test_a_control_says_how_often_guidance_should_count_its_hint(toy_base, tmp_path, counted):
+    saved = SavedControl(toy_base.new_branch(), Hint("canny"), guidance=counted)
+    save_control(tmp_path / "control", saved, toy_base)
+    back = load_control(tmp_path / "control", toy_base)
+    assert back.guidance == Control.of(back).guidance == counted
+    assert Control.of(back, guidance=1.5).guidance == 1.5
+    convert(tmp_path / "control", tmp_path / "other.safetensors", "cldm")
+    assert load_control(tmp_path / "other.safetensors", toy_base).guidance == counted
+
+
+@pytest.mark.parametrize("text", ["NaN", "-1", "1e999", '"much"', "null"])
+def test_a_count_that_is_none_is_refused(toy_base, tmp_path, text):
+    save_control(tmp_path, SavedControl(toy_base.new_branch(), Hint("canny"), guidance=2.0), toy_base)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = {**file.metadata(), "controlkit.use": f'{{"guidance": {text}}}'}
+    save_file(tensors, tmp_path / WEIGHTS, facts)
+    with pytest.raises(UserError, match=r"controlkit\.use.*cannot be read"):
+        load_control(tmp_path, toy_base)
 
 
 # --- stock diffusers ----------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_beside_a_pooled_control_an_ordinary_one_still_speaks_to_both_halves(dee
         drawn_joins(deep_base.new_branch(ControlSpec(pool=pool)), base=deep_base) for pool in ("mean", "none")
     )
     for order in ((pooled, plain), (plain, pooled)):
-        table = strength_table([Control(branch, CONTRACT) for branch in order], deep_base.taps, 2, 1, 1)
+        table = strength_table([Control(branch, CONTRACT) for branch in order], deep_base.taps, 2, 1, Settings(1))
         taps = [i for i, tap in enumerate(deep_base.taps) if tap.site != "encoder"]
         halves = {branch: table[i, :, taps, 0, 0, 0] for i, branch in enumerate(order)}
         assert halves[plain].eq(1).all()

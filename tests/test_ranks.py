@@ -83,7 +83,7 @@ def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
 
 
 def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("controlkit.train.ranks", lambda cpu: Ranks(0, 3))
+    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 3))
     with pytest.raises(UserError, match="2 draws of each pair, 1 equal parts and 3 processes"):
         next(train_control(parse_recipe(RECIPE), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()

@@ -128,7 +128,7 @@ def test_start_and_end_keep_the_steps_that_the_stock_pipeline_keeps(branches):
     for steps in (1, 4, 5, 7, 10, 20):
         for start in (0, 0.1, 0.2, 0.3, 0.5):
             for end in (0.3, 0.5, 0.6, 0.7, 0.9, 1):
-                table = strength_table([Control(branches[0], CONTRACT, 2.0, start, end)], taps, 1, 0, steps)
+                table = strength_table([Control(branches[0], CONTRACT, 2.0, start, end)], taps, 1, 0, Settings(steps))
                 kept = [not (i / steps < start or (i + 1) / steps > end) for i in range(steps)]
                 assert table[0, 0, :, :, 0, 0].tolist() == [[2.0 * keep for keep in kept]] * len(taps)
 
@@ -244,6 +244,42 @@ def test_the_default_table_is_each_controls_scale(toy_base, branches, injected):
     for name, residual in injected[0].items():
         wanted = 0.3 * both[0][name] + (2.0 * both[1][name] if name == "middle" else 0)
         assert relative(residual, wanted) < 1e-5
+
+
+# --- guidance by the hint -----------------------------------------------------------------------------------
+
+
+def halves(control, guidance):
+    """The control's strength in guidance's unconditional and conditional half."""
+    table = strength_table([control], control.branch.taps, 2, 1, Settings(1, guidance))
+    assert len({*table[0, 0].flatten().tolist()}) == len({*table[0, 1].flatten().tolist()}) == 1
+    return table[0, :, 0, 0, 0, 0].tolist()
+
+
+def test_guidance_counts_a_hint_as_often_as_it_is_told(branches):
+    for guidance in (1.5, 4.0, 7.5):
+        for counted in (0.0, 1.0, 1.3, guidance):
+            unconditional, conditional = halves(Control(branches[0], CONTRACT, 0.5, guidance=counted), guidance)
+            effect = unconditional + guidance * (conditional - unconditional)  # first order: as strength
+            assert conditional == 0.5 and effect == pytest.approx(0.5 * counted, abs=1e-5)
+    assert halves(Control(branches[0], CONTRACT), 4.0) == [1.0, 1.0]  # as released
+    assert halves(Control(branches[0], CONTRACT, guidance=9.0), 4.0) == [0.0, 1.0]  # no more than the prompt
+    assert halves(Control(branches[0], CONTRACT, guidance=9.0), 1.0) == [1.0, 1.0]  # no guidance: nothing to count
+
+
+def test_guidance_by_the_hint_moves_pictures_between_both_ways_of_the_paper(toy_base, branches, jobs):
+    def made(counted):
+        return latents_of(toy_base, jobs[:1], [Control(branches[0], CONTRACT, guidance=counted)], Settings(STEPS))[0]
+
+    released, between, conditional = made(1.0), made(2.5), made(4.0)
+    assert min(relative(between, released), relative(between, conditional)) > 0.01
+    plain = strength_table([Control(branches[0], CONTRACT)], toy_base.taps, 2, 1, Settings(STEPS))
+    plain[:, :1] = 0
+    x = torch.randn((1, *conditional.shape), generator=torch.Generator().manual_seed(jobs[0].seed))
+    text = toy_base.encode_text([jobs[0].negative, jobs[0].prompt], (32, 32))
+    hint = [CONTRACT.tensor(jobs[0].hints[0], (32, 32))]
+    *_, last = denoise(toy_base, x, text, hint, [Control(branches[0], CONTRACT)], Settings(STEPS), plain)
+    assert relative(conditional, last[0]) < 1e-6
 
 
 # --- sizes --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from conftest import randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
+from controlkit.branch import ControlSpec
 from controlkit.data import Cached, CirclePairs, Pair, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
@@ -44,6 +45,7 @@ from controlkit.train import (
     training_pairs,
     verdict,
 )
+from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.union import OneType, UnionBranch
 
 CONTRACT = Hint("canny")
@@ -188,6 +190,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
+    ("control.guidance", 3.0, "samples", {"lr": 0.01}),
     ("data.source", "fill50k", "hints"),
     ("data.count", 5, "pairs"),
     ("data.variants", 1, "pairs"),
@@ -239,7 +242,7 @@ def neighbour(toy_base, drawn_joins, tmp_path_factory):
 def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch):
     """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed; all that can
     be seen of the run."""
-    monkeypatch.setattr(train, "load_base", {"toy": toy_base, "other": other_base}.__getitem__)
+    monkeypatch.setattr("controlkit.train.run.load_base", {"toy": toy_base, "other": other_base}.__getitem__)
     monkeypatch.chdir(neighbour.parent)
 
     def run(key=None, value=None, within=None):
@@ -255,8 +258,8 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             ends = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
             return dataclasses.replace(obedience(*scores), obedience=fell, **ends)
 
-        monkeypatch.setattr(train, "objective", watched)
-        monkeypatch.setattr(train, "obedience", falling)
+        monkeypatch.setattr("controlkit.train.run.objective", watched)
+        monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
             content[section] = content[section] | values if isinstance(values, dict) else values
@@ -339,7 +342,7 @@ def test_a_neighbour_of_another_shape_is_refused(neighbour, toy_base, tmp_path):
 
 
 def test_a_control_of_the_middle_alone_is_reconnected_to_all_taps(toy_base, drawn_joins, tmp_path):
-    middle = drawn_joins(toy_base.new_branch(train.ControlSpec(taps="mid")))
+    middle = drawn_joins(toy_base.new_branch(ControlSpec(taps="mid")))
     save_control(tmp_path / "mid", SavedControl(middle, CONTRACT), toy_base)
     recipe = tiny(control={"start_from": str(tmp_path / "mid")}, steps=1, lr=1e-12, evaluation={"every": 0})
     begun = ended(recipe, tmp_path / "run", toy_base)[0]
@@ -773,7 +776,7 @@ def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_later(call, whole, 
     run = train_control(tiny(), tmp_path, toy_base)
     list(itertools.islice(run, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(f"controlkit.train.{call}", _full_disk)
+        patch.setattr(f"controlkit.train.checkpoints.{call}", _full_disk)
         with pytest.raises(UserError, match=r"step 4 .*No space left on device.*Kept: step-0000002.*go on"):
             list(run)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
@@ -809,7 +812,7 @@ def test_a_file_where_the_folder_should_be_is_refused(toy_base, tmp_path):
 def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(toy_base, tmp_path, monkeypatch):
     run = train_control(tiny(), tmp_path, toy_base)
     list(itertools.islice(run, 2))
-    monkeypatch.setattr(train, "objective", lambda *args: objective(*args) * float("nan"))
+    monkeypatch.setattr("controlkit.train.run.objective", lambda *args: objective(*args) * float("nan"))
     with pytest.raises(UserError, match=r"step 3 the loss is nan.*learning rate.*0\.001"):
         next(run)
     assert len(log_of(tmp_path)) == 2
@@ -827,7 +830,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy_base, tmp_p
 
     run = train_control(tiny(), tmp_path, toy_base)
     list(itertools.islice(run, 3))
-    monkeypatch.setattr(train, "objective", lambda *args: Overflow.apply(objective(*args)))
+    monkeypatch.setattr("controlkit.train.run.objective", lambda *args: Overflow.apply(objective(*args)))
     with pytest.raises(UserError, match=r"step 4 the loss is [\d.]+ and its gradient's norm (nan|inf)"):
         next(run)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"], "step 4 was kept"
@@ -865,7 +868,9 @@ def test_obedience_that_does_not_count_finds_no_control():
 def test_evaluations_before_an_interruption_still_count(toy_base, tmp_path, monkeypatch):
     figure = Figure(0.5, 0.4, 0.6)
     changed = {"obedience": figure, "floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
-    monkeypatch.setattr(train, "obedience", lambda *scores: dataclasses.replace(obedience(*scores), **changed))
+    monkeypatch.setattr(
+        "controlkit.train.evaluation.obedience", lambda *scores: dataclasses.replace(obedience(*scores), **changed)
+    )
     list(itertools.islice(train_control(tiny(), tmp_path, toy_base), 4))
     last = list(train_control(tiny(), tmp_path, toy_base))[-1]
     assert last.verdict == "control found at step 3"
@@ -881,7 +886,7 @@ UNION = {
 def test_the_relative_loss_is_1_without_control_and_falls_as_a_control_learns(toy_base, tmp_path):
     recipe = tiny(steps=60, batch=8, lr=3e-3, evaluation={"every": 20, "num": 6, "steps": 1}, prompt_dropout=0.0)
     pairs = training_pairs(recipe, toy_base)[0]  # of what it was trained on, so that a toy can show it
-    gauge = train._Gauge(toy_base, [pairs[i] for i in range(6)], CONTRACTS, recipe, tmp_path)
+    gauge = Gauge(toy_base, [pairs[i] for i in range(6)], CONTRACTS, recipe, tmp_path)
     born = gauge.measure(toy_base.new_branch())
     assert born.keys() == {""} and born[""] == pytest.approx([1.0] * 4, abs=1e-6)
     records = list(train_control(recipe, tmp_path / "run", toy_base))
@@ -920,7 +925,7 @@ def test_the_best_is_kept_and_a_run_that_ended_early_has_ended(toy_base, tmp_pat
         mean = next(means)
         return dataclasses.replace(obedience(*scores), obedience=Figure(mean, mean - 0.1, mean + 0.1), **figures)
 
-    monkeypatch.setattr(train, "obedience", told)
+    monkeypatch.setattr("controlkit.train.evaluation.obedience", told)
     recipe = tiny(steps=9, evaluation={"every": 1, "num": 2, "steps": 1, "patience": 2})
     records = list(train_control(recipe, tmp_path, toy_base))
     assert [record.step for record in records] == [1, 2, 3, 4]
@@ -977,7 +982,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_computed_in_more_parts_and_said_
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(base, branch, batch, predict)
 
-    monkeypatch.setattr(train, "objective", crowded)
+    monkeypatch.setattr("controlkit.train.run.objective", crowded)
     list(train_control(tiny(**PLAIN), tmp_path / "parts", toy_base, on_stage=lambda name, total: said.append(name)))
     assert [one["loss"] for one in log_of(tmp_path / "parts")] == pytest.approx([one["loss"] for one in log], rel=1e-4)
     assert [words for words in said if "memory" in words] == [
@@ -1123,5 +1128,5 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
     own = [Pair(picture, "a thing", picture)] * 2
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        train._Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
+        Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip

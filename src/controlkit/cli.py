@@ -148,6 +148,13 @@ def generate(
     guess: Annotated[bool, typer.Option("--guess", help="Guess mode: control without a prompt.")] = False,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
+    hint_guidance: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How many times guidance counts each control's hint; one value serves all. 1 is as other tools do it; "
+            "--guidance's, as often as the prompt. By default what the control says, or 1."
+        ),
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
@@ -176,6 +183,7 @@ def generate(
     _check_folder(out)
     asked = _grouped([_split_control(text) for text in control or []])
     scales = _one_each("--scale", scale or [1.0], len(asked))
+    guidances = _one_each("--hint-guidance", hint_guidance or [None], len(asked))
     annotators = _one_each("--annotator", annotator or [None], len(asked))
     if annotator and not any(not given.typed for given in asked):
         raise UserError("--annotator says what makes a control's hints; none was given, or a Union's types say it.")
@@ -195,7 +203,7 @@ def generate(
         if cut := model.cut_words(text):
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
     controls, hints, labels = [], [], []
-    for given, k, made_by in zip(asked, scales, annotators, strict=True):
+    for given, k, counted, made_by in zip(asked, scales, guidances, annotators, strict=True):
         saved = _load_control(given.name, model, "" if given.typed else made_by)
         if isinstance(saved.branch, UnionBranch) and not given.typed:
             raise UserError(
@@ -211,12 +219,15 @@ def generate(
             rule = saved.contract_of(kind) if kind else saved.hint  # a Union's types say what makes them
             picture = read_picture(path, masked=rule.mark is not None)
             read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
-        controls.append(sample.Control(saved.branch, saved.hint, k, guess=guess, hints=saved.hints))
+        controls.append(sample.Control.of(saved, k, guess, counted))
         hints.append(read if given.typed else read[""])
         labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]
     facts: dict[str, Any] = {"prompt": prompt, "negative": negative, "base": base, "steps": steps, "guidance": guidance}
-    facts |= {"controls": [{"name": g.name, "scale": k, "hint": hint} for g, k in zip(asked, scales, strict=True)]}
+    facts["controls"] = [
+        {"name": given.name, "scale": control.scale, "hint": hint, "hint_guidance": control.guidance}
+        for given, control in zip(asked, controls, strict=True)
+    ]
     facts |= {"width": sides[1], "height": sides[0], "format": number_format(model.device.type), "guess": guess}
     facts |= {"lora": lora or [], "embedding": [path.stem for path in embedding or []], "dtype": dtype}
     made = []
@@ -471,6 +482,10 @@ def evaluate(
     scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
+    hint_guidance: Annotated[
+        float | None,
+        typer.Option(help="How many times guidance counts the hint; by default what the control says, or 1."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Measure whether a control is obeyed: fidelity, floors, ceiling, obedience; and CLIP-score and FID beside it.
@@ -503,7 +518,7 @@ def evaluate(
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(
             model,
-            Control(saved.branch, saved.hint, scale),
+            Control.of(saved, scale, guidance=hint_guidance),
             pairs,
             real,
             Settings(steps, guidance),

@@ -17,6 +17,7 @@ from controlkit.annotators import contract
 from controlkit.backbones import Text, UNetBase
 from controlkit.branch import ControlBranch, Tap, add_residuals
 from controlkit.errors import UserError
+from controlkit.formats import SavedControl
 from controlkit.images import Hint, to_pictures
 from controlkit.union import OneType
 
@@ -40,6 +41,31 @@ class Control:
     guess: bool = False
     hints: Mapping[str, Hint] = field(default_factory=dict)
     """A Union's contracts by type; what a type's name means everywhere, where it has none."""
+    guidance: float = 1.0
+    """How many times guidance counts the hint, at most as many as the prompt (``Settings.guidance``).
+
+    1 is as released: both halves of guidance hear the control, so that the difference it is made of is the prompt's.
+    The paper's other way, control in the conditional half alone (Section 3.4), counts a hint as often as the prompt.
+    Between them the unconditional half hears a share of it.
+    """
+
+    @classmethod
+    def of(
+        cls, saved: SavedControl, scale: float = 1.0, guess: bool = False, guidance: float | None = None
+    ) -> "Control":
+        """A control that was read, in use; counted by guidance as it says itself, unless told."""
+        counted = saved.guidance if guidance is None else guidance
+        return cls(saved.branch, saved.hint, scale, guess=guess, hints=saved.hints, guidance=counted)
+
+    def unconditional_share(self, guidance: float) -> float:
+        """The share of its strength that guidance's unconditional half hears.
+
+        With share u, a residual's first-order effect r comes out of u r + guidance (r - u r) as r (guidance - u
+        (guidance - 1)): u is what makes that ``self.guidance`` times r.
+        """
+        if self.guess or self.branch.pools:
+            return 0.0
+        return max(guidance - self.guidance, 0.0) / (guidance - 1) if guidance > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -87,13 +113,14 @@ def picture_size(base: UNetBase, settings: Settings) -> tuple[int, int]:
 
 
 def strength_table(
-    controls: Sequence[Control], taps: Sequence[Tap], rows: int, unconditional: int, steps: int
+    controls: Sequence[Control], taps: Sequence[Tap], rows: int, unconditional: int, settings: Settings
 ) -> Tensor:
     """The strength of every control on every row, tap and step: (control, row, tap, step, 1, 1).
 
-    One formula serves all: guess mode, weights by resolution, start and end, region masks are ways to fill it. The
-    first ``unconditional`` rows are guidance's unconditional half.
+    One formula serves all: guess mode, guidance by the hint, weights by resolution, start and end, region masks are
+    ways to fill it. The first ``unconditional`` rows are guidance's unconditional half.
     """
+    steps = settings.steps
     table = torch.zeros(len(controls), rows, len(taps), steps, 1, 1)
     index = {tap.name: k for k, tap in enumerate(taps)}
     at = torch.arange(steps) / steps
@@ -106,8 +133,7 @@ def strength_table(
         )
         for name, weight in zip(own, weights.tolist(), strict=True):
             table[i, :, index[name]] = weight * control.scale * active.float().view(-1, 1, 1)
-        if control.guess or control.branch.pools:
-            table[i, :unconditional] = 0
+        table[i, :unconditional] *= control.unconditional_share(settings.guidance)
     return table
 
 
@@ -145,14 +171,14 @@ def denoise(
         text: of 2B prompts with guidance (unconditional rows first), else of B.
         hints: one for each control, (B, channels, H, W) in its contract's range; a Union's by type.
         strength: broadcastable to (control, row, tap, step, h, w), taps as the base's; default from each control's
-            scale, start, end and guess mode.
+            scale, start, end, guess mode and guidance.
     """
     count, rows = len(latents), len(text)
     scheduler = type(base.scheduler).from_config(base.scheduler.config)
     scheduler.set_timesteps(settings.steps)
     x = latents * scheduler.init_noise_sigma
     if strength is None:
-        strength = strength_table(controls, base.taps, rows, rows - count, settings.steps)
+        strength = strength_table(controls, base.taps, rows, rows - count, settings)
     full = (len(controls), rows, len(base.taps), settings.steps)
     strength = strength.expand(*full, *strength.shape[-2:]).to(x.device)
     used = strength.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop

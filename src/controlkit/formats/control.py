@@ -50,6 +50,8 @@ class SavedControl:
     """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
     hints: Mapping[str, Hint] = field(default_factory=dict)
     """A Union's contracts by type, where it was trained here."""
+    guidance: float = 1.0
+    """How many times guidance should count the hint (``sample.Control.guidance``); 1 unless its recipe says more."""
 
     def contract_of(self, kind: str) -> Hint:
         """The contract of a Union's hints of a type: its own, or what that name means everywhere."""
@@ -101,7 +103,9 @@ def control_weights(control: SavedControl, base: UNetBase) -> Weights:
     if branch.spec.body == "copy":
         config = _diffusers_config(base, branch, control.hint)
         tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
-    facts = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    facts: dict[str, Any] = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    if control.guidance != 1.0:
+        facts["use"] = {"guidance": control.guidance}
     if control.hints:
         facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
@@ -221,6 +225,7 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
     kind = type_of(name)[1] if weights.kind == "union" else ""
     hints = said(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
     trained = said(weights, path, "controlkit.trained", json.loads, {})
+    guidance = said(weights, path, "controlkit.use", _guidance, 1.0)
     signature = said(weights, path, "controlkit.signature", json.loads, None)
     if signature is not None and signature != json.loads(json.dumps(base.signature)):
         differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
@@ -241,7 +246,8 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f"{hint.high:g}]. Name the annotator that makes them (canny, scribble, ...).",
             stacklevel=2,
         )
-    saved = SavedControl(branch.to(base.device, base.dtype).eval().requires_grad_(False), hint, trained, hints)
+    ready = branch.to(base.device, base.dtype).eval().requires_grad_(False)
+    saved = SavedControl(ready, hint, trained, hints, guidance)
     if kind and isinstance(branch, UnionBranch):
         saved = replace(saved, branch=OneType(branch, kind), hint=saved.contract_of(kind), hints={})
     return saved
@@ -284,6 +290,14 @@ def _hint(text: str) -> Hint:
     if not all(map(math.isfinite, numbers)) or len(hint.annotator) > 100 or not hint.annotator.isprintable():
         raise ValueError("its numbers are not finite, or its annotator's name is none")
     return hint
+
+
+def _guidance(text: str) -> float:
+    """How often guidance should count the hint; ``ValueError`` if that is no number from 0 on."""
+    value = float(json.loads(text)["guidance"])
+    if not 0 <= value < math.inf:
+        raise ValueError(f"guidance by the hint is {value}")
+    return value
 
 
 def hint_of(name: str | Path, weights: Weights, described: Description, annotator: str | None) -> Hint:

@@ -1,0 +1,189 @@
+"""A run's folder: who may write to it, whole checkpoints, and the log cut back to one."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from controlkit.backbones import UNetBase
+from controlkit.branch import ControlBranch
+from controlkit.errors import UserError
+from controlkit.formats import SavedControl, save_control
+from controlkit.images import SCRATCH, write_atomic
+from controlkit.optimizers import Average, Optimizer
+from controlkit.precision import number_format, settle_format
+from controlkit.recipe import Recipe, read_recipe
+from controlkit.train.records import Seen, seen_in
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All that a step changes."""
+
+    branch: ControlBranch
+    optimizer: Optimizer
+    average: Average | None = None
+
+    @property
+    def result(self) -> ControlBranch:
+        """The weights that are measured and saved."""
+        return self.average.module if self.average else self.branch  # type: ignore[return-value]
+
+    def step(self, rate: float, number: int) -> None:
+        """Step ``number``, from 1, with the gradients at hand."""
+        self.optimizer.step(rate)
+        if self.average:
+            self.average.update(self.branch, number)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors by name."""
+        parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
+        if self.average:
+            parts["average"] = self.average.module.state_dict()
+        return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state``."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+        self.branch.load_state_dict(part("branch"))
+        self.optimizer.restore(part("optimizer"))
+        if self.average:
+            self.average.module.load_state_dict(part("average"))
+
+
+_LAYOUT = "2"
+"""Of a checkpoint's tensors; raised when their names change."""
+
+
+def checkpoints_in(out: Path) -> list[Path]:
+    """A run's checkpoints, the oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(
+    out: Path, step: int, control: SavedControl, base: UNetBase, state: Mapping[str, Tensor], keep: int
+) -> None:
+    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
+    try:
+        save_control(scratch / "control", control, base)
+        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest}
+        write_atomic(scratch / "state.safetensors", save(dict(state), facts))
+        scratch.chmod(0o755)
+        target = folder / f"step-{step:07d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        held = [p.name for p in checkpoints_in(out)]
+        raise UserError(
+            f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
+            f"Kept: {', '.join(held) or 'none'}. Make room, then run the same command to go on."
+        ) from error
+    for old in checkpoints_in(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
+    """Put a checkpoint into ``learner``; returns its step."""
+    path = folder / "state.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Delete {folder} and run again: the run goes on from the one before."
+        ) from error
+    if facts.get("layout") != _LAYOUT:
+        raise UserError(f"{folder} was written by an earlier version and cannot be gone on from: give another --out.")
+    if facts["base_digest"] != base.digest:
+        raise UserError(
+            f'{folder} was trained on other weights of "{base.name}" ({facts["base_digest"]}, now {base.digest}): '
+            "go on with those weights, or give another --out."
+        )
+    learner.restore(load_file(path))
+    return int(facts["step"])
+
+
+def cut_log(path: Path, step: int) -> list[Seen]:
+    """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
+    lines = []
+    evaluations = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break  # the line a kill cut short
+        if record["step"] > step:
+            break
+        lines.append(line)
+        if seen := seen_in(record):
+            evaluations.append(seen)
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return evaluations
+
+
+def check_folder(recipe: Recipe, out: Path) -> None:
+    """Refuse a run's folder that is of another recipe, or no folder."""
+    path = out / "recipe.yaml"
+    before = read_recipe(path) if path.is_file() else recipe
+    if before != recipe:
+        changed = [key for key, value in recipe if getattr(before, key) != value]
+        raise UserError(
+            f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
+            "or run with the recipe as it was to go on."
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
+
+
+@contextmanager
+def sole_owner(out: Path) -> Iterator[None]:
+    """Hold the run's folder; ``UserError`` if another process holds it. A killed process holds nothing."""
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise UserError(f"Another process is training in {out}: wait until it ends, or give another --out.") from None
+
+
+def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
+    """Tidy what a kill left, write the recipe, and keep to the threads and number format the run began with.
+
+    Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
+    """
+    for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
+    path = out / "machine.json"
+    if not path.is_file():
+        begun = {"threads": torch.get_num_threads(), "format": number_format(device_type)}
+        write_atomic(path, (json.dumps(begun) + "\n").encode())
+    keep_format(out, device_type)
+
+
+def keep_format(out: Path, device_type: str) -> None:
+    """Keep to the threads and number format the run in ``out`` began with."""
+    begun = json.loads((out / "machine.json").read_text())
+    if begun["threads"] != torch.get_num_threads():
+        torch.set_num_threads(begun["threads"])
+    if begun["format"] != number_format(device_type):
+        settle_format(device_type, begun["format"])

@@ -1,0 +1,97 @@
+"""What is kept of a run: a record a step, and what its evaluations say of control."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from controlkit.measure import (
+    FOUND,
+    Obedience,
+)
+from controlkit.recipe import EvaluationRecipe
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of a run: what a line of ``log.jsonl`` holds. ``evaluation`` is there on the steps that have one."""
+
+    step: int
+    loss: float
+    seconds: float
+    evaluation: Obedience | None = None
+    verdict: str | None = None
+    relative: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By type of hint, or under "": the loss on held-out pairs, relative to the base without control, with the same
+    noise each time, in each quarter of the schedule from the least noise on. 1 is no control; a loss by itself says
+    little, for it hardly moves while control comes."""
+
+    def to_json(self) -> str:
+        """The log's line; means alone for the figures' main keys, intervals for obedience."""
+        line: dict[str, Any] = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 3)}
+        if self.evaluation is not None:
+            for name in ("fidelity", "floor", "ceiling", "obedience"):
+                line[name] = round(getattr(self.evaluation, name).mean, 5)
+            line["obedience_interval"] = [
+                self.evaluation.obedience.low,
+                self.evaluation.obedience.high,
+            ]
+            line["counts"] = self.evaluation.counts
+            line["verdict"] = self.verdict
+        if self.relative:
+            line["relative_loss"] = {kind: [round(x, 4) for x in quarters] for kind, quarters in self.relative.items()}
+        return json.dumps(line)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean."""
+
+    step: int
+    low: float
+    counts: bool
+    mean: float = float("nan")
+
+    @property
+    def control(self) -> bool:
+        """Whether control was seen."""
+        return self.counts and self.low >= FOUND
+
+
+def seen_in(line: Mapping[str, Any]) -> Seen | None:
+    """What a line of the log says of control; None for a step without evaluation."""
+    if "obedience" not in line:
+        return None
+    return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"])
+
+
+def found_step(evaluations: Sequence[Seen]) -> int | None:
+    """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
+    return next((a.step for a, b in itertools.pairwise(evaluations) if a.control and b.control), None)
+
+
+def best_of(evaluations: Sequence[Seen]) -> Seen | None:
+    """The first of those that count with the highest obedience."""
+    return max((one for one in evaluations if one.counts), key=lambda one: one.mean, default=None)
+
+
+def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
+    """Whether a run ends before its last step: it got where it should, or has not got better for long enough."""
+    best = best_of(evaluations)
+    if best is None:
+        return False
+    if recipe.target is not None and any(one.counts and one.low >= recipe.target for one in evaluations):
+        return True
+    return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
+
+
+def verdict(evaluations: Sequence[Seen]) -> str:
+    """The state of the run in words (the paper's sudden convergence, Section 3.3 and Figure 4)."""
+    if (step := found_step(evaluations)) is not None:
+        return f"control found at step {step}"
+    if evaluations and evaluations[-1].control:
+        return f"control perhaps found at step {evaluations[-1].step}: the next evaluation will confirm"
+    if evaluations and not evaluations[-1].counts:
+        return "control cannot be told here: floor and ceiling are too close, or the ceiling too low"
+    return "no control yet"

@@ -1,0 +1,120 @@
+"""One step of training: its draws, and the objective (equation 5)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlkit.backbones import Text, UNetBase
+from controlkit.branch import ControlBranch
+from controlkit.data import (
+    Cached,
+)
+from controlkit.images import Hint
+from controlkit.recipe import Recipe
+from controlkit.seeds import numpy_rng, torch_rng
+from controlkit.union import UnionBranch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's draws: latents z_0, noise, timesteps, text and hints."""
+
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    text: Text
+    hints: Mapping[str, Tensor]  # by type, or under "": (pairs of that type, channels, H, W), in its contract's range
+    draws: int = 1  # rows of a pair, one after the other
+
+
+def draw_batch(
+    base: UNetBase,
+    cached: Cached,
+    contracts: Mapping[str, Hint],
+    recipe: Recipe,
+    step: int,
+    part: int = 0,
+    parts: int = 1,
+) -> Batch:
+    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep and prompt
+    dropout keyed by (seed, step, sample).
+
+    Pairs of one type of hint stand together, in the contracts' order. Of several draws of a pair each has its timestep
+    from a share of the schedule of its own.
+    """
+    names = list(contracts)
+    count = recipe.batch // recipe.draws
+    own = range(part * count // parts, (part + 1) * count // parts)
+    order: dict[int, np.ndarray] = {}
+    chosen = {}
+    for place in own:
+        number = step * count + place
+        epoch, turn = divmod(number, len(cached))
+        if epoch not in order:
+            order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
+        chosen[place] = int(order[epoch][turn])
+    places = sorted(own, key=lambda place: int(cached.kinds[chosen[place]]))
+
+    total = base.scheduler.config.num_train_timesteps
+    shares = [total * draw // recipe.draws for draw in range(recipe.draws + 1)]
+    latents, noise, times, rows = [], [], [], []
+    hints: dict[str, list[Tensor]] = {}
+    for place in places:
+        index = chosen[place]
+        moments = cached.moments[index].float()
+        shape = (moments.shape[0] // 2, *moments.shape[1:])
+        for draw in range(recipe.draws):
+            generator = torch_rng("noise", recipe.seed, step, place * recipe.draws + draw)
+            latents.append(base.draw_latents(moments[None], torch.randn(shape, generator=generator))[0])
+            noise.append(torch.randn(shape, generator=generator))
+            times.append(int(torch.randint(shares[draw], shares[draw + 1], (), generator=generator)))
+            dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
+            rows.append(0 if dropped else int(cached.prompt_rows[index]))
+        picture, name = cached.hints[index].numpy(), names[int(cached.kinds[index])]
+        hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
+    device = base.device
+    return Batch(
+        torch.stack(latents).to(device),
+        torch.stack(noise).to(device),
+        torch.tensor(times, device=device),
+        cached.text[rows].to(device, torch.float32),
+        {name: torch.cat(of_type).to(device) for name, of_type in hints.items()},
+        recipe.draws,
+    )
+
+
+def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
+    """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
+    read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
+    if isinstance(read, Tensor):
+        return read.repeat_interleave(batch.draws, 0)
+    return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
+
+
+def controlled(base: UNetBase, branch: ControlBranch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+    """The base's prediction under control: what a step spends its time on, apart from reading hints."""
+    return base.decode_noise(base.encode_noise(z, t, text), branch(z, t, text, features))
+
+
+def objective(
+    base: UNetBase, branch: ControlBranch, batch: Batch, predict: Callable[..., Tensor] = controlled
+) -> Tensor:
+    """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
+
+    ``predict`` is ``controlled``, or that compiled.
+    """
+    z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+    prediction = predict(base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
+    return F.mse_loss(prediction.float(), target_of(base, batch))
+
+
+def target_of(base: UNetBase, batch: Batch) -> Tensor:
+    """What the base should predict of a batch: the noise (eps), or v = alpha eps - sigma x_0."""
+    if base.prediction == "v":
+        return base.scheduler.get_velocity(batch.latents, batch.noise, batch.t)
+    return batch.noise
