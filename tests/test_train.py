@@ -187,6 +187,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
     ("control.body", "conv", "tensors"),
+    ("control.rank", 2, "weights", {"control": {"body": "lora"}}),
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
@@ -262,7 +263,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
-            content[section] = content[section] | values if isinstance(values, dict) else values
+            content[section] = content.get(section, {}) | values if isinstance(values, dict) else values
         if key:
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value

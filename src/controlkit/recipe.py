@@ -24,7 +24,11 @@ class ControlRecipe(_Strict):
     """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
-    body: Literal["copy", "conv"] = "copy"
+    body: Literal["copy", "conv", "lora", "adapter"] = "copy"
+    """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
+    trained (a Control-LoRA, written as such beside the control); ``adapter``, a T2I-Adapter."""
+    rank: int = Field(16, gt=0)
+    """Of the differences that ``body: lora`` trains."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None

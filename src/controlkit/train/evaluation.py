@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.data import (
     Pair,
     build_cache,
@@ -47,7 +47,7 @@ class Evaluator:
         """Picture-steps the next evaluation takes; the first one also samples without control."""
         return len(self.pairs) * self.settings.steps * (3 if self._fixed is None else 2)
 
-    def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
+    def measure(self, branch: Branch, step: int, on_advance: Callable[[int], None]) -> Obedience:
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
         first = self._fixed is None
@@ -87,7 +87,7 @@ class Gauge:
         self.without = [self._errors(batch, None) for batch in self.batches]
 
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: ControlBranch | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: Branch | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
         z = self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
         with autocast(self.base.device.type):
@@ -98,7 +98,7 @@ class Gauge:
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
         return off.view(-1, self.QUARTERS).cpu()
 
-    def measure(self, branch: ControlBranch) -> dict[str, list[float]]:
+    def measure(self, branch: Branch) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
         branch.eval()
         sums: dict[str, list[Tensor]] = {}

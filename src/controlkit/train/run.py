@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase, load_base, recomputed
-from controlkit.branch import ControlBranch
 from controlkit.data import (
     Cached,
     Pair,
     build_cache,
 )
 from controlkit.errors import UserError
-from controlkit.formats import SavedControl, save_control
+from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
 from controlkit.measure import (
     Obedience,
@@ -93,7 +93,7 @@ def _train(
     recipe: Recipe,
     out: Path,
     base: UNetBase,
-    branch: ControlBranch,
+    branch: Branch,
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
@@ -198,6 +198,8 @@ def _train(
             yield record
     if together.first:
         save_control(out / "control", saved(step), base)
+        if recipe.control.body == "lora":
+            save_control_lora(out / "control-lora.safetensors", saved(step), base, recipe.control.rank)
     together.wait()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from controlkit.adapter import Adapter, Branch
 from controlkit.annotators import ANNOTATORS, contract
 from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch, ControlSpec
@@ -69,7 +70,7 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
             raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
         return {"": made.hint(**control.options) if made else contract(control.annotator)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "join", "taps"}
+    words = {"annotator", "options", "body", "rank", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -77,18 +78,27 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
-def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> ControlBranch:
+def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> Branch:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    spec = ControlSpec(control.body, control.join, control.taps)
-    branch = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels)
+    branch: Branch
+    if control.types:
+        branch = base.new_union()
+    elif control.body == "adapter":
+        plain = ControlRecipe()
+        if changed := [word for word in ("join", "taps") if getattr(control, word) != getattr(plain, word)]:
+            raise UserError(f"A T2I-Adapter has no control.{changed[0]}: it is added inside the base's encoder.")
+        branch = Adapter.fresh(base, contracts[""].channels)
+    else:
+        spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
+        branch = base.new_branch(spec, contracts[""].channels)
     if control.start_from and begin:
         _begin_with(branch, control.start_from, base)
     return branch.train()
 
 
-def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
+def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
@@ -98,6 +108,10 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
         raise UserError(
             f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
         )
+    if isinstance(branch, Adapter):
+        branch.load_state_dict(neighbour.state_dict())
+        return
+    assert isinstance(neighbour, ControlBranch)
     reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
     if branch.spec not in (neighbour.spec, reconnected):
         raise UserError(
@@ -107,7 +121,7 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
     branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
+def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(
