@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ from diffusers import T2IAdapter
 from safetensors.torch import load_file
 
 from conftest import draw_inputs, relative
+from controlkit import precision
 from controlkit.adapter import Adapter
 from controlkit.annotators import contract
+from controlkit.backbones import load_base
+from controlkit.backbones.load import _add_difference
 from controlkit.branch import ControlSpec, LowRank, gains
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, describe, load_control, save_control
 from controlkit.images import Hint
 from controlkit.recipe import parse_recipe
 from controlkit.train import controlled, train_control
+from controlkit.train.run import DIFFERENCE
 
 TINY = {
     "data": {"source": "fill50k", "count": 8},
@@ -34,6 +39,13 @@ def recipe_of(body, **changes):
     return parse_recipe({**TINY, "control": {"body": body, **BODIES[body]}, **changes})
 
 
+def trained(recipe, out, base):
+    """The losses of a whole run, in single precision: module fixtures come before conftest's own patch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "bf16_pays", lambda device_type: False)
+        return [record.loss for record in train_control(recipe, out, base)]
+
+
 @pytest.fixture(scope="module")
 def runs(toy_base, tmp_path_factory):
     """The folder of a whole tiny run, by body."""
@@ -42,7 +54,7 @@ def runs(toy_base, tmp_path_factory):
     def run(body):
         if body not in made:
             made[body] = tmp_path_factory.mktemp("runs") / body
-            list(train_control(recipe_of(body), made[body], toy_base))
+            trained(recipe_of(body), made[body], toy_base)
         return made[body]
 
     return run
@@ -116,7 +128,7 @@ def test_a_body_of_low_rank_learns_a_difference_of_that_rank(runs, toy_base):
 
 
 def test_the_control_lora_beside_it_is_the_control(runs, toy_base):
-    small, whole = runs("lora") / "control-lora.safetensors", runs("lora") / "control" / WEIGHTS
+    small, whole = runs("lora") / "control" / "control-lora.safetensors", runs("lora") / "control" / WEIGHTS
     assert describe(small).format == "control-lora"
     assert small.stat().st_size < 0.75 * whole.stat().st_size  # a toy's matrices are small themselves
     inputs = draw_inputs(toy_base)
@@ -172,3 +184,60 @@ def test_a_control_of_the_other_kind_is_no_start(runs, toy_base, tmp_path, drawn
     with pytest.raises(UserError, match="ControlBranch; this recipe starts from a Adapter"):
         asked = {"body": "adapter", "start_from": str(tmp_path / "copy")}
         next(train_control(parse_recipe({**TINY, "control": asked}), tmp_path / "run", toy_base))
+
+
+# --- an unlocked base ---------------------------------------------------------------------------------------
+
+UNLOCKED = {"control": {"body": "copy"}, "unlock": 2, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def unlocked(toy_base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unlocked") / "run"
+    return out, trained(parse_recipe({**TINY, **UNLOCKED}), out, toy_base)
+
+
+def test_until_it_is_unlocked_the_base_is_locked_and_the_callers_stays_so(unlocked, toy_base, tmp_path):
+    before = {name: value.clone() for name, value in toy_base.unet.state_dict().items()}
+    plain = [r.loss for r in train_control(parse_recipe({**TINY, "steps": 5}), tmp_path / "plain", toy_base)]
+    assert unlocked[1][:3] == plain[:3] and unlocked[1][3:] != plain[3:]  # the third step's loss is before it learns
+    assert all(torch.equal(value, before[name]) for name, value in toy_base.unet.state_dict().items())
+    assert not any(p.requires_grad for p in toy_base.unet.parameters())
+
+
+def test_the_base_and_its_difference_are_the_base_that_learnt(unlocked, toy_base, toy_folder):
+    folder = unlocked[0] / "control"
+    state = load_file(unlocked[0] / "checkpoints" / "step-0000005" / "state.safetensors")
+    merged = load_base(toy_folder, loras=[(folder / DIFFERENCE, 1.0)])
+    moved = 0
+    for name, value in merged.unet.state_dict().items():
+        assert torch.allclose(value, state[f"unet.{name}"], atol=1e-6)
+        moved += not torch.equal(value, toy_base.unet.state_dict()[name])
+    assert moved > 0.9 * len(merged.unet.state_dict())
+    half = load_base(toy_folder, loras=[(folder / DIFFERENCE, 0.5)]).unet.conv_in.weight
+    own = toy_base.unet.conv_in.weight
+    assert torch.allclose(half - own, (merged.unet.conv_in.weight - own) / 2, atol=1e-6)
+    assert load_control(folder, toy_base).trained["base_difference"] == DIFFERENCE
+
+
+def test_a_run_with_an_unlocked_base_goes_on_as_if_it_had_never_stopped(unlocked, toy_base, tmp_path):
+    recipe = parse_recipe({**TINY, **UNLOCKED})
+    for _ in itertools.islice(train_control(recipe, tmp_path, toy_base), 5):
+        pass
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000005", ignore_errors=True)
+    assert (tmp_path / "checkpoints" / "step-0000004").is_dir()
+    list(train_control(recipe, tmp_path, toy_base))
+    for name in (f"control/{WEIGHTS}", f"control/{DIFFERENCE}"):
+        ours, whole = load_file(tmp_path / name), load_file(unlocked[0] / name)
+        assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
+
+
+def test_a_difference_to_another_base_is_refused(unlocked, request, tmp_path):
+    deep = request.getfixturevalue("deep_base")
+    with pytest.raises(UserError, match="no difference to the base"):
+        _add_difference(deep, unlocked[0] / "control" / DIFFERENCE, 1.0)
+
+
+def test_averages_and_an_unlocked_base_do_not_go_together():
+    with pytest.raises(UserError, match="ema averages"):
+        parse_recipe({**TINY, "unlock": 2, "ema": 0.9})

@@ -98,7 +98,7 @@ def leftovers(out):
         ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
-        ({"control": {"body": "lora"}}, ["\"control.body\" is 'lora'", "'copy' or 'conv'"]),
+        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora' or 'adapter'"]),
         ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
         ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
     ],
@@ -209,6 +209,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("warmup", 2, "weights"),
     ("cooldown", 1, "weights"),
     ("weight_decay", 1.0, "weights"),
+    ("unlock", 1, "losses", {"steps": 3}),
     ("prompt_dropout", 1.0, "losses"),
     ("seed", 1, "losses"),
     ("checkpoint_every", 2, "checkpoints"),
@@ -1129,5 +1130,5 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
     own = [Pair(picture, "a thing", picture)] * 2
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
+        Evaluator(toy_base, toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip

@@ -26,7 +26,7 @@ class ControlRecipe(_Strict):
     """The annotator's options; the rest keep their defaults."""
     body: Literal["copy", "conv", "lora", "adapter"] = "copy"
     """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
-    trained (a Control-LoRA, written as such beside the control); ``adapter``, a T2I-Adapter."""
+    trained (a Control-LoRA; written as such, too); ``adapter``, a T2I-Adapter."""
     rank: int = Field(16, gt=0)
     """Of the differences that ``body: lora`` trains."""
     join: Literal["zero", "gaussian"] = "zero"
@@ -96,6 +96,10 @@ class Recipe(_Strict):
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
+    unlock: int | None = Field(None, gt=0)
+    """Steps after which the base's U-Net learns, too, at the same rate (the paper's large-scale training, which unlocks
+    after 50,000 and more). It is a copy that does: what it learnt is written into the control's folder as a difference,
+    ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
     compile: bool = False
@@ -107,12 +111,14 @@ class Recipe(_Strict):
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="after")
-    def _whole_pairs(self) -> "Recipe":
+    def _together(self) -> "Recipe":
         if self.batch % (self.draws * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
                 f"{self.accumulate} equal parts"
             )
+        if self.unlock and self.ema:
+            raise ValueError("ema averages a control's weights alone, and with unlock the base's change beside them")
         return self
 
 

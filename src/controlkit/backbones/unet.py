@@ -353,6 +353,11 @@ class UNetBase:
         """A fresh body of ControlNet-lite for this base's taps."""
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
 
+    def with_own_unet(self) -> "UNetBase":
+        """The same base with a copy of its U-Net, to be trained."""
+        unet = copy.deepcopy(self.unet)
+        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none)
+
     # --- placement --------------------------------------------------------------------------------------
 
     @property

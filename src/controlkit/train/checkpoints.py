@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
@@ -34,6 +34,8 @@ class Learner:
     branch: Branch
     optimizer: Optimizer
     average: Average | None = None
+    unet: nn.Module | None = None
+    """The base's, where it is unlocked sooner or later."""
 
     @property
     def result(self) -> Branch:
@@ -51,6 +53,8 @@ class Learner:
         parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
+        if self.unet:
+            parts["unet"] = self.unet.state_dict()
         return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -63,6 +67,8 @@ class Learner:
         self.optimizer.restore(part("optimizer"))
         if self.average:
             self.average.module.load_state_dict(part("average"))
+        if self.unet:
+            self.unet.load_state_dict(part("unet"))
 
 
 _LAYOUT = "2"

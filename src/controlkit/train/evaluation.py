@@ -31,10 +31,12 @@ from controlkit.train.step import Batch, controlled, draw_batch, hint_features_o
 
 
 class Evaluator:
-    """Obedience on held-out hints; what does not depend on the branch is made once."""
+    """Obedience on held-out hints; what does not depend on the branch is made once, by the ``locked`` base."""
 
-    def __init__(self, base: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path) -> None:
-        self.base, self.contract, self.out = base, contract, out
+    def __init__(
+        self, base: UNetBase, locked: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path
+    ) -> None:
+        self.base, self.locked, self.contract, self.out = base, locked, contract, out
         self.pairs = [pairs[i] for i in range(len(pairs))]
         check_findable(contract, self.pairs)
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
@@ -52,7 +54,14 @@ class Evaluator:
         control = Control(branch, self.contract, guidance=self.guidance)
         first = self._fixed is None
         made = three_ways(
-            self.base, control, self.pairs, self.hints, self.settings, on_step=on_advance, skip_no_control=not first
+            self.base,
+            control,
+            self.pairs,
+            self.hints,
+            self.settings,
+            on_step=on_advance,
+            skip_no_control=not first,
+            plain=self.locked,
         )
         if self._fixed is None:
             ceiling = ceiling_pictures(self.base, [pair.picture for pair in self.pairs])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from controlkit.adapter import Branch
-from controlkit.backbones import UNetBase, load_base, recomputed
+from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
 from controlkit.data import (
     Cached,
     Pair,
@@ -111,23 +111,38 @@ def _train(
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
-    optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
-    learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
+    locked, unet = base, None
+    learning: nn.Module = branch
+    if recipe.unlock:
+        base = locked.with_own_unet()
+        unet = base.unet.requires_grad_(True)
+        learning = nn.ModuleDict({"branch": branch, "unet": unet})
+    optimizer = Optimizer(learning, recipe.optimizer, weight_decay=recipe.weight_decay)
+    learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None, unet)
     evaluates = recipe.evaluation.every > 0 and together.first
-    evaluator = Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
+    evaluator = Evaluator(base, locked, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
     gauge = Gauge(base, heldout, contracts, recipe, out) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = checkpoints_in(out)
     if kept:
-        step = load_checkpoint(kept[-1], learner, base)
+        step = load_checkpoint(kept[-1], learner, locked)
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
     def saved(at: int) -> SavedControl:
-        facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
+        facts = {"base": base.name, "base_digest": locked.digest, "step": at, "data": recipe.data.source}
+        facts |= {"base_difference": DIFFERENCE} if recipe.unlock and at > recipe.unlock else {}
         hints = contracts if recipe.control.types else {}
         facts |= {"recipe": recipe.model_dump()}
         return SavedControl(learner.result, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+
+    def save_result(folder: Path, at: int) -> None:
+        """The control, and what belongs to it beside it: its base's difference, itself as a Control-LoRA."""
+        save_control(folder, saved(at), base)
+        if recipe.unlock and at > recipe.unlock:
+            save_difference(folder / DIFFERENCE, locked, base)
+        if recipe.control.body == "lora":
+            save_control_lora(folder / "control-lora.safetensors", saved(at), base, recipe.control.rank)
 
     attention = partial(training_attention, base.device.type)
 
@@ -147,6 +162,8 @@ def _train(
     with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
         while step < recipe.steps and not enough(recipe.evaluation, evaluations):
             started = time.perf_counter()
+            if unet:
+                unet.requires_grad_(step >= (recipe.unlock or 0))
             full: torch.OutOfMemoryError | None = None
             value = float("nan")
             try:
@@ -154,16 +171,16 @@ def _train(
             except torch.OutOfMemoryError as error:
                 full = error
             if together.any(full is not None, base.device):
-                branch.zero_grad()
+                learning.zero_grad()
                 parts = _more_parts(recipe.batch // recipe.draws // together.count, parts, full)
                 said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
                 on_stage(f"out of memory: {said}", 0)
                 continue
             losses = torch.tensor(value, device=base.device)
             together.mean([losses])
-            together.mean_gradients(branch)
+            together.mean_gradients(learning)
             value = losses.item()
-            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
+            slope = float(nn.utils.clip_grad_norm_(learning.parameters(), 1.0))
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
@@ -185,7 +202,7 @@ def _train(
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
                     if best_of(evaluations) == evaluations[-1]:
-                        save_control(out / "best", saved(step), base)
+                        save_result(out / "best", step)
             if due:
                 evaluations = together.told(evaluations)
             record = Record(step, value, seconds, measured, words, relative)
@@ -194,13 +211,14 @@ def _train(
                 log.write(record.to_json() + "\n")
                 log.flush()
                 if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
+                    save_checkpoint(out, step, saved(step), locked, learner.state(), recipe.keep)
             yield record
     if together.first:
-        save_control(out / "control", saved(step), base)
-        if recipe.control.body == "lora":
-            save_control_lora(out / "control-lora.safetensors", saved(step), base, recipe.control.rank)
+        save_result(out / "control", step)
     together.wait()
+
+
+DIFFERENCE = "base-difference.safetensors"
 
 
 def _more_parts(pairs: int, parts: int, error: torch.OutOfMemoryError | None) -> int:
