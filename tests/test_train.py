@@ -202,6 +202,9 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("accumulate", 2, "rows"),
     ("checkpointing", True, "recomputed"),
     ("optimizer", "muon", "weights"),
+    ("betas", [0.5, 0.9], "weights"),
+    ("epsilon", 1.0, "weights"),
+    ("max_grad_norm", 1e-9, "weights"),
     ("ema", 0.5, "weights"),
     ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
@@ -1016,8 +1019,9 @@ def test_an_average_is_what_is_saved_and_goes_on_exactly(toy_base, tmp_path):
     assert far(whole, ended(recipe, tmp_path / "stopped", toy_base)[0]) == 0
 
 
-def test_muon_trains_another_control_and_goes_on_exactly(toy_base, tmp_path):
-    recipe = tiny(**PLAIN | {"steps": 4}, optimizer="muon", checkpoint_every=2)
+@pytest.mark.parametrize("name", ["muon", "adamw8bit", "adafactor", "prodigy"])
+def test_other_optimizers_train_another_control_and_go_on_exactly(name, toy_base, tmp_path):
+    recipe = tiny(**PLAIN | {"steps": 4, "lr": 1.0 if name == "prodigy" else 1e-2}, optimizer=name, checkpoint_every=2)
     whole, _ = ended(recipe, tmp_path / "whole", toy_base)
     assert far(whole, ended(tiny(**PLAIN | {"steps": 4}), tmp_path / "plain", toy_base)[0]) > 1e-4
     list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))

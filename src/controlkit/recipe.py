@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,7 +82,14 @@ class Recipe(_Strict):
     checkpointing: bool = False
     """Compute features of branch and decoder anew in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
-    """``muon``: Muon for weight matrices, AdamW for the rest."""
+    """``muon``: Muon for weight matrices, AdamW for the rest; ``adamw8bit``, ``adafactor``: less memory; ``prodigy``:
+    finds the rate itself (set ``lr: 1``). What each does: ``optimizers.Optimizer``."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """How much AdamW and Prodigy keep of the means of gradients and of their squares."""
+    epsilon: float = Field(1e-8, gt=0)
+    """What AdamW and Prodigy add to the root of the squares' mean."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this L2 norm, over all weights, where theirs is larger."""
     lr: float = Field(1e-5, gt=0)
     """The rate between warm-up and cooldown (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
     warmup: int = Field(0, ge=0)
@@ -109,6 +116,16 @@ class Recipe(_Strict):
                 f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
                 f"{self.accumulate} equal parts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unread(self) -> "Recipe":
+        for key, read_by, told in (
+            ("betas", self.optimizer != "adafactor", "adafactor has none"),
+            ("epsilon", self.optimizer != "adafactor", "adafactor has its own"),
+        ):
+            if not read_by and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'"{key}" is set, and nothing reads it: {told}')
         return self
 
 

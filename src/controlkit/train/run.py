@@ -82,11 +82,14 @@ def train_control(
         )
     pairs, heldout = training_pairs(recipe, base)
     branch = new_branch(recipe, base, contracts, begin=not checkpoints_in(out))
+    optimizer = Optimizer(branch, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
     with sole_owner(out) if together.first else nullcontext():
-        yield from _train(recipe, out, base, branch, contracts, pairs, heldout, together, on_stage, on_advance)
+        yield from _train(
+            recipe, out, base, branch, optimizer, contracts, pairs, heldout, together, on_stage, on_advance
+        )
 
 
 def _train(
@@ -94,6 +97,7 @@ def _train(
     out: Path,
     base: UNetBase,
     branch: ControlBranch,
+    optimizer: Optimizer,
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
@@ -111,7 +115,6 @@ def _train(
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
-    optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
     learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
     evaluates = recipe.evaluation.every > 0 and together.first
     evaluator = Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
@@ -163,7 +166,7 @@ def _train(
             together.mean([losses])
             together.mean_gradients(branch)
             value = losses.item()
-            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
+            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), recipe.max_grad_norm))
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
