@@ -98,6 +98,10 @@ def leftovers(out):
         ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
+        ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
+        ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
+        ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
+        ({"schedule": "polynomial", "lr": 1e-8}, ["ends at a rate of 1e-07, and lr is 1e-08"]),
         ({"control": {"body": "lora"}}, ["\"control.body\" is 'lora'", "'copy' or 'conv'"]),
         ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
         ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
@@ -210,6 +214,10 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
     ("cooldown", 1, "weights"),
+    ("schedule", "cosine", "weights"),
+    ("cycles", 2, "weights", {"schedule": "cosine_with_restarts"}),
+    ("power", 2.0, "weights", {"schedule": "polynomial"}),
+    ("budget", 1e-9, "steps"),
     ("weight_decay", 1.0, "weights"),
     ("prompt_dropout", 1.0, "losses"),
     ("seed", 1, "losses"),
@@ -312,12 +320,6 @@ def test_no_setting_is_left_out():
                 yield prefix + name
 
     assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
-
-
-def test_the_rate_rises_stays_and_falls():
-    recipe = parse_recipe({"steps": 10, "lr": 1.0, "warmup": 3, "cooldown": 3})
-    rates = [train.learning_rate(recipe, step) for step in range(10)]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------

@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from controlkit.errors import UserError, nearest
 from controlkit.optimizers import OptimizerName
 
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]  # fmt: skip
+POLYNOMIAL_END = 1e-7
+"""The rate at which ``schedule: polynomial`` ends, as diffusers has it."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +79,11 @@ class Recipe(_Strict):
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
     steps: int = Field(3000, gt=0)
+    budget: float | None = Field(None, gt=0)
+    """Minutes after which the run ends, with the last step that fits, where ``steps`` have not ended it before: of wall
+    clock, from caching on, evaluations and the time before interruptions included. What a kill undid is not counted.
+    The rate then comes down in time (``train.learning_rate``): a cooldown of a fifth of the steps is one of a fifth of
+    the budget. How many steps fit differs from time to time, and so does what comes of them: not for exact repeats."""
     batch: int = Field(32, gt=0)
     draws: int = Field(1, gt=0)
     """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
@@ -91,11 +102,17 @@ class Recipe(_Strict):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this L2 norm, over all weights, where theirs is larger."""
     lr: float = Field(1e-5, gt=0)
-    """The rate between warm-up and cooldown (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    """The rate at its highest (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    schedule: ScheduleName = "constant"
+    """How the rate goes on after ``warmup``: as it is, but for a ``cooldown``; or as diffusers has it."""
     warmup: int = Field(0, ge=0)
     """Steps at the start over which the rate rises linearly."""
     cooldown: int = Field(0, ge=0)
-    """Steps at the end over which it falls linearly, nearly to zero."""
+    """Steps at the end over which it falls linearly, nearly to zero; of ``schedule: constant``."""
+    cycles: int = Field(1, gt=0)
+    """How often ``schedule: cosine_with_restarts`` comes down."""
+    power: float = Field(1.0, gt=0)
+    """Of what remains of the steps, with ``schedule: polynomial``, which ends at a rate of 1e-7."""
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
@@ -120,12 +137,17 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _nothing_unread(self) -> "Recipe":
-        for key, read_by, told in (
+        for key, read, reason in (
             ("betas", self.optimizer != "adafactor", "adafactor has none"),
             ("epsilon", self.optimizer != "adafactor", "adafactor has its own"),
+            ("cooldown", self.schedule == "constant", "it is of schedule: constant"),
+            ("cycles", self.schedule == "cosine_with_restarts", "they are of schedule: cosine_with_restarts"),
+            ("power", self.schedule == "polynomial", "it is of schedule: polynomial"),
         ):
-            if not read_by and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f'"{key}" is set, and nothing reads it: {told}')
+            if not read and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'"{key}" is set, and nothing reads it: {reason}')
+        if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
+            raise ValueError(f"schedule: polynomial ends at a rate of {POLYNOMIAL_END}, and lr is {self.lr}")
         return self
 
 

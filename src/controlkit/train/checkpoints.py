@@ -75,15 +75,24 @@ def checkpoints_in(out: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    out: Path, step: int, control: SavedControl, base: UNetBase, state: Mapping[str, Tensor], keep: int
+    out: Path,
+    step: int,
+    control: SavedControl,
+    base: UNetBase,
+    state: Mapping[str, Tensor],
+    keep: int,
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
+    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last.
+
+    ``more``: facts to be told again by ``load_checkpoint``.
+    """
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         save_control(scratch / "control", control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest}
+        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest} | dict(more or {})
         write_atomic(scratch / "state.safetensors", save(dict(state), facts))
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
@@ -101,12 +110,12 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
-    """Put a checkpoint into ``learner``; returns its step."""
+def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str, str]:
+    """Put a checkpoint into ``learner``; returns its facts, ``step`` among them."""
     path = folder / "state.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
+            facts: dict[str, str] = file.metadata()
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Delete {folder} and run again: the run goes on from the one before."
@@ -119,7 +128,7 @@ def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
             "go on with those weights, or give another --out."
         )
     learner.restore(load_file(path))
-    return int(facts["step"])
+    return facts
 
 
 def cut_log(path: Path, step: int) -> list[Seen]:

@@ -45,15 +45,9 @@ from controlkit.train.checkpoints import (
 )
 from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
+from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of a step (from 0): warm-up, plateau, cooldown."""
-    rise = (step + 1) / (recipe.warmup + 1)
-    fall = (recipe.steps - step) / (recipe.cooldown + 1)
-    return recipe.lr * min(1.0, rise, fall)
 
 
 def train_control(
@@ -105,6 +99,7 @@ def _train(
     on_stage: Callable[[str, int], None],
     on_advance: Callable[[int], None],
 ) -> Iterator[Record]:
+    clock = Clock(recipe.budget)
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         begin_folder(recipe, out, base.device.type)
@@ -123,7 +118,8 @@ def _train(
     step = 0
     kept = checkpoints_in(out)
     if kept:
-        step = load_checkpoint(kept[-1], learner, base)
+        facts = load_checkpoint(kept[-1], learner, base)
+        step, clock = int(facts["step"]), Clock(recipe.budget, facts)
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
     def saved(at: int) -> SavedControl:
@@ -134,8 +130,9 @@ def _train(
 
     attention = partial(training_attention, base.device.type)
 
-    def gradients(step: int, parts: int) -> float:
-        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss."""
+    def gradients(step: int, parts: int) -> torch.Tensor:
+        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss, on the
+        device: parts are queued one after the other, and nothing waits for them."""
         total = torch.zeros((), device=base.device)
         for part in range(together.index * parts, (together.index + 1) * parts):
             batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
@@ -143,17 +140,18 @@ def _train(
                 loss = objective(base, branch, batch, predict) / parts
             loss.backward()
             total += loss.detach()
-        return total.item()
+        return total
 
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
     with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
-        while step < recipe.steps and not enough(recipe.evaluation, evaluations):
+        while step < recipe.steps and not enough(recipe.evaluation, evaluations) and not over:
             started = time.perf_counter()
             full: torch.OutOfMemoryError | None = None
-            value = float("nan")
+            loss = torch.zeros((), device=base.device)
             try:
-                value = gradients(step, parts)
+                loss = gradients(step, parts)
             except torch.OutOfMemoryError as error:
                 full = error
             if together.any(full is not None, base.device):
@@ -162,19 +160,20 @@ def _train(
                 said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
                 on_stage(f"out of memory: {said}", 0)
                 continue
-            losses = torch.tensor(value, device=base.device)
-            together.mean([losses])
+            together.mean([loss])
             together.mean_gradients(branch)
-            value = losses.item()
-            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), recipe.max_grad_norm))
+            norm = nn.utils.clip_grad_norm_(branch.parameters(), recipe.max_grad_norm)
+            # Where a step waits for the device, once: what is not finite must not reach the weights.
+            value, slope = torch.stack([loss, norm]).tolist()
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
                 )
             step += 1
-            learner.step(learning_rate(recipe, step - 1), step)
-            seconds = time.perf_counter() - started
+            spent = together.told(clock.share) if recipe.budget else 0.0
+            learner.step(learning_rate(recipe, step - 1, spent), step)
+            seconds = clock.last_step = time.perf_counter() - started
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
@@ -192,12 +191,13 @@ def _train(
             if due:
                 evaluations = together.told(evaluations)
             record = Record(step, value, seconds, measured, words, relative)
-            last = step == recipe.steps or enough(recipe.evaluation, evaluations)
+            over = bool(recipe.budget) and together.told(clock.over)
+            last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
                 if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
+                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep, clock.facts())
             yield record
     if together.first:
         save_control(out / "control", saved(step), base)
