@@ -120,7 +120,7 @@ def test_a_body_of_low_rank_learns_a_difference_of_that_rank(runs, toy_base):
     ends = load_file(runs("lora") / "control" / WEIGHTS)
     ranks = []
     for name, before in own.items():
-        if f"branch.{name.removesuffix('weight')}parametrizations.weight.0.up" in state:
+        if f"learning.{name.removesuffix('weight')}parametrizations.weight.0.up" in state:
             difference = (ends[name.removeprefix("body.")] - before).reshape(len(before), -1)
             values = torch.linalg.svdvals(difference)
             ranks.append(int((values > max(1e-4 * values[0], 1e-6)).sum()))
@@ -211,7 +211,7 @@ def test_the_base_and_its_difference_are_the_base_that_learnt(unlocked, toy_base
     merged = load_base(toy_folder, loras=[(folder / DIFFERENCE, 1.0)])
     moved = 0
     for name, value in merged.unet.state_dict().items():
-        assert torch.allclose(value, state[f"unet.{name}"], atol=1e-6)
+        assert torch.allclose(value, state[f"learning.unet.{name}"], atol=1e-6)
         moved += not torch.equal(value, toy_base.unet.state_dict()[name])
     assert moved > 0.9 * len(merged.unet.state_dict())
     half = load_base(toy_folder, loras=[(folder / DIFFERENCE, 0.5)]).unet.conv_in.weight

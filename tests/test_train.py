@@ -99,6 +99,10 @@ def leftovers(out):
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
         ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora' or 'adapter'"]),
+        ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
+        ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
+        ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
+        ({"schedule": "polynomial", "lr": 1e-8}, ["ends at a rate of 1e-07, and lr is 1e-08"]),
         ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
         ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
     ],
@@ -203,11 +207,18 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("accumulate", 2, "rows"),
     ("checkpointing", True, "recomputed"),
     ("optimizer", "muon", "weights"),
+    ("betas", [0.5, 0.9], "weights"),
+    ("epsilon", 1.0, "weights"),
+    ("max_grad_norm", 1e-9, "weights"),
     ("ema", 0.5, "weights"),
     ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
     ("cooldown", 1, "weights"),
+    ("schedule", "cosine", "weights"),
+    ("cycles", 2, "weights", {"schedule": "cosine_with_restarts"}),
+    ("power", 2.0, "weights", {"schedule": "polynomial"}),
+    ("budget", 1e-9, "steps"),
     ("weight_decay", 1.0, "weights"),
     ("unlock", 1, "losses", {"steps": 3}),
     ("prompt_dropout", 1.0, "losses"),
@@ -311,12 +322,6 @@ def test_no_setting_is_left_out():
                 yield prefix + name
 
     assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
-
-
-def test_the_rate_rises_stays_and_falls():
-    recipe = parse_recipe({"steps": 10, "lr": 1.0, "warmup": 3, "cooldown": 3})
-    rates = [train.learning_rate(recipe, step) for step in range(10)]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------
@@ -1018,8 +1023,9 @@ def test_an_average_is_what_is_saved_and_goes_on_exactly(toy_base, tmp_path):
     assert far(whole, ended(recipe, tmp_path / "stopped", toy_base)[0]) == 0
 
 
-def test_muon_trains_another_control_and_goes_on_exactly(toy_base, tmp_path):
-    recipe = tiny(**PLAIN | {"steps": 4}, optimizer="muon", checkpoint_every=2)
+@pytest.mark.parametrize("name", ["muon", "adamw8bit", "adafactor", "prodigy"])
+def test_other_optimizers_train_another_control_and_go_on_exactly(name, toy_base, tmp_path):
+    recipe = tiny(**PLAIN | {"steps": 4, "lr": 1.0 if name == "prodigy" else 1e-2}, optimizer=name, checkpoint_every=2)
     whole, _ = ended(recipe, tmp_path / "whole", toy_base)
     assert far(whole, ended(tiny(**PLAIN | {"steps": 4}), tmp_path / "plain", toy_base)[0]) > 1e-4
     list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 
 import errno
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    # diffusers imports it where it is installed, and it misses kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if device not in ("cpu", "cuda", "auto"):
         raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
     if device == "auto":

@@ -77,15 +77,20 @@ def draw_batch(
             rows.append(0 if dropped else int(cached.prompt_rows[index]))
         picture, name = cached.hints[index].numpy(), names[int(cached.kinds[index])]
         hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
-    device = base.device
+    text = cached.text[rows].to(torch.device("cpu"), torch.float32).tensors()
     return Batch(
-        torch.stack(latents).to(device),
-        torch.stack(noise).to(device),
-        torch.tensor(times, device=device),
-        cached.text[rows].to(device, torch.float32),
-        {name: torch.cat(of_type).to(device) for name, of_type in hints.items()},
+        _sent(torch.stack(latents), base.device),
+        _sent(torch.stack(noise), base.device),
+        _sent(torch.tensor(times), base.device),
+        Text(**{name: _sent(value, base.device) for name, value in text.items()}),
+        {name: _sent(torch.cat(of_type), base.device) for name, of_type in hints.items()},
         recipe.draws,
     )
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """To the device; to a GPU from pinned memory, or the copy would wait for all that is queued there."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def hint_features_of(branch: Branch, batch: Batch) -> Any:
