@@ -335,6 +335,17 @@ def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 
     return done
 
 
+COLOURS = ("red", "green", "blue", "contrast", "saturation")
+
+
+def colours(picture: np.ndarray) -> np.ndarray:
+    """A picture's ``COLOURS``, (5,), each a share of the full range: the mean of red, green and blue; the standard
+    deviation of grey; and the mean over pixels of the greatest channel less the least."""
+    values = picture[..., :3].astype(np.float64) / 255
+    spread = values.max(-1) - values.min(-1)
+    return np.array([*values.mean((0, 1)), values.mean(-1).std(), spread.mean()])
+
+
 # --- quality ------------------------------------------------------------------------------------------------
 
 
@@ -496,8 +507,9 @@ def three_ways(
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
     skip_no_control: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """The same seeds and prompts, controlled, without control, and with another sample's hint."""
+    """The same seeds and prompts, controlled, without control, and with another sample's hint; of ``rows`` alone."""
     half = max(len(hints) // 2, 1)
     mixed = [*hints[half:], *hints[:half]]
     ways: dict[str, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
@@ -508,6 +520,7 @@ def three_ways(
         ways["no_control"] = (None, [])
     made = {}
     for name, (given, controls) in ways.items():
-        jobs = [Job(t.prompt, i, (given[i],) if given else ()) for i, t in enumerate(truths)]
+        chosen = range(len(truths)) if rows is None else rows
+        jobs = [Job(truths[i].prompt, i, (given[i],) if given else ()) for i in chosen]
         made[name] = [p.pixels for p in generate(base, jobs, controls, settings, batch, on_step)]
     return made

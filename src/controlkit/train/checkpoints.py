@@ -5,16 +5,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch
@@ -26,19 +27,31 @@ from controlkit.precision import number_format, settle_format
 from controlkit.recipe import Recipe, read_recipe
 from controlkit.train.records import Seen, seen_in
 
+if TYPE_CHECKING:
+    from controlkit.train.sharding import Shards
+
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes."""
+    """All that a step changes. Where it is shared out (``shards``), all processes ask for ``result`` and ``state``."""
 
     branch: ControlBranch
     optimizer: Optimizer
     average: Average | None = None
+    shards: "Shards | None" = None
 
-    @property
     def result(self) -> ControlBranch:
-        """The weights that are measured and saved."""
-        return self.average.module if self.average else self.branch  # type: ignore[return-value]
+        """The weights that are measured and saved, whole."""
+        module = self.average.module if self.average else self.branch
+        return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
+
+    def clip(self, most: float) -> float:
+        """Scale the gradients down to a norm of at most ``most``; returns the norm they had."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.branch.parameters() if p.grad is not None])
+        if self.shards:
+            norm = self.shards.whole({"norm": norm}, keep=True)["norm"].to(norm.device)
+        nn.utils.clip_grads_with_norm_(self.branch.parameters(), most, norm)
+        return float(norm)
 
     def step(self, rate: float, number: int) -> None:
         """Step ``number``, from 1, with the gradients at hand."""
@@ -46,15 +59,17 @@ class Learner:
         if self.average:
             self.average.update(self.branch, number)
 
-    def state(self) -> dict[str, Tensor]:
-        """All of it, as tensors by name."""
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """All of it, as whole tensors by name; nothing where not ``keep``."""
         parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
-        return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        found = {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        return self.shards.whole(found, keep) if self.shards else found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state``."""
+        """Go on from a ``state``, of however many processes."""
+        state = self.shards.parts(state) if self.shards else state
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
@@ -122,6 +137,15 @@ def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
     return int(facts["step"])
 
 
+def logged_step(path: Path) -> int:
+    """The last step of a log; 0 if there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with suppress(ValueError):  # the line a kill cut short
+            return int(json.loads(line)["step"])
+    return 0
+
+
 def cut_log(path: Path, step: int) -> list[Seen]:
     """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
     lines = []
@@ -170,7 +194,8 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
 
     Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
     """
-    for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
+    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
+    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
     path = out / "machine.json"

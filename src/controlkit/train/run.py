@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from controlkit.backbones import UNetBase, load_base, recomputed
 from controlkit.branch import ControlBranch
@@ -40,6 +39,7 @@ from controlkit.train.checkpoints import (
     cut_log,
     keep_format,
     load_checkpoint,
+    logged_step,
     save_checkpoint,
     sole_owner,
 )
@@ -47,6 +47,7 @@ from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
+from controlkit.train.trackers import check_trackers, tracked
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -72,9 +73,15 @@ def train_control(
     Where several processes were started together (``accelerate launch``), each computes its part of every batch.
     """
     contracts = hints_of(recipe)
+    check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
     together = ranks(cpu=base.device.type == "cpu")
+    if together.sharded and recipe.optimizer != "adamw":
+        raise UserError(
+            f"optimizer: {recipe.optimizer} is not made for weights that are shared out (--use_fsdp): take adamw, or "
+            "launch without it."
+        )
     if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
         raise UserError(
             f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
@@ -104,6 +111,8 @@ def _train(
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         begin_folder(recipe, out, base.device.type)
+        for note in together.notes:
+            on_stage(note, 0)
         on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
         cached = build_cache(base, pairs, contracts, path, on_advance)
@@ -111,23 +120,31 @@ def _train(
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
+    average = Average(branch, recipe.ema) if recipe.ema else None
+    shards = None
+    if together.sharded:
+        from controlkit.train.sharding import Shards
+
+        shards = Shards(branch, [average.module] if average else [], base.device, together.count)
     optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
-    learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
-    evaluates = recipe.evaluation.every > 0 and together.first
-    evaluator = Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
-    gauge = Gauge(base, heldout, contracts, recipe, out) if evaluates else None
+    learner = Learner(branch, optimizer, average, shards)
+    evaluates = recipe.evaluation.every > 0
+    measures = evaluates and "" in contracts
+    evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together) if measures else None
+    gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = checkpoints_in(out)
     if kept:
         step = load_checkpoint(kept[-1], learner, base)
+    logged = logged_step(out / "log.jsonl") if together.first else 0
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
-    def saved(at: int) -> SavedControl:
+    def saved(at: int, weights: ControlBranch) -> SavedControl:
         facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
         hints = contracts if recipe.control.types else {}
         facts |= {"recipe": recipe.model_dump()}
-        return SavedControl(learner.result, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
 
     attention = partial(training_attention, base.device.type)
 
@@ -137,14 +154,16 @@ def _train(
         for part in range(together.index * parts, (together.index + 1) * parts):
             batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
             with autocast(base.device.type), attention():
-                loss = objective(base, branch, batch, predict) / parts
+                compute = partial(objective, base, branch, batch, predict)
+                loss = (shards.within(compute) if shards else compute()) / parts
             loss.backward()
             total += loss.detach()
         return total.item()
 
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
-    with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
+    tracking = tracked(recipe, out, step, logged) if together.first else nullcontext()
+    with (out / "log.jsonl").open("a" if together.first else "r") as log, short, tracking as track:
         while step < recipe.steps and not enough(recipe.evaluation, evaluations):
             started = time.perf_counter()
             full: torch.OutOfMemoryError | None = None
@@ -152,6 +171,12 @@ def _train(
             try:
                 value = gradients(step, parts)
             except torch.OutOfMemoryError as error:
+                if shards:  # the others wait for this one's weights: there is no going on
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"Memory does not hold a part of the batch ({reason}). Set checkpointing: true or a greater "
+                        f"accumulate (it is {recipe.accumulate}), or take more processes."
+                    ) from error
                 full = error
             if together.any(full is not None, base.device):
                 branch.zero_grad()
@@ -163,7 +188,7 @@ def _train(
             together.mean([losses])
             together.mean_gradients(branch)
             value = losses.item()
-            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
+            slope = learner.clip(1.0)
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
@@ -175,29 +200,38 @@ def _train(
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
-            due = recipe.evaluation.every > 0 and (step % recipe.evaluation.every == 0 or step == recipe.steps)
+            residuals: dict[str, float] = {}
+            drift: dict[str, float] = {}
+            due = evaluates and (step % recipe.evaluation.every == 0 or step == recipe.steps)
             if due and gauge:
-                relative = gauge.measure(learner.result)
+                weights = learner.result()
+                relative, residuals = gauge.measure(weights), gauge.residuals(weights)
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
-                    measured = evaluator.measure(learner.result, step, on_advance)
+                    measured, drift = evaluator.measure(weights, step, on_advance)
                     reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
-                    if best_of(evaluations) == evaluations[-1]:
-                        save_control(out / "best", saved(step), base)
-            if due:
+                    if together.first and best_of(evaluations) == evaluations[-1]:
+                        save_control(out / "best", saved(step, weights), base)
                 evaluations = together.told(evaluations)
-            record = Record(step, value, seconds, measured, words, relative)
+                del weights
+            record = Record(step, value, seconds, measured, words, relative, residuals, drift)
             last = step == recipe.steps or enough(recipe.evaluation, evaluations)
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
-                if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
+                if track:
+                    track(record, learning_rate(recipe, step - 1))
+            if step % recipe.checkpoint_every == 0 or last:
+                state, weights = learner.state(keep=together.first), learner.result()
+                if together.first:
+                    save_checkpoint(out, step, saved(step, weights), base, state, recipe.keep)
+                del state, weights
             yield record
+    weights = learner.result()
     if together.first:
-        save_control(out / "control", saved(step), base)
+        save_control(out / "control", saved(step, weights), base)
     together.wait()
 
 
