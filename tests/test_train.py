@@ -1,5 +1,6 @@
 """Training: recipes that refuse nonsense, draws keyed by what they are for, the paper's objective, and exact resume."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -22,7 +23,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from conftest import randomised, stock_inputs
+from conftest import StandIn, randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.branch import ControlSpec
@@ -231,6 +232,8 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("evaluation.guidance", 1.0, "samples"),
     ("evaluation.target", -9.0, "steps", EVERY_STEP),
     ("evaluation.patience", 1, "steps", EVERY_STEP),
+    ("tracking.to", ["tensorboard"], "tracked"),
+    ("tracking.project", "mine", "tracked", {"tracking": {"to": ["trackio"]}}),
 ]
 
 
@@ -273,6 +276,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
 
         monkeypatch.setattr("controlkit.train.run.objective", watched)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
+        monkeypatch.setitem(sys.modules, "trackio", trackio := StandIn())
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
             content[section] = content.get(section, {}) | values if isinstance(values, dict) else values
@@ -294,6 +298,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "work": {total for name, total in stages if name == "evaluating"},
             "checkpoints": sorted(path.name for path in (out / "checkpoints").iterdir()),
             "samples": {path.name: path.read_bytes() for path in out.glob("samples/*")},
+            "tracked": [*(path.name for path in out.glob("tensorboard")), *(one["project"] for one in trackio.begun)],
         }
 
     return run
@@ -602,7 +607,7 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(whole, toy_base):
     evaluated = records[2]
     assert set(evaluated) == {
         "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "counts", "verdict",
-        "relative_loss",
+        "relative_loss", "colour_drift", "residuals",
     }  # fmt: skip
     assert not evaluated["counts"] and evaluated["verdict"].startswith("control cannot be told here")
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
@@ -747,31 +752,53 @@ def test_resuming_on_other_weights_of_the_base_is_refused(stopped, toy_base, oth
         next(train_control(tiny(), stopped, other_base))
 
 
-def _train_to_the_end(base_folder, out):
+LONG = {"steps": 60, "checkpoint_every": 3, "evaluation": {"every": 4, "num": 2, "steps": 1}}
+
+
+def _train_to_the_end(base_folder, out, says):
+    """The long run in a process of its own, which says what it is about to do."""
     precision.bf16_pays = lambda device_type: False
     torch.set_num_threads(1)
-    list(train_control(tiny(), out, load_base(base_folder)))
+    save = train.run.save_checkpoint
+    train.run.save_checkpoint = lambda *args: [says.send("saving"), save(*args)]
+    for _ in train_control(tiny(**LONG), out, load_base(base_folder), lambda name, total: says.send(name)):
+        says.send("stepping")
 
 
-def test_a_run_killed_at_any_moment_loses_nothing(whole, toy_folder, tmp_path):
+def test_a_run_killed_twenty_times_at_any_moment_loses_nothing(toy_folder, toy_base, tmp_path):
+    list(train_control(tiny(**LONG), tmp_path / "whole", toy_base))
+    wanted = log_of(tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")  # one process imports all that takes long, and forks
     slow = ("controlkit", "diffusers", "transformers")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(slow)])
-    moments, log = random.Random(0), tmp_path / "log.jsonl"
-    for lines in (1, 3, 5, None):
-        process = context.Process(target=_train_to_the_end, args=(toy_folder, tmp_path))
+    chance, out, killed = random.Random(0), tmp_path / "run", []
+    later = ["evaluating", "saving", "stepping"] * 5 + ["stepping"]
+    chance.shuffle(later)
+    for place in ["caching"] * 4 + later:
+        hears, says = context.Pipe(duplex=False)
+        process = context.Process(target=_train_to_the_end, args=(toy_folder, out, says))
         process.start()
-        if lines is None:
-            process.join()
-            assert process.exitcode == 0
-            break
-        while process.is_alive() and (not log.is_file() or len(log.read_text().splitlines()) < lines):
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.03))
+        says.close()
+        doing = ""
+        while doing != place:
+            doing = hears.recv()
+        time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
-    assert_like(whole, tmp_path)
+        with contextlib.suppress(EOFError):
+            while True:
+                doing = hears.recv()
+        killed.append(doing)
+        if place == "caching":
+            killed[-1] += " whole" if list(out.glob("pairs-*")) else ""
+        log = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").is_file() else []
+        whole_lines = [json.loads(line) for line in log if line.endswith("\n")]
+        assert [{k: v for k, v in line.items() if k != "seconds"} for line in whole_lines] == wanted[: len(whole_lines)]
+    assert len(killed) == 20 and {"caching", "evaluating", "saving", "stepping"} <= set(killed), killed
+    rest = list(train_control(tiny(**LONG), out, toy_base))
+    assert rest, "it was not done"
+    assert_like(tmp_path / "whole", out)
 
 
 def _full_disk(*args):
@@ -1136,5 +1163,5 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
     own = [Pair(picture, "a thing", picture)] * 2
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        Evaluator(toy_base, toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
+        Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip

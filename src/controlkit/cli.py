@@ -423,6 +423,8 @@ def train(
         mean = 0.0
         words = ""
         for record in train_control(settings, out, base, stage, advance):
+            if not together.first:
+                continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
@@ -431,6 +433,12 @@ def train(
                 means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
                 told = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
                 progress.print(f"step {record.step}: loss relative to no control {told}", highlight=False)
+            if record.residuals:
+                low, high = min(record.residuals.values()), max(record.residuals.values())
+                told = f"residuals {low:.3g} to {high:.3g} of what they are added to"
+                if record.drift:
+                    told += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
+                progress.print(f"step {record.step}: {told}", highlight=False)
             if seen := record.evaluation:
                 words = record.verdict or ""
                 range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"

@@ -335,6 +335,17 @@ def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 
     return done
 
 
+COLOURS = ("red", "green", "blue", "contrast", "saturation")
+
+
+def colours(picture: np.ndarray) -> np.ndarray:
+    """A picture's ``COLOURS``, (5,), each a share of the full range: the mean of red, green and blue; the standard
+    deviation of grey; and the mean over pixels of the greatest channel less the least."""
+    values = picture[..., :3].astype(np.float64) / 255
+    spread = values.max(-1) - values.min(-1)
+    return np.array([*values.mean((0, 1)), values.mean(-1).std(), spread.mean()])
+
+
 # --- quality ------------------------------------------------------------------------------------------------
 
 
@@ -497,8 +508,9 @@ def three_ways(
     on_step: Callable[[int], None] = lambda pictures: None,
     skip_no_control: bool = False,
     plain: UNetBase | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """The same seeds and prompts, controlled, without control, and with another sample's hint.
+    """The same seeds and prompts, controlled, without control, and with another sample's hint; of ``rows`` alone.
 
     ``plain``: the base that is to make those without control, where training has changed ``base``.
     """
@@ -512,7 +524,8 @@ def three_ways(
         ways["no_control"] = (None, [])
     made = {}
     for name, (given, controls) in ways.items():
-        jobs = [Job(t.prompt, i, (given[i],) if given else ()) for i, t in enumerate(truths)]
+        chosen = range(len(truths)) if rows is None else rows
+        jobs = [Job(truths[i].prompt, i, (given[i],) if given else ()) for i in chosen]
         by = base if controls else plain or base
         made[name] = [p.pixels for p in generate(by, jobs, controls, settings, batch, on_step)]
     return made

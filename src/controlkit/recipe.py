@@ -76,6 +76,17 @@ class EvaluationRecipe(_Strict):
     """The run ends where the lower bound of obedience reaches this."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class TrackingRecipe(_Strict):
+    """Where figures and sheets of samples are sent besides the log; each is an extra of its name."""
+
+    to: list[TrackerName] = []
+    project: str = "controlkit"
+    """The name runs stand under at ``wandb`` and ``trackio``; ``tensorboard`` writes to ``OUT/tensorboard``."""
+
+
 class Recipe(_Strict):
     """A control's training run. Unknown keys are refused, with the nearest known one."""
 
@@ -133,6 +144,7 @@ class Recipe(_Strict):
     keep: int = Field(2, gt=0)
     """Checkpoints kept."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
 
     @model_validator(mode="after")
     def _together(self) -> "Recipe":

@@ -5,9 +5,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -23,13 +24,17 @@ from controlkit.formats import SavedControl, save_control
 from controlkit.images import SCRATCH, write_atomic
 from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import number_format, settle_format
+from controlkit.ranks import Ranks
 from controlkit.recipe import Recipe, read_recipe
 from controlkit.train.records import Seen, seen_in
+
+if TYPE_CHECKING:
+    from controlkit.train.sharding import Shards
 
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes."""
+    """All that a step changes. Where it is shared out (``shards``), all processes ask for ``result`` and ``state``."""
 
     branch: Branch
     base: UNetBase
@@ -38,20 +43,35 @@ class Learner:
     """What has parameters that learn: the branch, and such a U-Net."""
     optimizer: Optimizer
     average: Average | None = None
+    shards: "Shards | None" = None
 
     @classmethod
-    def of(cls, recipe: Recipe, branch: Branch, base: UNetBase) -> "Learner":
+    def of(cls, recipe: Recipe, branch: Branch, base: UNetBase, together: Ranks) -> "Learner":
         """What a recipe asks for; ``UserError`` where the library of its optimizer is not installed."""
         learning: nn.Module = branch
         if recipe.unlock:
             learning = nn.ModuleDict({"branch": branch, "unet": base.unet.requires_grad_(True)})
-        optimizer = Optimizer(learning, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
-        return cls(branch, base, learning, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
+        average = Average(branch, recipe.ema) if recipe.ema else None
+        shards = None
+        if together.sharded:
+            from controlkit.train.sharding import Shards
 
-    @property
+            shards = Shards(branch, [average.module] if average else [], base.device, together.count)
+        optimizer = Optimizer(learning, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
+        return cls(branch, base, learning, optimizer, average, shards)
+
     def result(self) -> Branch:
-        """The weights that are measured and saved."""
-        return self.average.module if self.average else self.branch  # type: ignore[return-value]
+        """The weights that are measured and saved, whole."""
+        module = self.average.module if self.average else self.branch
+        return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients down to a norm of at most ``most``; returns the norm they had, on the device."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.learning.parameters() if p.grad is not None])
+        if self.shards:
+            norm = self.shards.whole({"norm": norm}, keep=True)["norm"].to(norm.device)
+        nn.utils.clip_grads_with_norm_(self.learning.parameters(), most, norm)
+        return norm
 
     def step(self, rate: float, number: int) -> None:
         """Step ``number``, from 1, with the gradients at hand."""
@@ -59,15 +79,17 @@ class Learner:
         if self.average:
             self.average.update(self.branch, number)
 
-    def state(self) -> dict[str, Tensor]:
-        """All of it, as tensors by name."""
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """All of it, as whole tensors by name; nothing where not ``keep``."""
         parts = {"optimizer": self.optimizer.state(), "learning": self.learning.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
-        return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        found = {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        return self.shards.whole(found, keep) if self.shards else found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state``."""
+        """Go on from a ``state``, of however many processes."""
+        state = self.shards.parts(state) if self.shards else state
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
@@ -144,6 +166,15 @@ def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str,
     return facts
 
 
+def logged_step(path: Path) -> int:
+    """The last step of a log; 0 if there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with suppress(ValueError):  # the line a kill cut short
+            return int(json.loads(line)["step"])
+    return 0
+
+
 def cut_log(path: Path, step: int) -> list[Seen]:
     """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
     lines = []
@@ -192,7 +223,8 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
 
     Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
     """
-    for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
+    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
+    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
     path = out / "machine.json"

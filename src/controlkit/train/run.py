@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
 from controlkit.data import (
     Cached,
@@ -38,6 +38,7 @@ from controlkit.train.checkpoints import (
     cut_log,
     keep_format,
     load_checkpoint,
+    logged_step,
     save_checkpoint,
     sole_owner,
 )
@@ -46,6 +47,7 @@ from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
+from controlkit.train.trackers import check_trackers, tracked
 
 
 def train_control(
@@ -64,9 +66,16 @@ def train_control(
     Where several processes were started together (``accelerate launch``), each computes its part of every batch.
     """
     contracts = hints_of(recipe)
+    check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
     together = ranks(cpu=base.device.type == "cpu")
+    if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
+        what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
+        raise UserError(
+            f"{what} is not made for weights that are shared out (--use_fsdp): "
+            f"{'leave it out' if recipe.optimizer == 'adamw' else 'take adamw'}, or launch without it."
+        )
     if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
         raise UserError(
             f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
@@ -74,7 +83,7 @@ def train_control(
         )
     pairs, heldout = training_pairs(recipe, base)
     branch = new_branch(recipe, base, contracts, begin=not checkpoints_in(out))
-    learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base)
+    learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +108,8 @@ def _train(
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         begin_folder(recipe, out, base.device.type)
+        for note in together.notes:
+            on_stage(note, 0)
         on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
         cached = build_cache(base, pairs, contracts, path, on_advance)
@@ -106,31 +117,34 @@ def _train(
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
-    evaluates = recipe.evaluation.every > 0 and together.first
-    evaluator = Evaluator(base, locked, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
-    gauge = Gauge(base, heldout, contracts, recipe, out) if evaluates else None
+    evaluates = recipe.evaluation.every > 0
+    measures = evaluates and "" in contracts
+    evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if measures else None
+    gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = checkpoints_in(out)
     if kept:
         facts = load_checkpoint(kept[-1], learner, locked)
         step, clock = int(facts["step"]), Clock(recipe.budget, facts)
+    logged = logged_step(out / "log.jsonl") if together.first else 0
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
-    def saved(at: int) -> SavedControl:
+    def saved(at: int, weights: Branch) -> SavedControl:
         facts = {"base": base.name, "base_digest": locked.digest, "step": at, "data": recipe.data.source}
         facts |= {"base_difference": DIFFERENCE} if recipe.unlock and at > recipe.unlock else {}
         hints = contracts if recipe.control.types else {}
         facts |= {"recipe": recipe.model_dump()}
-        return SavedControl(learner.result, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
 
-    def save_result(folder: Path, at: int) -> None:
+    def save_result(folder: Path, at: int, weights: Branch) -> None:
         """The control, and what belongs to it beside it: its base's difference, itself as a Control-LoRA."""
-        save_control(folder, saved(at), base)
+        control = saved(at, weights)
+        save_control(folder, control, base)
         if recipe.unlock and at > recipe.unlock:
             save_difference(folder / DIFFERENCE, locked, base)
         if recipe.control.body == "lora":
-            save_control_lora(folder / "control-lora.safetensors", saved(at), base, recipe.control.rank)
+            save_control_lora(folder / "control-lora.safetensors", control, base, recipe.control.rank)
 
     attention = partial(training_attention, base.device.type)
 
@@ -141,7 +155,8 @@ def _train(
         for part in range(together.index * parts, (together.index + 1) * parts):
             batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
             with autocast(base.device.type), attention():
-                loss = objective(base, branch, batch, predict) / parts
+                compute = partial(objective, base, branch, batch, predict)
+                loss = (learner.shards.within(compute) if learner.shards else compute()) / parts
             loss.backward()
             total += loss.detach()
         return total
@@ -149,7 +164,8 @@ def _train(
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
     over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
-    with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
+    tracking = tracked(recipe, out, step, logged) if together.first else nullcontext()
+    with (out / "log.jsonl").open("a" if together.first else "r") as log, short, tracking as track:
         while step < recipe.steps and not enough(recipe.evaluation, evaluations) and not over:
             started = time.perf_counter()
             if recipe.unlock:
@@ -159,6 +175,12 @@ def _train(
             try:
                 loss = gradients(step, parts)
             except torch.OutOfMemoryError as error:
+                if learner.shards:  # the others wait for this one's weights: there is no going on
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"Memory does not hold a part of the batch ({reason}). Set checkpointing: true or a greater "
+                        f"accumulate (it is {recipe.accumulate}), or take more processes."
+                    ) from error
                 full = error
             if together.any(full is not None, base.device):
                 learner.learning.zero_grad()
@@ -168,7 +190,7 @@ def _train(
                 continue
             together.mean([loss])
             together.mean_gradients(learner.learning)
-            norm = nn.utils.clip_grad_norm_(learner.learning.parameters(), recipe.max_grad_norm)
+            norm = learner.clip(recipe.max_grad_norm)
             # Where a step waits for the device, once: what is not finite must not reach the weights.
             value, slope = torch.stack([loss, norm]).tolist()
             if not np.isfinite([value, slope]).all():
@@ -178,35 +200,45 @@ def _train(
                 )
             step += 1
             spent = together.told(clock.share) if recipe.budget else 0.0
-            learner.step(learning_rate(recipe, step - 1, spent), step)
+            rate = learning_rate(recipe, step - 1, spent)
+            learner.step(rate, step)
             seconds = clock.last_step = time.perf_counter() - started
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
-            due = recipe.evaluation.every > 0 and (step % recipe.evaluation.every == 0 or step == recipe.steps)
+            residuals: dict[str, float] = {}
+            drift: dict[str, float] = {}
+            due = evaluates and (step % recipe.evaluation.every == 0 or step == recipe.steps)
             if due and gauge:
-                relative = gauge.measure(learner.result)
+                weights = learner.result()
+                relative, residuals = gauge.measure(weights), gauge.residuals(weights)
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
-                    measured = evaluator.measure(learner.result, step, on_advance)
+                    measured, drift = evaluator.measure(weights, step, on_advance)
                     reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
-                    if best_of(evaluations) == evaluations[-1]:
-                        save_result(out / "best", step)
-            if due:
+                    if together.first and best_of(evaluations) == evaluations[-1]:
+                        save_result(out / "best", step, weights)
                 evaluations = together.told(evaluations)
-            record = Record(step, value, seconds, measured, words, relative)
+                del weights
+            record = Record(step, value, seconds, measured, words, relative, residuals, drift)
             over = bool(recipe.budget) and together.told(clock.over)
             last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
-                if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), locked, learner.state(), recipe.keep, clock.facts())
+                if track:
+                    track(record, rate)
+            if step % recipe.checkpoint_every == 0 or last:
+                state, weights = learner.state(keep=together.first), learner.result()
+                if together.first:
+                    save_checkpoint(out, step, saved(step, weights), locked, state, recipe.keep, clock.facts())
+                del state, weights
             yield record
+    weights = learner.result()
     if together.first:
-        save_result(out / "control", step)
+        save_result(out / "control", step, weights)
     together.wait()
 
 

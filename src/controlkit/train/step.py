@@ -107,6 +107,17 @@ def controlled(base: UNetBase, branch: Branch, z: Tensor, t: Tensor, text: Text,
     return base.decode_noise(base.encode_noise(z, t, text, residuals), residuals)
 
 
+@torch.no_grad()
+def residual_sizes(base: UNetBase, branch: Branch, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """By tap, the sums of squares of its residual and of the feature it is added to, (2,) float64."""
+    encoded = base.encode_noise(z, batch.t, batch.text)
+    features = [*encoded.skips, encoded.middle]
+    plain = dict(zip([tap.name for tap in base.branch_taps], features, strict=True))
+    residuals = branch(z, batch.t, batch.text, hint_features_of(branch, batch))
+    both = {name: (one.expand_as(plain[name]), plain[name]) for name, one in residuals.items() if name in plain}
+    return {name: torch.stack([x.double().square().sum() for x in pair]).cpu() for name, pair in both.items()}
+
+
 def objective(base: UNetBase, branch: Branch, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
