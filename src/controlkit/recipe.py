@@ -24,7 +24,12 @@ class ControlRecipe(_Strict):
     """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
-    body: Literal["copy", "conv"] = "copy"
+    body: Literal["copy", "conv", "xs"] = "copy"
+    """What is trained: a ``copy`` of the base's encoder; ``conv``, ControlNet-lite; or ``xs``, ControlNet-XS, a thin
+    encoder that walks beside the base's (``ControlSpec``)."""
+    size_ratio: float | None = Field(None, gt=0, le=1)
+    """The width of an ``xs`` body: its channels as a share of the base's. Unless told, 32 channels at the finest level
+    (a tenth of Stable Diffusion's), at most half of a small base's."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
@@ -109,6 +114,17 @@ class Recipe(_Strict):
                 f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
                 f"{self.accumulate} equal parts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_body_s_own_settings(self) -> "Recipe":
+        control = self.control
+        if control.body != "xs" and control.size_ratio is not None:
+            raise ValueError(f"control.size_ratio is the width of body xs; body {control.body} has the base's own")
+        for name in ("join", "taps"):
+            word, plain = getattr(control, name), ControlRecipe.model_fields[name].default
+            if control.body == "xs" and word != plain:
+                raise ValueError(f"control.{name} is {word}; with body xs, which joins every layer, only {plain}")
         return self
 
 

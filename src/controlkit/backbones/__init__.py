@@ -2,6 +2,18 @@
 
 from controlkit.backbones.families import FAMILIES, Family
 from controlkit.backbones.load import load_base
-from controlkit.backbones.unet import Text, UNetBase, UNetEncoder, recomputed
+from controlkit.backbones.unet import Part, Text, UNetBase, UNetEncoder, recomputed
+from controlkit.backbones.xs import Trainable, XSBranch
 
-__all__ = ["FAMILIES", "Family", "Text", "UNetBase", "UNetEncoder", "load_base", "recomputed"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Part",
+    "Text",
+    "Trainable",
+    "UNetBase",
+    "UNetEncoder",
+    "XSBranch",
+    "load_base",
+    "recomputed",
+]

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
+from controlkit.backbones import Trainable, UNetBase
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import SCRATCH, write_atomic
@@ -31,12 +30,12 @@ from controlkit.train.records import Seen, seen_in
 class Learner:
     """All that a step changes."""
 
-    branch: ControlBranch
+    branch: Trainable
     optimizer: Optimizer
     average: Average | None = None
 
     @property
-    def result(self) -> ControlBranch:
+    def result(self) -> Trainable:
         """The weights that are measured and saved."""
         return self.average.module if self.average else self.branch  # type: ignore[return-value]
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
+from controlkit.backbones import Trainable, UNetBase
 from controlkit.data import (
     Pair,
     build_cache,
@@ -47,7 +46,7 @@ class Evaluator:
         """Picture-steps the next evaluation takes; the first one also samples without control."""
         return len(self.pairs) * self.settings.steps * (3 if self._fixed is None else 2)
 
-    def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
+    def measure(self, branch: Trainable, step: int, on_advance: Callable[[int], None]) -> Obedience:
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
         first = self._fixed is None
@@ -87,18 +86,18 @@ class Gauge:
         self.without = [self._errors(batch, None) for batch in self.batches]
 
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: ControlBranch | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: Trainable | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
         z = self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
         with autocast(self.base.device.type):
             if branch is None:
-                prediction = self.base.decode_noise(self.base.encode_noise(z, batch.t, batch.text))
+                prediction = self.base.predict(z, batch.t, batch.text)
             else:
                 prediction = controlled(self.base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
         return off.view(-1, self.QUARTERS).cpu()
 
-    def measure(self, branch: ControlBranch) -> dict[str, list[float]]:
+    def measure(self, branch: Trainable) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
         branch.eval()
         sums: dict[str, list[Tensor]] = {}

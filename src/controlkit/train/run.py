@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from controlkit.backbones import UNetBase, load_base, recomputed
-from controlkit.branch import ControlBranch
+from controlkit.backbones import Trainable, UNetBase, load_base, recomputed
 from controlkit.data import (
     Cached,
     Pair,
@@ -93,7 +92,7 @@ def _train(
     recipe: Recipe,
     out: Path,
     base: UNetBase,
-    branch: ControlBranch,
+    branch: Trainable,
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],

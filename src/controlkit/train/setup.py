@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from controlkit.annotators import ANNOTATORS, contract
-from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch, ControlSpec
+from controlkit.backbones import Trainable, UNetBase
+from controlkit.branch import ControlSpec
 from controlkit.data import (
     CirclePairs,
     EmojiPairs,
@@ -69,7 +69,7 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
             raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
         return {"": made.hint(**control.options) if made else contract(control.annotator)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "join", "taps"}
+    words = {"annotator", "options", "body", "join", "taps", "size_ratio"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -77,18 +77,18 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
-def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> ControlBranch:
+def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> Trainable:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
     torch.manual_seed(recipe.seed)
     control = recipe.control
     spec = ControlSpec(control.body, control.join, control.taps)
-    branch = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels)
+    fresh = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        _begin_with(branch, control.start_from, base)
-    return branch.train()
+        _begin_with(fresh, control.start_from, base)
+    return fresh.train()
 
 
-def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
+def _begin_with(branch: Trainable, name: str, base: UNetBase) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
@@ -104,10 +104,13 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
             f'The control "{name}" is {neighbour.spec}; the recipe asks for {branch.spec}: they must be equal, but '
             "that zero joins of the middle alone may become joins of all taps."
         )
-    branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
+    theirs, own = neighbour.state_dict(), branch.state_dict()
+    if any(name not in own or own[name].shape != tensor.shape for name, tensor in theirs.items()):
+        raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
+    branch.load_state_dict(own | theirs)
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
+def plan_of(recipe: Recipe, base: UNetBase, branch: Trainable, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.backbones import Text, UNetBase
-from controlkit.branch import ControlBranch
+from controlkit.backbones import Part, Text, Trainable, UNetBase
 from controlkit.data import (
     Cached,
 )
@@ -88,7 +87,7 @@ def draw_batch(
     )
 
 
-def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
+def hint_features_of(branch: Trainable, batch: Batch) -> Any:
     """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
     read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
     if isinstance(read, Tensor):
@@ -96,14 +95,12 @@ def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
-def controlled(base: UNetBase, branch: ControlBranch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+def controlled(base: UNetBase, branch: Trainable, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
-    return base.decode_noise(base.encode_noise(z, t, text), branch(z, t, text, features))
+    return base.predict(z, t, text, [Part(branch, features)])
 
 
-def objective(
-    base: UNetBase, branch: ControlBranch, batch: Batch, predict: Callable[..., Tensor] = controlled
-) -> Tensor:
+def objective(base: UNetBase, branch: Trainable, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
     ``predict`` is ``controlled``, or that compiled.
