@@ -1,5 +1,6 @@
 """ControlNet-XS walks beside the base's encoder as diffusers' fused network does, and is a control like any other."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from controlkit.backbones.xs import adapter_config, new_adapter
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, convert, describe, load_control, save_control
+from controlkit.formats.weights import Weights, labelled
 from controlkit.images import Hint
 from controlkit.recipe import parse_recipe
 from controlkit.sample import Control, Job, Settings, generate
@@ -250,9 +252,16 @@ def test_it_comes_back_bit_for_bit_and_says_what_it_is(base, tmp_path):
     inputs = draw_inputs(base)
     with torch.no_grad():
         assert relative(predict(base, back.branch, inputs), predict(base, branch, inputs)) <= 1e-6
+    assert json.loads((tmp_path / "walker" / "config.json").read_text())["_class_name"] == "ControlNetXSAdapter"
     found = describe(tmp_path / "walker")
     assert (found.format, found.base, found.hint_channels, found.runs) == ("controlnet-xs", base.name, 3, True)
     assert found.sentence().startswith("A ControlNet-XS for ") and found.sentence().endswith("; runs.")
+
+
+def test_other_tools_are_told_that_it_is_one_and_of_which_base():
+    config = {"cross_attention_dim": 2048, "base_block_out_channels": [320, 640, 1280], "block_out_channels": [32] * 3}
+    told = labelled(Weights("xs", {}, config), "diffusers", "edges")
+    assert told["modelspec.architecture"] == "stable-diffusion-xl-v1-base/controlnet-xs"
 
 
 @pytest.mark.parametrize("base", STOCK, indirect=True)
