@@ -99,7 +99,7 @@ def leftovers(out):
         ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
-        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora' or 'adapter'"]),
+        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora', 'xs' or 'adapter'"]),
         ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
         ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
         ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
@@ -193,6 +193,8 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
     ("control.body", "conv", "tensors"),
     ("control.rank", 2, "weights", {"control": {"body": "lora"}}),
+    ("control.body", "xs", "tensors"),
+    ("control.size_ratio", 0.25, "weights", {"control": {"body": "xs"}}),
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
@@ -326,7 +328,7 @@ def test_no_setting_is_left_out():
             else:
                 yield prefix + name
 
-    assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
+    assert sorted(keys(Recipe)) == sorted({key for key, *_ in SETTINGS})
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------
@@ -345,6 +347,19 @@ def test_what_is_measured_on_was_not_trained_on(toy_base, fake_packages, tmp_pat
     )
     concepts = {concept.replace("-", " ") for concept in world.heldout_concepts()}
     assert heldout <= concepts and not trained & concepts
+
+
+def test_an_xs_is_trained_measured_and_goes_on_to_the_bit(toy_base, tmp_path):
+    recipe = tiny(control={"body": "xs"}, steps=4, ema=0.5)
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    list(train_control(recipe, tmp_path / "stopped", toy_base))
+    assert_like(tmp_path / "whole", tmp_path / "stopped")
+    trained = load_control(tmp_path / "whole", toy_base).branch
+    assert trained.spec == ControlSpec(body="xs") and trained.network.mid_block.ctrl_to_base.weight.any()
+    wider = {"body": "xs", "size_ratio": 0.75, "start_from": str(tmp_path / "whole")}
+    with pytest.raises(UserError, match=r"another width: set control\.size_ratio"):
+        next(train_control(tiny(control=wider), tmp_path / "wider", toy_base))
 
 
 def test_a_neighbour_of_another_shape_is_refused(neighbour, toy_base, tmp_path):
@@ -532,8 +547,9 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind,
         assert wanted.norm() > 0, name
 
 
-def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(xl_base, tmp_path):
-    recipe = tiny(steps=4, evaluation={"every": 0})
+@pytest.mark.parametrize("body", ["copy", "xs"])
+def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(body, xl_base, tmp_path):
+    recipe = tiny(steps=4, evaluation={"every": 0}, control={"body": body})
     whole = list(train_control(recipe, tmp_path / "whole", xl_base))
     begun = train_control(recipe, tmp_path / "stopped", xl_base)
     for _ in range(2):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from controlkit.backbones import UNetBase
+from controlkit.backbones import UNetBase, XSBranch
 from controlkit.branch import ControlBranch, Tap
 from controlkit.errors import UserError
 
@@ -58,5 +58,5 @@ class Adapter(nn.Module):
         return hint_features
 
 
-Branch = ControlBranch | Adapter
+Branch = ControlBranch | XSBranch | Adapter
 """A network that a run trains."""

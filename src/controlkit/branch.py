@@ -43,8 +43,9 @@ class Tap:
 class ControlSpec:
     """The paper's ablation (Section 4.2, Figure 8) in three words.
 
-    - ``body``: ``copy``, the trainable copy of the encoder; ``conv``, ControlNet-lite, one convolution a block; or
-      ``lora``, the copy again, of which only differences of low ``rank`` are trained (a Control-LoRA).
+    - ``body``: ``copy``, the trainable copy of the encoder; ``conv``, ControlNet-lite, one convolution a block; and of
+      later work ``lora``, the copy again, of which only differences of low ``rank`` are trained (a Control-LoRA), and
+      ``xs``, ControlNet-XS, a thin encoder beside the base's, which has zero joins at all taps.
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
 
@@ -52,7 +53,7 @@ class ControlSpec:
     gives its colours and not its places (version 1.1's shuffle, "global pooling").
     """
 
-    body: Literal["copy", "conv", "lora"] = "copy"
+    body: Literal["copy", "conv", "lora", "xs"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     pool: Literal["none", "mean"] = "none"
@@ -67,6 +68,8 @@ class ControlSpec:
                 raise ValueError(f'{field.name} is "{word}", expected one of {", ".join(known)}.')
         if (self.body == "lora") != (self.rank > 0):
             raise ValueError(f"rank is {self.rank} and body is {self.body}: a lora body has a rank, no other has.")
+        if self.body == "xs" and (self.join, self.taps, self.pool) != ("zero", "all", "none"):
+            raise ValueError("body xs has join zero, taps all and pool none, and no other.")
 
 
 # --- Section 3.1: ControlNet --------------------------------------------------------------------------------
@@ -140,16 +143,21 @@ class HintEncoder(nn.Module):
         self, hint_channels: int, channels: int, stride: int, join: Callable[..., nn.Conv2d] = zero_conv
     ) -> None:
         super().__init__()
-        halvings = stride.bit_length() - 1
-        if 2**halvings != stride:
-            raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
-        widths = [self.WIDTHS[min(i, len(self.WIDTHS) - 1)] for i in range(halvings + 1)]
+        widths = self.widths(stride)
         convs = [nn.Conv2d(hint_channels, widths[0], 3, padding=1)]
         for narrow, wide in itertools.pairwise(widths):
             convs.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             convs.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         convs.append(join(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once
         self.convs = nn.ModuleList(convs)
+
+    @classmethod
+    def widths(cls, stride: int) -> list[int]:
+        """Its channels at each size, from the picture's to the latents'."""
+        halvings = stride.bit_length() - 1
+        if 2**halvings != stride:
+            raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
+        return [cls.WIDTHS[min(i, len(cls.WIDTHS) - 1)] for i in range(halvings + 1)]
 
     def forward(self, hint: Tensor) -> Tensor:
         feature = hint  # (B, 3, H, W)

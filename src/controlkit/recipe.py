@@ -30,11 +30,15 @@ class ControlRecipe(_Strict):
     """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
-    body: Literal["copy", "conv", "lora", "adapter"] = "copy"
+    body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
     """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
-    trained (a Control-LoRA; written as such, too); ``adapter``, a T2I-Adapter."""
+    trained (a Control-LoRA; written as such, too); ``xs``, ControlNet-XS, a thin encoder that walks beside the base's;
+    ``adapter``, a T2I-Adapter."""
     rank: int = Field(16, gt=0)
     """Of the differences that ``body: lora`` trains."""
+    size_ratio: float | None = Field(None, gt=0, le=1)
+    """The width of an ``xs`` body: its channels as a share of the base's. Unless told, 32 channels at the finest level
+    (a tenth of Stable Diffusion's), at most half of a small base's."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
@@ -170,6 +174,19 @@ class Recipe(_Strict):
                 raise ValueError(f'"{key}" is set, and nothing reads it: {reason}')
         if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
             raise ValueError(f"schedule: polynomial ends at a rate of {POLYNOMIAL_END}, and lr is {self.lr}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_body_s_own_settings(self) -> "Recipe":
+        control = self.control
+        if control.body != "xs" and control.size_ratio is not None:
+            raise ValueError(f"control.size_ratio is the width of body xs; body {control.body} has the base's own")
+        whole = {"xs": "joins every layer", "adapter": "adds inside the base's encoder"}
+        for name in ("join", "taps"):
+            word, plain = getattr(control, name), ControlRecipe.model_fields[name].default
+            if control.body in whole and word != plain:
+                reason = f"with body {control.body}, which {whole[control.body]}, only {plain}"
+                raise ValueError(f"control.{name} is {word}; {reason}")
         return self
 
 

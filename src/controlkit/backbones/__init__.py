@@ -2,6 +2,18 @@
 
 from controlkit.backbones.families import FAMILIES, Family
 from controlkit.backbones.load import load_base, save_difference
-from controlkit.backbones.unet import Text, UNetBase, UNetEncoder, recomputed
+from controlkit.backbones.unet import Part, Text, UNetBase, UNetEncoder, recomputed
+from controlkit.backbones.xs import XSBranch
 
-__all__ = ["FAMILIES", "Family", "Text", "UNetBase", "UNetEncoder", "load_base", "recomputed", "save_difference"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Part",
+    "Text",
+    "UNetBase",
+    "UNetEncoder",
+    "XSBranch",
+    "load_base",
+    "recomputed",
+    "save_difference",
+]

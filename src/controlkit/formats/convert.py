@@ -130,8 +130,9 @@ def write(
     notes: list[str] = []
     if not weights.config:
         raise UserError("A branch with body: conv (ControlNet-lite) has no other layout than its own.")
-    if weights.kind == "adapter" and to != "diffusers":
-        raise UserError(f"A T2I-Adapter is another network and cannot be {to}: only --to diffusers.")
+    others = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}
+    if weights.kind in others and to != "diffusers":
+        raise UserError(f"A {others[weights.kind]} is another network and cannot be {to}: only --to diffusers.")
     if weights.kind == "union" and to not in ("union", "diffusers"):
         raise UserError(
             f"A Union's types of hint cannot be told apart in {to}: only --to union, or one type of it, as NAME:TYPE."
@@ -264,8 +265,9 @@ def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weight
     """
     if old is None:
         raise UserError("Transferring needs both bases: name the one the control belongs to (--base).")
-    if weights.kind == "adapter":
-        raise UserError("A T2I-Adapter holds no copy of its base: it runs on a fine-tuned base as it is.")
+    if weights.kind in ("adapter", "xs"):
+        what = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}[weights.kind]
+        raise UserError(f"A {what} holds no copy of its base: it runs on a fine-tuned base as it is.")
     before, after = encoder_tensors(old), encoder_tensors(new)
     _same_shapes(weights, before, old)
     _same_shapes(weights, after, new)

@@ -148,7 +148,7 @@ class Gauge:
         z = self._noisy(batch)
         with autocast(self.base.device.type):
             if branch is None:
-                prediction = self.base.decode_noise(self.base.encode_noise(z, batch.t, batch.text))
+                prediction = self.base.predict(z, batch.t, batch.text)
             else:
                 prediction = controlled(self.base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))

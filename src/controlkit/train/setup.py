@@ -8,7 +8,7 @@ import torch
 
 from controlkit.adapter import Adapter, Branch
 from controlkit.annotators import ANNOTATORS, contract
-from controlkit.backbones import UNetBase
+from controlkit.backbones import UNetBase, XSBranch
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
     CirclePairs,
@@ -70,7 +70,7 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
             raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
         return {"": made.hint(**control.options) if made else contract(control.annotator)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "rank", "join", "taps"}
+    words = {"annotator", "options", "body", "rank", "size_ratio", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -82,20 +82,17 @@ def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], be
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    branch: Branch
+    fresh: Branch
     if control.types:
-        branch = base.new_union()
+        fresh = base.new_union()
     elif control.body == "adapter":
-        plain = ControlRecipe()
-        if changed := [word for word in ("join", "taps") if getattr(control, word) != getattr(plain, word)]:
-            raise UserError(f"A T2I-Adapter has no control.{changed[0]}: it is added inside the base's encoder.")
-        branch = Adapter.fresh(base, contracts[""].channels)
+        fresh = Adapter.fresh(base, contracts[""].channels)
     else:
         spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
-        branch = base.new_branch(spec, contracts[""].channels)
+        fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        _begin_with(branch, control.start_from, base)
-    return branch.train()
+        _begin_with(fresh, control.start_from, base)
+    return fresh.train()
 
 
 def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
@@ -111,14 +108,17 @@ def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
     if isinstance(branch, Adapter):
         branch.load_state_dict(neighbour.state_dict())
         return
-    assert isinstance(neighbour, ControlBranch)
+    assert isinstance(neighbour, ControlBranch | XSBranch)
     reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
     if branch.spec not in (neighbour.spec, reconnected):
         raise UserError(
             f'The control "{name}" is {neighbour.spec}; the recipe asks for {branch.spec}: they must be equal, but '
             "that zero joins of the middle alone may become joins of all taps."
         )
-    branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
+    theirs, own = neighbour.state_dict(), branch.state_dict()
+    if any(name not in own or own[name].shape != tensor.shape for name, tensor in theirs.items()):
+        raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
+    branch.load_state_dict(own | theirs)
 
 
 def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlkit.adapter import Branch
-from controlkit.backbones import Text, UNetBase
+from controlkit.backbones import Part, Text, UNetBase, XSBranch
 from controlkit.data import (
     Cached,
 )
@@ -103,19 +103,24 @@ def hint_features_of(branch: Branch, batch: Batch) -> Any:
 
 def controlled(base: UNetBase, branch: Branch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
-    residuals = branch(z, t, text, features)
-    return base.decode_noise(base.encode_noise(z, t, text, residuals), residuals)
+    return base.predict(z, t, text, [Part(branch, features)])
 
 
 @torch.no_grad()
 def residual_sizes(base: UNetBase, branch: Branch, z: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """By tap, the sums of squares of its residual and of the feature it is added to, (2,) float64."""
-    encoded = base.encode_noise(z, batch.t, batch.text)
-    features = [*encoded.skips, encoded.middle]
-    plain = dict(zip([tap.name for tap in base.branch_taps], features, strict=True))
-    residuals = branch(z, batch.t, batch.text, hint_features_of(branch, batch))
-    both = {name: (one.expand_as(plain[name]), plain[name]) for name, one in residuals.items() if name in plain}
-    return {name: torch.stack([x.double().square().sum() for x in pair]).cpu() for name, pair in both.items()}
+    """By tap of a skip or the middle, the sums of squares of what the control adds to its feature, there or before, and
+    of that feature, (2,) float64."""
+    part = Part(branch, hint_features_of(branch, batch))
+    beside = [part] if isinstance(branch, XSBranch) else []
+    inject = {} if beside else branch(z, batch.t, batch.text, part.features)
+    plain = base.encode_noise(z, batch.t, batch.text)
+    walked = base.encode_noise(z, batch.t, batch.text, inject, beside)
+    found = {}
+    features = zip([*walked.skips, walked.middle], [*plain.skips, plain.middle], strict=True)
+    for tap, (under, without) in zip(base.branch_taps, features, strict=True):
+        added = under - without + inject.get(tap.name, 0)
+        found[tap.name] = torch.stack([x.double().square().sum() for x in (added, without)]).cpu()
+    return found
 
 
 def objective(base: UNetBase, branch: Branch, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
