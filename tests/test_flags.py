@@ -57,7 +57,7 @@ def test_flags_go_where_they_belong(asked):
     assert (recipe.keep, recipe.data.count, recipe.weight_decay, recipe.control.annotator) == (3, 60, 0, "canny")
     assert (str(found.out), found.resolution) == ("o", 128)
     said = "\n".join(found.notes)
-    assert all(f"--{name} is not needed" in said for name in ("validation_image", "mixed_precision"))
+    assert all(f"--{name} is not needed" in said for name in ("validation_image",))
     assert "paper" not in said and recipe.evaluation.every == 50
     assert (recipe.tracking.to, recipe.tracking.project) == (["wandb"], "7")
     assert "tensorboard" in parse_recipe(asked("--report_to", "all").recipe).tracking.to

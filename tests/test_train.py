@@ -34,7 +34,7 @@ from controlkit.formats.names import key_table
 from controlkit.images import Hint
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
-from controlkit.recipe import EvaluationRecipe, Recipe, parse_recipe, read_recipe
+from controlkit.recipe import FORMATS, EvaluationRecipe, Recipe, parse_recipe, read_recipe
 from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train import (
     Batch,
@@ -214,6 +214,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("epsilon", 1.0, "weights"),
     ("max_grad_norm", 1e-9, "weights"),
     ("ema", 0.5, "weights"),
+    ("precision", "bf16", "losses"),
     ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
@@ -1181,3 +1182,37 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
         Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip
+
+
+# --- number formats -------------------------------------------------------------------------------------------
+
+
+def test_half_precision_learns_what_single_precision_does_and_goes_on_exactly(toy_base, tmp_path):
+    single = ended(tiny(**PLAIN, precision="fp32"), tmp_path / "fp32", toy_base)
+    for precision in ("fp16", "bf16"):
+        recipe = tiny(**PLAIN, precision=precision)
+        whole, log = ended(recipe, tmp_path / precision, toy_base)
+        assert [one["loss"] for one in log] == pytest.approx([one["loss"] for one in single[1]], rel=0.02)
+        assert [one["loss"] for one in log] != [one["loss"] for one in single[1]]
+        list(itertools.islice(train_control(recipe, tmp_path / "stopped" / precision, toy_base), 2))
+        assert equal(ended(recipe, tmp_path / "stopped" / precision, toy_base)[0], whole)
+        assert json.loads((tmp_path / precision / "machine.json").read_text())["format"] == FORMATS[precision]
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_loss_scaled_less(toy_base, tmp_path, monkeypatch):
+    real = torch.amp.GradScaler.get_scale(torch.amp.GradScaler("cpu"))
+    recipe, seen = tiny(**PLAIN, precision="fp16"), []
+
+    def spiked(*args):
+        loss = objective(*args)
+        seen.append(loss)
+        return loss * (1e38 if len(seen) == 2 else 1.0)  # finite, and its gradient, scaled, is not
+
+    monkeypatch.setattr("controlkit.train.run.objective", spiked)
+    (tmp_path / "run").mkdir()
+    list(train_control(recipe, tmp_path / "run", toy_base))
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-0000003" / "state.safetensors")
+    assert state["scaler.scale"].item() == real / 2
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    counts = {value.item() for name, value in state.items() if name.startswith("optimizer") and name.endswith(".step")}
+    assert counts == {2.0}

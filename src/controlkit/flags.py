@@ -40,12 +40,12 @@ PLACES = {
 WORKED_OUT = (
     "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
     "lr_power", "scale_lr", "resolution", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam", "report_to",
+    "mixed_precision",
 )  # fmt: skip
 """Flags of which something is computed."""
 
 NEEDLESS = {
     "resume_from_checkpoint": "a run goes on by itself when it is started again",
-    "mixed_precision": "the number format is the one that pays on this machine",
     "allow_tf32": "the number format is the one that pays on this machine",
     "set_grads_to_none": "it is always so",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used",
@@ -80,7 +80,7 @@ SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_no
 WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
          "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
 TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
-        "output_dir", "annotator", "report_to", "tracker_project_name")  # fmt: skip
+        "output_dir", "annotator", "report_to", "tracker_project_name", "mixed_precision")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
 
 DEFAULTS: dict[str, Any] = {
@@ -144,6 +144,13 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         recipe["lr"] *= recipe["batch"]
     recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
     recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
+    if "mixed_precision" in given:
+        formats = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+        if given["mixed_precision"] not in formats:
+            raise UserError(
+                f'--mixed_precision is "{given["mixed_precision"]}": {nearest(given["mixed_precision"], formats)}'
+            )
+        recipe["precision"] = formats[given["mixed_precision"]]
     if "report_to" in given:
         recipe.setdefault("tracking", {})["to"] = _trackers(given["report_to"])
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]

@@ -17,6 +17,10 @@ POLYNOMIAL_END = 1e-7
 """The rate at which ``schedule: polynomial`` ends, as diffusers has it."""
 
 
+FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Names of number formats as others have them -> torch's."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -141,6 +145,9 @@ class Recipe(_Strict):
     ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the networks are computed in; weights that learn stay in fp32. ``auto``: bf16 where it is the faster, else
+    fp32. With ``fp16`` the loss is scaled, and steps whose gradients overflow are left out."""
     compile: bool = False
     """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
     seed: int = 0

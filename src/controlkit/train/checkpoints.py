@@ -23,9 +23,9 @@ from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import SCRATCH, write_atomic
 from controlkit.optimizers import Average, Optimizer
-from controlkit.precision import number_format, settle_format
+from controlkit.precision import faster_format, settle_format
 from controlkit.ranks import Ranks
-from controlkit.recipe import Recipe, read_recipe
+from controlkit.recipe import FORMATS, Recipe, read_recipe
 from controlkit.train.records import Seen, seen_in
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Learner:
     optimizer: Optimizer
     average: Average | None = None
     shards: "Shards | None" = None
+    scaler: torch.amp.GradScaler | None = None
+    """Scales the loss, so that float16 holds its gradients."""
 
     @classmethod
     def of(cls, recipe: Recipe, branch: Branch, base: UNetBase, together: Ranks) -> "Learner":
@@ -58,24 +60,41 @@ class Learner:
 
             shards = Shards(branch, [average.module] if average else [], base.device, together.count)
         optimizer = Optimizer(learning, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
-        return cls(branch, base, learning, optimizer, average, shards)
+        scaler = torch.amp.GradScaler(base.device.type) if recipe.precision == "fp16" else None
+        return cls(branch, base, learning, optimizer, average, shards, scaler)
 
     def result(self) -> Branch:
         """The weights that are measured and saved, whole."""
         module = self.average.module if self.average else self.branch
         return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
 
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those at hand."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
     def clip(self, most: float) -> Tensor:
         """Scale the gradients down to a norm of at most ``most``; returns the norm they had, on the device."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it asks for param_groups alone
         norm = nn.utils.get_total_norm([p.grad for p in self.learning.parameters() if p.grad is not None])
         if self.shards:
             norm = self.shards.whole({"norm": norm}, keep=True)["norm"].to(norm.device)
         nn.utils.clip_grads_with_norm_(self.learning.parameters(), most, norm)
         return norm
 
+    @property
+    def forgives(self) -> bool:
+        """Whether gradients that are not finite are left out, because the loss is scaled and may be scaled less."""
+        return self.scaler is not None and self.scaler.get_scale() > 1
+
     def step(self, rate: float, number: int) -> None:
         """Step ``number``, from 1, with the gradients at hand."""
-        self.optimizer.step(rate)
+        if self.scaler:
+            self.scaler.step(self.optimizer, rate)  # type: ignore[arg-type]
+            self.scaler.update()
+            self.learning.zero_grad()
+        else:
+            self.optimizer.step(rate)
         if self.average:
             self.average.update(self.branch, number)
 
@@ -84,6 +103,8 @@ class Learner:
         parts = {"optimizer": self.optimizer.state(), "learning": self.learning.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
+        if self.scaler:
+            parts["scaler"] = {n: torch.tensor(v) for n, v in self.scaler.state_dict().items()}
         found = {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
         return self.shards.whole(found, keep) if self.shards else found
 
@@ -98,6 +119,8 @@ class Learner:
         self.optimizer.restore(part("optimizer"))
         if self.average:
             self.average.module.load_state_dict(part("average"))
+        if self.scaler:
+            self.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})
 
 
 _LAYOUT = "3"
@@ -229,7 +252,8 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
     path = out / "machine.json"
     if not path.is_file():
-        begun = {"threads": torch.get_num_threads(), "format": number_format(device_type)}
+        asked = FORMATS.get(recipe.precision) or faster_format(device_type)
+        begun = {"threads": torch.get_num_threads(), "format": asked}
         write_atomic(path, (json.dumps(begun) + "\n").encode())
     keep_format(out, device_type)
 
@@ -239,5 +263,4 @@ def keep_format(out: Path, device_type: str) -> None:
     begun = json.loads((out / "machine.json").read_text())
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])
-    if begun["format"] != number_format(device_type):
-        settle_format(device_type, begun["format"])
+    settle_format(device_type, begun["format"])

@@ -70,6 +70,8 @@ def train_control(
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
     together = ranks(cpu=base.device.type == "cpu")
+    if together.sharded and recipe.precision == "fp16":
+        raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
     if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
         what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
         raise UserError(
@@ -157,7 +159,7 @@ def _train(
             with autocast(base.device.type), attention():
                 compute = partial(objective, base, branch, batch, predict)
                 loss = (learner.shards.within(compute) if learner.shards else compute()) / parts
-            loss.backward()
+            learner.backward(loss)
             total += loss.detach()
         return total
 
@@ -193,7 +195,7 @@ def _train(
             norm = learner.clip(recipe.max_grad_norm)
             # Where a step waits for the device, once: what is not finite must not reach the weights.
             value, slope = torch.stack([loss, norm]).tolist()
-            if not np.isfinite([value, slope]).all():
+            if not np.isfinite([value, slope]).all() and not (np.isfinite(value) and learner.forgives):
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
