@@ -90,6 +90,7 @@ class StandIn:
 def _float32(monkeypatch):
     """The same number format on every machine: no probe decides a test."""
     monkeypatch.setattr(precision, "bf16_pays", lambda device_type: False)
+    monkeypatch.setattr(precision, "_settled", {})
 
 
 @pytest.fixture(scope="session")

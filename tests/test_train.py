@@ -1189,14 +1189,14 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
 
 def test_half_precision_learns_what_single_precision_does_and_goes_on_exactly(toy_base, tmp_path):
     single = ended(tiny(**PLAIN, precision="fp32"), tmp_path / "fp32", toy_base)
-    for precision in ("fp16", "bf16"):
-        recipe = tiny(**PLAIN, precision=precision)
-        whole, log = ended(recipe, tmp_path / precision, toy_base)
+    for name in ("fp16", "bf16"):
+        recipe = tiny(**PLAIN, precision=name)
+        whole, log = ended(recipe, tmp_path / name, toy_base)
         assert [one["loss"] for one in log] == pytest.approx([one["loss"] for one in single[1]], rel=0.02)
         assert [one["loss"] for one in log] != [one["loss"] for one in single[1]]
-        list(itertools.islice(train_control(recipe, tmp_path / "stopped" / precision, toy_base), 2))
-        assert equal(ended(recipe, tmp_path / "stopped" / precision, toy_base)[0], whole)
-        assert json.loads((tmp_path / precision / "machine.json").read_text())["format"] == FORMATS[precision]
+        list(itertools.islice(train_control(recipe, tmp_path / "stopped" / name, toy_base), 2))
+        assert equal(ended(recipe, tmp_path / "stopped" / name, toy_base)[0], whole)
+        assert json.loads((tmp_path / name / "machine.json").read_text())["format"] == FORMATS[name]
 
 
 def test_a_step_whose_gradients_overflow_is_left_out_and_the_loss_scaled_less(toy_base, tmp_path, monkeypatch):

@@ -145,12 +145,10 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
     recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
     recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
     if "mixed_precision" in given:
-        formats = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
-        if given["mixed_precision"] not in formats:
-            raise UserError(
-                f'--mixed_precision is "{given["mixed_precision"]}": {nearest(given["mixed_precision"], formats)}'
-            )
-        recipe["precision"] = formats[given["mixed_precision"]]
+        asked, formats = str(given["mixed_precision"]), {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+        if asked not in formats:
+            raise UserError(f'--mixed_precision is "{asked}": {nearest(asked, formats)}')
+        recipe["precision"] = formats[asked]
     if "report_to" in given:
         recipe.setdefault("tracking", {})["to"] = _trackers(given["report_to"])
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]

@@ -36,7 +36,7 @@ def bf16_pays(device_type: str) -> bool:
 
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The formats of half precision. float16 is never chosen by itself: what is small is lost in it, so losses are scaled."""
+"""The formats of half precision. float16 is not chosen by itself: what is small is lost in it, so losses are scaled."""
 
 _settled: dict[str, str] = {}
 
