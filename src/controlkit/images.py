@@ -17,7 +17,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from controlkit.errors import UserError
@@ -116,6 +116,18 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
         raise UserError(
             f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
+
+
+def sides_of(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the picture that ``decode_picture`` would give, told from the file's head."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        height, width = decode_picture(data, name).shape[:2]  # says what is wrong with it
+        return height, width
+    return (width, height) if turned else (height, width)
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:

@@ -49,6 +49,12 @@ class DataRecipe(_Strict):
     """Scenes drawn, of which those without anything held out are used."""
     visits: int = Field(1, gt=0)
     """How often each scene comes, for a Union each time with another type of hint."""
+    buckets: bool = False
+    """Pictures of a folder in the sizes nearest to their own shapes (``data.bucket_sizes``), a batch of one size each,
+    instead of cut square. What is measured on stays square, so that figures can be compared."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Share of visits at which a pair is seen in a mirror: its picture, and its hint as it is of that picture (left and
+    right limbs change colours, normals the sign of x). Pairs whose prompt tells left from right stay as they are."""
 
 
 class EvaluationRecipe(_Strict):

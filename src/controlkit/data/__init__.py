@@ -1,10 +1,12 @@
 """Training data: pairs of picture, prompt and hint, where they come from, and their cache."""
 
+from controlkit.data.buckets import bucket_sizes, nearest_bucket, turn_at
 from controlkit.data.build import TARGETS, build_set
 from controlkit.data.cache import Cached, build_cache
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
 from controlkit.data.layouts import LAYOUTS, Listing, Problem, Row, read_listing
+from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import (
     SCENES_EVALUATED,
     TRUTHS,
@@ -39,6 +41,7 @@ __all__ = [
     "ScenePairs",
     "TypedPairs",
     "add_up",
+    "bucket_sizes",
     "build_cache",
     "build_set",
     "evaluation_pairs",
@@ -46,8 +49,11 @@ __all__ = [
     "hint_of",
     "make_fill50k",
     "make_scenes",
+    "mirrored",
+    "nearest_bucket",
     "read_listing",
     "sheet_rows",
     "split_folder",
     "trained_count",
+    "turn_at",
 ]

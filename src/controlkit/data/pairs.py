@@ -10,9 +10,10 @@ import numpy as np
 
 from controlkit import maps
 from controlkit.annotators import annotate
+from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import read_listing
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_picture, fit
+from controlkit.images import Hint, decode_picture, fit, sides_of
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -179,6 +180,7 @@ class FolderPairs(Sequence[Pair]):
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
             raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
         self._rows, self._size = listing.rows, size
+        self._sizes: list[Size] | None = None
         self.hinted = any(row.hint for row in listing.rows)
         if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
             raise UserError(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
@@ -187,7 +189,19 @@ class FolderPairs(Sequence[Pair]):
         """Some of the rows; pictures are still read one at a time."""
         chosen = copy.copy(self)
         chosen._rows = self._rows[rows]
+        chosen._sizes = self._sizes and self._sizes[rows]
         return chosen
+
+    def bucketed(self, sizes: Sequence[Size]) -> "FolderPairs":
+        """The same, each picture at the one of these sizes that is nearest to it in shape, instead of square."""
+        chosen = copy.copy(self)
+        shapes = (sides_of(row.picture.read(), row.picture.name) for row in self._rows)
+        chosen._sizes = [nearest_bucket(shape, sizes) for shape in shapes]
+        return chosen
+
+    def size_of(self, index: int) -> Size:
+        """(height, width) of a pair's picture, which is not opened for it."""
+        return self._sizes[index] if self._sizes else (self._size, self._size)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -196,7 +210,7 @@ class FolderPairs(Sequence[Pair]):
         row = self._rows[index]
         picture = decode_picture(row.picture.read(), row.picture.name)
         hint = decode_picture(row.hint.read(), row.hint.name) if row.hint else None
-        return Pair(fit(picture, (self._size, self._size)), row.prompt, hint)
+        return Pair(fit(picture, self.size_of(index)), row.prompt, hint)
 
 
 def trained_count(pairs: int) -> int:

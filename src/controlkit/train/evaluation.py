@@ -78,7 +78,7 @@ class Gauge:
     def __init__(
         self, base: UNetBase, pairs: Sequence[Pair], contracts: Mapping[str, Hint], recipe: Recipe, out: Path
     ) -> None:
-        cached = build_cache(base, pairs, contracts, out / f"heldout-{base.digest}.safetensors")
+        [cached] = build_cache(base, pairs, contracts, out / f"heldout-{base.digest}.safetensors")
         fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
         asked = recipe.model_copy(update=fixed)
         parts = -(-len(cached) // 8)

@@ -21,6 +21,7 @@ from controlkit.data import (
     Cached,
     Pair,
     build_cache,
+    turn_at,
 )
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
@@ -45,7 +46,7 @@ from controlkit.train.checkpoints import (
 )
 from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
-from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
+from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
 
 
@@ -106,7 +107,9 @@ def _train(
         begin_folder(recipe, out, base.device.type)
         on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
-        cached = build_cache(base, pairs, contracts, path, on_advance)
+        cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0)
+        if recipe.data.buckets:
+            on_stage(buckets_in_words(cached, recipe), 0)
     together.wait()
     if not together.first:
         keep_format(out, base.device.type)
@@ -134,8 +137,9 @@ def _train(
     def gradients(step: int, parts: int) -> float:
         """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss."""
         total = torch.zeros((), device=base.device)
+        which, turn = turn_at([len(one) for one in cached], recipe.batch // recipe.draws, step, recipe.seed)
         for part in range(together.index * parts, (together.index + 1) * parts):
-            batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
+            batch = draw_batch(base, cached[which], contracts, recipe, step, part, parts * together.count, turn)
             with autocast(base.device.type), attention():
                 loss = objective(base, branch, batch, predict) / parts
             loss.backward()

@@ -10,11 +10,13 @@ from controlkit.annotators import ANNOTATORS, contract
 from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
+    Cached,
     CirclePairs,
     EmojiPairs,
     Pair,
     ScenePairs,
     TypedPairs,
+    bucket_sizes,
     split_folder,
 )
 from controlkit.errors import UserError, nearest
@@ -28,6 +30,8 @@ from controlkit.union import TYPES
 def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
+    if data.buckets and not Path(data.source).is_dir():
+        raise UserError(f"data.buckets is for pictures of many shapes in a folder; those of {data.source} are square.")
     emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
     if emoji or scenes:
         seen: list[Sequence[Pair]] = []
@@ -57,7 +61,10 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
             f'"{recipe.control.annotator}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
         )
-    return folder.part(slice(data.count)), held.part(slice(num))
+    folder = folder.part(slice(data.count))
+    if data.buckets:
+        folder = folder.bucketed(bucket_sizes(base.size, base.multiple))
+    return folder, held.part(slice(num))
 
 
 def hints_of(recipe: Recipe) -> dict[str, Hint]:
@@ -105,6 +112,15 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
             "that zero joins of the middle alone may become joins of all taps."
         )
     branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
+
+
+def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
+    """How many pictures are of which size, and which are too few to fill a batch each time round."""
+    batch = recipe.batch // recipe.draws
+    sizes = ", ".join(f"{one.size[1]}x{one.size[0]} {len(one):,}" for one in cached)
+    thin = sum(len(one) < batch for one in cached)
+    often = f"; {thin} of them with fewer than a batch, which wait until one is full" if thin else ""
+    return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
 def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
