@@ -24,6 +24,15 @@ class ControlRecipe(_Strict):
     """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
+    annotators: list[str] = []
+    """Several hints that are channels of one control, three of each in this order (instead of ``annotator``): made by
+    annotators, or as many hints of the data's own. Obedience is measured to the first."""
+    channels: int | None = Field(None, gt=0)
+    """Channels of the hint where they are not three: 1 for grey, any number for arrays (``.npy``)."""
+    low: float = 0.0
+    """What the least of whole numbers in a hint, 0, is read as; floats are taken as they are."""
+    high: float = 1.0
+    """What the largest of their type is read as; floats must lie between the two."""
     body: Literal["copy", "conv"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"

@@ -13,6 +13,7 @@ from controlkit.backbones import Text, UNetBase
 from controlkit.data.buckets import Size
 from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import FolderPairs, Pair, hint_of
+from controlkit.errors import UserError
 from controlkit.images import Hint, to_tensor, write_atomic
 
 
@@ -20,10 +21,11 @@ from controlkit.images import Hint, to_tensor, write_atomic
 class Cached:
     """All a training step needs of every pair of one size, so that VAE, text tower and annotator run once.
 
-    ``moments`` (R, 2C, h, w) half; ``hints`` uint8 (R, H, W, 3, or 4 where some are masked): rows of N pairs, and after
-    them of their mirror images, where those are seen too; ``kinds`` (N,), the place of each hint's type in the
-    contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt; ``prompt_rows`` (N,) says which
-    row is whose; ``mirrors`` (N,), the row of each pair's mirror image, its own where it has none.
+    ``moments`` (R, 2C, h, w) half; ``hints`` uint8 (R, H, W, 3, or 4 where some are masked), or arrays of uint8, uint16
+    or float32 (R, H, W, channels): rows of N pairs, and after them of their mirror images, where those are seen too;
+    ``kinds`` (N,), the place of each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row
+    0 the empty prompt; ``prompt_rows`` (N,) says which row is whose; ``mirrors`` (N,), the row of each pair's mirror
+    image, its own where it has none.
     """
 
     moments: Tensor
@@ -113,7 +115,7 @@ def _read_pairs(
     total = len(rows) * (1 + mirrors)
     # Many pairs are many gigabytes: held once, and written without a copy.
     moments = torch.empty(0)
-    hints = torch.empty(0, dtype=torch.uint8)
+    hints = np.empty(0, np.uint8)
     kinds, prompts = [], []
     seen_in = torch.arange(len(rows))
     for first in range(0, len(rows), batch):
@@ -128,13 +130,19 @@ def _read_pairs(
         drawn = [hint_of(t, contracts[t.kind]) for t in shown.values()]
         if not first:
             moments = torch.zeros((total, *latents.shape[1:]), dtype=torch.half)
-            channels = 3 + any(contract.mark is not None for contract in contracts.values())
-            hints = torch.full((total, *drawn[0].shape[:2], channels), 255, dtype=torch.uint8)
+            masks = any(contract.mark is not None for contract in contracts.values())
+            channels = 3 + masks if len(contracts) > 1 else drawn[0].shape[-1]
+            hints = np.full((total, *drawn[0].shape[:2], channels), 255, drawn[0].dtype)
         moments[list(shown)] = latents.half().cpu()
         for row, hint in zip(shown, drawn, strict=True):  # beside masked ones the others are masked nowhere
-            hints[row, ..., : hint.shape[-1]] = torch.from_numpy(np.ascontiguousarray(hint))
+            if hint.dtype != hints.dtype or (len(contracts) == 1 and hint.shape[-1] != hints.shape[-1]):
+                raise UserError(
+                    f"Some hints are {hints.shape[-1]} channels of {hints.dtype}, others {hint.shape[-1]} of "
+                    f"{hint.dtype}: expected all of one kind. `controlkit data doctor` counts them."
+                )
+            hints[row, ..., : hint.shape[-1]] = hint
         kinds += [order.index(t.kind) for t in chunk]
         prompts += [t.prompt for t in chunk]
         on_pair(len(chunk))
-    parts = {"moments": moments, "hints": hints, "kinds": torch.tensor(kinds)}
+    parts = {"moments": moments, "hints": torch.from_numpy(hints), "kinds": torch.tensor(kinds)}
     return parts | ({"mirrors": seen_in} if mirrors else {}), prompts

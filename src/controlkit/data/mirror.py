@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from controlkit import maps
+from controlkit.annotators import parts_of
 from controlkit.data.pairs import Pair, hint_of
 from controlkit.errors import UserError
-from controlkit.images import Hint
+from controlkit.images import DEEPEST, Hint
 
 POSES = ("pose", "openpose")
 """Hints whose colours tell left from right."""
@@ -28,7 +29,9 @@ def mirrored(pair: Pair, contract: Hint) -> Pair | None:
         return None
     picture = np.ascontiguousarray(pair.picture[:, ::-1])
     if pair.hint is not None:
-        return replace(pair, picture=picture, hint=_mirrored_hint(hint_of(pair, contract), contract), truth=None)
+        own, parts = hint_of(pair, contract), parts_of(contract)
+        turned = [_mirrored_hint(*one) for one in zip(np.split(own, len(parts), 2), parts, strict=True)]
+        return replace(pair, picture=picture, hint=np.concatenate(turned, 2), more=(), truth=None)
     if pair.truth is not None:
         return replace(pair, picture=picture, truth=mirrored_scene(pair.truth))
     return replace(pair, picture=picture)
@@ -43,7 +46,13 @@ def _mirrored_hint(hint: np.ndarray, contract: Hint) -> np.ndarray:
     turned = np.ascontiguousarray(hint[:, ::-1])
     if contract.annotator in POSES:
         return maps.swap_sides(turned)
-    return maps.turn_normals(turned) if contract.annotator == "normal" else turned
+    if contract.annotator != "normal":
+        return turned
+    if turned.dtype == np.uint8:
+        return maps.turn_normals(turned)
+    most = DEEPEST.get(turned.dtype.name)
+    turned[..., 0] = (contract.low + contract.high if most is None else most) - turned[..., 0]
+    return turned
 
 
 def mirrored_scene(scene):  # type: ignore[no-untyped-def]  # numba's import takes a second, so no type of it

@@ -61,7 +61,7 @@ class Evaluator:
         without, no_control, ceiling_score = self._fixed
         scored = [fidelity(made[name], self.hints, self.contract) for name in ("controlled", "shuffled")]
         shown = [
-            [hint, pair.picture, got, plain]
+            [self.contract.picture(hint), pair.picture, got, plain]
             for hint, pair, got, plain in zip(self.hints, self.pairs, made["controlled"], without, strict=True)
         ]
         sheet = grid(shown[:8], ["hint", "truth", "controlled", "no control"])

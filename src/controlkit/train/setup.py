@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from controlkit.annotators import ANNOTATORS, contract
+from controlkit.annotators import ANNOTATORS, contract, joined
 from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
@@ -56,10 +56,16 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     folder, held = split_folder(Path(data.source), base.size)
-    if not folder.hinted and recipe.control.annotator not in ANNOTATORS:
+    names = recipe.control.annotators or [recipe.control.annotator]
+    if folder.hints > 1 and folder.hints != len(names):
+        raise UserError(
+            f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
+            "control.annotators, in their order, or take the others out."
+        )
+    if not folder.hinted and (unmade := [name for name in names if name not in ANNOTATORS]):
         raise UserError(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{recipe.control.annotator}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
+            f'"{unmade[0]}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
         )
     folder = folder.part(slice(data.count))
     if data.buckets:
@@ -72,11 +78,16 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     control = recipe.control
     if not control.types:
         made = ANNOTATORS.get(control.annotator)
-        if control.options and not made:
-            raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
-        return {"": made.hint(**control.options) if made else contract(control.annotator)}
+        if control.options and (control.annotators or not made):
+            names = "+".join(control.annotators) or control.annotator
+            raise UserError(f"Nothing here makes hints of {names} with options: leave out control.options.")
+        if control.annotators:
+            hint = joined(control.annotators)
+        else:
+            hint = made.hint(**control.options) if made else contract(control.annotator)
+        return {"": replace(hint, channels=control.channels or hint.channels, low=control.low, high=control.high)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "join", "taps"}
+    words = {"annotator", "annotators", "options", "channels", "low", "high", "body", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
