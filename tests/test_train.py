@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("data.visits", 2, "pairs", SCENES),
     ("data.buckets", True, "hints", PHOTOS),
     ("data.flip", 1.0, "losses"),
+    ("data.cache", False, "stored"),
     ("steps", 3, "steps"),
     ("batch", 3, "losses"),
     ("draws", 2, "losses"),
@@ -267,6 +269,8 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             ends = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
             return dataclasses.replace(obedience(*scores), obedience=fell, **ends)
 
+        stored = []
+        monkeypatch.setattr("controlkit.train.run.open_store", lambda: stored.append(1) or nullcontext())
         monkeypatch.setattr("controlkit.train.run.objective", watched)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
@@ -282,6 +286,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "base": load_control(out, toy_base).trained["base"],
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
             "pairs": len(hints),
+            "stored": len(stored),
             "tensors": weights.keys(),
             "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             "losses": [record.loss for record in records],

@@ -8,6 +8,8 @@ table ``ANNOTATORS`` says what each one's hints are, ``GIVEN`` what hints are th
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -268,6 +270,12 @@ def parts_of(hint: Hint) -> list[Hint]:
     """The contracts of the hints that are this one's channels, in order; of a hint by itself, its own alone."""
     names = hint.annotator.split("+")
     return [replace(contract(name), low=hint.low, high=hint.high) for name in names] if len(names) > 1 else [hint]
+
+
+@cache
+def edition() -> str:
+    """A digest of what makes hints here, this file and OpenCV's version: equal ones make the same of a picture."""
+    return hashlib.sha256(Path(__file__).read_bytes() + cv2.__version__.encode()).hexdigest()
 
 
 def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -61,6 +61,9 @@ class DataRecipe(_Strict):
     buckets: bool = False
     """Pictures of a folder in the sizes nearest to their own shapes (``data.bucket_sizes``), a batch of one size each,
     instead of cut square. What is measured on stays square, so that figures can be compared."""
+    cache: bool = True
+    """Latents, text embeddings and annotations are looked up in this machine's store, and kept there, so that another
+    run on the same pictures computes none of them (``data.store``)."""
     flip: float = Field(0.0, ge=0, le=1)
     """Share of visits at which a pair is seen in a mirror: its picture, and its hint as it is of that picture (left and
     right limbs change colours, normals the sign of x). Pairs whose prompt tells left from right stay as they are."""

@@ -21,6 +21,7 @@ from controlkit.data.pairs import (
     split_folder,
     trained_count,
 )
+from controlkit.data.store import Store, key_of, open_store, remembered
 
 __all__ = [
     "FILL50K_SIZE",
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Row",
     "ScenePairs",
+    "Store",
     "TypedPairs",
     "add_up",
     "bucket_sizes",
@@ -47,11 +49,14 @@ __all__ = [
     "evaluation_pairs",
     "examine",
     "hint_of",
+    "key_of",
     "make_fill50k",
     "make_scenes",
     "mirrored",
     "nearest_bucket",
+    "open_store",
     "read_listing",
+    "remembered",
     "sheet_rows",
     "split_folder",
     "trained_count",

@@ -1,6 +1,7 @@
 """What is measured while a run goes on: the loss relative to no control, and obedience."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from controlkit.data import (
     Pair,
     build_cache,
     hint_of,
+    open_store,
 )
 from controlkit.images import Hint, grid, write_png
 from controlkit.measure import (
@@ -78,7 +80,9 @@ class Gauge:
     def __init__(
         self, base: UNetBase, pairs: Sequence[Pair], contracts: Mapping[str, Hint], recipe: Recipe, out: Path
     ) -> None:
-        [cached] = build_cache(base, pairs, contracts, out / f"heldout-{base.digest}.safetensors")
+        with open_store() if recipe.data.cache else nullcontext() as store:
+            path = out / f"heldout-{base.digest}.safetensors"
+            [cached] = build_cache(base, pairs, contracts, path, store=store)
         fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
         asked = recipe.model_copy(update=fixed)
         parts = -(-len(cached) // 8)

@@ -21,6 +21,7 @@ from controlkit.data import (
     Cached,
     Pair,
     build_cache,
+    open_store,
     turn_at,
 )
 from controlkit.errors import UserError
@@ -107,7 +108,8 @@ def _train(
         begin_folder(recipe, out, base.device.type)
         on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
-        cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0)
+        with open_store() if recipe.data.cache else nullcontext() as store:
+            cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0, store=store)
         if recipe.data.buckets:
             on_stage(buckets_in_words(cached, recipe), 0)
     together.wait()
