@@ -27,7 +27,8 @@ ROOMS = [
     {"images"},
     {"hub", "tensors", "maps"},
     {"recipe"},
-    {"seeds", "precision", "optimizers", "ranks", "errors"},
+    {"optimizers"},
+    {"seeds", "precision", "ranks", "errors"},
 ]
 
 

@@ -70,24 +70,43 @@ def test_names_of_folders_are_never_read_as_numbers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "warmup", "cooldown", "lr"),
+    ("flags", "schedule", "warmup", "lr"),
     [
-        ("--lr_warmup_steps 10", 0, 0, 5e-6),
-        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 10", 10, 0, 5e-6),
-        ("--lr_scheduler linear --lr_warmup_steps 10 --scale_lr", 10, 90, 2e-5),
+        ("--lr_warmup_steps 10", "constant", 0, 5e-6),
+        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 10", "constant_with_warmup", 10, 5e-6),
+        ("--lr_scheduler linear --lr_warmup_steps 10 --scale_lr", "linear", 10, 2e-5),
+        ("--lr_scheduler cosine", "cosine", 500, 5e-6),
     ],
 )
-def test_schedules_are_diffusers(flags, warmup, cooldown, lr, asked):
-    recipe = parse_recipe(asked("--max_train_steps", 100, *flags.split()).recipe)
-    assert (recipe.warmup, recipe.cooldown, recipe.lr) == (warmup, cooldown, pytest.approx(lr))
+def test_schedules_are_diffusers(flags, schedule, warmup, lr, asked):
+    recipe = parse_recipe(asked("--max_train_steps", 1000, *flags.split()).recipe)
+    assert (recipe.schedule, recipe.warmup, recipe.cooldown) == (schedule, warmup, 0)
+    assert recipe.lr == pytest.approx(lr)
+
+
+def test_a_scheduler_s_own_flags_go_with_it_and_are_said_to_be_needless_elsewhere(asked):
+    for name, flag, key, value in (
+        ("cosine_with_restarts", "lr_num_cycles", "cycles", 3),
+        ("polynomial", "lr_power", "power", 2.5),
+    ):
+        assert getattr(parse_recipe(asked("--lr_scheduler", name, f"--{flag}", value).recipe), key) == value
+        unread = asked(f"--{flag}", value)
+        assert parse_recipe(unread.recipe) and any(f"--{flag} is not needed" in note for note in unread.notes)
+
+
+def test_adam_s_flags_are_the_optimizer_s_settings(asked):
+    assert parse_recipe(asked().recipe).optimizer == "adamw"
+    given = "--use_8bit_adam --adam_beta1 0.8 --adam_beta2 0.99 --adam_epsilon 1e-6 --max_grad_norm 0.5"
+    recipe = parse_recipe(asked(*given.split()).recipe)
+    assert (recipe.optimizer, recipe.betas, recipe.epsilon) == ("adamw8bit", (0.8, 0.99), 1e-6)
+    assert recipe.max_grad_norm == 0.5
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--lr_scheduler cosine", '--lr_scheduler is "cosine"'),
-        ("--use_8bit_adam", "--use_8bit_adam is True"),
-        ("--adam_beta2 0.99", "takes 0.999"),
+        ("--lr_scheduler cosin", '--lr_scheduler is "cosin": did you mean "cosine"'),
+        ("--revision fp16", "--revision is fp16; training here takes nothing"),
         ("--image_column picture", "takes image or file_name"),
         ("--learning_rat 1", 'did you mean "learning_rate"'),
         ("--seed", "--seed has no value"),

@@ -1,20 +1,27 @@
-"""AdamW and Muon behind one step: what is moved by which, and going on from a state."""
+"""Five optimizers behind one step: what is moved by which, and going on from a state."""
+
+import sys
+from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
-from controlkit.optimizers import Average, Optimizer
+from controlkit.errors import UserError
+from controlkit.optimizers import Average, Optimizer, OptimizerName, state_bytes
 
 
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    return nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "inner": nn.Conv2d(4, 4, 3)})
+    return nn.ModuleDict({"conv_in": nn.Conv2d(3, 32, 3), "inner": nn.Conv2d(32, 32, 3)})
 
 
 def make_step(module, optimizer, rate=1e-2):
-    module["inner"](module["conv_in"](torch.ones(1, 3, 8, 8))).square().mean().backward()
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(2, 3, 8, 8, generator=generator)
+    module["inner"](module["conv_in"](picture)).square().mean().backward()
     optimizer.step(rate)
 
 
@@ -42,17 +49,83 @@ def test_adamw_is_torch_s_own(module):
     ours = weights(module)
     module.load_state_dict(before)
     theirs = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
-    module["inner"](module["conv_in"](torch.ones(1, 3, 8, 8))).square().mean().backward()
-    theirs.step()
+    make_step(module, Stepped(theirs))
     assert all(torch.allclose(ours[name], p, atol=1e-7) for name, p in module.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+class Stepped:
+    """A library's own optimizer, stepped as ours are."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, rate):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def library_s_own(name, module):
+    import bitsandbytes
+    import prodigyopt
+
+    given = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-4, "weight_decay": 0.1}
+    if name == "adamw8bit":
+        return bitsandbytes.optim.AdamW8bit(module.parameters(), **given)
+    return prodigyopt.Prodigy(module.parameters(), **given, safeguard_warmup=True, use_bias_correction=True)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+def test_a_library_s_optimizer_is_the_library_s_own(module, name):
+    before = weights(module)
+    ours = Optimizer(module, name, (0.8, 0.9), 0.1, 1e-4)
+    for _ in range(3):
+        make_step(module, ours)
+    moved = weights(module)
+    module.load_state_dict(before)
+    theirs = Stepped(library_s_own(name, module))
+    for _ in range(3):
+        make_step(module, theirs)
+    assert all(torch.equal(moved[key], p) and not torch.equal(before[key], p) for key, p in module.named_parameters())
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_a_convolution_s_matrix(module):
+    optimizer = Optimizer(module, "adafactor")
+    make_step(module, optimizer)
+    sizes = {tuple(value.shape) for value in optimizer.state().values() if value.ndim > 1}
+    assert sizes == {(32, 1), (1, 27), (1, 288)}
+
+
+def test_prodigy_finds_its_rate(module):
+    optimizer = Optimizer(module, "prodigy", weight_decay=0.0)
+    found = []
+    for _ in range(30):
+        make_step(module, optimizer, 1.0)
+        found.append(optimizer.state()["0.all.d"].item())
+    assert found[0] < 1e-5 and found[-1] > 3 * found[0]
+
+
+@pytest.mark.parametrize(("name", "library"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_an_optimizer_whose_library_is_missing_says_what_to_install(name, library, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"{library}'s. Install it with: pip install 'controlkit\[optimizers\]'"):
+        Optimizer(module, name)
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_the_memory_of_a_state_is_foreseen(module, name):
+    optimizer = Optimizer(module, name)
+    make_step(module, optimizer)
+    held = sum(value.numel() * value.element_size() for value in optimizer.state().values())
+    levels = 2 * 256 * 4 if name == "adamw8bit" else 0  # shared while it runs, written with each weight
+    assert state_bytes(module, name) == pytest.approx(held - levels, rel=0.02)
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
 def test_going_on_from_a_state_is_going_on(module, name):
     optimizer = Optimizer(module, name)
     for _ in range(3):
         make_step(module, optimizer)
-    kept, state = weights(module), {key: value.clone() for key, value in optimizer.state().items()}
+    kept, state = weights(module), load(save({key: value.contiguous() for key, value in optimizer.state().items()}))
     make_step(module, optimizer)
     wanted = weights(module)
 

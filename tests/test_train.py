@@ -99,7 +99,11 @@ def leftovers(out):
         ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
-        ({"control": {"body": "lora"}}, ["\"control.body\" is 'lora'", "'copy' or 'conv'"]),
+        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora' or 'adapter'"]),
+        ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
+        ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
+        ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
+        ({"schedule": "polynomial", "lr": 1e-8}, ["ends at a rate of 1e-07, and lr is 1e-08"]),
         ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
         ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
     ],
@@ -193,6 +197,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.low", -1.0, "weights"),
     ("control.high", 2.0, "weights"),
     ("control.body", "conv", "tensors"),
+    ("control.rank", 2, "weights", {"control": {"body": "lora"}}),
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
@@ -211,12 +216,20 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("accumulate", 2, "rows"),
     ("checkpointing", True, "recomputed"),
     ("optimizer", "muon", "weights"),
+    ("betas", [0.5, 0.9], "weights"),
+    ("epsilon", 1.0, "weights"),
+    ("max_grad_norm", 1e-9, "weights"),
     ("ema", 0.5, "weights"),
     ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
     ("cooldown", 1, "weights"),
+    ("schedule", "cosine", "weights"),
+    ("cycles", 2, "weights", {"schedule": "cosine_with_restarts"}),
+    ("power", 2.0, "weights", {"schedule": "polynomial"}),
+    ("budget", 1e-9, "steps"),
     ("weight_decay", 1.0, "weights"),
+    ("unlock", 1, "losses", {"steps": 3}),
     ("prompt_dropout", 1.0, "losses"),
     ("seed", 1, "losses"),
     ("checkpoint_every", 2, "checkpoints"),
@@ -275,7 +288,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
-            content[section] = content[section] | values if isinstance(values, dict) else values
+            content[section] = content.get(section, {}) | values if isinstance(values, dict) else values
         if key:
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
@@ -324,12 +337,6 @@ def test_no_setting_is_left_out():
                 yield prefix + name
 
     assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
-
-
-def test_the_rate_rises_stays_and_falls():
-    recipe = parse_recipe({"steps": 10, "lr": 1.0, "warmup": 3, "cooldown": 3})
-    rates = [train.learning_rate(recipe, step) for step in range(10)]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------
@@ -1031,8 +1038,9 @@ def test_an_average_is_what_is_saved_and_goes_on_exactly(toy_base, tmp_path):
     assert far(whole, ended(recipe, tmp_path / "stopped", toy_base)[0]) == 0
 
 
-def test_muon_trains_another_control_and_goes_on_exactly(toy_base, tmp_path):
-    recipe = tiny(**PLAIN | {"steps": 4}, optimizer="muon", checkpoint_every=2)
+@pytest.mark.parametrize("name", ["muon", "adamw8bit", "adafactor", "prodigy"])
+def test_other_optimizers_train_another_control_and_go_on_exactly(name, toy_base, tmp_path):
+    recipe = tiny(**PLAIN | {"steps": 4, "lr": 1.0 if name == "prodigy" else 1e-2}, optimizer=name, checkpoint_every=2)
     whole, _ = ended(recipe, tmp_path / "whole", toy_base)
     assert far(whole, ended(tiny(**PLAIN | {"steps": 4}), tmp_path / "plain", toy_base)[0]) > 1e-4
     list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
@@ -1143,5 +1151,5 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
     own = [Pair(picture, "a thing", picture)] * 2
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
+        Evaluator(toy_base, toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 
 import errno
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,10 @@ BaseOption = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA, or a run's base-difference, merged into the base; repeatable."),
+]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
 
@@ -76,6 +81,8 @@ def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    # diffusers imports it where it is installed, and it misses kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if device not in ("cpu", "cuda", "auto"):
         raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
     if device == "auto":
@@ -98,7 +105,11 @@ def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> 
             _warn(str(note.message))
     trained_on = saved.trained.get("base_digest")
     # A digest takes seconds on a large base, and bfloat16's rounding gives another.
-    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:
+    comparable = trained_on and base.dtype != torch.bfloat16
+    if difference := saved.trained.get("base_difference"):
+        if comparable and trained_on == base.digest:
+            _warn(f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}')
+    elif comparable and trained_on != base.digest:
         _warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
     return saved
 
@@ -159,9 +170,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA merged into the base; repeatable.")
-    ] = None,
+    lora: LoraOption = None,
     embedding: Annotated[
         list[Path] | None,
         typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
@@ -480,6 +489,7 @@ def evaluate(
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
+    lora: LoraOption = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
     hint_guidance: Annotated[
@@ -505,7 +515,7 @@ def evaluate(
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
-    model = _load_base(base, device)
+    model = _load_base(base, device, loras=[_split_lora(text) for text in lora or []])
     saved = _load_control(control, model, annotator)
     if isinstance(saved.branch, UnionBranch):
         raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')

@@ -4,14 +4,15 @@ Every flag of that script is known here: it has a place in the recipe, or a reas
 with what to do instead. What is left out has the script's default, not the recipe's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from controlkit.errors import UserError, nearest
+from controlkit.recipe import ScheduleName
 
 PLACES = {
     "pretrained_model_name_or_path": "base",
@@ -22,6 +23,8 @@ PLACES = {
     "max_train_steps": "steps",
     "learning_rate": "lr",
     "adam_weight_decay": "weight_decay",
+    "adam_epsilon": "epsilon",
+    "max_grad_norm": "max_grad_norm",
     "proportion_empty_prompts": "prompt_dropout",
     "gradient_checkpointing": "checkpointing",
     "gradient_accumulation_steps": "accumulate",
@@ -33,8 +36,8 @@ PLACES = {
 """Where in a recipe a flag's value goes as it is. ``annotator`` is ours: what the hints are, or what makes them."""
 
 WORKED_OUT = (
-    "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "scale_lr", "resolution",
-    "validation_steps",
+    "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "lr_power", "scale_lr", "resolution", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam",
 )  # fmt: skip
 """Flags of which something is computed."""
 
@@ -53,17 +56,10 @@ NEEDLESS = {
     "report_to": "the log is OUT/log.jsonl",
     "logging_dir": "the log is OUT/log.jsonl",
     "tracker_project_name": "the log is OUT/log.jsonl",
-    "lr_num_cycles": "of schedulers that are not offered",
-    "lr_power": "of schedulers that are not offered",
 }
 """Flags that change nothing here, and why."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
-    "adam_beta1": (0.9,),
-    "adam_beta2": (0.999,),
-    "adam_epsilon": (1e-8,),
-    "max_grad_norm": (1.0,),
-    "use_8bit_adam": (False,),
     "push_to_hub": (False,),
     "hub_token": (None,),
     "hub_model_id": (None,),
@@ -76,10 +72,13 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Flags that may have these values alone."""
 
+OF_ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power": ("power", "polynomial")}
+"""Flags that one scheduler alone reads: the recipe's key, and which. Its ``constant`` does not read the warm-up."""
+
 SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_none", "use_8bit_adam", "push_to_hub",
             "enable_xformers_memory_efficient_attention")  # fmt: skip
-WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "resolution",
-         "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
+WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
+         "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
 TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
         "output_dir", "annotator")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
@@ -91,6 +90,8 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-6,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 500,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
     "proportion_empty_prompts": 0.0,
     "checkpointing_steps": 500,
     "adam_weight_decay": 1e-2,
@@ -118,6 +119,10 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         if name in given and given[name] not in allowed:
             words = " or ".join(str(value) for value in allowed if value is not None) or "nothing"
             raise UserError(f"--{name} is {given[name]}; training here takes {words}. Leave it out, or change that.")
+    if given.get("lr_scheduler", "constant") not in (schedules := get_args(ScheduleName)):
+        raise UserError(
+            f'--lr_scheduler is "{given["lr_scheduler"]}": {nearest(str(given["lr_scheduler"]), schedules)}'
+        )
     if "pretrained_model_name_or_path" not in given:
         raise UserError("--pretrained_model_name_or_path is missing: expected `mini`, a diffusers folder or a file.")
     if ("train_data_dir" in given) == ("dataset_name" in given):
@@ -137,8 +142,16 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         recipe["steps"] = -(-pairs // recipe["batch"]) * values["num_train_epochs"]
     if values.get("scale_lr"):
         recipe["lr"] *= recipe["batch"]
-    recipe |= _schedule(values["lr_scheduler"], values["lr_warmup_steps"], recipe["steps"])
+    recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
+    recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
+    recipe["schedule"] = values["lr_scheduler"]
+    recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values["lr_warmup_steps"]
+    for name, (key, schedule) in OF_ONE_SCHEDULE.items():
+        if name in given and recipe["schedule"] == schedule:
+            recipe[key] = given[name]
+        elif name in given:
+            notes.append(f"--{name} is not needed: --lr_scheduler {schedule} alone reads it")
     if values["annotator"] and "validation_steps" in given:
         recipe["evaluation"]["every"] = given["validation_steps"]
     elif "validation_steps" in given:
@@ -186,15 +199,3 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return yaml.safe_load(text)
-
-
-def _schedule(name: str, warmup: int, steps: int) -> Mapping[str, int]:
-    """Warm-up and cooldown of a scheduler by diffusers' name; its ``constant`` has no warm-up, whatever is asked."""
-    schedules = {
-        "constant": {"warmup": 0, "cooldown": 0},
-        "constant_with_warmup": {"warmup": warmup, "cooldown": 0},
-        "linear": {"warmup": warmup, "cooldown": max(steps - warmup, 0)},
-    }
-    if name not in schedules:
-        raise UserError(f'--lr_scheduler is "{name}": {nearest(str(name), schedules)}')
-    return schedules[name]

@@ -502,8 +502,12 @@ def three_ways(
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
     skip_no_control: bool = False,
+    plain: UNetBase | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """The same seeds and prompts, controlled, without control, and with another sample's hint."""
+    """The same seeds and prompts, controlled, without control, and with another sample's hint.
+
+    ``plain``: the base that is to make those without control, where training has changed ``base``.
+    """
     half = max(len(hints) // 2, 1)
     mixed = [*hints[half:], *hints[:half]]
     ways: dict[str, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
@@ -515,5 +519,6 @@ def three_ways(
     made = {}
     for name, (given, controls) in ways.items():
         jobs = [Job(t.prompt, i, (given[i],) if given else ()) for i, t in enumerate(truths)]
-        made[name] = [p.pixels for p in generate(base, jobs, controls, settings, batch, on_step)]
+        by = base if controls else plain or base
+        made[name] = [p.pixels for p in generate(by, jobs, controls, settings, batch, on_step)]
     return made

@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from controlkit.errors import UserError, nearest
 from controlkit.optimizers import OptimizerName
+
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]  # fmt: skip
+POLYNOMIAL_END = 1e-7
+"""The rate at which ``schedule: polynomial`` ends, as diffusers has it."""
 
 
 class _Strict(BaseModel):
@@ -33,7 +39,11 @@ class ControlRecipe(_Strict):
     """What the least of whole numbers in a hint, 0, is read as; floats are taken as they are."""
     high: float = 1.0
     """What the largest of their type is read as; floats must lie between the two."""
-    body: Literal["copy", "conv"] = "copy"
+    body: Literal["copy", "conv", "lora", "adapter"] = "copy"
+    """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
+    trained (a Control-LoRA; written as such, too); ``adapter``, a T2I-Adapter."""
+    rank: int = Field(16, gt=0)
+    """Of the differences that ``body: lora`` trains."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
@@ -91,6 +101,11 @@ class Recipe(_Strict):
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
     steps: int = Field(3000, gt=0)
+    budget: float | None = Field(None, gt=0)
+    """Minutes after which the run ends, with the last step that fits, where ``steps`` have not ended it before: of wall
+    clock, from caching on, evaluations and the time before interruptions included. What a kill undid is not counted.
+    The rate then comes down in time (``train.learning_rate``): a cooldown of a fifth of the steps is one of a fifth of
+    the budget. How many steps fit differs from time to time, and so does what comes of them: not for exact repeats."""
     batch: int = Field(32, gt=0)
     draws: int = Field(1, gt=0)
     """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
@@ -100,16 +115,33 @@ class Recipe(_Strict):
     checkpointing: bool = False
     """Compute features of branch and decoder anew in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
-    """``muon``: Muon for weight matrices, AdamW for the rest."""
+    """``muon``: Muon for weight matrices, AdamW for the rest; ``adamw8bit``, ``adafactor``: less memory; ``prodigy``:
+    finds the rate itself (set ``lr: 1``). What each does: ``optimizers.Optimizer``."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """How much AdamW and Prodigy keep of the means of gradients and of their squares."""
+    epsilon: float = Field(1e-8, gt=0)
+    """What AdamW and Prodigy add to the root of the squares' mean."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this L2 norm, over all weights, where theirs is larger."""
     lr: float = Field(1e-5, gt=0)
-    """The rate between warm-up and cooldown (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    """The rate at its highest (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    schedule: ScheduleName = "constant"
+    """How the rate goes on after ``warmup``: as it is, but for a ``cooldown``; or as diffusers has it."""
     warmup: int = Field(0, ge=0)
     """Steps at the start over which the rate rises linearly."""
     cooldown: int = Field(0, ge=0)
-    """Steps at the end over which it falls linearly, nearly to zero."""
+    """Steps at the end over which it falls linearly, nearly to zero; of ``schedule: constant``."""
+    cycles: int = Field(1, gt=0)
+    """How often ``schedule: cosine_with_restarts`` comes down."""
+    power: float = Field(1.0, gt=0)
+    """Of what remains of the steps, with ``schedule: polynomial``, which ends at a rate of 1e-7."""
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
+    unlock: int | None = Field(None, gt=0)
+    """Steps after which the base's U-Net learns, too, at the same rate (the paper's large-scale training, which unlocks
+    after 50,000 and more). It is a copy that does: what it learnt is written into the control's folder as a difference,
+    ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
     compile: bool = False
@@ -121,12 +153,29 @@ class Recipe(_Strict):
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     @model_validator(mode="after")
-    def _whole_pairs(self) -> "Recipe":
+    def _together(self) -> "Recipe":
         if self.batch % (self.draws * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
                 f"{self.accumulate} equal parts"
             )
+        if self.unlock and self.ema:
+            raise ValueError("ema averages a control's weights alone, and with unlock the base's change beside them")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unread(self) -> "Recipe":
+        for key, read, reason in (
+            ("betas", self.optimizer != "adafactor", "adafactor has none"),
+            ("epsilon", self.optimizer != "adafactor", "adafactor has its own"),
+            ("cooldown", self.schedule == "constant", "it is of schedule: constant"),
+            ("cycles", self.schedule == "cosine_with_restarts", "they are of schedule: cosine_with_restarts"),
+            ("power", self.schedule == "polynomial", "it is of schedule: polynomial"),
+        ):
+            if not read and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'"{key}" is set, and nothing reads it: {reason}')
+        if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
+            raise ValueError(f"schedule: polynomial ends at a rate of {POLYNOMIAL_END}, and lr is {self.lr}")
         return self
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.families import Prediction
-from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap
+from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap, low_rank
 from controlkit.hub import digest
 from controlkit.precision import autocast
 from controlkit.union import UnionBranch
@@ -303,11 +303,10 @@ class UNetBase:
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_noise(self, x: Tensor, t: Tensor, text: Text, inject: Mapping[str, Tensor] | None = None) -> Encoded:
-        """The locked encoder and middle block, with ``inject`` at its encoder taps.
+        """The encoder and middle block, with ``inject`` at its encoder taps; gradients reach the residuals.
 
-        No graph is built: nothing before it is trained.
+        Where nothing is injected and the weights are locked, as a branch has it, no graph is built.
         """
         return self.encoder.encode(x, t, text, inject=inject)
 
@@ -340,7 +339,9 @@ class UNetBase:
     def new_branch(self, spec: ControlSpec | None = None, hint_channels: int = 3) -> ControlBranch:
         """A fresh branch for this base, as ``spec`` says."""
         spec = spec or ControlSpec()
-        body = self.conv_body() if spec.body == "conv" else self.copy_encoder()
+        body: nn.Module = self.conv_body() if spec.body == "conv" else self.copy_encoder()
+        if spec.body == "lora":
+            body = low_rank(body, spec.rank)
         return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
 
     def new_union(self, types: int = 8, code_width: int = 32) -> UnionBranch:
@@ -357,6 +358,11 @@ class UNetBase:
     def conv_body(self) -> ConvBody:
         """A fresh body of ControlNet-lite for this base's taps."""
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
+
+    def with_own_unet(self) -> "UNetBase":
+        """The same base with a copy of its U-Net, to be trained."""
+        unet = copy.deepcopy(self.unet)
+        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none)
 
     # --- placement --------------------------------------------------------------------------------------
 

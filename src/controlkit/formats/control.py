@@ -93,23 +93,30 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict
 def control_weights(control: SavedControl, base: UNetBase) -> Weights:
     """A control's weights under diffusers' names, with all that is known of it in the metadata.
 
-    Joins that ``taps: mid`` leaves out are zeros, which is what they are.
+    Joins that ``taps: mid`` leaves out are zeros, which is what they are; a body trained in low ranks is written as
+    the copy that it amounts to.
     """
     branch = control.branch
-    assert isinstance(branch, ControlBranch)
-    table = key_table(branch)
-    tensors = {table[key]: value.detach().cpu() for key, value in branch.state_dict().items()}
-    config: dict[str, Any] = {}
-    if branch.spec.body == "copy":
-        config = _diffusers_config(base, branch, control.hint)
-        tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
-    facts: dict[str, Any] = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    assert isinstance(branch, ControlBranch | Adapter)
+    facts: dict[str, Any] = {"signature": base.signature, "trained": dict(control.trained)}
+    if isinstance(branch, Adapter):
+        kind, config = "adapter", {key: value for key, value in branch.network.config.items() if key[0] != "_"}
+        tensors = {key: value.detach().cpu() for key, value in branch.network.state_dict().items()}
+    else:
+        kind = "union" if isinstance(branch, UnionBranch) else "controlnet"
+        table = key_table(branch)
+        tensors = {table[key]: value.detach().cpu() for key, value in branch.weights().items()}
+        spec = replace(branch.spec, body="copy", rank=0) if branch.spec.body == "lora" else branch.spec
+        facts["spec"] = asdict(spec)
+        config = {}
+        if spec.body == "copy":
+            config = _diffusers_config(base, branch, control.hint)
+            tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
     if control.guidance != 1.0:
         facts["use"] = {"guidance": control.guidance}
     if control.hints:
         facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
-    kind = "union" if isinstance(branch, UnionBranch) else "controlnet"
     return Weights(kind, tensors, config, metadata | {"controlkit.hint": control.hint.to_json()})
 
 

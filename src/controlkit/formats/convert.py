@@ -15,6 +15,7 @@ from torch import Tensor
 
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
+from controlkit.branch import gains
 from controlkit.errors import UserError, nearest
 from controlkit.formats.control import (
     SavedControl,
@@ -166,6 +167,11 @@ def write(
     return Converted(target, tuple(notes))
 
 
+def save_control_lora(path: Path, control: SavedControl, base: UNetBase, rank: int) -> None:
+    """Write a control whose body was trained in differences of this rank as the Control-LoRA that it is."""
+    write(control_weights(control, base), path, "control-lora", base=base, rank=rank)
+
+
 # --- Control-LoRA, Union, transfer --------------------------------------------------------------------------------
 
 
@@ -196,19 +202,15 @@ def control_lora(
         on_tensor(i + 1, len(weights.tensors))
     energy = sum(float(values.square().sum()) for _, values in spectra.values())
 
-    def smaller(name: str, r: int) -> bool:
-        tensor = weights.tensors[name]
-        return r * (len(tensor) + tensor[0].numel()) < tensor.numel()
-
     def lost(r: int) -> float:
-        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if smaller(name, r))
+        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if gains(weights.tensors[name], r))
         return math.sqrt(left / energy) if energy else 0.0
 
     rank = rank or next((r for r in RANKS if lost(r) <= ENOUGH), RANKS[-1])
     made: dict[str, Tensor] = {}
     gone = 0.0
     for name, tensor in weights.tensors.items():
-        if name not in spectra or not smaller(name, rank):
+        if name not in spectra or not gains(tensor, rank):
             made[name] = tensor
             continue
         up, down = (part.to(tensor.dtype) for part in low_rank(difference(name), *spectra[name], rank))

@@ -14,10 +14,10 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import SCRATCH, write_atomic
@@ -31,12 +31,25 @@ from controlkit.train.records import Seen, seen_in
 class Learner:
     """All that a step changes."""
 
-    branch: ControlBranch
+    branch: Branch
+    base: UNetBase
+    """What the branch learns on: the run's base, or one with a U-Net of its own that is unlocked sooner or later."""
+    learning: nn.Module
+    """What has parameters that learn: the branch, and such a U-Net."""
     optimizer: Optimizer
     average: Average | None = None
 
+    @classmethod
+    def of(cls, recipe: Recipe, branch: Branch, base: UNetBase) -> "Learner":
+        """What a recipe asks for; ``UserError`` where the library of its optimizer is not installed."""
+        learning: nn.Module = branch
+        if recipe.unlock:
+            learning = nn.ModuleDict({"branch": branch, "unet": base.unet.requires_grad_(True)})
+        optimizer = Optimizer(learning, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
+        return cls(branch, base, learning, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
+
     @property
-    def result(self) -> ControlBranch:
+    def result(self) -> Branch:
         """The weights that are measured and saved."""
         return self.average.module if self.average else self.branch  # type: ignore[return-value]
 
@@ -48,7 +61,7 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """All of it, as tensors by name."""
-        parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
+        parts = {"optimizer": self.optimizer.state(), "learning": self.learning.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
         return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
@@ -59,13 +72,13 @@ class Learner:
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
-        self.branch.load_state_dict(part("branch"))
+        self.learning.load_state_dict(part("learning"))
         self.optimizer.restore(part("optimizer"))
         if self.average:
             self.average.module.load_state_dict(part("average"))
 
 
-_LAYOUT = "2"
+_LAYOUT = "3"
 """Of a checkpoint's tensors; raised when their names change."""
 
 
@@ -75,15 +88,24 @@ def checkpoints_in(out: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    out: Path, step: int, control: SavedControl, base: UNetBase, state: Mapping[str, Tensor], keep: int
+    out: Path,
+    step: int,
+    control: SavedControl,
+    base: UNetBase,
+    state: Mapping[str, Tensor],
+    keep: int,
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last."""
+    """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last.
+
+    ``more``: facts to be told again by ``load_checkpoint``.
+    """
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
         save_control(scratch / "control", control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest}
+        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest} | dict(more or {})
         write_atomic(scratch / "state.safetensors", save(dict(state), facts))
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
@@ -101,12 +123,12 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
-    """Put a checkpoint into ``learner``; returns its step."""
+def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str, str]:
+    """Put a checkpoint into ``learner``; returns its facts, ``step`` among them."""
     path = folder / "state.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
+            facts: dict[str, str] = file.metadata()
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Delete {folder} and run again: the run goes on from the one before."
@@ -119,7 +141,7 @@ def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> int:
             "go on with those weights, or give another --out."
         )
     learner.restore(load_file(path))
-    return int(facts["step"])
+    return facts
 
 
 def cut_log(path: Path, step: int) -> list[Seen]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.data import (
     Pair,
     build_cache,
@@ -33,10 +33,12 @@ from controlkit.train.step import Batch, controlled, draw_batch, hint_features_o
 
 
 class Evaluator:
-    """Obedience on held-out hints; what does not depend on the branch is made once."""
+    """Obedience on held-out hints; what does not depend on the branch is made once, by the ``locked`` base."""
 
-    def __init__(self, base: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path) -> None:
-        self.base, self.contract, self.out = base, contract, out
+    def __init__(
+        self, base: UNetBase, locked: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path
+    ) -> None:
+        self.base, self.locked, self.contract, self.out = base, locked, contract, out
         self.pairs = [pairs[i] for i in range(len(pairs))]
         check_findable(contract, self.pairs)
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
@@ -49,12 +51,19 @@ class Evaluator:
         """Picture-steps the next evaluation takes; the first one also samples without control."""
         return len(self.pairs) * self.settings.steps * (3 if self._fixed is None else 2)
 
-    def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
+    def measure(self, branch: Branch, step: int, on_advance: Callable[[int], None]) -> Obedience:
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
         first = self._fixed is None
         made = three_ways(
-            self.base, control, self.pairs, self.hints, self.settings, on_step=on_advance, skip_no_control=not first
+            self.base,
+            control,
+            self.pairs,
+            self.hints,
+            self.settings,
+            on_step=on_advance,
+            skip_no_control=not first,
+            plain=self.locked,
         )
         if self._fixed is None:
             ceiling = ceiling_pictures(self.base, [pair.picture for pair in self.pairs])
@@ -91,7 +100,7 @@ class Gauge:
         self.without = [self._errors(batch, None) for batch in self.batches]
 
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: ControlBranch | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: Branch | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
         z = self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
         with autocast(self.base.device.type):
@@ -102,7 +111,7 @@ class Gauge:
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
         return off.view(-1, self.QUARTERS).cpu()
 
-    def measure(self, branch: ControlBranch) -> dict[str, list[float]]:
+    def measure(self, branch: Branch) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
         branch.eval()
         sums: dict[str, list[Tensor]] = {}

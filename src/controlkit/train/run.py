@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from controlkit.backbones import UNetBase, load_base, recomputed
-from controlkit.branch import ControlBranch
+from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
 from controlkit.data import (
     Cached,
     Pair,
@@ -25,12 +24,11 @@ from controlkit.data import (
     turn_at,
 )
 from controlkit.errors import UserError
-from controlkit.formats import SavedControl, save_control
+from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
 from controlkit.measure import (
     Obedience,
 )
-from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import autocast, training_attention
 from controlkit.ranks import Ranks, ranks
 from controlkit.recipe import Recipe
@@ -47,15 +45,9 @@ from controlkit.train.checkpoints import (
 )
 from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
+from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of a step (from 0): warm-up, plateau, cooldown."""
-    rise = (step + 1) / (recipe.warmup + 1)
-    fall = (recipe.steps - step) / (recipe.cooldown + 1)
-    return recipe.lr * min(1.0, rise, fall)
 
 
 def train_control(
@@ -84,18 +76,19 @@ def train_control(
         )
     pairs, heldout = training_pairs(recipe, base)
     branch = new_branch(recipe, base, contracts, begin=not checkpoints_in(out))
+    learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
     with sole_owner(out) if together.first else nullcontext():
-        yield from _train(recipe, out, base, branch, contracts, pairs, heldout, together, on_stage, on_advance)
+        yield from _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
 
 
 def _train(
     recipe: Recipe,
     out: Path,
-    base: UNetBase,
-    branch: ControlBranch,
+    locked: UNetBase,
+    learner: Learner,
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
@@ -103,6 +96,8 @@ def _train(
     on_stage: Callable[[str, int], None],
     on_advance: Callable[[int], None],
 ) -> Iterator[Record]:
+    clock = Clock(recipe.budget)
+    base, branch = learner.base, learner.branch
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         begin_folder(recipe, out, base.device.type)
@@ -116,28 +111,37 @@ def _train(
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
-    optimizer = Optimizer(branch, recipe.optimizer, weight_decay=recipe.weight_decay)
-    learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
     evaluates = recipe.evaluation.every > 0 and together.first
-    evaluator = Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
+    evaluator = Evaluator(base, locked, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
     gauge = Gauge(base, heldout, contracts, recipe, out) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = checkpoints_in(out)
     if kept:
-        step = load_checkpoint(kept[-1], learner, base)
+        facts = load_checkpoint(kept[-1], learner, locked)
+        step, clock = int(facts["step"]), Clock(recipe.budget, facts)
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
     def saved(at: int) -> SavedControl:
-        facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
+        facts = {"base": base.name, "base_digest": locked.digest, "step": at, "data": recipe.data.source}
+        facts |= {"base_difference": DIFFERENCE} if recipe.unlock and at > recipe.unlock else {}
         hints = contracts if recipe.control.types else {}
         facts |= {"recipe": recipe.model_dump()}
         return SavedControl(learner.result, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
 
+    def save_result(folder: Path, at: int) -> None:
+        """The control, and what belongs to it beside it: its base's difference, itself as a Control-LoRA."""
+        save_control(folder, saved(at), base)
+        if recipe.unlock and at > recipe.unlock:
+            save_difference(folder / DIFFERENCE, locked, base)
+        if recipe.control.body == "lora":
+            save_control_lora(folder / "control-lora.safetensors", saved(at), base, recipe.control.rank)
+
     attention = partial(training_attention, base.device.type)
 
-    def gradients(step: int, parts: int) -> float:
-        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss."""
+    def gradients(step: int, parts: int) -> torch.Tensor:
+        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss, on the
+        device: parts are queued one after the other, and nothing waits for them."""
         total = torch.zeros((), device=base.device)
         which, turn = turn_at([len(one) for one in cached], recipe.batch // recipe.draws, step, recipe.seed)
         for part in range(together.index * parts, (together.index + 1) * parts):
@@ -146,38 +150,42 @@ def _train(
                 loss = objective(base, branch, batch, predict) / parts
             loss.backward()
             total += loss.detach()
-        return total.item()
+        return total
 
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
     with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
-        while step < recipe.steps and not enough(recipe.evaluation, evaluations):
+        while step < recipe.steps and not enough(recipe.evaluation, evaluations) and not over:
             started = time.perf_counter()
+            if recipe.unlock:
+                base.unet.requires_grad_(step >= recipe.unlock)
             full: torch.OutOfMemoryError | None = None
-            value = float("nan")
+            loss = torch.zeros((), device=base.device)
             try:
-                value = gradients(step, parts)
+                loss = gradients(step, parts)
             except torch.OutOfMemoryError as error:
                 full = error
             if together.any(full is not None, base.device):
-                branch.zero_grad()
+                learner.learning.zero_grad()
                 parts = _more_parts(recipe.batch // recipe.draws // together.count, parts, full)
                 said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
                 on_stage(f"out of memory: {said}", 0)
                 continue
-            losses = torch.tensor(value, device=base.device)
-            together.mean([losses])
-            together.mean_gradients(branch)
-            value = losses.item()
-            slope = float(nn.utils.clip_grad_norm_(branch.parameters(), 1.0))
+            together.mean([loss])
+            together.mean_gradients(learner.learning)
+            norm = nn.utils.clip_grad_norm_(learner.learning.parameters(), recipe.max_grad_norm)
+            # Where a step waits for the device, once: what is not finite must not reach the weights.
+            value, slope = torch.stack([loss, norm]).tolist()
             if not np.isfinite([value, slope]).all():
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
                 )
             step += 1
-            learner.step(learning_rate(recipe, step - 1), step)
-            seconds = time.perf_counter() - started
+            spent = together.told(clock.share) if recipe.budget else 0.0
+            learner.step(learning_rate(recipe, step - 1, spent), step)
+            seconds = clock.last_step = time.perf_counter() - started
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
@@ -191,20 +199,24 @@ def _train(
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
                     if best_of(evaluations) == evaluations[-1]:
-                        save_control(out / "best", saved(step), base)
+                        save_result(out / "best", step)
             if due:
                 evaluations = together.told(evaluations)
             record = Record(step, value, seconds, measured, words, relative)
-            last = step == recipe.steps or enough(recipe.evaluation, evaluations)
+            over = bool(recipe.budget) and together.told(clock.over)
+            last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
                 if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep)
+                    save_checkpoint(out, step, saved(step), locked, learner.state(), recipe.keep, clock.facts())
             yield record
     if together.first:
-        save_control(out / "control", saved(step), base)
+        save_result(out / "control", step)
     together.wait()
+
+
+DIFFERENCE = "base-difference.safetensors"
 
 
 def _more_parts(pairs: int, parts: int, error: torch.OutOfMemoryError | None) -> int:

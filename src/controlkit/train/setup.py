@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from controlkit.adapter import Adapter, Branch
 from controlkit.annotators import ANNOTATORS, contract, joined
 from controlkit.backbones import UNetBase
 from controlkit.branch import ControlBranch, ControlSpec
@@ -87,7 +88,7 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
             hint = made.hint(**control.options) if made else contract(control.annotator)
         return {"": replace(hint, channels=control.channels or hint.channels, low=control.low, high=control.high)}
     plain = ControlRecipe()
-    words = {"annotator", "annotators", "options", "channels", "low", "high", "body", "join", "taps"}
+    words = {"annotator", "annotators", "options", "channels", "low", "high", "body", "rank", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -95,18 +96,27 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
-def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> ControlBranch:
+def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> Branch:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    spec = ControlSpec(control.body, control.join, control.taps)
-    branch = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels)
+    branch: Branch
+    if control.types:
+        branch = base.new_union()
+    elif control.body == "adapter":
+        plain = ControlRecipe()
+        if changed := [word for word in ("join", "taps") if getattr(control, word) != getattr(plain, word)]:
+            raise UserError(f"A T2I-Adapter has no control.{changed[0]}: it is added inside the base's encoder.")
+        branch = Adapter.fresh(base, contracts[""].channels)
+    else:
+        spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
+        branch = base.new_branch(spec, contracts[""].channels)
     if control.start_from and begin:
         _begin_with(branch, control.start_from, base)
     return branch.train()
 
 
-def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
+def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
@@ -116,6 +126,10 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
         raise UserError(
             f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
         )
+    if isinstance(branch, Adapter):
+        branch.load_state_dict(neighbour.state_dict())
+        return
+    assert isinstance(neighbour, ControlBranch)
     reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
     if branch.spec not in (neighbour.spec, reconnected):
         raise UserError(
@@ -134,7 +148,7 @@ def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
     return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
+def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(

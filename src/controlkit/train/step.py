@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from controlkit.adapter import Branch
 from controlkit.backbones import Text, UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.data import (
     Cached,
 )
@@ -82,18 +82,23 @@ def draw_batch(
             rows.append(0 if dropped else int(cached.prompt_rows[index]))
         picture, name = cached.hints[row].numpy(), names[int(cached.kinds[index])]
         hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
-    device = base.device
+    text = cached.text[rows].to(torch.device("cpu"), torch.float32).tensors()
     return Batch(
-        torch.stack(latents).to(device),
-        torch.stack(noise).to(device),
-        torch.tensor(times, device=device),
-        cached.text[rows].to(device, torch.float32),
-        {name: torch.cat(of_type).to(device) for name, of_type in hints.items()},
+        _sent(torch.stack(latents), base.device),
+        _sent(torch.stack(noise), base.device),
+        _sent(torch.tensor(times), base.device),
+        Text(**{name: _sent(value, base.device) for name, value in text.items()}),
+        {name: _sent(torch.cat(of_type), base.device) for name, of_type in hints.items()},
         recipe.draws,
     )
 
 
-def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """To the device; to a GPU from pinned memory, or the copy would wait for all that is queued there."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def hint_features_of(branch: Branch, batch: Batch) -> Any:
     """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
     read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
     if isinstance(read, Tensor):
@@ -101,14 +106,13 @@ def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
-def controlled(base: UNetBase, branch: ControlBranch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+def controlled(base: UNetBase, branch: Branch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
-    return base.decode_noise(base.encode_noise(z, t, text), branch(z, t, text, features))
+    residuals = branch(z, t, text, features)
+    return base.decode_noise(base.encode_noise(z, t, text, residuals), residuals)
 
 
-def objective(
-    base: UNetBase, branch: ControlBranch, batch: Batch, predict: Callable[..., Tensor] = controlled
-) -> Tensor:
+def objective(base: UNetBase, branch: Branch, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
     ``predict`` is ``controlled``, or that compiled.
