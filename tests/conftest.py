@@ -93,6 +93,12 @@ def _float32(monkeypatch):
     monkeypatch.setattr(precision, "_settled", {})
 
 
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch, tmp_path_factory):
+    """What tests compute is not kept for anybody, nor taken from anybody."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory):
     """An untrained base in Stable Diffusion's anatomy, 32 pixels, stride 4, as a diffusers folder."""

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from controlkit.data import Cached, CirclePairs, Pair, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
-from controlkit.images import Hint
+from controlkit.images import Hint, write_png
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
 from controlkit.recipe import FORMATS, EvaluationRecipe, Recipe, parse_recipe, read_recipe
@@ -185,12 +186,17 @@ PROBED = {
     "evaluation": {"every": 2, "num": 2, "steps": 1},
 }
 SCENES = {"data": {"source": "scenes", "scenes": 8}}
+PHOTOS = {"data": {"source": "photos"}}
 EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
 SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
     ("control.annotator", "scribble", "hints"),
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
+    ("control.annotators", ["canny", "scribble"], "weights"),
+    ("control.channels", 1, "weights"),
+    ("control.low", -1.0, "weights"),
+    ("control.high", 2.0, "weights"),
     ("control.body", "conv", "tensors"),
     ("control.rank", 2, "weights", {"control": {"body": "lora"}}),
     ("control.body", "xs", "tensors"),
@@ -204,6 +210,9 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("data.variants", 1, "pairs"),
     ("data.scenes", 16, "pairs", SCENES),
     ("data.visits", 2, "pairs", SCENES),
+    ("data.buckets", True, "hints", PHOTOS),
+    ("data.flip", 1.0, "losses"),
+    ("data.cache", False, "stored"),
     ("steps", 3, "steps"),
     ("batch", 3, "losses"),
     ("draws", 2, "losses"),
@@ -251,8 +260,10 @@ def other_base(toy_folder):
 
 @pytest.fixture(scope="module")
 def neighbour(toy_base, drawn_joins, tmp_path_factory):
-    """The folder of a trained control."""
+    """The folder of a trained control, beside one of pictures of several shapes."""
     folder = tmp_path_factory.mktemp("controls") / "neighbour"
+    for i, pair in enumerate(CirclePairs(48, 8)):
+        write_png(folder.parent / "photos" / f"a circle {'abcdefgh'[i]}.png", pair.picture[: 48 - 8 * (i % 4)])
     save_control(folder, SavedControl(drawn_joins(toy_base.new_branch()), CONTRACT), toy_base)
     return folder
 
@@ -277,6 +288,8 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             ends = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
             return dataclasses.replace(obedience(*scores), obedience=fell, **ends)
 
+        stored = []
+        monkeypatch.setattr("controlkit.train.run.open_store", lambda: stored.append(1) or nullcontext())
         monkeypatch.setattr("controlkit.train.run.objective", watched)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
         monkeypatch.setitem(sys.modules, "trackio", trackio := StandIn())
@@ -287,11 +300,13 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        hints, weights = load_file(next(out.glob("pairs*")))["hints"], weights_of(out)
+        held, weights = load_file(next(out.glob("pairs*"))), weights_of(out)
+        hints = [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
         return {
             "base": load_control(out, toy_base).trained["base"],
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
             "pairs": len(hints),
+            "stored": len(stored),
             "tensors": weights.keys(),
             "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             "losses": [record.loss for record in records],
@@ -572,7 +587,7 @@ def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(name, contract, tmp_p
     base = request.getfixturevalue(name)
     pair = CirclePairs(base.size, 1)[0]
     monkeypatch.setattr("controlkit.data.cache.hint_of", lambda pair, contract: pair.hint)
-    cached = build_cache(base, [pair], {"": contract}, tmp_path / "x")
+    [cached] = build_cache(base, [pair], {"": contract}, tmp_path / "x")
     trained_on = draw_batch(base, cached, {"": contract}, tiny(batch=1), 0).hints[""]
     branch = base.new_branch(hint_channels=contract.channels)
     read = []
@@ -647,7 +662,7 @@ def test_records_are_yielded_as_they_are_logged(toy_base, tmp_path):
 def test_training_lowers_the_loss(toy_base, tmp_path):
     recipe = tiny(steps=40, batch=4, lr=5e-3, checkpoint_every=40, evaluation={"every": 0})
     list(train_control(recipe, tmp_path, toy_base))
-    cached = Cached.read(next(tmp_path.glob("pairs*")))
+    [cached] = Cached.read(next(tmp_path.glob("pairs*")))
     batch = draw_batch(toy_base, cached, CONTRACTS, tiny(batch=16), 1000)
     with torch.no_grad():
         before, after = (

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,7 +185,7 @@ def generate(
     from controlkit import sample
     from controlkit.annotators import annotate, contract, drawn_hint
     from controlkit.formats.convert import DTYPES
-    from controlkit.images import grid, read_picture, write_png
+    from controlkit.images import grid, read_hint, read_picture, write_png
     from controlkit.precision import number_format
     from controlkit.union import UnionBranch
 
@@ -202,7 +202,7 @@ def generate(
         raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     for given in asked:
         for path in given.pictures.values():
-            read_picture(path)
+            (read_hint if hint else read_picture)(path)
     added = {"loras": [_split_lora(text) for text in lora or []], "embeddings": embedding or []}
     model = _load_base(base, device, dtype=DTYPES[dtype], **added)
     settings = sample.Settings(steps, guidance, _parse_size(size))
@@ -211,7 +211,7 @@ def generate(
     for text in (prompt, negative or ""):
         if cut := model.cut_words(text):
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
-    controls, hints, labels = [], [], []
+    controls, hints, labels, shown = [], [], [], []
     for given, k, counted, made_by in zip(asked, scales, guidances, annotators, strict=True):
         saved = _load_control(given.name, model, "" if given.typed else made_by)
         if isinstance(saved.branch, UnionBranch) and not given.typed:
@@ -226,8 +226,9 @@ def generate(
         read = {}
         for kind, path in given.pictures.items():
             rule = saved.contract_of(kind) if kind else saved.hint  # a Union's types say what makes them
-            picture = read_picture(path, masked=rule.mark is not None)
+            picture = (read_hint if hint else read_picture)(path, masked=rule.mark is not None)
             read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
+            shown.append(rule.picture(read[kind]))
         controls.append(sample.Control.of(saved, k, guess, counted))
         hints.append(read if given.typed else read[""])
         labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
@@ -245,7 +246,6 @@ def generate(
         for result in sample.generate(model, jobs, controls, settings, on_step=lambda n: progress.advance(task, n)):
             write_png(out / f"picture-{result.job.seed}.png", result.pixels, facts | {"seed": result.job.seed})
             made.append(result.pixels)
-    shown = [one for h in hints for one in (h.values() if isinstance(h, dict) else [h])]
     for i, (label, picture) in enumerate(zip(labels, shown, strict=True)):
         write_png(out / f"hint-{i}-{label.replace(':', '-')}.png", picture)
     columns = [f"hint: {label}" for label in labels] + [f"seed {job.seed}" for job in jobs]
@@ -653,9 +653,17 @@ def where(name: Annotated[str, typer.Argument(help="`mini`, `union`, `canny`, `d
 def doctor(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     annotator: Annotated[
-        str | None, typer.Option(help="What the hints are, or what will make them: they are held against it.")
+        str | None,
+        typer.Option(
+            help="What the hints are, or what will make them: they are held against it. Of several, `canny+depth`."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
+    channels: Annotated[
+        int | None, typer.Option(help="Channels the hints should have; three, or three of each, by default.", min=1)
+    ] = None,
+    low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
+    high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
 
@@ -669,6 +677,10 @@ def doctor(
 
     _check_folder(out)
     made_by = contract(annotator) if annotator else None
+    if made_by:
+        made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
+    elif (channels, low, high) != (None, 0.0, 1.0):
+        raise UserError("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
     listing = read_listing(path)
     with _progress() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate
+from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate, parts_of
 from controlkit.backbones import UNetBase
 from controlkit.data import TRUTHS, Pair, hint_of
 from controlkit.errors import UserError, nearest
@@ -216,7 +216,11 @@ METRICS = {
 
 
 def metric_of(contract: Hint) -> Metric:
-    """The metric of obedience to hints of this contract, whether or not anything here makes them."""
+    """The metric of obedience to hints of this contract, whether or not anything here makes them.
+
+    Of several hints that are channels of one it is the first's, here and in ``look_of``.
+    """
+    contract = parts_of(contract)[0]
     if not contract.annotator:
         raise UserError(f"No annotator of these hints is named: expected one of {', '.join(METRIC_OF)}.")
     if contract.annotator not in METRIC_OF:
@@ -235,6 +239,7 @@ def look_of(contract: Hint) -> Look:
 
     Depth, normals, labels and poses are read by the shipped observer, which knows the embedded scenes and nothing else.
     """
+    contract = parts_of(contract)[0]
     if not metric_of(contract).looks_again:
         return lambda picture: picture
     if contract.annotator in TRUTHS:
@@ -255,6 +260,7 @@ def shipped_observer() -> Observer:
 
 def check_findable(contract: Hint, truths: Iterable[Pair]) -> None:
     """Refuse to look with the shipped observer at pictures of anything but the embedded scenes."""
+    contract = parts_of(contract)[0]
     if contract.annotator in TRUTHS and any(truth.truth is None for truth in truths):
         raise UserError(f'"{contract.annotator}" can be found again in the embedded scenes alone: measure on scenes.')
 
@@ -268,7 +274,7 @@ def fidelity(
     """
     metric, look = metric_of(contract), look or look_of(contract)
     pairs = zip(pictures, hints, strict=True)
-    return np.array([metric.function(look(picture), hint) for picture, hint in pairs])
+    return np.array([metric.function(look(picture), contract.picture(hint)) for picture, hint in pairs])
 
 
 # --- obedience ----------------------------------------------------------------------------------------------

@@ -34,6 +34,15 @@ class ControlRecipe(_Strict):
     """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
+    annotators: list[str] = []
+    """Several hints that are channels of one control, three of each in this order (instead of ``annotator``): made by
+    annotators, or as many hints of the data's own. Obedience is measured to the first."""
+    channels: int | None = Field(None, gt=0)
+    """Channels of the hint where they are not three: 1 for grey, any number for arrays (``.npy``)."""
+    low: float = 0.0
+    """What the least of whole numbers in a hint, 0, is read as; floats are taken as they are."""
+    high: float = 1.0
+    """What the largest of their type is read as; floats must lie between the two."""
     body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
     """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
     trained (a Control-LoRA; written as such, too); ``xs``, ControlNet-XS, a thin encoder that walks beside the base's;
@@ -67,6 +76,15 @@ class DataRecipe(_Strict):
     """Scenes drawn, of which those without anything held out are used."""
     visits: int = Field(1, gt=0)
     """How often each scene comes, for a Union each time with another type of hint."""
+    buckets: bool = False
+    """Pictures of a folder in the sizes nearest to their own shapes (``data.bucket_sizes``), a batch of one size each,
+    instead of cut square. What is measured on stays square, so that figures can be compared."""
+    cache: bool = True
+    """Latents, text embeddings and annotations are looked up in this machine's store, and kept there, so that another
+    run on the same pictures computes none of them (``data.store``)."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Share of visits at which a pair is seen in a mirror: its picture, and its hint as it is of that picture (left and
+    right limbs change colours, normals the sign of x). Pairs whose prompt tells left from right stay as they are."""
 
 
 class EvaluationRecipe(_Strict):

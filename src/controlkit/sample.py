@@ -80,7 +80,8 @@ class Settings:
 class Job:
     """One picture to make.
 
-    ``hints`` holds one hint picture, uint8 (H, W, 3), for each control; for a Union control, its hint pictures by type.
+    ``hints`` holds one hint for each control, a picture, uint8 (H, W, 3), or an array as ``Hint.tensor`` reads it; for
+    a Union control, its hint pictures by type.
     ``negative``: what to keep away from; None is no prompt at all (for SDXL not the same as an empty one).
     """
 

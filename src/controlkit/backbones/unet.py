@@ -7,7 +7,7 @@ Control comes in as an explicit argument, ``inject={tap name: residual}``. Leavi
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -43,6 +43,13 @@ class Text:
 
     def __getitem__(self, rows: Any) -> "Text":
         return Text(**{name: value[rows] for name, value in self.tensors().items()})
+
+    def of_size(self, size: tuple[int, int]) -> "Text":
+        """The same, of pictures of (height, width) pixels, none of them cut; where sizes are not read, itself."""
+        if self.sizes is None:
+            return self
+        height, width = size
+        return replace(self, sizes=self.sizes.new_tensor([height, width, 0, 0, height, width]).repeat(len(self), 1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name; ``Text(**tensors)`` is the way back."""
@@ -327,14 +334,13 @@ class UNetBase:
         pooled = sizes = None
         if self.unet.config.addition_embed_type == "text_time":
             pooled = read[-1][1]
-            height, width = size or (self.size, self.size)
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device).repeat(len(prompts), 1)
+            sizes = torch.zeros(len(prompts), 6, dtype=torch.long, device=tokens.device)
         absent = [i for i, prompt in enumerate(prompts) if prompt is None]
         if absent and self.zeros_for_none:
             tokens[absent] = 0
             if pooled is not None:
                 pooled[absent] = 0
-        return Text(tokens, pooled, sizes)
+        return Text(tokens, pooled, sizes).of_size(size or (self.size, self.size))
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:

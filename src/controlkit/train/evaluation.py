@@ -5,6 +5,7 @@ would have measured, but for rounding, which depends on how many pictures are ma
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from controlkit.data import (
     Pair,
     build_cache,
     hint_of,
+    open_store,
 )
 from controlkit.images import Hint, grid, write_png
 from controlkit.measure import (
@@ -102,7 +104,7 @@ class Evaluator:
         if self.together.first:
             made_of = [two for *_, seen in parts for two in seen]
             truths = zip(self.hints, self.pairs, made_of, strict=False)  # of the first few alone
-            shown = [[hint, pair.picture, *two] for hint, pair, two in truths]
+            shown = [[self.contract.picture(hint), pair.picture, *two] for hint, pair, two in truths]
             sheet = grid(shown, ["hint", "truth", "controlled", "no control"])
             write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
         got, shuffled, no_control, ceiling_score = np.concatenate([scores for scores, *_ in parts], 1)
@@ -129,9 +131,10 @@ class Gauge:
         self.base, self.together = base, together or Ranks()
         path = out / f"heldout-{base.digest}.safetensors"
         if self.together.first:
-            build_cache(base, pairs, contracts, path)
+            with open_store() if recipe.data.cache else nullcontext() as store:
+                build_cache(base, pairs, contracts, path, store=store)
         self.together.wait()
-        cached = Cached.read(path)
+        [cached] = Cached.read(path)
         fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
         asked = recipe.model_copy(update=fixed)
         parts = -(-len(cached) // 8)

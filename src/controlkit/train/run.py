@@ -20,6 +20,8 @@ from controlkit.data import (
     Cached,
     Pair,
     build_cache,
+    open_store,
+    turn_at,
 )
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, save_control_lora
@@ -45,7 +47,7 @@ from controlkit.train.checkpoints import (
 from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.schedule import Clock, learning_rate
-from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
+from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
 from controlkit.train.trackers import check_trackers, tracked
 
@@ -114,7 +116,10 @@ def _train(
             on_stage(note, 0)
         on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
-        cached = build_cache(base, pairs, contracts, path, on_advance)
+        with open_store() if recipe.data.cache else nullcontext() as store:
+            cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0, store=store)
+        if recipe.data.buckets:
+            on_stage(buckets_in_words(cached, recipe), 0)
     together.wait()
     if not together.first:
         keep_format(out, base.device.type)
@@ -154,8 +159,9 @@ def _train(
         """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss, on the
         device: parts are queued one after the other, and nothing waits for them."""
         total = torch.zeros((), device=base.device)
+        which, turn = turn_at([len(one) for one in cached], recipe.batch // recipe.draws, step, recipe.seed)
         for part in range(together.index * parts, (together.index + 1) * parts):
-            batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
+            batch = draw_batch(base, cached[which], contracts, recipe, step, part, parts * together.count, turn)
             with autocast(base.device.type), attention():
                 compute = partial(objective, base, branch, batch, predict)
                 loss = (learner.shards.within(compute) if learner.shards else compute()) / parts

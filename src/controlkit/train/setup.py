@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 
 from controlkit.adapter import Adapter, Branch
-from controlkit.annotators import ANNOTATORS, contract
+from controlkit.annotators import ANNOTATORS, contract, joined
 from controlkit.backbones import UNetBase, XSBranch
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
+    Cached,
     CirclePairs,
     EmojiPairs,
     Pair,
     ScenePairs,
     TypedPairs,
+    bucket_sizes,
     split_folder,
 )
 from controlkit.errors import UserError, nearest
@@ -29,6 +31,8 @@ from controlkit.union import TYPES
 def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
+    if data.buckets and not Path(data.source).is_dir():
+        raise UserError(f"data.buckets is for pictures of many shapes in a folder; those of {data.source} are square.")
     emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
     if emoji or scenes:
         seen: list[Sequence[Pair]] = []
@@ -53,12 +57,21 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     folder, held = split_folder(Path(data.source), base.size)
-    if not folder.hinted and recipe.control.annotator not in ANNOTATORS:
+    names = recipe.control.annotators or [recipe.control.annotator]
+    if folder.hints > 1 and folder.hints != len(names):
+        raise UserError(
+            f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
+            "control.annotators, in their order, or take the others out."
+        )
+    if not folder.hinted and (unmade := [name for name in names if name not in ANNOTATORS]):
         raise UserError(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{recipe.control.annotator}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
+            f'"{unmade[0]}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
         )
-    return folder.part(slice(data.count)), held.part(slice(num))
+    folder = folder.part(slice(data.count))
+    if data.buckets:
+        folder = folder.bucketed(bucket_sizes(base.size, base.multiple))
+    return folder, held.part(slice(num))
 
 
 def hints_of(recipe: Recipe) -> dict[str, Hint]:
@@ -66,11 +79,17 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     control = recipe.control
     if not control.types:
         made = ANNOTATORS.get(control.annotator)
-        if control.options and not made:
-            raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
-        return {"": made.hint(**control.options) if made else contract(control.annotator)}
+        if control.options and (control.annotators or not made):
+            names = "+".join(control.annotators) or control.annotator
+            raise UserError(f"Nothing here makes hints of {names} with options: leave out control.options.")
+        if control.annotators:
+            hint = joined(control.annotators)
+        else:
+            hint = made.hint(**control.options) if made else contract(control.annotator)
+        return {"": replace(hint, channels=control.channels or hint.channels, low=control.low, high=control.high)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "rank", "size_ratio", "join", "taps"}
+    words = {"annotator", "annotators", "options", "channels", "low", "high"}
+    words |= {"body", "rank", "size_ratio", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -119,6 +138,15 @@ def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
     if any(name not in own or own[name].shape != tensor.shape for name, tensor in theirs.items()):
         raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
     branch.load_state_dict(own | theirs)
+
+
+def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
+    """How many pictures are of which size, and which are too few to fill a batch each time round."""
+    batch = recipe.batch // recipe.draws
+    sizes = ", ".join(f"{one.size[1]}x{one.size[0]} {len(one):,}" for one in cached)
+    thin = sum(len(one) < batch for one in cached)
+    often = f"; {thin} of them with fewer than a batch, which wait until one is full" if thin else ""
+    return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
 def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:

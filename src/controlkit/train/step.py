@@ -40,10 +40,12 @@ def draw_batch(
     step: int,
     part: int = 0,
     parts: int = 1,
+    turn: int | None = None,
 ) -> Batch:
-    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep and prompt
-    dropout keyed by (seed, step, sample).
+    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep, prompt dropout
+    and mirroring keyed by (seed, step, sample).
 
+    ``turn``: how many batches of these pairs came before, where other steps take theirs from other buckets.
     Pairs of one type of hint stand together, in the contracts' order. Of several draws of a pair each has its timestep
     from a share of the schedule of its own.
     """
@@ -53,11 +55,11 @@ def draw_batch(
     order: dict[int, np.ndarray] = {}
     chosen = {}
     for place in own:
-        number = step * count + place
-        epoch, turn = divmod(number, len(cached))
+        number = (step if turn is None else turn) * count + place
+        epoch, visit = divmod(number, len(cached))
         if epoch not in order:
             order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
-        chosen[place] = int(order[epoch][turn])
+        chosen[place] = int(order[epoch][visit])
     places = sorted(own, key=lambda place: int(cached.kinds[chosen[place]]))
 
     total = base.scheduler.config.num_train_timesteps
@@ -65,8 +67,11 @@ def draw_batch(
     latents, noise, times, rows = [], [], [], []
     hints: dict[str, list[Tensor]] = {}
     for place in places:
-        index = chosen[place]
-        moments = cached.moments[index].float()
+        index = row = chosen[place]
+        if cached.mirrors is not None:
+            turned = float(torch.rand((), generator=torch_rng("flip", recipe.seed, step, place))) < recipe.data.flip
+            row = int(cached.mirrors[index]) if turned else index
+        moments = cached.moments[row].float()
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         for draw in range(recipe.draws):
             generator = torch_rng("noise", recipe.seed, step, place * recipe.draws + draw)
@@ -75,7 +80,7 @@ def draw_batch(
             times.append(int(torch.randint(shares[draw], shares[draw + 1], (), generator=generator)))
             dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
             rows.append(0 if dropped else int(cached.prompt_rows[index]))
-        picture, name = cached.hints[index].numpy(), names[int(cached.kinds[index])]
+        picture, name = cached.hints[row].numpy(), names[int(cached.kinds[index])]
         hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
     text = cached.text[rows].to(torch.device("cpu"), torch.float32).tensors()
     return Batch(
