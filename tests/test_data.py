@@ -298,6 +298,8 @@ def test_types_go_round_and_none_is_asked_of_a_pair_that_lacks_what_it_shows(sce
     visits = [pair.kind for pair in known if np.array_equal(pair.picture, drawn[0].picture)]
     assert len(visits) >= 3 and len(set(visits)) == len(visits), "each visit brings another type"
     assert not len(TypedPairs([circles], ["depth"], [1]))
+    often = [pair.kind for pair in islice(TypedPairs([circles], ["canny", "tile", "tile", "tile"], [4]), 40)]
+    assert often.count("tile") == 30, "a type named three times comes three times as often"
 
 
 def test_a_cache_says_which_type_each_hint_is_of_and_masks_nothing_of_those_without_masks(toy_base, pairs, tmp_path):
