@@ -202,6 +202,8 @@ def generate(
         raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     for given in asked:
         for path in given.pictures.values():
+            if path.suffix.lower() == ".npy" and not hint:
+                raise UserError(f"{path} is an array, and arrays are hints already: say so by --hint.")
             (read_hint if hint else read_picture)(path)
     added = {"loras": [_split_lora(text) for text in lora or []], "embeddings": embedding or []}
     model = _load_base(base, device, dtype=DTYPES[dtype], **added)
