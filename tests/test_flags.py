@@ -58,6 +58,7 @@ def test_flags_go_where_they_belong(asked):
     said = "\n".join(found.notes)
     assert all(f"--{name} is not needed" in said for name in ("validation_image", "report_to", "mixed_precision"))
     assert "paper" not in said and recipe.evaluation.every == 50
+    assert parse_recipe(asked("--annotator", "canny", "--max_train_steps", 20).recipe).evaluation.every == 20
     unnamed = asked("--validation_steps", 50)
     assert parse_recipe(unnamed.recipe).evaluation.every == 0 and "nothing is measured" in unnamed.notes[0]
 

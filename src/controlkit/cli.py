@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -666,6 +666,12 @@ def doctor(
     _say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
     words = facts["caption_words"]
     _say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
+    said = [row for row in listing.rows if row.prompt]
+    if said:
+        origin = "from the file's name: " if said[0].named else ""
+        _say(f'the first: {origin}"{one_line(said[0].prompt)}"')
+    if not facts["with_hints"] and not annotator:
+        _say("hints: none; training makes them by its annotator (--annotator canny here shows what they will be)")
     if facts["hint_mean_grey"] is not None:
         _say(f"hints: mean grey {facts['hint_mean_grey']:.3f} (0 black, 1 white)")
     for (kind, fatal), count in Counter((p.kind, p.fatal) for p in report.problems).items():

@@ -139,8 +139,8 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         recipe["lr"] *= recipe["batch"]
     recipe |= _schedule(values["lr_scheduler"], values["lr_warmup_steps"], recipe["steps"])
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
-    if values["annotator"] and "validation_steps" in given:
-        recipe["evaluation"]["every"] = given["validation_steps"]
+    if values["annotator"]:  # at least in the end: a run should say whether it worked
+        recipe["evaluation"]["every"] = given.get("validation_steps", recipe["steps"])
     elif "validation_steps" in given:
         notes.append("nothing is measured on the way: --annotator says what the hints are, so that it can be")
     if not recipe["prompt_dropout"]:

@@ -128,6 +128,9 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
         report.problems.append(
             Problem("no captions", listing.layout, "no picture has one: prompts will mean little", fatal=False)
         )
+    elif (none := words.count(0)) and not any(problem.kind == "no caption" for problem in report.problems):
+        said = f"{none} of {report.rows} pictures have none"
+        report.problems.append(Problem("no caption", listing.layout, said, fatal=False))
     if 0 < report.hints < report.rows:
         report.problems.append(
             Problem("missing hint", listing.layout, f"{report.rows - report.hints} of {report.rows} rows have no hint")

@@ -15,6 +15,7 @@ itself has wrong. ``LAYOUTS`` is the order in which they are tried:
 
 import csv
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Row:
     picture: Held
     prompt: str
     hint: Held | None = None
+    named: bool = False
+    """The prompt is what the picture's file is called; nobody wrote a caption."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,30 @@ def _caption_beside(path: Path, problems: list[Problem]) -> str | None:
     return None
 
 
+_MACHINES = (
+    "img", "image", "photo", "picture", "pic", "dsc", "dscn", "dscf", "dji", "gopr", "mvi", "mg", "pxl", "sam", "vid",
+    "frame", "scan", "screenshot", "whatsapp", "signal", "telegram", "untitled", "unnamed", "file", "copy", "of", "at",
+    "am", "pm",
+)  # fmt: skip
+"""Words of names that cameras and programs give."""
+_SERIAL = re.compile(r"[0-9a-f]{8,}|[a-z]{0,2}\d{4,}|\d+")
+"""Numbers and digests: they count pictures, and say nothing of them."""
+
+
 def _words_of(path: Path) -> str:
-    """What a file's name calls its picture: ``red_apple-01.png`` -> ``red apple``."""
-    words = "".join(c if c.isalpha() else " " for c in path.stem).lower().split()
-    return " ".join(words)
+    """What a file's name calls its picture: ``001_red-apple_3d (2).png`` -> ``red apple 3d``.
+
+    Numbers at either end are counters and are dropped. A name that a machine gave (``IMG_1234``) says nothing: "".
+    """
+    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", path.stem.lower())
+    while words and words[-1].isdigit():
+        words.pop()
+    while words and words[0].isdigit():
+        words.pop(0)
+    if words:
+        words[-1] = re.sub(r"(?<=[^\W\d_]{3})\d+$", "", words[-1])  # apple01, but not mp3
+    said = [word for word in words if word not in _MACHINES and not _SERIAL.fullmatch(word)]
+    return " ".join(words) if said else ""
 
 
 def _said(prompt: str, path: Path) -> str:
@@ -306,7 +329,8 @@ def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
             raise UserError(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
         other = backend.get("conditioning_data")
         if other is None:
-            rows += [Row(_file(p), prompts[strategy](p) or "") for p in _pictures_in(place(backend))]
+            named = strategy == "filename"
+            rows += [Row(_file(p), prompts[strategy](p) or "", named=named) for p in _pictures_in(place(backend))]
         elif other not in backends:
             raise UserError(f'{path}: conditioning_data is "{other}": {nearest(str(other), backends)}')
         else:
@@ -455,7 +479,7 @@ def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:
     rows = []
     for path in found:
         said = _caption_beside(path, problems)
-        rows.append(Row(_file(path), _words_of(path) if said is None else said))
+        rows.append(Row(_file(path), _words_of(path) if said is None else said, named=said is None))
     return rows
 
 
