@@ -3,6 +3,7 @@
 The work can be interrupted and gone on with; until it is whole, nothing reads the folder as a data set.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from controlkit.annotators import ANNOTATORS, annotate
+from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
 from controlkit.data.layouts import BUILT, Listing, Row
 from controlkit.errors import UserError, nearest
-from controlkit.images import Hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.images import SCRATCH, Hint, decode_picture, fit, png_bytes, write_atomic
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -57,24 +59,47 @@ TARGETS = {
 
 
 def build_set(
-    listing: Listing, folder: Path, layout: str, contract: Hint, size: tuple[int, int] | None = None
+    listing: Listing,
+    folder: Path,
+    layout: str,
+    contract: Hint,
+    size: tuple[int, int] | None = None,
+    captioner: Captioner | None = None,
+    over: Over = "nothing",
+    on_captions: Callable[[int], None] = lambda count: None,
 ) -> Iterator[int]:
     """Write a data set's pairs into ``folder``; yields the number written so far.
 
     ``contract`` says what the hints are; its annotator makes them where the set has none. ``size`` is (height, width);
-    None leaves pictures as they are. ``UserError`` if the folder was begun with other settings, or holds anything else.
+    None leaves pictures as they are. Before anything else ``captioner`` captions the pictures without a caption, and
+    what ``over`` names; ``on_captions(count)`` tells of these. ``UserError`` if the folder was begun with other
+    settings or another set, or holds anything else.
     """
     if layout not in {*TARGETS, "webdataset"}:
         raise UserError(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
     if contract.annotator not in ANNOTATORS and any(row.hint is None for row in listing.rows):
         raise UserError("There are rows without a hint, and no annotator to make them: name one, such as canny.")
-    settings = {"layout": layout, "hint": json.loads(contract.to_json()), "size": size and list(size)}
+    settings = {
+        "layout": layout,
+        "hint": json.loads(contract.to_json()),
+        "size": size and list(size),
+        "captions": {"by": captioner.name, "over": over} if captioner else None,
+        "set": _digest(listing),
+    }
     _begin(folder, settings)
+    if captioner:
+        listing = captioned(listing, captioner, folder / JOURNAL, over, on_captions)
     if layout == "webdataset":
         yield from _shards(listing, folder, contract, size)
     else:
         yield from _files(listing, folder, TARGETS[layout], contract, size)
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
+
+
+def _digest(listing: Listing) -> str:
+    """Of what the rows are called and say: files are numbered by row, so that another row would be another's file."""
+    text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in listing.rows])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
@@ -86,6 +111,8 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise UserError(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
+        for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
+            left.unlink()
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())

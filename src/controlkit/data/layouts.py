@@ -150,19 +150,15 @@ def _wording(captions: Any, place: int) -> str:
     return "" if captions is None else str(captions)
 
 
+def caption_file(path: Path) -> Path | None:
+    """The caption file of a picture's name, if there is one."""
+    return next((beside for s in CAPTION_SUFFIXES if (beside := path.with_suffix(s)).is_file()), None)
+
+
 def _caption_beside(path: Path, problems: list[Problem]) -> str | None:
     """What stands in the caption file of a picture's name; None if there is none."""
-    for suffix in CAPTION_SUFFIXES:
-        beside = path.with_suffix(suffix)
-        if beside.is_file():
-            try:
-                return " ".join(beside.read_text(encoding="utf-8").split())
-            except UnicodeDecodeError as error:
-                problems.append(
-                    Problem("not UTF-8", str(beside), f"{error.reason} at byte {error.start}: save it as UTF-8")
-                )
-                return ""
-    return None
+    beside = caption_file(path)
+    return None if beside is None else " ".join(_text_of(beside, problems).split())
 
 
 _MACHINES = (
@@ -230,7 +226,7 @@ def _by_name(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
 
 
 def _text_of(path: Path, problems: list[Problem]) -> str:
-    """A listing's text; nothing, and a problem, if it is not UTF-8."""
+    """A file's text; nothing, and a problem, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
