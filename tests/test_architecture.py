@@ -26,7 +26,7 @@ ROOMS = [
     {"branch"},
     {"images"},
     {"hub", "tensors", "maps"},
-    {"recipe"},
+    {"recipe", "workers"},
     {"seeds", "precision", "optimizers", "ranks", "errors"},
 ]
 

@@ -50,6 +50,7 @@ CaptionerOption = Annotated[str, typer.Option(help="The captioner's model: a BLI
 ReplaceOption = Annotated[
     str, typer.Option(help="What the captioner may put its words over: `nothing`, `names` (of files), `all`.")
 ]
+WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
@@ -658,6 +659,7 @@ def doctor(
         str | None, typer.Option(help="What the hints are, or what will make them: they are held against it.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
+    workers: WorkersOption = 1,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
 
@@ -676,7 +678,7 @@ def doctor(
         task = progress.add_task("opening", total=len(listing.rows), figures="")
 
         def opened() -> Iterator["Finding"]:
-            for finding in examine(listing, made_by):
+            for finding in examine(listing, made_by, workers):
                 progress.advance(task)
                 yield finding
 
@@ -809,6 +811,7 @@ def build(
     captioner: CaptionerOption = "Salesforce/blip-image-captioning-base",
     replace: ReplaceOption = "nothing",
     device: DeviceOption = "auto",
+    workers: WorkersOption = 1,
 ) -> None:
     """Write a data set anew in another layout, with hints made where it has none, and captions if asked for.
 
@@ -834,7 +837,7 @@ def build(
             progress.advance(side, count)
 
         sized = _parse_size(size)
-        for done in build_set(listing, out, layout, contract(annotator), sized, model, over, captioned):
+        for done in build_set(listing, out, layout, contract(annotator), sized, model, over, captioned, workers):
             progress.update(task, completed=done)
     _say(f"{len(listing.rows)} pairs in {out} ({layout})")
 

@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
 from controlkit.data.layouts import BUILT, Listing, Row
 from controlkit.errors import UserError, nearest
 from controlkit.images import SCRATCH, Hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.workers import parts_of, spread
 
 SHARD = 1000
 """Pairs in a tar."""
+_STOP = f"{SCRATCH}stop"
+"""The file in the folder that tells workers to stop."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Target:
     listing: str | None = None
     entry: Callable[[str, str, str], dict[str, str]] | None = None
     """(picture, hint, prompt) -> a line of the listing."""
+
+    def paths(self, place: int) -> tuple[str, str]:
+        """Where picture and hint of a row go, in the set's folder."""
+        return f"{self.pictures}/{place}.png", f"{self.hints}/{place}.png"
 
 
 TARGETS = {
@@ -67,8 +75,9 @@ def build_set(
     captioner: Captioner | None = None,
     over: Over = "nothing",
     on_captions: Callable[[int], None] = lambda count: None,
+    workers: int = 1,
 ) -> Iterator[int]:
-    """Write a data set's pairs into ``folder``; yields the number written so far.
+    """Write a data set's pairs into ``folder``, by ``workers`` processes; yields the number written so far.
 
     ``contract`` says what the hints are; its annotator makes them where the set has none. ``size`` is (height, width);
     None leaves pictures as they are. Before anything else ``captioner`` captions the pictures without a caption, and
@@ -89,10 +98,16 @@ def build_set(
     _begin(folder, settings)
     if captioner:
         listing = captioned(listing, captioner, folder / JOURNAL, over, on_captions)
+    writer, count = _Writer(listing.rows, folder, contract, size), len(listing.rows)
     if layout == "webdataset":
-        yield from _shards(listing, folder, contract, size)
+        shards = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+        yield from spread(writer.shard, list(enumerate(shards)), workers, folder / _STOP)
     else:
-        yield from _files(listing, folder, TARGETS[layout], contract, size)
+        target = TARGETS[layout]
+        yield from spread(partial(writer.files, target), parts_of(count), workers, folder / _STOP)
+        if target.entry and target.listing:
+            entries = [target.entry(*target.paths(place), row.prompt) for place, row in enumerate(listing.rows)]
+            write_atomic(folder / target.listing, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
 
 
@@ -118,52 +133,58 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
 
 
-def _pair(row: Row, contract: Hint, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and hint of a row, brought to the size through the same cut."""
-    picture = decode_picture(row.picture.read(), row.picture.name)
-    picture = fit(picture, size) if size else picture
-    if row.hint is None:
-        return picture, annotate(picture, contract)
-    return picture, fit(decode_picture(row.hint.read(), row.hint.name), picture.shape[:2], contract.resize)
+@dataclass(frozen=True)
+class _Writer:
+    """What a process must know to write its part of a set."""
 
+    rows: Sequence[Row]
+    folder: Path
+    contract: Hint
+    size: tuple[int, int] | None
 
-def _files(
-    listing: Listing, folder: Path, target: Target, contract: Hint, size: tuple[int, int] | None
-) -> Iterator[int]:
-    entries = []
-    for place, row in enumerate(listing.rows):
-        picture, hint = f"{target.pictures}/{place}.png", f"{target.hints}/{place}.png"
-        if not (folder / picture).exists():  # it comes last of its row's files
-            pixels, hinted = _pair(row, contract, size)
-            for suffix, content in target.beside(row.prompt).items():
-                write_atomic((folder / picture).with_suffix(suffix), content)
-            write_atomic(folder / hint, png_bytes(hinted))
-            write_atomic(folder / picture, png_bytes(pixels))
-        if target.entry:
-            entries.append(json.dumps(target.entry(picture, hint, row.prompt)))
-        yield place + 1
-    if target.listing:
-        write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
+    def files(self, target: Target, places: range) -> Iterator[int]:
+        """Write these rows' files; yields the number of rows up to each."""
+        for place in places:
+            row = self.rows[place]
+            picture, hint = target.paths(place)
+            if not (self.folder / picture).exists():  # it comes last of its row's files
+                pixels, hinted = self._pair(row)
+                for suffix, content in target.beside(row.prompt).items():
+                    write_atomic((self.folder / picture).with_suffix(suffix), content)
+                write_atomic(self.folder / hint, png_bytes(hinted))
+                write_atomic(self.folder / picture, png_bytes(pixels))
+            yield place + 1
 
-
-def _shards(listing: Listing, folder: Path, contract: Hint, size: tuple[int, int] | None) -> Iterator[int]:
-    for first in range(0, len(listing.rows), SHARD):
-        rows = listing.rows[first : first + SHARD]
-        path = folder / f"{first // SHARD:05}.tar"
-        if not path.exists():
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as archive:
-                for place, row in enumerate(rows, first):
-                    pixels, hinted = _pair(row, contract, size)
-                    parts = {
-                        "png": png_bytes(pixels),
-                        "conditioning_image.png": png_bytes(hinted),
-                        "txt": row.prompt.encode(),
-                    }
-                    for part, content in parts.items():
-                        member = tarfile.TarInfo(f"{place:08}.{part}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
+    def shard(self, numbered: tuple[int, range]) -> Iterator[int]:
+        """Write the tar of this number, of these rows; yields the number of rows up to each."""
+        number, places = numbered
+        path = self.folder / f"{number:05}.tar"
+        if path.exists():
+            yield places.stop
+            return
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for place in places:
+                pixels, hinted = self._pair(self.rows[place])
+                parts = {
+                    "png": png_bytes(pixels),
+                    "conditioning_image.png": png_bytes(hinted),
+                    "txt": self.rows[place].prompt.encode(),
+                }
+                for part, content in parts.items():
+                    member = tarfile.TarInfo(f"{place:08}.{part}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+                if place + 1 < places.stop:
                     yield place + 1
-            write_atomic(path, buffer.getvalue())
-        yield first + len(rows)
+        write_atomic(path, buffer.getvalue())
+        yield places.stop
+
+    def _pair(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Picture and hint of a row, brought to the size through the same cut."""
+        picture = decode_picture(row.picture.read(), row.picture.name)
+        picture = fit(picture, self.size) if self.size else picture
+        if row.hint is None:
+            return picture, annotate(picture, self.contract)
+        hint = decode_picture(row.hint.read(), row.hint.name)
+        return picture, fit(hint, picture.shape[:2], self.contract.resize)
