@@ -40,6 +40,9 @@ class Cached:
         return cls(text=text, **held)
 
 
+AT_ONCE = 32
+"""Pictures encoded together."""
+
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
 
 
@@ -49,7 +52,7 @@ def build_cache(
     contracts: Mapping[str, Hint],
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
-    batch: int = 32,
+    batch: int = AT_ONCE,
 ) -> Cached:
     """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole.
 

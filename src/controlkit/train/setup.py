@@ -1,6 +1,6 @@
 """What a recipe asks for: pairs, hints, the branch to train, and the plan in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,23 +77,39 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
-def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> ControlBranch:
-    """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
+def new_branch(
+    recipe: Recipe,
+    base: UNetBase,
+    contracts: Mapping[str, Hint],
+    begin: bool = True,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> ControlBranch:
+    """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False.
+
+    ``on_note`` is told where those were trained on another base or on other hints.
+    """
     torch.manual_seed(recipe.seed)
     control = recipe.control
     spec = ControlSpec(control.body, control.join, control.taps)
     branch = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels)
     if control.start_from and begin:
-        _begin_with(branch, control.start_from, base)
+        _begin_with(branch, control.start_from, base, contracts, on_note)
     return branch.train()
 
 
-def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
+def _begin_with(
+    branch: ControlBranch,
+    name: str,
+    base: UNetBase,
+    contracts: Mapping[str, Hint],
+    on_note: Callable[[str], None],
+) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
     """
-    neighbour = load_control(name, base).branch
+    saved = load_control(name, base)
+    neighbour = saved.branch
     if type(neighbour) is not type(branch):
         raise UserError(
             f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
@@ -105,14 +121,29 @@ def _begin_with(branch: ControlBranch, name: str, base: UNetBase) -> None:
             "that zero joins of the middle alone may become joins of all taps."
         )
     branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
+    trained_on = saved.trained.get("base_digest")
+    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:  # bfloat16's rounding gives another
+        on_note(
+            f'the control "{name}" was trained on other weights ({trained_on}) than those of "{base.name}" '
+            f"({base.digest})"
+        )
+    for kind, ours in contracts.items():
+        theirs = saved.hints.get(kind, ours) if kind else saved.hint
+        if (before := _told(theirs)) != (now := _told(ours)):
+            on_note(f'the control "{name}" was trained on hints of {before}; this run trains on hints of {now}')
+
+
+def _told(contract: Hint) -> str:
+    """What a contract's hints are, in words: their annotator and range, and their colours where those are not usual."""
+    colours = f" {contract.colour_order}" if contract.colour_order != "RGB" else ""
+    return f"{contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]{colours}"
 
 
 def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(
-        f"{kind or contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]"
-        for kind, contract in contracts.items()
+        _told(replace(contract, annotator=kind or contract.annotator)) for kind, contract in contracts.items()
     )
     often = recipe.steps * (recipe.batch // recipe.draws) / max(pairs, 1)
     return (
