@@ -4,12 +4,14 @@
     python recipes/controls.py canny depth --out out/controls
 
 What is known of scenes alone (depth, normals, labels, poses) is measured on held-out scenes, everything else on emoji
-of held-out concepts. Writes ``OUT/controls.json``, ``OUT/controls.md`` (a table) and ``OUT/controls/NAME.png``.
+of held-out concepts. Each is used as it says itself; where guidance counts its hint more than once, it is measured with
+the hint counted once, too, as other tools do. Writes ``OUT/controls.json``, ``OUT/controls.md`` (a table) and
+``OUT/controls/NAME.png``.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +68,7 @@ def line(name: str, report: dict[str, Any]) -> str:
     cells = [
         name,
         f"{mean['obedience']:.2f} [{low:.2f}, {high:.2f}]" + ("" if report["counts"] else " (does not count)"),
+        f"{mean['obedience_counted_once']:.2f}",
         f"{report['metric']} {mean['fidelity']:.3g}",
         f"{mean['floor_no_control']:.3g}, {mean['floor_shuffled']:.3g}",
         f"{mean['ceiling']:.3g}",
@@ -77,8 +80,8 @@ def line(name: str, report: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| control | obedience | fidelity | floor: none, shuffled | ceiling | CLIP-score (without) | FID (without) "
-    "| quality kept |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| control | obedience | hint counted once | fidelity | floor: none, shuffled | ceiling | CLIP-score (without) "
+    "| FID (without) | quality kept |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -88,6 +91,9 @@ def main(
     base: Annotated[str, typer.Option(help="The base they are used on.")] = "mini",
     union: Annotated[str, typer.Option(help="Take them from this Union instead of the shipped one.")] = "",
     num: Annotated[int, typer.Option(help="Pictures to measure each on.", min=2)] = 64,
+    hint_guidance: Annotated[
+        float | None, typer.Option(help="How many times guidance counts the hint; by default what the control says.")
+    ] = None,
 ) -> None:
     """Measure controls, and draw what they do."""
     model, referee, settings = load_base(base), Referee(), Settings()
@@ -96,20 +102,25 @@ def main(
     print(HEAD)
     for name in names or CONTROLS:
         saved = load_control(f"{union}:{name}" if union else name, model)
-        control, kind = Control(saved.branch, saved.hint), saved.hint.annotator
+        control, kind = Control.of(saved, guidance=hint_guidance), saved.hint.annotator
+        ways = {once: replace(control, guidance=1.0 if once else control.guidance) for once in (False, True)}
+        if control.guidance == 1.0:
+            ways.pop(True)
         key = (kind in TRUTHS, kind == "pose")
         with Progress(transient=True) as progress:
             if key not in benches:
                 benches[key] = bench(model, kind, num, settings, progress)
             on = benches[key]
-            task = progress.add_task(name, total=2 * num * settings.steps)
+            task = progress.add_task(name, total=2 * num * settings.steps * len(ways))
 
             def advance(count: int, progress: Progress = progress, task: TaskID = task) -> None:
                 progress.advance(task, count)
 
-            reports[name] = evaluate(
-                model, control, on.pairs, on.real, settings, referee, on_step=advance, without=on.without
-            )
+            measured = {
+                once: evaluate(model, way, on.pairs, on.real, settings, referee, on_step=advance, without=on.without)
+                for once, way in ways.items()
+            }
+            reports[name] = measured[False] | {"obedience_counted_once": measured[True in ways]["obedience"]}
             write_png(out / "controls" / f"{name}.png", sheet(model, control, on, settings), colours=256)
         print(line(name, reports[name]), flush=True)
         table = "\n".join([HEAD, *(line(*one) for one in reports.items())])

@@ -67,10 +67,36 @@ def randomised(union, seed=0):
     return union.eval()
 
 
+class StandIn:
+    """In place of wandb or trackio: what it was told."""
+
+    def __init__(self):
+        self.begun, self.logged, self.ended = [], [], 0
+
+    def init(self, **settings):
+        self.begun.append(settings)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+    def Image(self, picture):  # noqa: N802
+        return picture
+
+
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch):
     """The same number format on every machine: no probe decides a test."""
     monkeypatch.setattr(precision, "bf16_pays", lambda device_type: False)
+    monkeypatch.setattr(precision, "_settled", {})
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch, tmp_path_factory):
+    """What tests compute is not kept for anybody, nor taken from anybody."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

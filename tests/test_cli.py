@@ -107,8 +107,9 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     flags += ["--train_batch_size", 2, "--output_dir", tmp_path / "run"]
     code, _, err = run("train", *flags)
     assert code == 2 and "expected --resolution 32" in err
-    code, _, err = run("train", *flags, "--resolution", 32, "--set", "prompt_dropout=0.25", "--report_to", "wandb")
-    assert code == 0 and "--report_to is not needed" in err
+    flags += ["--resolution", 32, "--report_to", "tensorboard", "--allow_tf32"]
+    code, _, err = run("train", *flags, "--set", "prompt_dropout=0.25")
+    assert code == 0 and "--allow_tf32 is not needed" in err and list((tmp_path / "run" / "tensorboard").iterdir())
     trained = load_control(tmp_path / "run", toy_base).trained
     assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"
     code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")

@@ -18,7 +18,8 @@ validation_image num_validation_images validation_steps tracker_project_name"""
 MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
 --gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
 --checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
---validation_steps 50 --validation_image a.png b.png --report_to wandb --mixed_precision fp16"""
+--validation_steps 50 --validation_image a.png b.png --report_to wandb --mixed_precision fp16
+--tracker_project_name 7"""
 
 
 @pytest.fixture
@@ -56,8 +57,11 @@ def test_flags_go_where_they_belong(asked):
     assert (recipe.keep, recipe.data.count, recipe.weight_decay, recipe.control.annotator) == (3, 60, 0, "canny")
     assert (str(found.out), found.resolution) == ("o", 128)
     said = "\n".join(found.notes)
-    assert all(f"--{name} is not needed" in said for name in ("validation_image", "report_to", "mixed_precision"))
+    assert all(f"--{name} is not needed" in said for name in ("validation_image",))
     assert "paper" not in said and recipe.evaluation.every == 50
+    assert (recipe.tracking.to, recipe.tracking.project) == (["wandb"], "7")
+    assert "tensorboard" in parse_recipe(asked("--report_to", "all").recipe).tracking.to
+    assert parse_recipe(asked("--report_to", "none").recipe).tracking.to == []
     unnamed = asked("--validation_steps", 50)
     assert parse_recipe(unnamed.recipe).evaluation.every == 0 and "nothing is measured" in unnamed.notes[0]
 
@@ -110,6 +114,7 @@ def test_adam_s_flags_are_the_optimizer_s_settings(asked):
         ("--image_column picture", "takes image or file_name"),
         ("--learning_rat 1", 'did you mean "learning_rate"'),
         ("--seed", "--seed has no value"),
+        ("--report_to comet_ml", '--report_to is "comet_ml": .*Known: all, none, tensorboard, trackio, wandb'),
         ("--train_batch_size two", "--train_batch_size is two; expected a whole number"),
         ("--resolution 0.5", "--resolution is 0.5; expected a whole number"),
         ("seed 5", '"seed" stands where a flag was expected'),

@@ -5,12 +5,14 @@ The files are whole headers over holes: their data takes no room on disk and is 
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import T2IAdapter
 
 from controlkit.backbones.families import FAMILIES, unet_config
+from controlkit.backbones.xs import adapter_config
 from controlkit.formats import describe
 from controlkit.formats.describe import expected_shapes
 from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
@@ -75,6 +77,12 @@ def adapter(channels, layers, factor, kind, hint_channels=3, original=False):
     return found
 
 
+def walker(name):
+    """A ControlNet-XS a tenth as wide as the base, as diffusers makes them."""
+    unet = SimpleNamespace(config=SimpleNamespace(**{"norm_num_groups": 32} | unet_config(FAMILIES[name])))
+    return expected_shapes("xs", adapter_config(unet, 8))
+
+
 WIDTHS = [320, 640, 1280, 1280]
 OF_BASE = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768)}
 RUN = {
@@ -94,6 +102,9 @@ RUN = {
     "Control-LoRA, SD 1.5, rank 256": (lambda: control_lora("sd15", 256), ("control-lora", "sd15", 3, None)),
     "Union, SDXL": (lambda: controlnet("sdxl", union=6), ("union", "sdxl", 3, None)),
     "Union ProMax, SDXL": (lambda: controlnet("sdxl", union=8), ("union", "sdxl", 3, None)),
+    "ControlNet-XS, SD 1.5": (lambda: walker("sd15"), ("controlnet-xs", "sd15", 3, None)),
+    "ControlNet-XS, SD 2.1": (lambda: walker("sd21"), ("controlnet-xs", "sd21", 3, None)),
+    "ControlNet-XS, SDXL": (lambda: walker("sdxl"), ("controlnet-xs", "sdxl", 3, None)),
     "T2I-Adapter, diffusers": (lambda: adapter(WIDTHS, 2, 8, "full_adapter"), ("t2i-adapter", "sd15", 3, None)),
     "T2I-Adapter, original": (
         lambda: adapter(WIDTHS, 2, 8, "full_adapter", 1, original=True),

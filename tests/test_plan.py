@@ -1,6 +1,7 @@
 """What is said before a run starts: memory by part, time, and what it was begun from."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import Hint
+from controlkit.ranks import Ranks
 from controlkit.recipe import parse_recipe
 from controlkit.train import hints_of, train_control
 from controlkit.train import plan as plans
+from controlkit.train.checkpoints import Learner
 from controlkit.train.plan import Meter, Plan, foresee, peak_of
 from controlkit.train.setup import new_branch
 
@@ -23,15 +26,20 @@ TINY = {
 }
 
 
+def learner_of(recipe, base):
+    own = base.with_own_unet() if recipe.unlock else base
+    return Learner.of(recipe, new_branch(recipe, base, hints_of(recipe)), own, Ranks())
+
+
 @pytest.fixture
 def foreseen(toy_base):
-    """``foreseen(changes)``: the plan of a tiny run, its branch, and its meter."""
+    """``foreseen(changes)``: the plan of a tiny run, and its learner."""
 
     def foresee_of(**changes):
         recipe = parse_recipe(TINY | changes)
         meter = Meter(toy_base)
-        branch = new_branch(recipe, toy_base, hints_of(recipe))
-        return foresee(recipe, toy_base, branch, hints_of(recipe), 4, meter), branch, meter
+        learner = learner_of(recipe, toy_base)
+        return foresee(recipe, toy_base, learner, hints_of(recipe), 4, meter), learner
 
     return foresee_of
 
@@ -50,14 +58,13 @@ def test_what_is_held_for_the_backward_pass_is_counted_to_the_byte():
     assert peak_of(work, 1000) == max(plans._held_bytes(work, 1000)), "known from two rows and four"
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"control": {"body": "conv"}}])
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"control": {"body": "xs"}}, {"unlock": 1}])
 def test_the_memory_of_a_large_batch_is_known_from_small_ones(changes, toy_base):
     recipe = parse_recipe(TINY | changes)
-    contracts = hints_of(recipe)
-    branch = new_branch(recipe, toy_base, contracts)
+    learner = learner_of(recipe, toy_base)
 
     def work(pairs):
-        plans._micro_batch(recipe, toy_base, branch, contracts, pairs)
+        plans._micro_batch(recipe, learner, hints_of(recipe), pairs)
 
     work(1)  # what is made once
     assert peak_of(work, 24) == pytest.approx(max(plans._held_bytes(work, 24)), rel=0.02)
@@ -67,13 +74,14 @@ def test_features_computed_anew_are_foreseen_to_take_less(toy_base):
     peaks = []
     for again in (False, True):
         recipe = parse_recipe(TINY | {"checkpointing": again})
-        branch = new_branch(recipe, toy_base, hints_of(recipe))
-        peaks.append(peak_of(lambda n: plans._micro_batch(recipe, toy_base, branch, hints_of(recipe), n), 16))  # noqa: B023
+        work = partial(plans._micro_batch, recipe, learner_of(recipe, toy_base), hints_of(recipe))
+        peaks.append(peak_of(work, 16))
     assert peaks[1] < 0.9 * peaks[0]
 
 
 def test_what_can_be_counted_is_counted(foreseen, toy_base, tmp_path):
-    plan, branch, _ = foreseen(ema=0.9)
+    plan, learner = foreseen(ema=0.9)
+    branch = learner.branch
     assert all(p.grad is None for p in branch.parameters())
     list(train_control(parse_recipe(TINY), tmp_path, toy_base))
     weights = sum(p.numel() * 4 for p in branch.parameters())
@@ -86,6 +94,14 @@ def test_what_can_be_counted_is_counted(foreseen, toy_base, tmp_path):
     assert plan.parts["cached pairs"] == pytest.approx(sum(held.values()), rel=0.1), "no prompt twice"
     networks = (toy_base.vae, toy_base.unet, toy_base.towers[0].encoder)
     assert plan.parts["base"] == sum(v.numel() * v.element_size() for m in networks for v in m.state_dict().values())
+
+
+def test_of_an_unlocked_base_the_copy_and_its_gradients_are_counted(foreseen, toy_base):
+    unet = sum(v.numel() * 4 for v in toy_base.unet.state_dict().values())
+    locked, unlocked = (foreseen(**changes)[0].parts for changes in ({}, {"unlock": 1}))
+    assert unlocked["base's copy that learns"] == unet and unlocked["base"] == locked["base"]
+    assert unlocked["gradients"] == locked["gradients"] + unet
+    assert unlocked["optimizer (adamw)"] == locked["optimizer (adamw)"] + 2 * unet
 
 
 def test_a_part_that_would_not_fit_is_not_tried_out(foreseen, monkeypatch):

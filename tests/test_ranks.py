@@ -1,20 +1,30 @@
 """A run that several processes do together is the run that one does alone."""
 
+import copy
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
+from functools import partial
 
 import pytest
 import torch
 import yaml
+from diffusers import ControlNetModel
 from safetensors.torch import load_file
 
+from conftest import relative
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS
+from controlkit.formats import WEIGHTS, load_control
+from controlkit.images import Hint
 from controlkit.ranks import Ranks, ranks
 from controlkit.recipe import parse_recipe
-from controlkit.train import train_control
+from controlkit.train import evaluation, train_control, training_pairs
+from controlkit.train.checkpoints import Learner
+from controlkit.train.evaluation import Evaluator, Gauge
 
 RECIPE = {
     "data": {"source": "fill50k", "count": 8},
@@ -29,17 +39,21 @@ RECIPE = {
 FIRST = "checkpoints/step-0000001/state.safetensors"
 
 
-def together(recipe, out, count=2):
-    """Run the command line in several processes, as `accelerate launch` would start them."""
+def together(recipe, out, count=2, before="pass", **more):
+    """Run the command line in several processes, as `accelerate launch` would start them.
+
+    ``before`` is code to run first, ``more`` belongs to the environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "controlkit", "train", recipe, "--out", out, "--device", "cpu"]
+    code = f"{before}\nfrom controlkit.cli import main\nmain()"
+    command = [sys.executable, "-c", code, "train", recipe, "--out", out, "--device", "cpu"]
     started = [
         subprocess.Popen(
             [*map(str, command)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | shared | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,9 +69,10 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "machine.json").write_text('{"threads": 1, "format": "float32"}')  # whatever pays here
-    codes, said = together(tmp_path / "r.yaml", tmp_path / "two")
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", ACCELERATE_USE_DEEPSPEED="true")
     assert codes == [0, 0], said
     assert "The control is in" in said[0][0] and said[1][0].strip() == ""
+    assert "DeepSpeed was asked for, which is accepted and untested" in " ".join(said[0][0].split())
     list(train_control(parse_recipe(recipe), tmp_path / "one", toy_base))
     assert (tmp_path / "two" / "control" / WEIGHTS).is_file()
     # After one step AdamW's first moment is a tenth of the gradient.
@@ -70,6 +85,123 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     losses = [[yaml.safe_load(line)["loss"] for line in log] for log in logs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
+    drifts = [[yaml.safe_load(line)["colour_drift"] for line in log] for log in logs]
+    assert drifts[1] == [pytest.approx(drift, abs=1e-3) for drift in drifts[0]]
+
+
+SIZES = """
+from controlkit.train import checkpoints
+step, clip = checkpoints.Learner.step, checkpoints.Learner.clip
+checkpoints.Learner.clip = lambda self, most: clip(self, 1e-3)
+def told(self, *args):
+    step(self, *args)
+    whole = list(self.branch.parameters())
+    first = [state["exp_avg"] for part in self.optimizer._parts for state in part.state.values()]
+    local = [sum(p.to_local().numel() for p in of) / sum(p.numel() for p in of) for of in (whole, first)]
+    print("shares", *local, flush=True)
+checkpoints.Learner.step = told
+"""
+
+
+def test_shared_out_weights_go_on_from_one_process_and_end_as_its_own(toy_folder, toy_base, tmp_path, monkeypatch):
+    clip = Learner.clip
+    monkeypatch.setattr(Learner, "clip", lambda self, most: clip(self, 1e-3))  # a toy's gradients are never large
+    recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 3, "ema": 0.5, "accumulate": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    run = train_control(parse_recipe(recipe), tmp_path / "one", toy_base)
+    next(run)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    list(run)
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", before=SIZES, ACCELERATE_USE_FSDP="true")
+    assert codes == [0, 0], said
+    assert "shared out over 2 processes" in " ".join(said[0][0].split())
+    shares = [
+        float(x) for out, _ in said for line in out.splitlines() if line.startswith("shares") for x in line.split()[1:]
+    ]
+    assert len(shares) == 8 and all(0.4 < share < 0.6 for share in shares), "each has its half, after each step"
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")
+    ]
+    for one, two in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["residuals"] == pytest.approx(one["residuals"], rel=1e-3, abs=1e-6)
+    states = [load_file(tmp_path / n / "checkpoints" / "step-0000003" / "state.safetensors") for n in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    moments = [[v for k, v in state.items() if k.endswith("exp_avg")] for state in states]
+    assert relative(*moments) < 1e-5
+    saved = [load_file(tmp_path / n / "control" / WEIGHTS) for n in ("one", "two")]
+    assert relative(*(list(weights.values()) for weights in saved)) < 1e-5
+    stock = ControlNetModel.from_pretrained(tmp_path / "two" / "control").state_dict()
+    assert all(torch.equal(stock[name], value) for name, value in saved[1].items())
+    assert load_control(tmp_path / "two", toy_base).trained["step"] == 3
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_refused_where_weights_are_shared_out(
+    toy_base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 2, sharded=True))
+    with pytest.raises(UserError, match="optimizer: muon is not made for weights that are shared out"):
+        next(train_control(parse_recipe(RECIPE | {"optimizer": "muon"}), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+def in_threads(count, function):
+    """What ``function`` of its rank gives in each of several threads that stand for processes."""
+    here, held, given = threading.Barrier(count, timeout=30), [None] * count, [None] * count
+
+    class Thread(Ranks):
+        def wait(self):
+            here.wait()
+
+        def gathered(self, value):
+            held[self.index] = value
+            here.wait()
+            copied = list(held)
+            here.wait()
+            return copied
+
+    def run(rank):
+        torch.set_num_threads(1)
+        try:
+            given[rank.index] = function(rank)
+        except BaseException:
+            here.abort()
+            raise
+
+    started = [threading.Thread(target=run, args=(Thread(index, count),)) for index in range(count)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    return given
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, monkeypatch):
+    """Pairs are dealt out; with five there are more processes than pairs, and only some have any."""
+    for name in ("three_ways", "ceiling_pictures"):  # rounding depends on how many pictures are made together
+        function = partial(getattr(evaluation, name), batch=1)
+        monkeypatch.setattr(evaluation, name, function)
+    recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
+    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": Hint("canny")}
+    branch = drawn_joins(toy_base.new_branch())
+
+    def figures(out, ranks):
+        gauge = Gauge(toy_base, pairs, contracts, recipe, out, ranks)
+        own = copy.deepcopy(branch)
+        evaluator = Evaluator(toy_base, pairs, contracts[""], recipe, out, ranks)
+        work = []
+        twice = [evaluator.measure(own, step, work.append) for step in (1, 2)]
+        return gauge.measure(own), gauge.residuals(own), *twice, sum(work)
+
+    one = figures(tmp_path / "one", Ranks())
+    told = in_threads(count, lambda rank: figures(tmp_path / "many", rank))
+    for figures_of_one in told:
+        assert figures_of_one[:-1] == one[:-1], "to the bit"
+    assert sum(work for *_, work in told) == one[-1]
+    for step in (1, 2):
+        name = f"samples/step-{step:07d}.png"
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
@@ -80,6 +212,27 @@ def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
     Ranks(0, 2).mean(values)
     assert [value.tolist() for value in values] == [[1.0, 1.0], [[4.0]]]
     assert ranks(cpu=True) == Ranks(0, 1) and Ranks().told("x") == "x" and Ranks().any(True, torch.device("cpu"))
+
+
+def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch):
+    seen = []
+
+    class State:
+        process_index, num_processes = 1, 2
+
+        def __init__(self, cpu, timeout):
+            seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    for asked, count, sharded, notes in (("FSDP", "1", False, 0), ("FSDP", "2", True, 1), ("DEEPSPEED", "1", False, 1),
+                                         ("DEEPSPEED", "2", False, 1)):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{asked}", "true")
+            patch.setenv("WORLD_SIZE", count)
+            found = ranks(cpu=False)
+            assert (found.count, found.sharded, len(found.notes)) == (int(count), sharded, notes)
+            assert os.environ[f"ACCELERATE_USE_{asked}"] == "true"
+    assert seen == [None, None], "accelerate would look for DeepSpeed"
 
 
 def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Training: recipes that refuse nonsense, draws keyed by what they are for, the paper's objective, and exact resume."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from conftest import randomised, stock_inputs
+from conftest import StandIn, randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.branch import ControlSpec
@@ -30,10 +32,10 @@ from controlkit.data import Cached, CirclePairs, Pair, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
-from controlkit.images import Hint
+from controlkit.images import Hint, write_png
 from controlkit.measure import Figure, obedience
 from controlkit.mini import world
-from controlkit.recipe import EvaluationRecipe, Recipe, parse_recipe, read_recipe
+from controlkit.recipe import FORMATS, EvaluationRecipe, Recipe, parse_recipe, read_recipe
 from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train import (
     Batch,
@@ -98,11 +100,11 @@ def leftovers(out):
         ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
         ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
         ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
+        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora', 'xs' or 'adapter'"]),
         ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
         ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
         ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
         ({"schedule": "polynomial", "lr": 1e-8}, ["ends at a rate of 1e-07, and lr is 1e-08"]),
-        ({"control": {"body": "lora"}}, ["\"control.body\" is 'lora'", "'copy' or 'conv'"]),
         ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
         ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
     ],
@@ -184,13 +186,21 @@ PROBED = {
     "evaluation": {"every": 2, "num": 2, "steps": 1},
 }
 SCENES = {"data": {"source": "scenes", "scenes": 8}}
+PHOTOS = {"data": {"source": "photos"}}
 EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
 SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
     ("control.annotator", "scribble", "hints"),
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
+    ("control.annotators", ["canny", "scribble"], "weights"),
+    ("control.channels", 1, "weights"),
+    ("control.low", -1.0, "weights"),
+    ("control.high", 2.0, "weights"),
     ("control.body", "conv", "tensors"),
+    ("control.rank", 2, "weights", {"control": {"body": "lora"}}),
+    ("control.body", "xs", "tensors"),
+    ("control.size_ratio", 0.25, "weights", {"control": {"body": "xs"}}),
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
@@ -200,6 +210,9 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("data.variants", 1, "pairs"),
     ("data.scenes", 16, "pairs", SCENES),
     ("data.visits", 2, "pairs", SCENES),
+    ("data.buckets", True, "hints", PHOTOS),
+    ("data.flip", 1.0, "losses"),
+    ("data.cache", False, "stored"),
     ("steps", 3, "steps"),
     ("batch", 3, "losses"),
     ("draws", 2, "losses"),
@@ -210,6 +223,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("epsilon", 1.0, "weights"),
     ("max_grad_norm", 1e-9, "weights"),
     ("ema", 0.5, "weights"),
+    ("precision", "bf16", "losses"),
     ("compile", True, "compiled"),
     ("lr", 2e-3, "weights"),
     ("warmup", 2, "weights"),
@@ -219,6 +233,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("power", 2.0, "weights", {"schedule": "polynomial"}),
     ("budget", 1e-9, "steps"),
     ("weight_decay", 1.0, "weights"),
+    ("unlock", 1, "losses", {"steps": 3}),
     ("prompt_dropout", 1.0, "losses"),
     ("seed", 1, "losses"),
     ("checkpoint_every", 2, "checkpoints"),
@@ -229,6 +244,8 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("evaluation.guidance", 1.0, "samples"),
     ("evaluation.target", -9.0, "steps", EVERY_STEP),
     ("evaluation.patience", 1, "steps", EVERY_STEP),
+    ("tracking.to", ["tensorboard"], "tracked"),
+    ("tracking.project", "mine", "tracked", {"tracking": {"to": ["trackio"]}}),
 ]
 
 
@@ -243,8 +260,10 @@ def other_base(toy_folder):
 
 @pytest.fixture(scope="module")
 def neighbour(toy_base, drawn_joins, tmp_path_factory):
-    """The folder of a trained control."""
+    """The folder of a trained control, beside one of pictures of several shapes."""
     folder = tmp_path_factory.mktemp("controls") / "neighbour"
+    for i, pair in enumerate(CirclePairs(48, 8)):
+        write_png(folder.parent / "photos" / f"a circle {'abcdefgh'[i]}.png", pair.picture[: 48 - 8 * (i % 4)])
     save_control(folder, SavedControl(drawn_joins(toy_base.new_branch()), CONTRACT), toy_base)
     return folder
 
@@ -269,20 +288,25 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             ends = {"floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
             return dataclasses.replace(obedience(*scores), obedience=fell, **ends)
 
+        stored = []
+        monkeypatch.setattr("controlkit.train.run.open_store", lambda: stored.append(1) or nullcontext())
         monkeypatch.setattr("controlkit.train.run.objective", watched)
         monkeypatch.setattr("controlkit.train.evaluation.obedience", falling)
+        monkeypatch.setitem(sys.modules, "trackio", trackio := StandIn())
         monkeypatch.setattr(torch, "compile", lambda function: lambda *given: function(*given))
         for section, values in (within or {}).items():
-            content[section] = content[section] | values if isinstance(values, dict) else values
+            content[section] = content.get(section, {}) | values if isinstance(values, dict) else values
         if key:
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        hints, weights = load_file(next(out.glob("pairs*")))["hints"], weights_of(out)
+        held, weights = load_file(next(out.glob("pairs*"))), weights_of(out)
+        hints = [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
         return {
             "base": load_control(out, toy_base).trained["base"],
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
             "pairs": len(hints),
+            "stored": len(stored),
             "tensors": weights.keys(),
             "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             "losses": [record.loss for record in records],
@@ -292,6 +316,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "work": {total for name, total in stages if name == "evaluating"},
             "checkpoints": sorted(path.name for path in (out / "checkpoints").iterdir()),
             "samples": {path.name: path.read_bytes() for path in out.glob("samples/*")},
+            "tracked": [*(path.name for path in out.glob("tensorboard")), *(one["project"] for one in trackio.begun)],
         }
 
     return run
@@ -319,7 +344,7 @@ def test_no_setting_is_left_out():
             else:
                 yield prefix + name
 
-    assert sorted(keys(Recipe)) == sorted(key for key, *_ in SETTINGS)
+    assert sorted(keys(Recipe)) == sorted({key for key, *_ in SETTINGS})
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------
@@ -338,6 +363,19 @@ def test_what_is_measured_on_was_not_trained_on(toy_base, fake_packages, tmp_pat
     )
     concepts = {concept.replace("-", " ") for concept in world.heldout_concepts()}
     assert heldout <= concepts and not trained & concepts
+
+
+def test_an_xs_is_trained_measured_and_goes_on_to_the_bit(toy_base, tmp_path):
+    recipe = tiny(control={"body": "xs"}, steps=4, ema=0.5)
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    list(train_control(recipe, tmp_path / "stopped", toy_base))
+    assert_like(tmp_path / "whole", tmp_path / "stopped")
+    trained = load_control(tmp_path / "whole", toy_base).branch
+    assert trained.spec == ControlSpec(body="xs") and trained.network.mid_block.ctrl_to_base.weight.any()
+    wider = {"body": "xs", "size_ratio": 0.75, "start_from": str(tmp_path / "whole")}
+    with pytest.raises(UserError, match=r"another width: set control\.size_ratio"):
+        next(train_control(tiny(control=wider), tmp_path / "wider", toy_base))
 
 
 def test_a_neighbour_of_another_shape_is_refused(neighbour, toy_base, tmp_path):
@@ -525,8 +563,9 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind,
         assert wanted.norm() > 0, name
 
 
-def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(xl_base, tmp_path):
-    recipe = tiny(steps=4, evaluation={"every": 0})
+@pytest.mark.parametrize("body", ["copy", "xs"])
+def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(body, xl_base, tmp_path):
+    recipe = tiny(steps=4, evaluation={"every": 0}, control={"body": body})
     whole = list(train_control(recipe, tmp_path / "whole", xl_base))
     begun = train_control(recipe, tmp_path / "stopped", xl_base)
     for _ in range(2):
@@ -548,7 +587,7 @@ def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(name, contract, tmp_p
     base = request.getfixturevalue(name)
     pair = CirclePairs(base.size, 1)[0]
     monkeypatch.setattr("controlkit.data.cache.hint_of", lambda pair, contract: pair.hint)
-    cached = build_cache(base, [pair], {"": contract}, tmp_path / "x")
+    [cached] = build_cache(base, [pair], {"": contract}, tmp_path / "x")
     trained_on = draw_batch(base, cached, {"": contract}, tiny(batch=1), 0).hints[""]
     branch = base.new_branch(hint_channels=contract.channels)
     read = []
@@ -600,7 +639,7 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(whole, toy_base):
     evaluated = records[2]
     assert set(evaluated) == {
         "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "counts", "verdict",
-        "relative_loss",
+        "relative_loss", "colour_drift", "residuals",
     }  # fmt: skip
     assert not evaluated["counts"] and evaluated["verdict"].startswith("control cannot be told here")
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
@@ -623,7 +662,7 @@ def test_records_are_yielded_as_they_are_logged(toy_base, tmp_path):
 def test_training_lowers_the_loss(toy_base, tmp_path):
     recipe = tiny(steps=40, batch=4, lr=5e-3, checkpoint_every=40, evaluation={"every": 0})
     list(train_control(recipe, tmp_path, toy_base))
-    cached = Cached.read(next(tmp_path.glob("pairs*")))
+    [cached] = Cached.read(next(tmp_path.glob("pairs*")))
     batch = draw_batch(toy_base, cached, CONTRACTS, tiny(batch=16), 1000)
     with torch.no_grad():
         before, after = (
@@ -745,31 +784,53 @@ def test_resuming_on_other_weights_of_the_base_is_refused(stopped, toy_base, oth
         next(train_control(tiny(), stopped, other_base))
 
 
-def _train_to_the_end(base_folder, out):
+LONG = {"steps": 60, "checkpoint_every": 3, "evaluation": {"every": 4, "num": 2, "steps": 1}}
+
+
+def _train_to_the_end(base_folder, out, says):
+    """The long run in a process of its own, which says what it is about to do."""
     precision.bf16_pays = lambda device_type: False
     torch.set_num_threads(1)
-    list(train_control(tiny(), out, load_base(base_folder)))
+    save = train.run.save_checkpoint
+    train.run.save_checkpoint = lambda *args: [says.send("saving"), save(*args)]
+    for _ in train_control(tiny(**LONG), out, load_base(base_folder), lambda name, total: says.send(name)):
+        says.send("stepping")
 
 
-def test_a_run_killed_at_any_moment_loses_nothing(whole, toy_folder, tmp_path):
+def test_a_run_killed_twenty_times_at_any_moment_loses_nothing(toy_folder, toy_base, tmp_path):
+    list(train_control(tiny(**LONG), tmp_path / "whole", toy_base))
+    wanted = log_of(tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")  # one process imports all that takes long, and forks
     slow = ("controlkit", "diffusers", "transformers")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(slow)])
-    moments, log = random.Random(0), tmp_path / "log.jsonl"
-    for lines in (1, 3, 5, None):
-        process = context.Process(target=_train_to_the_end, args=(toy_folder, tmp_path))
+    chance, out, killed = random.Random(0), tmp_path / "run", []
+    later = ["evaluating", "saving", "stepping"] * 5 + ["stepping"]
+    chance.shuffle(later)
+    for place in ["caching"] * 4 + later:
+        hears, says = context.Pipe(duplex=False)
+        process = context.Process(target=_train_to_the_end, args=(toy_folder, out, says))
         process.start()
-        if lines is None:
-            process.join()
-            assert process.exitcode == 0
-            break
-        while process.is_alive() and (not log.is_file() or len(log.read_text().splitlines()) < lines):
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.03))
+        says.close()
+        doing = ""
+        while doing != place:
+            doing = hears.recv()
+        time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
-    assert_like(whole, tmp_path)
+        with contextlib.suppress(EOFError):
+            while True:
+                doing = hears.recv()
+        killed.append(doing)
+        if place == "caching":
+            killed[-1] += " whole" if list(out.glob("pairs-*")) else ""
+        log = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").is_file() else []
+        whole_lines = [json.loads(line) for line in log if line.endswith("\n")]
+        assert [{k: v for k, v in line.items() if k != "seconds"} for line in whole_lines] == wanted[: len(whole_lines)]
+    assert len(killed) == 20 and {"caching", "evaluating", "saving", "stepping"} <= set(killed), killed
+    rest = list(train_control(tiny(**LONG), out, toy_base))
+    assert rest, "it was not done"
+    assert_like(tmp_path / "whole", out)
 
 
 def _full_disk(*args):
@@ -1136,3 +1197,37 @@ def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_sc
     with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
         Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
                          Recipe(), tmp_path)  # fmt: skip
+
+
+# --- number formats -------------------------------------------------------------------------------------------
+
+
+def test_half_precision_learns_what_single_precision_does_and_goes_on_exactly(toy_base, tmp_path):
+    single = ended(tiny(**PLAIN, precision="fp32"), tmp_path / "fp32", toy_base)
+    for name in ("fp16", "bf16"):
+        recipe = tiny(**PLAIN, precision=name)
+        whole, log = ended(recipe, tmp_path / name, toy_base)
+        assert [one["loss"] for one in log] == pytest.approx([one["loss"] for one in single[1]], rel=0.02)
+        assert [one["loss"] for one in log] != [one["loss"] for one in single[1]]
+        list(itertools.islice(train_control(recipe, tmp_path / "stopped" / name, toy_base), 2))
+        assert equal(ended(recipe, tmp_path / "stopped" / name, toy_base)[0], whole)
+        assert json.loads((tmp_path / name / "machine.json").read_text())["format"] == FORMATS[name]
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_loss_scaled_less(toy_base, tmp_path, monkeypatch):
+    real = torch.amp.GradScaler.get_scale(torch.amp.GradScaler("cpu"))
+    recipe, seen = tiny(**PLAIN, precision="fp16"), []
+
+    def spiked(*args):
+        loss = objective(*args)
+        seen.append(loss)
+        return loss * (1e38 if len(seen) == 2 else 1.0)  # finite, and its gradient, scaled, is not
+
+    monkeypatch.setattr("controlkit.train.run.objective", spiked)
+    (tmp_path / "run").mkdir()
+    list(train_control(recipe, tmp_path / "run", toy_base))
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-0000003" / "state.safetensors")
+    assert state["scaler.scale"].item() == real / 2
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+    counts = {value.item() for name, value in state.items() if name.startswith("optimizer") and name.endswith(".step")}
+    assert counts == {2.0}

@@ -59,6 +59,20 @@ def test_its_page_stands_alone_and_what_it_quotes_is_no_markup(run):
         assert 0 <= float(x) <= 720 and 0 <= float(y) <= 200
 
 
+def test_colours_and_residuals_are_shown_where_they_were_told(run):
+    lines_of = (run / "log.jsonl").read_text().splitlines()[:-1]
+    for at, size in ((19, 0.1), (39, 0.2)):
+        more = {"colour_drift": {"red": 0.01, "saturation": -size}, "residuals": {"skip_0": 0.5, "middle": size}}
+        lines_of[at] = json.dumps(json.loads(lines_of[at]) | more)
+    (run / "log.jsonl").write_text("\n".join(lines_of))
+    seen = read_run(run)
+    assert seen.told("residuals") == {"skip_0": [(20, 0.5), (40, 0.5)], "middle": [(20, 0.1), (40, 0.2)]}
+    drift, residuals = lines(seen)[-3:-1]
+    assert drift.startswith("colour drift  -0.200  █▁") and "saturation" in drift
+    assert residuals.startswith("residuals      0.500  █▁")
+    assert page(seen).count("<svg") == 8 and "Colour drift" in page(seen) and "Residuals by tap" in page(seen)
+
+
 def test_bars_reach_from_the_least_to_the_greatest():
     assert bars([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█" and bars([2, 2]) == "▁▁"
     assert len(bars(list(range(1000)), 40)) == 40

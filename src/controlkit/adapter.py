@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from controlkit.branch import Tap
+from controlkit.backbones import UNetBase, XSBranch
+from controlkit.branch import ControlBranch, Tap
 from controlkit.errors import UserError
 
 
@@ -25,6 +26,26 @@ class Adapter(nn.Module):
         places = [tap for tap in taps if tap.site == "encoder"] + [tap for tap in taps if tap.site == "middle"]
         self.taps = tuple(places[: len(network.adapter.body)])
 
+    @classmethod
+    def fresh(cls, base: UNetBase, hint_channels: int = 3) -> "Adapter":
+        """One to train, of the released shape whose features have the sizes of this base's encoder."""
+        from diffusers import T2IAdapter
+
+        inside = [tap for tap in base.taps if tap.site == "encoder"]
+        first = inside[0].stride
+        channels, steps = [tap.channels for tap in inside], [tap.stride // first for tap in inside]
+        if steps == [2**level for level in range(len(inside))]:
+            kind = "full_adapter"
+        elif steps == [1, 1, 2]:  # as SDXL's, whose fourth feature goes to the middle
+            kind, channels = "full_adapter_xl", [*channels, channels[-1]]
+        else:
+            raise UserError(
+                f'No released shape of a T2I-Adapter has features of the sizes of "{base.name}": its encoder takes '
+                f"control at strides {[tap.stride for tap in inside]}. Train another body."
+            )
+        network = T2IAdapter(in_channels=hint_channels, channels=channels, downscale_factor=first, adapter_type=kind)
+        return cls(network, base.taps).to(base.device, base.dtype)
+
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
         """Features (B, C, h, w) by tap, of hints (B, channels, H, W)."""
         multiple = self.network.downscale_factor
@@ -35,3 +56,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The features as they are."""
         return hint_features
+
+
+Branch = ControlBranch | XSBranch | Adapter
+"""A network that a run trains."""

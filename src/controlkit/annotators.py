@@ -6,8 +6,10 @@ table ``ANNOTATORS`` says what each one's hints are, ``GIVEN`` what hints are th
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -245,10 +247,35 @@ METRIC_OF = {
 
 
 def contract(name: str) -> Hint:
-    """The contract of hints of that name: of hints that are given, or of an annotator's."""
+    """The contract of hints of that name: of hints that are given, or of an annotator's.
+
+    Of ``canny+depth``, that of two hints as channels of one.
+    """
+    if "+" in name:
+        return joined(name.split("+"))
     if name not in ANNOTATORS and name not in GIVEN:
         raise UserError(f'There are no hints named "{name}": {nearest(name, {*ANNOTATORS, *filter(None, GIVEN)})}')
     return GIVEN[name] if name in GIVEN else ANNOTATORS[name].hint()
+
+
+def joined(names: Sequence[str]) -> Hint:
+    """The contract of several hints that are channels of one, three of each, in this order."""
+    parts = [contract(name) for name in names]
+    if masked := [part.annotator for part in parts if part.mark is not None]:
+        raise UserError(f"Hints of {masked[0]} have masks and cannot be channels beside others.")
+    return Hint("+".join(names), channels=3 * len(parts))
+
+
+def parts_of(hint: Hint) -> list[Hint]:
+    """The contracts of the hints that are this one's channels, in order; of a hint by itself, its own alone."""
+    names = hint.annotator.split("+")
+    return [replace(contract(name), low=hint.low, high=hint.high) for name in names] if len(names) > 1 else [hint]
+
+
+@cache
+def edition() -> str:
+    """A digest of what makes hints here, this file and OpenCV's version: equal ones make the same of a picture."""
+    return hashlib.sha256(Path(__file__).read_bytes() + cv2.__version__.encode()).hexdigest()
 
 
 def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -258,6 +285,13 @@ def annotate(picture: np.ndarray, hint: Hint, size: tuple[int, int] | None = Non
     size first, as training did. Lines found at one size and shrunk to another are not the lines found there. Hints that
     nothing makes are the picture itself; and so is one for inpainting that has a mask, uint8 (H, W, 4).
     """
+    if len(parts := parts_of(hint)) > 1:
+        if given := [part.annotator for part in parts if part.annotator not in ANNOTATORS]:
+            raise UserError(
+                f'Nothing here makes hints of "{given[0]}" of a picture: give those of {hint.annotator} as one '
+                f".npy file, (height, width, {hint.channels})."
+            )
+        return np.concatenate([annotate(picture, part, size) for part in parts], 2)
     made = hint.annotator in ANNOTATORS or hint.annotator not in GIVEN
     if size:
         picture = fit(picture, size) if made else fit(picture, size, hint.resize)
@@ -272,6 +306,7 @@ def white_on_black(lines: np.ndarray) -> np.ndarray:
 def drawn_hint(drawing: np.ndarray, hint: Hint, size: tuple[int, int]) -> np.ndarray:
     """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made.
 
-    Lines drawn dark on light paper are inverted, as lines in hints are light on dark.
+    Lines drawn dark on light paper are inverted, as lines in hints are light on dark. Arrays are taken as they are.
     """
-    return fit(white_on_black(drawing) if hint.resize == "lines" else drawing, size, hint.resize)
+    drawn = hint.resize == "lines" and drawing.dtype == np.uint8
+    return fit(white_on_black(drawing) if drawn else drawing, size, hint.resize)

@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 Site = Literal["encoder", "skip", "middle"]
 
@@ -41,7 +43,9 @@ class Tap:
 class ControlSpec:
     """The paper's ablation (Section 4.2, Figure 8) in three words.
 
-    - ``body``: ``copy``, the trainable copy of the encoder; or ``conv``, ControlNet-lite, one convolution a block.
+    - ``body``: ``copy``, the trainable copy of the encoder; ``conv``, ControlNet-lite, one convolution a block; and of
+      later work ``lora``, the copy again, of which only differences of low ``rank`` are trained (a Control-LoRA), and
+      ``xs``, ControlNet-XS, a thin encoder beside the base's, which has zero joins at all taps.
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
 
@@ -49,16 +53,23 @@ class ControlSpec:
     gives its colours and not its places (version 1.1's shuffle, "global pooling").
     """
 
-    body: Literal["copy", "conv"] = "copy"
+    body: Literal["copy", "conv", "lora", "xs"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     pool: Literal["none", "mean"] = "none"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.type is int:
+                continue
             word, known = getattr(self, field.name), get_args(field.type)
             if word not in known:
                 raise ValueError(f'{field.name} is "{word}", expected one of {", ".join(known)}.')
+        if (self.body == "lora") != (self.rank > 0):
+            raise ValueError(f"rank is {self.rank} and body is {self.body}: a lora body has a rank, no other has.")
+        if self.body == "xs" and (self.join, self.taps, self.pool) != ("zero", "all", "none"):
+            raise ValueError("body xs has join zero, taps all and pool none, and no other.")
 
 
 # --- Section 3.1: ControlNet --------------------------------------------------------------------------------
@@ -132,16 +143,21 @@ class HintEncoder(nn.Module):
         self, hint_channels: int, channels: int, stride: int, join: Callable[..., nn.Conv2d] = zero_conv
     ) -> None:
         super().__init__()
-        halvings = stride.bit_length() - 1
-        if 2**halvings != stride:
-            raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
-        widths = [self.WIDTHS[min(i, len(self.WIDTHS) - 1)] for i in range(halvings + 1)]
+        widths = self.widths(stride)
         convs = [nn.Conv2d(hint_channels, widths[0], 3, padding=1)]
         for narrow, wide in itertools.pairwise(widths):
             convs.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             convs.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         convs.append(join(widths[-1], channels, kernel=3))  # the zero convolution of Θz1: the hint joins once
         self.convs = nn.ModuleList(convs)
+
+    @classmethod
+    def widths(cls, stride: int) -> list[int]:
+        """Its channels at each size, from the picture's to the latents'."""
+        halvings = stride.bit_length() - 1
+        if 2**halvings != stride:
+            raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
+        return [cls.WIDTHS[min(i, len(cls.WIDTHS) - 1)] for i in range(halvings + 1)]
 
     def forward(self, hint: Tensor) -> Tensor:
         feature = hint  # (B, 3, H, W)
@@ -170,6 +186,41 @@ class ConvBody(nn.Module):
         for conv in self.convs[1:]:
             features.append(conv(F.silu(features[-1])))
         return features
+
+
+class LowRank(nn.Module):
+    """What a locked weight is trained to become: W + up @ down, W as (out, in x k x k) (LoRA, Hu et al., 2021).
+
+    ``up`` is zero at birth: the weight is W, and only then something else.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        inner = weight[0].numel()
+        self.down = nn.Parameter(torch.randn(rank, inner, dtype=weight.dtype, device=weight.device) / math.sqrt(inner))
+        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def low_rank(module: nn.Module, rank: int) -> nn.Module:
+    """Lock the matrices and convolutions of ``module`` but for differences of this rank; returns it.
+
+    What is trained whole: vectors, and matrices too small to gain by it. So a file of the differences (Control-LoRA)
+    holds exactly what was trained.
+    """
+    for part in list(module.modules()):
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim >= 2 and gains(weight, rank):
+            weight.requires_grad_(False)
+            parametrize.register_parametrization(part, "weight", LowRank(weight, rank))
+    return module
+
+
+def gains(weight: Tensor, rank: int) -> bool:
+    """Whether two matrices of this rank are smaller than a weight."""
+    return rank * (len(weight) + weight[0].numel()) < weight.numel()
 
 
 class ControlBranch(nn.Module):
@@ -206,6 +257,16 @@ class ControlBranch(nn.Module):
     def encode_hint(self, hint: Tensor) -> Tensor:
         """c_f of equation (4), (B, C, h, w). It depends on the hint alone: one evaluation serves every step."""
         return self.hint_encoder(hint)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, as they act: differences of low rank added in."""
+        state = self.state_dict()
+        for path, module in self.named_modules():
+            if parametrize.is_parametrized(module, "weight"):
+                inside = f"{path}.parametrizations.weight."
+                state = {name: value for name, value in state.items() if not name.startswith(inside)}
+                state[f"{path}.weight"] = module.weight.detach()
+        return state
 
     @property
     def pools(self) -> bool:

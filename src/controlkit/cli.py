@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +48,10 @@ BaseOption = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA, or a run's base-difference, merged into the base; repeatable."),
+]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
 
@@ -101,7 +105,11 @@ def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> 
             _warn(str(note.message))
     trained_on = saved.trained.get("base_digest")
     # A digest takes seconds on a large base, and bfloat16's rounding gives another.
-    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:
+    comparable = trained_on and base.dtype != torch.bfloat16
+    if difference := saved.trained.get("base_difference"):
+        if comparable and trained_on == base.digest:
+            _warn(f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}')
+    elif comparable and trained_on != base.digest:
         _warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
     return saved
 
@@ -162,9 +170,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA merged into the base; repeatable.")
-    ] = None,
+    lora: LoraOption = None,
     embedding: Annotated[
         list[Path] | None,
         typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
@@ -179,7 +185,7 @@ def generate(
     from controlkit import sample
     from controlkit.annotators import annotate, contract, drawn_hint
     from controlkit.formats.convert import DTYPES
-    from controlkit.images import grid, read_picture, write_png
+    from controlkit.images import grid, read_hint, read_picture, write_png
     from controlkit.precision import number_format
     from controlkit.union import UnionBranch
 
@@ -196,7 +202,7 @@ def generate(
         raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     for given in asked:
         for path in given.pictures.values():
-            read_picture(path)
+            (read_hint if hint else read_picture)(path)
     added = {"loras": [_split_lora(text) for text in lora or []], "embeddings": embedding or []}
     model = _load_base(base, device, dtype=DTYPES[dtype], **added)
     settings = sample.Settings(steps, guidance, _parse_size(size))
@@ -205,7 +211,7 @@ def generate(
     for text in (prompt, negative or ""):
         if cut := model.cut_words(text):
             _warn(f'the prompt is longer than the {model.window} tokens "{model.name}" reads; cut off: "{cut}"')
-    controls, hints, labels = [], [], []
+    controls, hints, labels, shown = [], [], [], []
     for given, k, counted, made_by in zip(asked, scales, guidances, annotators, strict=True):
         saved = _load_control(given.name, model, "" if given.typed else made_by)
         if isinstance(saved.branch, UnionBranch) and not given.typed:
@@ -220,8 +226,9 @@ def generate(
         read = {}
         for kind, path in given.pictures.items():
             rule = saved.contract_of(kind) if kind else saved.hint  # a Union's types say what makes them
-            picture = read_picture(path, masked=rule.mark is not None)
+            picture = (read_hint if hint else read_picture)(path, masked=rule.mark is not None)
             read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
+            shown.append(rule.picture(read[kind]))
         controls.append(sample.Control.of(saved, k, guess, counted))
         hints.append(read if given.typed else read[""])
         labels += [f"{Path(given.name).name}{f':{kind}' if kind else ''}" for kind in read]
@@ -239,7 +246,6 @@ def generate(
         for result in sample.generate(model, jobs, controls, settings, on_step=lambda n: progress.advance(task, n)):
             write_png(out / f"picture-{result.job.seed}.png", result.pixels, facts | {"seed": result.job.seed})
             made.append(result.pixels)
-    shown = [one for h in hints for one in (h.values() if isinstance(h, dict) else [h])]
     for i, (label, picture) in enumerate(zip(labels, shown, strict=True)):
         write_png(out / f"hint-{i}-{label.replace(':', '-')}.png", picture)
     columns = [f"hint: {label}" for label in labels] + [f"seed {job.seed}" for job in jobs]
@@ -417,6 +423,8 @@ def train(
         mean = 0.0
         words = ""
         for record in train_control(settings, out, base, stage, advance, foreseen=True):
+            if not together.first:
+                continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
@@ -425,6 +433,12 @@ def train(
                 means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
                 told = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
                 progress.print(f"step {record.step}: loss relative to no control {told}", highlight=False)
+            if record.residuals:
+                low, high = min(record.residuals.values()), max(record.residuals.values())
+                told = f"residuals {low:.3g} to {high:.3g} of what they are added to"
+                if record.drift:
+                    told += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
+                progress.print(f"step {record.step}: {told}", highlight=False)
             if seen := record.evaluation:
                 words = record.verdict or ""
                 range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
@@ -483,6 +497,7 @@ def evaluate(
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
+    lora: LoraOption = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
     hint_guidance: Annotated[
@@ -508,7 +523,7 @@ def evaluate(
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
-    model = _load_base(base, device)
+    model = _load_base(base, device, loras=[_split_lora(text) for text in lora or []])
     saved = _load_control(control, model, annotator)
     if isinstance(saved.branch, UnionBranch):
         raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
@@ -638,9 +653,17 @@ def where(name: Annotated[str, typer.Argument(help="`mini`, `union`, `canny`, `d
 def doctor(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     annotator: Annotated[
-        str | None, typer.Option(help="What the hints are, or what will make them: they are held against it.")
+        str | None,
+        typer.Option(
+            help="What the hints are, or what will make them: they are held against it. Of several, `canny+depth`."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
+    channels: Annotated[
+        int | None, typer.Option(help="Channels the hints should have; three, or three of each, by default.", min=1)
+    ] = None,
+    low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
+    high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
 
@@ -654,6 +677,10 @@ def doctor(
 
     _check_folder(out)
     made_by = contract(annotator) if annotator else None
+    if made_by:
+        made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
+    elif (channels, low, high) != (None, 0.0, 1.0):
+        raise UserError("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
     listing = read_listing(path)
     with _progress() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")

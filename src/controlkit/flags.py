@@ -4,6 +4,7 @@ Every flag of that script is known here: it has a place in the recipe, or a reas
 with what to do instead. What is left out has the script's default, not the recipe's.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import yaml
 
 from controlkit.errors import UserError, nearest
-from controlkit.recipe import ScheduleName
+from controlkit.recipe import ScheduleName, TrackerName
 
 PLACES = {
     "pretrained_model_name_or_path": "base",
@@ -32,18 +33,19 @@ PLACES = {
     "checkpoints_total_limit": "keep",
     "seed": "seed",
     "annotator": "control.annotator",
+    "tracker_project_name": "tracking.project",
 }
 """Where in a recipe a flag's value goes as it is. ``annotator`` is ours: what the hints are, or what makes them."""
 
 WORKED_OUT = (
     "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
-    "lr_power", "scale_lr", "resolution", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam",
+    "lr_power", "scale_lr", "resolution", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam", "report_to",
+    "mixed_precision",
 )  # fmt: skip
 """Flags of which something is computed."""
 
 NEEDLESS = {
     "resume_from_checkpoint": "a run goes on by itself when it is started again",
-    "mixed_precision": "the number format is the one that pays on this machine",
     "allow_tf32": "the number format is the one that pays on this machine",
     "set_grads_to_none": "it is always so",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used",
@@ -53,9 +55,7 @@ NEEDLESS = {
     "validation_prompt": "obedience on held-out pairs is measured instead",
     "validation_image": "obedience on held-out pairs is measured instead",
     "num_validation_images": "obedience is measured on evaluation.num pairs",
-    "report_to": "the log is OUT/log.jsonl",
-    "logging_dir": "the log is OUT/log.jsonl",
-    "tracker_project_name": "the log is OUT/log.jsonl",
+    "logging_dir": "the log is OUT/log.jsonl, and TensorBoard's files are in OUT/tensorboard",
 }
 """Flags that change nothing here, and why."""
 
@@ -80,7 +80,7 @@ SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_no
 WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
          "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
 TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
-        "output_dir", "annotator")  # fmt: skip
+        "output_dir", "annotator", "report_to", "tracker_project_name", "mixed_precision")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
 
 DEFAULTS: dict[str, Any] = {
@@ -144,6 +144,13 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
         recipe["lr"] *= recipe["batch"]
     recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
     recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
+    if "mixed_precision" in given:
+        asked, formats = str(given["mixed_precision"]), {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+        if asked not in formats:
+            raise UserError(f'--mixed_precision is "{asked}": {nearest(asked, formats)}')
+        recipe["precision"] = formats[asked]
+    if "report_to" in given:
+        recipe.setdefault("tracking", {})["to"] = _trackers(given["report_to"])
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
     recipe["schedule"] = values["lr_scheduler"]
     recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values["lr_warmup_steps"]
@@ -199,3 +206,13 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return yaml.safe_load(text)
+
+
+def _trackers(name: str) -> list[str]:
+    """Trackers by diffusers' name for them; ``all`` is those that are installed."""
+    known = list(get_args(TrackerName))
+    if name in ("all", "none"):
+        return [one for one in known if name == "all" and importlib.util.find_spec(one)]
+    if name not in known:
+        raise UserError(f'--report_to is "{name}": {nearest(name, [*known, "all", "none"])}')
+    return [name]

@@ -2,6 +2,9 @@
 
 Pictures on this side of a file are uint8 arrays (H, W, 3), RGB, 0-255. Tensors of pictures are float (B, 3, H, W)
 in [-1, 1]; tensors of hints are in the range their ``Hint`` says. Conversions happen here and nowhere else.
+
+Hints are pictures, too, or arrays (H, W, C) of any number of channels: uint8 and uint16 are shares of their type's
+largest value; float32 are values in the range of the ``Hint`` already.
 """
 
 import io
@@ -17,12 +20,15 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from controlkit.errors import UserError
+from controlkit.errors import UserError, one_line
 
 Resize = Literal["area", "lines", "nearest"]
+
+DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
+"""The largest value of each type of whole numbers that hints may have."""
 
 SCRATCH = ".writing-"
 """What the name of a file or folder begins with until it is whole and renamed."""
@@ -40,10 +46,10 @@ class Hint:
     options: Mapping[str, float] = field(default_factory=dict)
     """The annotator's options, e.g. ``{"low": 100, "high": 200}``."""
     channels: int = 3
-    """Channels of the hint: 3 (RGB) or 1 (grey)."""
+    """Channels of the hint: 3 (RGB), 1 (grey), or any other number, of hints that are arrays."""
     low: float = 0.0
     high: float = 1.0
-    """The range pixel values 0-255 are mapped to."""
+    """The range that 0-255, or 0-65535, is mapped to, and in which floats must lie."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
     mark: float | None = None
     """The value of what is masked (transparent in its picture), where hints have masks: -1 for inpainting."""
@@ -64,25 +70,62 @@ class Hint:
         """This contract, of hints made as ``made`` says; what weights learnt stays: range, channels, colour order."""
         return replace(self, annotator=made.annotator, options=made.options, mark=made.mark, resize=made.resize)
 
-    def tensor(self, picture: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """A hint picture as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mark``.
+    def fault(self, hint: np.ndarray) -> str | None:
+        """What of a hint is not as this contract says, in words; None if nothing is."""
+        if hint.ndim != 3 or not hint.size or hint.dtype.name not in {*DEEPEST, "float32"}:
+            shape = " x ".join(map(str, hint.shape))
+            return f"is {shape} of {hint.dtype}; expected height x width x channels of uint8, uint16 or float32"
+        channels = hint.shape[-1]
+        if not (channels == self.channels or (channels, self.channels) in ((1, 3), (3, 1)) or self._masks(hint)):
+            return f"has {channels} channel{'s' * (channels > 1)}; expected {self.channels} (height, width, channels)"
+        if hint.dtype == np.float32:
+            low, high = float(hint.min()), float(hint.max())
+            if not (self.low <= low and high <= self.high):  # so written, it holds for NaN as well
+                return f"has values from {low:g} to {high:g}; expected floats in [{self.low:g}, {self.high:g}]"
+        return None
 
-        The picture is uint8 (H, W, 3), or (H, W, 4) where hints have masks: what is transparent is masked.
+    def _masks(self, hint: np.ndarray) -> bool:
+        """Whether its fourth channel is a mask."""
+        return hint.shape[-1] == 4 and hint.dtype == np.uint8 and self.channels in (1, 3)
+
+    def tensor(self, hint: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """A hint as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mark``.
+
+        The hint is a picture, uint8 (H, W, 3), or (H, W, 4) where hints have masks: what is transparent is masked; or
+        an array (H, W, channels) of uint8, uint16 or float32. One channel serves a contract of three, repeated, and
+        three serve one of one, as their grey. Whole numbers are shares of their type's largest value and are mapped to
+        [low, high]; floats are taken as they are. ``UserError`` for anything else, floats outside the range among them.
         """
-        if self.channels not in (1, 3):
-            raise UserError(f"Hints of {self.channels} channels are no pictures: give them to `denoise` as tensors.")
-        pixels = fit(picture, size, self.resize)
-        masked = torch.from_numpy(pixels[..., 3] < 128) if pixels.shape[-1] == 4 else None
-        pixels = np.ascontiguousarray(pixels[..., :3])
-        if self.channels == 1:
+        if words := self.fault(hint):
+            raise UserError(f"The hint {words}.")
+        pixels = fit(hint, size, self.resize)
+        masked = torch.from_numpy(pixels[..., 3] < 128) if self._masks(pixels) else None
+        pixels = np.ascontiguousarray(pixels[..., :3] if masked is not None else pixels)
+        if (pixels.shape[-1], self.channels) == (3, 1):
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
-        elif self.colour_order == "BGR":
+        elif (pixels.shape[-1], self.channels) == (1, 3):
+            pixels = pixels.repeat(3, 2)
+        elif self.colour_order == "BGR" and self.channels == 3:
             pixels = pixels[..., ::-1]
-        values = torch.tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255.0
-        values = values * (self.high - self.low) + self.low
+        values = torch.from_numpy(self.values(pixels)).permute(2, 0, 1)[None]
         if masked is not None and self.mark is not None:
             values[:, :, masked] = self.mark
         return values
+
+    def values(self, hint: np.ndarray) -> np.ndarray:
+        """A hint's values in [low, high], float32, a new array of its shape."""
+        if hint.dtype.name not in DEEPEST:
+            return hint.astype(np.float32)
+        return hint.astype(np.float32) / DEEPEST[hint.dtype.name] * (self.high - self.low) + self.low
+
+    def picture(self, hint: np.ndarray) -> np.ndarray:
+        """A hint to be looked at, uint8 (H, W, 3), or (H, W, 4) with its mask: its first three channels, low black."""
+        if hint.dtype == np.uint8 and (hint.shape[-1] == 3 or self._masks(hint)):
+            return hint
+        light = (self.values(hint[..., :3]) - self.low) / ((self.high - self.low) or 1)
+        lacking = 3 - light.shape[-1]
+        light = light.repeat(3, 2) if lacking == 2 else np.pad(light, ((0, 0), (0, 0), (0, lacking)))
+        return (255 * np.nan_to_num(light.clip(0, 1))).round().astype(np.uint8)
 
 
 def read_picture(path: Path, masked: bool = False) -> np.ndarray:
@@ -118,11 +161,78 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
         ) from error
 
 
+def read_hint(path: Path, masked: bool = False) -> np.ndarray:
+    """A hint's file as ``decode_hint`` gives it."""
+    if not path.is_file():
+        raise UserError(f"There is no hint at {path}: expected a PNG, JPEG, WebP or .npy file.")
+    return decode_hint(path.read_bytes(), str(path), masked)
+
+
+def decode_hint(data: bytes, name: str, masked: bool = False) -> np.ndarray:
+    """The bytes of a hint's file as an array (H, W, C).
+
+    Of a picture, what ``decode_picture`` gives; but 16 bits a sample are kept, as uint16 with the channels it has. Of a
+    ``.npy`` file (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Other whole numbers
+    are refused, as they have no largest value that they would be shares of; so is anything that would be unpickled.
+    """
+    if data.startswith(b"\x93NUMPY"):
+        return _decode_array(data, name)
+    picture = decode_picture(data, name, masked)  # it says what is wrong with a file
+    if not (data.startswith((b"II*\0", b"MM\0*")) or (data.startswith(b"\x89PNG") and data[24] == 16)):
+        return picture
+    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow reads colours as 8 bits alone
+    if deep is None or deep.dtype != np.uint16 or deep.shape[:2] != picture.shape[:2] or deep.shape[2:] == (4,):
+        return picture  # with a mask, or on its side: as other pictures are
+    return deep[..., None] if deep.ndim == 2 else np.ascontiguousarray(deep[..., ::-1])
+
+
+def _decode_array(data: bytes, name: str) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
+        raise UserError(
+            f"{name} cannot be read as an array ({one_line(error)}): expected a whole .npy file of numbers, as "
+            "`numpy.save` writes it."
+        ) from error
+    if array.ndim not in (2, 3) or not array.size:
+        shape = " x ".join(map(str, array.shape))
+        raise UserError(f"{name} has the shape {shape}: expected height x width, or height x width x channels.")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    elif array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise UserError(
+            f"{name} is an array of {array.dtype}: expected uint8 or uint16, which are shares of their largest value, "
+            "or floats, which are taken as they are. Save it as one of them."
+        )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def sides_of(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the picture that ``decode_picture`` would give, told from the file's head."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        height, width = decode_picture(data, name).shape[:2]  # says what is wrong with it
+        return height, width
+    return (width, height) if turned else (height, width)
+
+
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
-    """Scale to cover ``size`` (height, width) and crop the middle ("Crop and Resize" elsewhere)."""
+    """Scale to cover ``size`` (height, width) and crop the middle ("Crop and Resize" elsewhere).
+
+    Of a picture, or of a hint (H, W, C) of any number of channels. No float goes beyond those of its channel.
+    """
     height, width = size
     if picture.shape[:2] == (height, width):
         return picture
+    if picture.shape[-1] > 4 and picture.ndim == 3:  # more than OpenCV takes at once
+        return np.concatenate([fit(picture[..., k : k + 4], size, how) for k in range(0, picture.shape[-1], 4)], 2)
+    given = picture
     scale = max(height / picture.shape[0], width / picture.shape[1])
     scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
     if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
@@ -130,6 +240,9 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
         picture = cv2.dilate(picture, np.ones((span, span), np.uint8))
     shrink, grow = (cv2.INTER_AREA, cv2.INTER_CUBIC) if how == "area" else (cv2.INTER_NEAREST,) * 2
     resized = cv2.resize(picture, scaled, interpolation=shrink if scale < 1 else grow)
+    resized = resized.reshape(*resized.shape[:2], *given.shape[2:])  # OpenCV drops a single channel
+    if given.dtype.kind == "f":  # as whole numbers cannot go beyond their type's
+        resized = resized.clip(given.min((0, 1)), given.max((0, 1)))
     top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
     return resized[top : top + height, left : left + width]
 

@@ -25,6 +25,9 @@ POSE_COLOURS = (
 )  # fmt: skip
 """OpenPose's colour (RGB) of each joint; a limb has the colour of its own number, darkened to 60%."""
 
+POSE_MIRROR = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
+"""Of each joint, the one on the other side: what a mirror makes of it."""
+
 
 def depth_picture(depth: np.ndarray) -> np.ndarray:
     """Distances from the camera (H, W), in any unit, as light: near is light, as MiDaS draws it.
@@ -59,6 +62,14 @@ def normals_of(picture: np.ndarray) -> np.ndarray:
     return normals / np.linalg.norm(normals, axis=-1, keepdims=True)  # no length is 0: 127.5 is no grey level
 
 
+def turn_normals(picture: np.ndarray) -> np.ndarray:
+    """A picture of normals with x, its red channel, the other way round; where there is nothing it stays ``FACING``."""
+    turned = picture.copy()
+    turned[..., 0] = 255 - picture[..., 0]
+    turned[(picture == FACING).all(-1)] = FACING
+    return turned
+
+
 def label_picture(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Labels (H, W), integers below K, in the colours of a palette, uint8 (K, 3)."""
     if labels.size and not 0 <= labels.min() <= labels.max() < len(palette):
@@ -89,11 +100,42 @@ def pose_picture(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         at = [(round(float(x)), round(float(y))) if visible else None for x, y, visible in person]
         for number, (start, end) in enumerate(POSE_LIMBS):
             if at[start] and at[end]:
-                cv2.line(picture, at[start], at[end], [round(0.6 * value) for value in POSE_COLOURS[number]], stick)
+                cv2.line(picture, at[start], at[end], _limb_colour(number), stick)
         for joint, colour in zip(at, POSE_COLOURS, strict=True):
             if joint:
                 cv2.circle(picture, joint, radius, colour, -1)
     return picture
+
+
+def _limb_colour(number: int) -> tuple[int, ...]:
+    return tuple(round(0.6 * value) for value in POSE_COLOURS[number])
+
+
+def swap_sides(picture: np.ndarray) -> np.ndarray:
+    """A picture of poses with the colours of left and right exchanged, for joints and limbs.
+
+    ``UserError`` where there are other colours than those: smoothed or blended ones do not say which limb is which.
+    """
+    number_of = {frozenset(limb): number for number, limb in enumerate(POSE_LIMBS)}
+    pairs: list[tuple[tuple[int, ...], ...]] = [
+        (POSE_COLOURS[joint], POSE_COLOURS[other]) for joint, other in enumerate(POSE_MIRROR)
+    ]
+    for number, (start, end) in enumerate(POSE_LIMBS):
+        other = number_of[frozenset((POSE_MIRROR[start], POSE_MIRROR[end]))]
+        pairs.append((_limb_colour(number), _limb_colour(other)))
+    swapped, known = np.zeros_like(picture), ~picture.any(-1)
+    for colour, other_side in pairs:
+        drawn = (picture == colour).all(-1)
+        swapped[drawn] = other_side
+        known |= drawn
+    if not known.all():
+        y, x = np.argwhere(~known)[0]
+        raise UserError(
+            f"A picture of poses cannot be mirrored exactly: the colour {tuple(map(int, picture[y, x]))} at x {x}, "
+            f"y {y} is that of no joint or limb (faces, hands and smoothed drawings have such). Set data.flip: 0, "
+            "or draw the poses as `controlkit.maps.pose_picture` does."
+        )
+    return swapped
 
 
 def keypoints_of(picture: np.ndarray) -> list[tuple[int, float, float]]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate
+from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate, parts_of
 from controlkit.backbones import UNetBase
 from controlkit.data import TRUTHS, Pair, hint_of
 from controlkit.errors import UserError, nearest
@@ -216,7 +216,11 @@ METRICS = {
 
 
 def metric_of(contract: Hint) -> Metric:
-    """The metric of obedience to hints of this contract, whether or not anything here makes them."""
+    """The metric of obedience to hints of this contract, whether or not anything here makes them.
+
+    Of several hints that are channels of one it is the first's, here and in ``look_of``.
+    """
+    contract = parts_of(contract)[0]
     if not contract.annotator:
         raise UserError(f"No annotator of these hints is named: expected one of {', '.join(METRIC_OF)}.")
     if contract.annotator not in METRIC_OF:
@@ -235,6 +239,7 @@ def look_of(contract: Hint) -> Look:
 
     Depth, normals, labels and poses are read by the shipped observer, which knows the embedded scenes and nothing else.
     """
+    contract = parts_of(contract)[0]
     if not metric_of(contract).looks_again:
         return lambda picture: picture
     if contract.annotator in TRUTHS:
@@ -255,6 +260,7 @@ def shipped_observer() -> Observer:
 
 def check_findable(contract: Hint, truths: Iterable[Pair]) -> None:
     """Refuse to look with the shipped observer at pictures of anything but the embedded scenes."""
+    contract = parts_of(contract)[0]
     if contract.annotator in TRUTHS and any(truth.truth is None for truth in truths):
         raise UserError(f'"{contract.annotator}" can be found again in the embedded scenes alone: measure on scenes.')
 
@@ -268,7 +274,7 @@ def fidelity(
     """
     metric, look = metric_of(contract), look or look_of(contract)
     pairs = zip(pictures, hints, strict=True)
-    return np.array([metric.function(look(picture), hint) for picture, hint in pairs])
+    return np.array([metric.function(look(picture), contract.picture(hint)) for picture, hint in pairs])
 
 
 # --- obedience ----------------------------------------------------------------------------------------------
@@ -333,6 +339,17 @@ def ceiling_pictures(base: UNetBase, truths: Sequence[np.ndarray], batch: int = 
             moments = base.encode_moments(to_tensor(truths[first : first + batch]).to(base.device))
             done += to_pictures(base.decode_latents(moments.chunk(2, 1)[0] * base.vae.config.scaling_factor))
     return done
+
+
+COLOURS = ("red", "green", "blue", "contrast", "saturation")
+
+
+def colours(picture: np.ndarray) -> np.ndarray:
+    """A picture's ``COLOURS``, (5,), each a share of the full range: the mean of red, green and blue; the standard
+    deviation of grey; and the mean over pixels of the greatest channel less the least."""
+    values = picture[..., :3].astype(np.float64) / 255
+    spread = values.max(-1) - values.min(-1)
+    return np.array([*values.mean((0, 1)), values.mean(-1).std(), spread.mean()])
 
 
 # --- quality ------------------------------------------------------------------------------------------------
@@ -496,8 +513,13 @@ def three_ways(
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
     skip_no_control: bool = False,
+    plain: UNetBase | None = None,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """The same seeds and prompts, controlled, without control, and with another sample's hint."""
+    """The same seeds and prompts, controlled, without control, and with another sample's hint; of ``rows`` alone.
+
+    ``plain``: the base that is to make those without control, where training has changed ``base``.
+    """
     half = max(len(hints) // 2, 1)
     mixed = [*hints[half:], *hints[:half]]
     ways: dict[str, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
@@ -508,6 +530,8 @@ def three_ways(
         ways["no_control"] = (None, [])
     made = {}
     for name, (given, controls) in ways.items():
-        jobs = [Job(t.prompt, i, (given[i],) if given else ()) for i, t in enumerate(truths)]
-        made[name] = [p.pixels for p in generate(base, jobs, controls, settings, batch, on_step)]
+        chosen = range(len(truths)) if rows is None else rows
+        jobs = [Job(truths[i].prompt, i, (given[i],) if given else ()) for i in chosen]
+        by = base if controls else plain or base
+        made[name] = [p.pixels for p in generate(by, jobs, controls, settings, batch, on_step)]
     return made

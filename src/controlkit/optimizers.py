@@ -52,6 +52,7 @@ class Optimizer:
         # kernel's: parameters that share the convolutions' memory.
         self._views = [(named[n], nn.Parameter(named[n].detach().view(len(named[n]), -1))) for n in matrices]
         views = [view for _, view in self._views]
+        self._all = list(named.values())
         rest = [p for n, p in named.items() if n not in set(matrices)]
         adam: dict[str, Any] = {"betas": betas, "eps": epsilon}
         self._parts: list[torch.optim.Optimizer]
@@ -69,6 +70,11 @@ class Optimizer:
         for part in self._parts:
             for group in part.param_groups:
                 group["weight_decay"] = weight_decay
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters whose gradients ``step`` uses, as torch's own optimizers tell them."""
+        return [{"params": self._all}]
 
     def step(self, rate: float) -> None:
         """One step at this learning rate; gradients are used up."""

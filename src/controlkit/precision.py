@@ -35,12 +35,20 @@ def bf16_pays(device_type: str) -> bool:
     return best[torch.bfloat16] < best[torch.float32]
 
 
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The formats of half precision. float16 is not chosen by itself: what is small is lost in it, so losses are scaled."""
+
 _settled: dict[str, str] = {}
 
 
+def faster_format(device_type: str) -> str:
+    """``bfloat16`` where it pays, else ``float32``."""
+    return "bfloat16" if bf16_pays(device_type) else "float32"
+
+
 def number_format(device_type: str) -> str:
-    """``bfloat16`` where it pays, else ``float32``; what was settled, where something was."""
-    return _settled.get(device_type) or ("bfloat16" if bf16_pays(device_type) else "float32")
+    """What was settled, where something was; else the faster one."""
+    return _settled.get(device_type) or faster_format(device_type)
 
 
 def settle_format(device_type: str, name: str) -> None:
@@ -49,9 +57,9 @@ def settle_format(device_type: str, name: str) -> None:
 
 
 def autocast(device_type: str) -> AbstractContextManager[object]:
-    """bfloat16 autocast where that is the ``number_format``, else nothing."""
-    half = number_format(device_type) == "bfloat16"
-    return torch.autocast(device_type, dtype=torch.bfloat16) if half else nullcontext()
+    """Autocast to the ``number_format`` where that is a half, else nothing."""
+    half = HALVES.get(number_format(device_type))
+    return torch.autocast(device_type, dtype=half) if half else nullcontext()
 
 
 def training_attention(device_type: str) -> AbstractContextManager[object]:

@@ -1,12 +1,12 @@
 """The processes of a run that several do together (``accelerate launch``, ``torchrun``), of which this is one.
 
 Each computes its own part of every batch; gradients are the mean over all, so that two processes with a batch of B do
-what one does with 2B. The first writes files and evaluates; the others wait for it.
+what one does with 2B. Each evaluates its share of the held-out pairs. The first writes files.
 """
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _PATIENCE = timedelta(hours=6)
-"""How long the others wait while the first evaluates or builds a cache; the usual ten minutes are too short."""
+"""How long the others wait while the first builds a cache; the usual ten minutes are too short."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Ranks:
 
     index: int = 0
     count: int = 1
+    sharded: bool = False
+    """Whether weights, gradients and what the optimizer remembers are shared out over them (FSDP2)."""
+    notes: tuple[str, ...] = ()
+    """What there is to know of how they were started."""
 
     @property
     def first(self) -> bool:
@@ -45,8 +49,9 @@ class Ranks:
                 value.copy_(mean.view_as(value))
 
     def mean_gradients(self, module: nn.Module) -> None:
-        """Replace the gradients by their mean over the processes, in one message."""
-        self.mean(p.grad for p in module.parameters() if p.grad is not None)
+        """Replace the gradients by their mean over the processes, in one message; of sharded ones that is done."""
+        if not self.sharded:
+            self.mean(p.grad for p in module.parameters() if p.grad is not None)
 
     def any(self, value: bool, device: torch.device) -> bool:
         """Whether it is so for any of them."""
@@ -64,12 +69,48 @@ class Ranks:
         torch.distributed.broadcast_object_list(held)
         return held[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each has, in the processes' order, to all."""
+        held = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(held, value)
+        return held
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` things are this one's: as many in a row as the others', give or take one, or none."""
+        return range(self.index * count // self.count, (self.index + 1) * count // self.count)
+
+
+_DEEPSPEED, _FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
+"""What ``accelerate launch --use_deepspeed`` and ``--use_fsdp`` set."""
+
 
 def ranks(cpu: bool) -> Ranks:
     """The processes that were started together; one, alone, where nothing started several."""
+    notes = []
+    if deepspeed := _asked(_DEEPSPEED):
+        notes.append(
+            "DeepSpeed was asked for, which is accepted and untested: its stages and offloading are not used. Each "
+            "process holds all weights, and gradients are averaged. To share weights out, launch with --use_fsdp."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Ranks()
+        return Ranks(notes=tuple(notes))
     from accelerate import PartialState
 
+    if deepspeed:
+        del os.environ[_DEEPSPEED]  # or accelerate would have DeepSpeed itself connect the processes
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
-    return Ranks(state.process_index, state.num_processes)
+    if deepspeed:
+        os.environ[_DEEPSPEED] = "true"
+    together = Ranks(state.process_index, state.num_processes, notes=tuple(notes))
+    if deepspeed or not _asked(_FSDP):
+        return together
+    notes.append(
+        f"The branch is shared out over {together.count} processes (FSDP2, block by block); of the launcher's other "
+        "FSDP settings none is used."
+    )
+    return replace(together, sharded=True, notes=tuple(notes))
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1", "yes")

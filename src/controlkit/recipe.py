@@ -17,6 +17,10 @@ POLYNOMIAL_END = 1e-7
 """The rate at which ``schedule: polynomial`` ends, as diffusers has it."""
 
 
+FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Names of number formats as others have them -> torch's."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,10 +31,28 @@ class ControlRecipe(_Strict):
     annotator: str = "canny"
     """Makes the hints, unless the source has its own; and measures obedience to them."""
     types: list[str] = []
-    """Several types of hint at once: what is trained is a Union (instead of ``annotator``)."""
+    """Several types of hint at once: what is trained is a Union (instead of ``annotator``). One that is named twice comes
+    twice as often."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
-    body: Literal["copy", "conv"] = "copy"
+    annotators: list[str] = []
+    """Several hints that are channels of one control, three of each in this order (instead of ``annotator``): made by
+    annotators, or as many hints of the data's own. Obedience is measured to the first."""
+    channels: int | None = Field(None, gt=0)
+    """Channels of the hint where they are not three: 1 for grey, any number for arrays (``.npy``)."""
+    low: float = 0.0
+    """What the least of whole numbers in a hint, 0, is read as; floats are taken as they are."""
+    high: float = 1.0
+    """What the largest of their type is read as; floats must lie between the two."""
+    body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
+    """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
+    trained (a Control-LoRA; written as such, too); ``xs``, ControlNet-XS, a thin encoder that walks beside the base's;
+    ``adapter``, a T2I-Adapter."""
+    rank: int = Field(16, gt=0)
+    """Of the differences that ``body: lora`` trains."""
+    size_ratio: float | None = Field(None, gt=0, le=1)
+    """The width of an ``xs`` body: its channels as a share of the base's. Unless told, 32 channels at the finest level
+    (a tenth of Stable Diffusion's), at most half of a small base's."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     start_from: str | None = None
@@ -55,6 +77,15 @@ class DataRecipe(_Strict):
     """Scenes drawn, of which those without anything held out are used."""
     visits: int = Field(1, gt=0)
     """How often each scene comes, for a Union each time with another type of hint."""
+    buckets: bool = False
+    """Pictures of a folder in the sizes nearest to their own shapes (``data.bucket_sizes``), a batch of one size each,
+    instead of cut square. What is measured on stays square, so that figures can be compared."""
+    cache: bool = True
+    """Latents, text embeddings and annotations are looked up in this machine's store, and kept there, so that another
+    run on the same pictures computes none of them (``data.store``)."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Share of visits at which a pair is seen in a mirror: its picture, and its hint as it is of that picture (left and
+    right limbs change colours, normals the sign of x). Pairs whose prompt tells left from right stay as they are."""
 
 
 class EvaluationRecipe(_Strict):
@@ -70,6 +101,17 @@ class EvaluationRecipe(_Strict):
     """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
     target: float | None = None
     """The run ends where the lower bound of obedience reaches this."""
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class TrackingRecipe(_Strict):
+    """Where figures and sheets of samples are sent besides the log; each is an extra of its name."""
+
+    to: list[TrackerName] = []
+    project: str = "controlkit"
+    """The name runs stand under at ``wandb`` and ``trackio``; ``tensorboard`` writes to ``OUT/tensorboard``."""
 
 
 class Recipe(_Strict):
@@ -116,8 +158,15 @@ class Recipe(_Strict):
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
+    unlock: int | None = Field(None, gt=0)
+    """Steps after which the base's U-Net learns, too, at the same rate (the paper's large-scale training, which unlocks
+    after 50,000 and more). It is a copy that does: what it learnt is written into the control's folder as a difference,
+    ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the networks are computed in; weights that learn stay in fp32. ``auto``: bf16 where it is the faster, else
+    fp32. With ``fp16`` the loss is scaled, and steps whose gradients overflow are left out."""
     compile: bool = False
     """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
     seed: int = 0
@@ -125,14 +174,17 @@ class Recipe(_Strict):
     keep: int = Field(2, gt=0)
     """Checkpoints kept."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
 
     @model_validator(mode="after")
-    def _whole_pairs(self) -> "Recipe":
+    def _together(self) -> "Recipe":
         if self.batch % (self.draws * self.accumulate):
             raise ValueError(
                 f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
                 f"{self.accumulate} equal parts"
             )
+        if self.unlock and self.ema:
+            raise ValueError("ema averages a control's weights alone, and with unlock the base's change beside them")
         return self
 
     @model_validator(mode="after")
@@ -148,6 +200,19 @@ class Recipe(_Strict):
                 raise ValueError(f'"{key}" is set, and nothing reads it: {reason}')
         if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
             raise ValueError(f"schedule: polynomial ends at a rate of {POLYNOMIAL_END}, and lr is {self.lr}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_body_s_own_settings(self) -> "Recipe":
+        control = self.control
+        if control.body != "xs" and control.size_ratio is not None:
+            raise ValueError(f"control.size_ratio is the width of body xs; body {control.body} has the base's own")
+        whole = {"xs": "joins every layer", "adapter": "adds inside the base's encoder"}
+        for name in ("join", "taps"):
+            word, plain = getattr(control, name), ControlRecipe.model_fields[name].default
+            if control.body in whole and word != plain:
+                reason = f"with body {control.body}, which {whole[control.body]}, only {plain}"
+                raise ValueError(f"control.{name} is {word}; {reason}")
         return self
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.adapter import Adapter
+from controlkit.adapter import Branch
 from controlkit.annotators import contract
-from controlkit.backbones import Text, UNetBase
-from controlkit.branch import ControlBranch, Tap, add_residuals
+from controlkit.backbones import Part, Text, UNetBase
+from controlkit.branch import Tap
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl
 from controlkit.images import Hint, to_pictures
@@ -33,7 +32,7 @@ class Control:
     the less the finer the resolution (a tenth at the finest, all of it at the middle).
     """
 
-    branch: ControlBranch | Adapter | OneType
+    branch: Branch | OneType
     hint: Hint
     scale: float = 1.0
     start: float = 0.0
@@ -81,7 +80,8 @@ class Settings:
 class Job:
     """One picture to make.
 
-    ``hints`` holds one hint picture, uint8 (H, W, 3), for each control; for a Union control, its hint pictures by type.
+    ``hints`` holds one hint for each control, a picture, uint8 (H, W, 3), or an array as ``Hint.tensor`` reads it; for
+    a Union control, its hint pictures by type.
     ``negative``: what to keep away from; None is no prompt at all (for SDXL not the same as an empty one).
     """
 
@@ -137,12 +137,6 @@ def strength_table(
     return table
 
 
-def _strength_at(strength: Tensor, tap: int, step: int, residual: Tensor) -> Tensor:
-    """The strength of one control at a tap and step, (row, 1, h, w), brought to the residual's size if it is a map."""
-    value = strength[:, tap, step][:, None].to(residual.dtype)
-    return value if value.shape[-2:] == (1, 1) else F.interpolate(value, residual.shape[-2:], mode="area")
-
-
 HintTensors = Tensor | Mapping[str, Tensor]
 """A control's hints as its branch reads them; a Union's by type."""
 
@@ -191,18 +185,12 @@ def denoise(
             scaled = scheduler.scale_model_input(x, timestep)
             both = scaled.repeat(rows // count, 1, 1, 1).to(base.dtype)
             t = timestep.to(x.device).expand(rows)
-            parts: list[tuple[dict[str, Tensor], dict[str, Tensor | float]]] = []
+            parts = []
             for i, control in enumerate(controls):
                 if used[i][step]:
-                    residuals = control.branch(both, t, text, features[i])
-                    scales: dict[str, Tensor | float] = {
-                        tap.name: _strength_at(strength[i], k, step, residuals[tap.name])
-                        for k, tap in enumerate(base.taps)
-                        if tap.name in residuals
-                    }
-                    parts.append((residuals, scales))
-            inject = add_residuals(parts)
-            prediction = base.decode_noise(base.encode_noise(both, t, text, inject), inject).float()
+                    at = {tap.name: strength[i, :, k, step][:, None] for k, tap in enumerate(base.taps)}
+                    parts.append(Part(control.branch, features[i], at))
+            prediction = base.predict(both, t, text, parts).float()
             if rows > count:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + settings.guidance * (conditional - unconditional)

@@ -58,6 +58,14 @@ class Run:
                 found.setdefault(kind, []).append((record["step"], statistics.fmean(quarters)))
         return found
 
+    def told(self, key: str) -> dict[str, Points]:
+        """By name, what the evaluations said under ``key``: ``colour_drift``, or ``residuals`` by tap."""
+        found: dict[str, Points] = {}
+        for record in self.records:
+            for name, value in record.get(key, {}).items():
+                found.setdefault(name, []).append((record["step"], value))
+        return found
+
     def obedience(self) -> list[tuple[float, float, float, float]]:
         """Step, mean, and the interval's ends, of each evaluation."""
         return [(r["step"], r["obedience"], *r["obedience_interval"]) for r in self.records if "obedience" in r]
@@ -106,6 +114,13 @@ def lines(run: Run) -> list[str]:
     if measured := run.obedience():
         _, mean, low, high = measured[-1]
         said.append(f"{'obedience':12} {mean:7.3f}  {bars([one[1] for one in measured])}  [{low:.3f}, {high:.3f}]")
+    if drift := run.told("colour_drift"):
+        name, points = max(drift.items(), key=lambda one: abs(one[1][-1][1]))
+        values = [y for _, y in points]
+        said.append(f"{'colour drift':12} {values[-1]:+7.3f}  {bars(values)}  {name}, which drifted furthest")
+    if residuals := run.told("residuals"):
+        values = [points[-1][1] for points in residuals.values()]
+        said.append(f"{'residuals':12} {max(values):7.3f}  {bars(values)}  of what they are added to, tap by tap")
     return [*said, run.verdict] if run.verdict else said
 
 
@@ -155,6 +170,12 @@ def _chart(title: str, points: Points, band: Sequence[tuple[float, float, float]
     )
 
 
+_TOLD = {
+    "colour_drift": "Colour drift from the base without control, in shares of the full range (0 is none)",
+    "residuals": "Residuals by tap, relative to what they are added to (0 at birth)",
+}
+
+
 def page(run: Run, facts: Mapping[str, Any] | None = None) -> str:
     """The run as one HTML file, pictures included; ``facts`` stand beneath its title."""
     said = html.escape(lines(run)[0])
@@ -172,6 +193,11 @@ def page(run: Run, facts: Mapping[str, Any] | None = None) -> str:
             body.append("<h2>Held-out loss, relative to the base without control (1 is none)</h2><div class=charts>")
             body += [_chart(kind or "all", points) for kind, points in relative.items()]
             body.append("</div>")
+        for key, words in _TOLD.items():
+            if found := run.told(key):
+                body.append(f"<h2>{words}</h2><div class=charts>")
+                body += [_chart(name, points) for name, points in found.items()]
+                body.append("</div>")
         body.append("<h2>Training loss</h2>")
         body.append(_chart("loss", run.loss(), wide=True))
     if run.sheet:

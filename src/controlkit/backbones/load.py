@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from controlkit.backbones.families import (
@@ -24,6 +25,7 @@ from controlkit.backbones.families import (
 from controlkit.backbones.unet import PREDICTIONS, TextTower, UNetBase
 from controlkit.errors import UserError, nearest, one_line
 from controlkit.hub import shipped_names, where
+from controlkit.images import write_atomic
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -49,7 +51,8 @@ def load_base(
             file; or a hub's name (``owner/model``), taken from the local cache if it is there.
         dtype: of the weights; the VAE stays in float32 where float16 overflows it.
         prediction: ``eps`` or ``v``, where a single file's own signs of it mislead.
-        loras: LoRA files with their weights, merged into the base; read by diffusers and peft.
+        loras: LoRA files with their weights, merged into the base; read by diffusers and peft. Or differences, as a
+            run writes whose base was unlocked.
         embeddings: textual inversions; each is written in a prompt as its file's name.
     """
     text, path = str(source), Path(source)
@@ -66,7 +69,10 @@ def load_base(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
             f".safetensors or .ckpt file, or a hub's owner/model; {nearest(text, ['mini', *FAMILIES])}"
         )
-    if loras:
+    differences = [one for one in loras if _is_difference(one[0])]
+    for path, weight in differences:
+        _add_difference(base, path, weight)
+    if loras := [one for one in loras if one not in differences]:
         _merge_loras(base, loras)
     for embedding in embeddings:
         _add_words(base, embedding)
@@ -252,6 +258,41 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
         bias = header.read([_LAST_NORM])[_LAST_NORM].float()
         return "v" if bias.std(correction=0) > _V_SPREAD else "eps"
     return family.prediction
+
+
+# --- a base trained together with a control -----------------------------------------------------------------------
+
+_DIFFERENCE = "controlkit.difference"
+"""In a file's metadata: the digest of the base it is a difference to."""
+
+
+def save_difference(path: Path, before: UNetBase, after: UNetBase) -> None:
+    """Write what training changed in a base's U-Net, under diffusers' names; what it left alone is left out."""
+    own = before.unet.state_dict()
+    changed = {
+        name: (value - own[name]).cpu().contiguous()
+        for name, value in after.unet.state_dict().items()
+        if not torch.equal(value, own[name])
+    }
+    metadata = {"format": "pt", _DIFFERENCE: before.digest}
+    write_atomic(path, lambda scratch: save_file(changed, scratch, metadata))
+
+
+def _is_difference(path: Path) -> bool:
+    return path.is_file() and _DIFFERENCE in open_tensors(path).metadata
+
+
+def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
+    """Add a difference to the base's U-Net; ``UserError`` if it is one to another base."""
+    file = open_tensors(path)
+    own = base.unet.state_dict()
+    tensors = file.read()
+    strange = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
+    if strange:
+        raise UserError(f'{path} is no difference to the base "{base.name}", whose U-Net has no {strange[0]} like its.')
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name] += weight * value.to(own[name])
 
 
 # --- LoRA and textual inversion -----------------------------------------------------------------------------------

@@ -7,16 +7,18 @@ Control comes in as an explicit argument, ``inject={tap name: residual}``. Leavi
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.families import Prediction
-from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap
+from controlkit.backbones.xs import Layer, XSBranch, new_xs, run_layer, run_plain
+from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap, add_residuals, low_rank
 from controlkit.hub import digest
 from controlkit.precision import autocast
 from controlkit.union import UnionBranch
@@ -42,6 +44,13 @@ class Text:
     def __getitem__(self, rows: Any) -> "Text":
         return Text(**{name: value[rows] for name, value in self.tensors().items()})
 
+    def of_size(self, size: tuple[int, int]) -> "Text":
+        """The same, of pictures of (height, width) pixels, none of them cut; where sizes are not read, itself."""
+        if self.sizes is None:
+            return self
+        height, width = size
+        return replace(self, sizes=self.sizes.new_tensor([height, width, 0, 0, height, width]).repeat(len(self), 1))
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name; ``Text(**tensors)`` is the way back."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -60,6 +69,36 @@ class Encoded:
     middle: Tensor
     embedding: Tensor  # (B, D)
     text: Text
+    arriving: Mapping[str, Tensor] = field(default_factory=dict)
+    """By skip: added to the decoder's feature where that skip arrives (ControlNet-XS)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One control's part in a prediction: a branch, what it read of its hints, and how loud it speaks."""
+
+    branch: Any
+    """A ``ControlBranch``, an ``Adapter``, a Union or one type of it, or an ``XSBranch``."""
+    features: Any
+    """What its ``encode_hint`` gave, for every row."""
+    strength: Mapping[str, Tensor | float] | None = None
+    """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
+
+    def scaled(self, residuals: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
+        """(residuals, the strength of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
+        return residuals, {name: self._at(name, residual) for name, residual in residuals.items()}
+
+    def _at(self, tap: str, residual: Tensor) -> Tensor | float:
+        value = 1.0 if self.strength is None else self.strength[tap]
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(residual.dtype)
+        return value if value.shape[-2:] == (1, 1) else F.interpolate(value, residual.shape[-2:], mode="area")
+
+    def heard(self) -> Tensor | float:
+        """1 where it speaks at all in the middle, 0 where it is silent, for each row (rows, 1)."""
+        value = 1.0 if self.strength is None else self.strength["middle"]
+        return value.ne(0).flatten(1).any(1, keepdim=True) if isinstance(value, Tensor) else float(value != 0)
 
 
 @contextmanager
@@ -117,34 +156,58 @@ class UNetEncoder(nn.Module):
         hint: Tensor | None = None,
         embedding: Tensor | None = None,
         inject: Mapping[str, Tensor] | None = None,
+        beside: Sequence[Part] = (),
     ) -> Encoded:
         """Encode latents x (B, C, h, w) at timesteps t (B,).
 
         Args:
             hint: added once, after the first block.  embedding: added to the time embedding (B, D).
             inject: residuals by name of encoder tap, added where a level's features leave for its skip.
+            beside: controls that walk along, place by place (``XSBranch``).
         """
         inject = inject or {}
         whole = self.embed(t, text, x.dtype)
         if embedding is not None:
             whole = whole + embedding
-        h = self.conv_in(x)
-        if hint is not None:
-            h = h + hint
-        skips = [h]
+        for part in beside:
+            shift = part.branch.shift(self.time_proj(t).to(x.dtype), self.time_embedding)
+            if shift is not None:
+                whole = whole + shift * part.heard()
+        h = x
+        features: list[Tensor] = []
+        walked: list[list[Tensor]] = [[] for _ in beside]
+        stages = [part.branch.stages() for part in beside]
+        for place, (layer, tap) in enumerate(self._places()):
+            before, h = h, layer(h, whole, text)
+            if place == 0 and hint is not None:
+                h = h + hint
+            if tap in inject:
+                h = h + inject[tap]
+            for part, own, stage in zip(beside, walked, stages, strict=True):
+                feature, said = stage[place](own[-1] if own else part.features, before, whole, text)
+                own.append(feature)
+                name = part.branch.taps[place].name
+                h = h + add_residuals([part.scaled({name: said})])[name]
+            features.append(h)
+        parts = zip(beside, walked, strict=True)
+        arriving = add_residuals([part.scaled(part.branch.arriving(own[:-1])) for part, own in parts])
+        return Encoded(features[:-1], features[-1], whole, text, arriving)
+
+    def _places(self) -> Iterator[tuple[Layer, str]]:
+        """For each feature a branch has: what makes it of the one before, and the encoder tap at its end, or ""."""
+        yield partial(run_plain, self.conv_in), ""
         for level, block in enumerate(self.down_blocks):
-            residual = inject.get(f"encoder_{level}")
-            if getattr(block, "has_cross_attention", False):
-                h, outputs = block(h, whole, encoder_hidden_states=text.tokens, additional_residuals=residual)
-            else:
-                h, outputs = block(h, whole)
-                if residual is not None:  # a level without attention takes it at its end, skip included
-                    h = h + residual
-                    outputs = (*outputs[:-1], h)
-            skips.extend(outputs)
+            layers: list[Layer] = [partial(run_layer, block, i) for i in range(len(block.resnets))]
+            end = len(layers) - 1
+            if block.downsamplers is not None:
+                layers.append(partial(run_plain, block.downsamplers[0]))
+                end += not getattr(block, "has_cross_attention", False)  # a level without attention: at its very end
+            yield from ((layer, f"encoder_{level}" if i == end else "") for i, layer in enumerate(layers))
+        yield self._middle, ""
+
+    def _middle(self, h: Tensor, embedding: Tensor, text: Text) -> Tensor:
         attends = getattr(self.mid_block, "has_cross_attention", False)
-        middle = self.mid_block(h, whole, **({"encoder_hidden_states": text.tokens} if attends else {}))
-        return Encoded(skips, middle, whole, text)
+        return self.mid_block(h, embedding, **({"encoder_hidden_states": text.tokens} if attends else {}))
 
     def forward(
         self, x: Tensor, t: Tensor, text: Text, hint: Tensor | None = None, embedding: Tensor | None = None
@@ -271,14 +334,13 @@ class UNetBase:
         pooled = sizes = None
         if self.unet.config.addition_embed_type == "text_time":
             pooled = read[-1][1]
-            height, width = size or (self.size, self.size)
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=tokens.device).repeat(len(prompts), 1)
+            sizes = torch.zeros(len(prompts), 6, dtype=torch.long, device=tokens.device)
         absent = [i for i, prompt in enumerate(prompts) if prompt is None]
         if absent and self.zeros_for_none:
             tokens[absent] = 0
             if pooled is not None:
                 pooled[absent] = 0
-        return Text(tokens, pooled, sizes)
+        return Text(tokens, pooled, sizes).of_size(size or (self.size, self.size))
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
@@ -297,13 +359,30 @@ class UNetBase:
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode_noise(self, x: Tensor, t: Tensor, text: Text, inject: Mapping[str, Tensor] | None = None) -> Encoded:
-        """The locked encoder and middle block, with ``inject`` at its encoder taps.
+    def predict(self, x: Tensor, t: Tensor, text: Text, parts: Sequence[Part] = ()) -> Tensor:
+        """The prediction (B, C, h, w) under any number of controls: here they meet the base, and each other.
 
-        No graph is built: nothing before it is trained.
+        Args:
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: of B prompts.
         """
-        return self.encoder.encode(x, t, text, inject=inject)
+        beside = [part for part in parts if isinstance(part.branch, XSBranch)]
+        apart = [part for part in parts if not isinstance(part.branch, XSBranch)]
+        inject = add_residuals([part.scaled(part.branch(x, t, text, part.features)) for part in apart])
+        return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
+
+    def encode_noise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Text,
+        inject: Mapping[str, Tensor] | None = None,
+        beside: Sequence[Part] = (),
+    ) -> Encoded:
+        """The encoder and middle block, with ``inject`` at its encoder taps, and what walks ``beside`` it.
+
+        Where there is neither and the weights are locked, as a branch has it, no graph is built.
+        """
+        return self.encoder.encode(x, t, text, inject=inject, beside=beside)
 
     def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
         """The prediction (B, C, h, w), with ``inject`` at the skips and the middle; gradients reach the residuals."""
@@ -312,12 +391,14 @@ class UNetBase:
         pairs = zip(self.branch_taps, plain, strict=True)
         *skips, h = [f + inject[tap.name] if tap.name in inject else f for tap, f in pairs]
         for block in self.unet.up_blocks:
-            count = len(block.resnets)
-            skips, own = skips[:-count], tuple(skips[-count:])
-            attends = getattr(block, "has_cross_attention", False)
-            extra = {"encoder_hidden_states": encoded.text.tokens} if attends else {}
+            for i in range(len(block.resnets)):
+                name = self.branch_taps[len(skips) - 1].name
+                if name in encoded.arriving:
+                    h = h + encoded.arriving[name]
+                h = run_layer(block, i, torch.cat([h, skips.pop()], 1), encoded.embedding, encoded.text)
             size = tuple(skips[-1].shape[-2:]) if skips else None  # odd sizes: as large as the skip to be met
-            h = block(hidden_states=h, temb=encoded.embedding, res_hidden_states_tuple=own, upsample_size=size, **extra)
+            for upsampler in block.upsamplers or ():
+                h = upsampler(h, size)
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
 
     # --- control ----------------------------------------------------------------------------------------
@@ -331,10 +412,17 @@ class UNetBase:
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
         return copy.deepcopy(self.encoder, memo)
 
-    def new_branch(self, spec: ControlSpec | None = None, hint_channels: int = 3) -> ControlBranch:
-        """A fresh branch for this base, as ``spec`` says."""
+    def new_branch(
+        self, spec: ControlSpec | None = None, hint_channels: int = 3, size_ratio: float | None = None
+    ) -> ControlBranch | XSBranch:
+        """A fresh branch for this base, as ``spec`` says; ``size_ratio`` is an XS's width (``xs.adapter_config``)."""
         spec = spec or ControlSpec()
-        body = self.conv_body() if spec.body == "conv" else self.copy_encoder()
+        if spec.body == "xs":
+            walker = new_xs(self.unet, self.branch_taps, self.stride, hint_channels, size_ratio)
+            return walker.to(self.device, self.dtype)
+        body: nn.Module = self.conv_body() if spec.body == "conv" else self.copy_encoder()
+        if spec.body == "lora":
+            body = low_rank(body, spec.rank)
         return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
 
     def new_union(self, types: int = 8, code_width: int = 32) -> UnionBranch:
@@ -351,6 +439,11 @@ class UNetBase:
     def conv_body(self) -> ConvBody:
         """A fresh body of ControlNet-lite for this base's taps."""
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
+
+    def with_own_unet(self) -> "UNetBase":
+        """The same base with a copy of its U-Net, to be trained."""
+        unet = copy.deepcopy(self.unet)
+        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none)
 
     # --- placement --------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
 """Training data: pairs of picture, prompt and hint, where they come from, and their cache."""
 
+from controlkit.data.buckets import bucket_sizes, nearest_bucket, turn_at
 from controlkit.data.build import TARGETS, build_set
 from controlkit.data.cache import Cached, build_cache
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
 from controlkit.data.layouts import LAYOUTS, Listing, Problem, Row, read_listing
+from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import (
     SCENES_EVALUATED,
     TRUTHS,
@@ -19,6 +21,7 @@ from controlkit.data.pairs import (
     split_folder,
     trained_count,
 )
+from controlkit.data.store import Store, key_of, open_store, remembered
 
 __all__ = [
     "FILL50K_SIZE",
@@ -37,17 +40,25 @@ __all__ = [
     "Report",
     "Row",
     "ScenePairs",
+    "Store",
     "TypedPairs",
     "add_up",
+    "bucket_sizes",
     "build_cache",
     "build_set",
     "evaluation_pairs",
     "examine",
     "hint_of",
+    "key_of",
     "make_fill50k",
     "make_scenes",
+    "mirrored",
+    "nearest_bucket",
+    "open_store",
     "read_listing",
+    "remembered",
     "sheet_rows",
     "split_folder",
     "trained_count",
+    "turn_at",
 ]

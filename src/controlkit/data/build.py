@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import ANNOTATORS, annotate
+from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.layouts import BUILT, Listing, Row
+from controlkit.data.pairs import Pair, hint_of
 from controlkit.errors import UserError, nearest
-from controlkit.images import Hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.images import Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -66,7 +67,8 @@ def build_set(
     """
     if layout not in {*TARGETS, "webdataset"}:
         raise UserError(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
-    if contract.annotator not in ANNOTATORS and any(row.hint is None for row in listing.rows):
+    made = all(part.annotator in ANNOTATORS for part in parts_of(contract))
+    if not made and any(row.hint is None for row in listing.rows):
         raise UserError("There are rows without a hint, and no annotator to make them: name one, such as canny.")
     settings = {"layout": layout, "hint": json.loads(contract.to_json()), "size": size and list(size)}
     _begin(folder, settings)
@@ -97,7 +99,17 @@ def _pair(row: Row, contract: Hint, size: tuple[int, int] | None) -> tuple[np.nd
     picture = fit(picture, size) if size else picture
     if row.hint is None:
         return picture, annotate(picture, contract)
-    return picture, fit(decode_picture(row.hint.read(), row.hint.name), picture.shape[:2], contract.resize)
+    given = [decode_hint(held.read(), held.name) for held in row.hints]
+    return picture, hint_of(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), contract)
+
+
+def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
+    """(suffix, content) of a hint's file: a PNG where it is a picture, else an array."""
+    if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
+        return ".png", png_bytes(hint)
+    buffer = io.BytesIO()
+    np.save(buffer, hint)
+    return ".npy", buffer.getvalue()
 
 
 def _files(
@@ -105,15 +117,17 @@ def _files(
 ) -> Iterator[int]:
     entries = []
     for place, row in enumerate(listing.rows):
-        picture, hint = f"{target.pictures}/{place}.png", f"{target.hints}/{place}.png"
+        picture, hint = f"{target.pictures}/{place}.png", f"{target.hints}/{place}"
         if not (folder / picture).exists():  # it comes last of its row's files
             pixels, hinted = _pair(row, contract, size)
-            for suffix, content in target.beside(row.prompt).items():
-                write_atomic((folder / picture).with_suffix(suffix), content)
-            write_atomic(folder / hint, png_bytes(hinted))
+            for suffix, words in target.beside(row.prompt).items():
+                write_atomic((folder / picture).with_suffix(suffix), words)
+            suffix, content = _hint_bytes(hinted)
+            write_atomic(folder / f"{hint}{suffix}", content)
             write_atomic(folder / picture, png_bytes(pixels))
         if target.entry:
-            entries.append(json.dumps(target.entry(picture, hint, row.prompt)))
+            suffix = next(suffix for suffix in (".png", ".npy") if (folder / f"{hint}{suffix}").exists())
+            entries.append(json.dumps(target.entry(picture, f"{hint}{suffix}", row.prompt)))
         yield place + 1
     if target.listing:
         write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
@@ -128,9 +142,10 @@ def _shards(listing: Listing, folder: Path, contract: Hint, size: tuple[int, int
             with tarfile.open(fileobj=buffer, mode="w") as archive:
                 for place, row in enumerate(rows, first):
                     pixels, hinted = _pair(row, contract, size)
+                    suffix, content = _hint_bytes(hinted)
                     parts = {
                         "png": png_bytes(pixels),
-                        "conditioning_image.png": png_bytes(hinted),
+                        f"conditioning_image{suffix}": content,
                         "txt": row.prompt.encode(),
                     }
                     for part, content in parts.items():

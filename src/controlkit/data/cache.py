@@ -1,7 +1,9 @@
 """All that a training step needs of every pair, made once: latents, text embeddings, hints."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +11,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from controlkit.annotators import ANNOTATORS, edition, parts_of
 from controlkit.backbones import Text, UNetBase
-from controlkit.data.pairs import Pair, hint_of
+from controlkit.data.buckets import Size
+from controlkit.data.mirror import mirrored
+from controlkit.data.pairs import FolderPairs, Pair, hint_of
+from controlkit.data.store import Entry, Store, key_of, remembered
+from controlkit.errors import UserError
+from controlkit.hub import digest
 from controlkit.images import Hint, to_tensor, write_atomic
+from controlkit.precision import number_format
 
 
 @dataclass(frozen=True)
 class Cached:
-    """All a training step needs of every pair, so that VAE, text tower and annotator run once and not every step.
+    """All a training step needs of every pair of one size, so that VAE, text tower and annotator run once.
 
-    ``moments`` (N, 2C, h, w) half; ``hints`` uint8 (N, H, W, 3, or 4 where some are masked); ``kinds`` (N,), the place
-    of each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row 0 the empty prompt;
-    ``prompt_rows`` (N,) says which row is whose.
+    ``moments`` (R, 2C, h, w) half; ``hints`` uint8 (R, H, W, 3, or 4 where some are masked), or arrays of uint8, uint16
+    or float32 (R, H, W, channels): rows of N pairs, and after them of their mirror images, where those are seen too;
+    ``kinds`` (N,), the place of each hint's type in the contracts' order; ``text`` half, one row a distinct prompt, row
+    0 the empty prompt; ``prompt_rows`` (N,) says which row is whose; ``mirrors`` (N,), the row of each pair's mirror
+    image, its own where it has none.
     """
 
     moments: Tensor
@@ -28,22 +39,39 @@ class Cached:
     kinds: Tensor
     text: Text
     prompt_rows: Tensor
+    mirrors: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.prompt_rows)
+
+    @property
+    def size(self) -> Size:
+        """Height and width of its pictures."""
+        height, width = self.hints.shape[1:3]
+        return height, width
 
     @classmethod
-    def read(cls, path: Path) -> "Cached":
-        """The cache that ``build_cache`` wrote."""
+    def read(cls, path: Path) -> "list[Cached]":
+        """The cache that ``build_cache`` wrote: one for each size of picture."""
         held = load_file(path)
         text = Text(**{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)})
-        return cls(text=text, **held)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in held.items():
+            size, _, part = name.rpartition("/")
+            parts.setdefault(size, {})[part] = value
+        return _of_sizes(parts.values(), text)
 
 
 AT_ONCE = 32
 """Pictures encoded together."""
 
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
+
+
+def _of_sizes(parts: Iterable[Mapping[str, Tensor]], text: Text) -> list[Cached]:
+    """In the order of their sizes, however they were read."""
+    of_sizes = [Cached(text=text.of_size(tuple(one["hints"].shape[1:3])), **one) for one in parts]  # type: ignore[arg-type]
+    return sorted(of_sizes, key=lambda cached: cached.size)
 
 
 def build_cache(
@@ -53,42 +81,130 @@ def build_cache(
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
     batch: int = AT_ONCE,
-) -> Cached:
-    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole.
+    mirrors: bool = False,
+    store: Store | None = None,
+) -> list[Cached]:
+    """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole; one for each size.
 
-    ``contracts``: of each type of hint; of a control of one type under "".
+    ``contracts``: of each type of hint; of a control of one type under "". ``mirrors``: with pairs' mirror images.
+    ``store``: where latents, text embeddings and annotations may lie already, and go. The file is this run's own:
+    what it began with it keeps, whatever becomes of the store or of the data set.
     """
     if path.is_file():
         return Cached.read(path)
+    rows_of: dict[Size, list[int]] = {}
+    for i in range(len(pairs)):
+        rows_of.setdefault(pairs.size_of(i) if isinstance(pairs, FolderPairs) else (0, 0), []).append(i)
+    made_by = f"{digest(base.vae.state_dict())} {base.vae.dtype} {number_format(base.device.type)}" if store else ""
+    encode = partial(_read_moments, base, made_by, store)
+    of_sizes = {
+        size: _read_pairs(encode, pairs, rows, contracts, on_pair, batch, mirrors, store)
+        for size, rows in rows_of.items()
+    }
+    distinct = ["", *sorted({prompt for _, prompts in of_sizes.values() for prompt in prompts} - {""})]
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    read = _read_prompts(base, distinct, store)
+    text = {name: torch.stack([entry[name] for entry in read]) for name in read[0]}
+    named = {f"{_TEXT}{name}": value for name, value in text.items()}
+    for (height, width), (parts, prompts) in of_sizes.items():
+        parts["prompt_rows"] = torch.tensor([row_of[prompt] for prompt in prompts])
+        named |= {f"{height}x{width}/{name}" if len(of_sizes) > 1 else name: value for name, value in parts.items()}
+    write_atomic(path, lambda scratch: save_file(named, scratch))
+    return _of_sizes([parts for parts, _ in of_sizes.values()], Text(**text))
+
+
+def _read_prompts(base: UNetBase, prompts: Sequence[str], store: Store | None) -> list[Entry]:
+    """The tensors of each prompt's ``Text``."""
+    weights = {f"{i}.{k}": v for i, tower in enumerate(base.towers) for k, v in tower.encoder.state_dict().items()}
+    made_by = f"{digest(weights)} {[tower.penultimate for tower in base.towers]} {base.dtype}" if store else ""
+
+    def read(chunk: Sequence[str]) -> list[Entry]:
+        def make(absent: list[int]) -> list[Entry]:
+            text = base.encode_text([chunk[i] for i in absent]).to(torch.device("cpu"), torch.half)
+            return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
+
+        tokens = [tower.tokenize(list(chunk)).cpu().numpy() for tower in base.towers] if store else []
+        keys = [key_of("text", made_by, *(rows[i] for rows in tokens)) for i in range(len(chunk))]
+        return remembered(store, keys, make)
+
+    return [entry for i in range(0, len(prompts), 256) for entry in read(prompts[i : i + 256])]
+
+
+def _read_moments(base: UNetBase, made_by: str, store: Store | None, pictures: Sequence[np.ndarray]) -> Tensor:
+    """Moments (B, 2C, h, w), half; ``made_by`` names the VAE and the format it computes in."""
+
+    def make(absent: list[int]) -> list[Entry]:
+        with base.autocast():
+            moments = base.encode_moments(to_tensor([pictures[i] for i in absent]).to(base.device))
+        return [{"moments": row} for row in moments.half().cpu()]
+
+    entries = remembered(store, [key_of("moments", made_by, picture) for picture in pictures], make)
+    return torch.stack([entry["moments"] for entry in entries])
+
+
+def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, Hint], store: Store | None) -> list[np.ndarray]:
+    """Each pair's hint; of those that an annotator makes of the picture alone, the store's."""
+    hints: dict[int, np.ndarray] = {}
+    keys: dict[int, bytes] = {}
+    for i, pair in enumerate(pairs):
+        contract = contracts[pair.kind]
+        if store and pair.hint is None and all(part.annotator in ANNOTATORS for part in parts_of(contract)):
+            options = json.dumps([contract.annotator, *sorted(contract.options.items())])
+            keys[i] = key_of("hint", edition(), options, pair.picture)
+        else:
+            hints[i] = hint_of(pair, contract)
+
+    def make(absent: list[int]) -> list[Entry]:
+        made = [pairs[list(keys)[k]] for k in absent]
+        return [{"hint": torch.from_numpy(hint_of(pair, contracts[pair.kind]))} for pair in made]
+
+    entries = remembered(store, list(keys.values()), make, dense=False) if keys else []
+    hints |= {i: entry["hint"].numpy() for i, entry in zip(keys, entries, strict=True)}
+    return [hints[i] for i in range(len(pairs))]
+
+
+def _read_pairs(
+    encode: Callable[[Sequence[np.ndarray]], Tensor],
+    pairs: Sequence[Pair],
+    rows: Sequence[int],
+    contracts: Mapping[str, Hint],
+    on_pair: Callable[[int], None],
+    batch: int,
+    mirrors: bool,
+    store: Store | None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What a ``Cached`` holds of some pairs, all of one size, but for their prompts; and these."""
     order = list(contracts)
+    total = len(rows) * (1 + mirrors)
     # Many pairs are many gigabytes: held once, and written without a copy.
     moments = torch.empty(0)
-    hints = torch.empty(0, dtype=torch.uint8)
+    hints = np.empty(0, np.uint8)
     kinds, prompts = [], []
-    for first in range(0, len(pairs), batch):
-        chunk = [pairs[i] for i in range(first, min(first + batch, len(pairs)))]
-        with base.autocast():
-            latents = base.encode_moments(to_tensor([t.picture for t in chunk]).to(base.device))
-        drawn = [hint_of(t, contracts[t.kind]) for t in chunk]
+    seen_in = torch.arange(len(rows))
+    for first in range(0, len(rows), batch):
+        chunk = [pairs[i] for i in rows[first : first + batch]]
+        shown = dict(enumerate(chunk, first))
+        for place, pair in enumerate(chunk, first) if mirrors else ():
+            if turned := mirrored(pair, contracts[pair.kind]):
+                seen_in[place] = len(rows) + place
+                shown[len(rows) + place] = turned
+        latents = encode([t.picture for t in shown.values()])
+        drawn = _read_hints(list(shown.values()), contracts, store)
         if not first:
-            moments = torch.empty((len(pairs), *latents.shape[1:]), dtype=torch.half)
-            channels = 3 + any(contract.mark is not None for contract in contracts.values())
-            hints = torch.full((len(pairs), *drawn[0].shape[:2], channels), 255, dtype=torch.uint8)
-        moments[first : first + len(chunk)] = latents.half().cpu()
-        for row, hint in zip(hints[first:], drawn, strict=False):  # beside masked ones the others are masked nowhere
-            row[..., : hint.shape[-1]] = torch.from_numpy(np.ascontiguousarray(hint))
+            moments = torch.zeros((total, *latents.shape[1:]), dtype=torch.half)
+            masks = any(contract.mark is not None for contract in contracts.values())
+            channels = 3 + masks if len(contracts) > 1 else drawn[0].shape[-1]
+            hints = np.full((total, *drawn[0].shape[:2], channels), 255, drawn[0].dtype)
+        moments[list(shown)] = latents
+        for row, hint in zip(shown, drawn, strict=True):  # beside masked ones the others are masked nowhere
+            if hint.dtype != hints.dtype or (len(contracts) == 1 and hint.shape[-1] != hints.shape[-1]):
+                raise UserError(
+                    f"Some hints are {hints.shape[-1]} channels of {hints.dtype}, others {hint.shape[-1]} of "
+                    f"{hint.dtype}: expected all of one kind. `controlkit data doctor` counts them."
+                )
+            hints[row, ..., : hint.shape[-1]] = hint
         kinds += [order.index(t.kind) for t in chunk]
         prompts += [t.prompt for t in chunk]
         on_pair(len(chunk))
-    distinct = ["", *sorted(set(prompts) - {""})]
-    row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    read = [
-        base.encode_text(distinct[i : i + 256]).to(torch.device("cpu"), torch.half).tensors()
-        for i in range(0, len(distinct), 256)
-    ]
-    text = {name: torch.cat([part[name] for part in read]).contiguous() for name in read[0]}
-    rows = torch.tensor([row_of[prompt] for prompt in prompts])
-    parts = {"moments": moments, "hints": hints, "kinds": torch.tensor(kinds), "prompt_rows": rows}
-    named = parts | {f"{_TEXT}{name}": value for name, value in text.items()}
-    write_atomic(path, lambda scratch: save_file(named, scratch))
-    return Cached(text=Text(**text), **parts)
+    parts = {"moments": moments, "hints": torch.from_numpy(hints), "kinds": torch.tensor(kinds)}
+    return parts | ({"mirrors": seen_in} if mirrors else {}), prompts

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from controlkit.annotators import ANNOTATORS, annotate
+from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.layouts import Held, Listing, Problem, Row
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_picture, fit
+from controlkit.images import Hint, decode_hint, decode_picture, fit
 
 MOST_PIXELS = 64_000_000
 """Of a picture; a larger one is taken for a mistake, or for a trap."""
@@ -37,7 +37,8 @@ class Finding:
     hint_size: tuple[int, int] | None = None
     digest: str = ""
     hint_light: float = float("nan")  # mean grey, 0 to 1
-    shown: tuple[np.ndarray, ...] = field(default=(), repr=False)  # picture and hint, where they belong on the sheet
+    hint_kinds: tuple[str, ...] = ()  # what arrays they are, such as "3 channels of uint8"
+    shown: tuple[np.ndarray, ...] = field(default=(), repr=False)  # picture and hints, where they belong on the sheet
 
 
 @dataclass
@@ -84,23 +85,38 @@ def examine(listing: Listing, contract: Hint | None = None) -> Iterator[Finding]
     for place, row in enumerate(listing.rows):
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
-        hint = _opened(row.hint, problems)[0] if row.hint else None
-        if picture is not None and hint is not None:
-            problems += _beside(row.hint, picture, hint)  # type: ignore[arg-type]
-        if hint is not None and contract is not None:
-            problems += _against(row.hint, hint, contract)  # type: ignore[arg-type]
-        made = hint
-        if picture is not None and hint is None and row.hint is None and contract and contract.annotator in ANNOTATORS:
-            made = annotate(picture, contract) if place in shown else None
+        rules = _rules(row, contract, problems)
+        read = [_opened(held, problems, is_hint=True)[0] for held in row.hints]
+        hints = []  # as pictures
+        for held, hint, rule in zip(row.hints, read, rules, strict=True):
+            if hint is None:
+                continue
+            problems += _beside(held, picture, hint) if picture is not None else ()
+            problems += _against(held, hint, rule) if rule else ()
+            hints.append((rule or Hint("")).picture(hint)[..., :3])
+        made = hints
+        if picture is not None and not row.hints and place in shown and contract:
+            made = [annotate(picture, part)[..., :3] for part in parts_of(contract) if part.annotator in ANNOTATORS]
         yield Finding(
             row,
             tuple(problems),
             None if picture is None else picture.shape[:2],
-            None if hint is None else hint.shape[:2],
+            hints[0].shape[:2] if hints else None,
             hashlib.sha256(data).hexdigest() if data else "",
-            float("nan") if hint is None else float(hint.mean()) / 255,
-            tuple(one for one in (picture, made) if one is not None) if place in shown else (),
+            float(hints[0].mean()) / 255 if hints else float("nan"),
+            tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in read if hint is not None),
+            tuple(one for one in (picture, *made) if one is not None) if place in shown else (),
         )
+
+
+def _rules(row: Row, contract: Hint | None, problems: list[Problem]) -> list[Hint | None]:
+    """What each hint of a row is held against."""
+    parts = parts_of(contract) if contract else []
+    if contract and len(row.hints) > 1 and len(row.hints) != len(parts):
+        words = f"has {len(row.hints)} hints, and {contract.annotator} names {len(parts)}: name all, as canny+depth"
+        problems.append(Problem("other hints", row.picture.name, words))
+        return [None] * len(row.hints)
+    return [contract] * len(row.hints) if len(row.hints) < 2 else [*parts] or [None] * len(row.hints)
 
 
 def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None = None) -> Report:
@@ -108,6 +124,7 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
     words = [len(row.prompt.split()) for row in listing.rows]
     report = Report(listing.layout, len(listing.rows), list(listing.problems), words, Counter())
     seen: dict[str, str] = {}
+    kinds: dict[int, Counter[str]] = {}
     for finding in findings:
         name = finding.row.picture.name
         report.problems += finding.problems
@@ -116,6 +133,8 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
             report.sizes[finding.picture_size] += 1
         if finding.hint_size:
             report.hint_light.append(finding.hint_light)
+        for place, kind in enumerate(finding.hint_kinds):
+            kinds.setdefault(place, Counter())[kind] += 1
         if finding.shown:
             report.shown.append(finding.shown)
         if finding.digest in seen:
@@ -132,6 +151,12 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
         report.problems.append(
             Problem("missing hint", listing.layout, f"{report.rows - report.hints} of {report.rows} rows have no hint")
         )
+    if len({len(row.hints) for row in listing.rows if row.hints}) > 1:
+        report.problems.append(Problem("missing hint", listing.layout, "some rows have more hints than others"))
+    for counted in kinds.values():
+        if len(counted) > 1:
+            said = "hints are of several kinds: " + ", ".join(f"{n} have {kind}" for kind, n in counted.most_common())
+            report.problems.append(Problem("kinds differ", listing.layout, f"{said}; one run reads one"))
     if not report.rows and not report.problems:
         report.problems.append(Problem("empty", listing.layout, "there is nothing in it"))
     if contract and contract.annotator in LINES and report.hint_light and np.mean(report.hint_light) > 0.5:
@@ -145,8 +170,8 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
     return report
 
 
-def _opened(held: Held, problems: list[Problem]) -> tuple[np.ndarray | None, bytes]:
-    """A picture as training will see it, or None with the reason among ``problems``; and its file's bytes."""
+def _opened(held: Held, problems: list[Problem], is_hint: bool = False) -> tuple[np.ndarray | None, bytes]:
+    """A picture or hint as training will see it, or None with the reason among ``problems``; and its file's bytes."""
     try:
         data = held.read()
     except OSError as error:
@@ -155,6 +180,8 @@ def _opened(held: Held, problems: list[Problem]) -> tuple[np.ndarray | None, byt
     if not data:
         problems.append(Problem("empty file", held.name, "has no bytes: write it anew, or take it out"))
         return None, b""
+    if (is_hint and held.name.lower().endswith(".npy")) or data.startswith(b"\x93NUMPY"):
+        return _opened_array(held, data, problems, is_hint), data
     try:
         with Image.open(io.BytesIO(data)) as opened:  # the header alone
             width, height = opened.size
@@ -167,7 +194,7 @@ def _opened(held: Held, problems: list[Problem]) -> tuple[np.ndarray | None, byt
         problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
         return None, data
     try:
-        picture = decode_picture(data, held.name)
+        picture = (decode_hint if is_hint else decode_picture)(data, held.name)
     except UserError as error:
         problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
         return None, data
@@ -177,10 +204,21 @@ def _opened(held: Held, problems: list[Problem]) -> tuple[np.ndarray | None, byt
         "I;16": ("16 bits", "has 16 bits a sample: read as 8"),
     }
     mode = "I;16" if mode.startswith("I;16") else mode
-    if mode in read_as:
+    if mode in read_as and picture.dtype == np.uint8:
         kind, words = read_as[mode]
         problems.append(Problem(kind, held.name, words, fatal=False))
     return picture, data
+
+
+def _opened_array(held: Held, data: bytes, problems: list[Problem], is_hint: bool) -> np.ndarray | None:
+    try:
+        if is_hint and data.startswith(b"\x93NUMPY"):
+            return decode_hint(data, held.name)
+        words = "is an array: pictures are read from PNG, JPEG or WebP files" if not is_hint else "is no .npy file"
+    except UserError as error:
+        words = str(error).removeprefix(f"{held.name} ")
+    problems.append(Problem("unreadable array", held.name, words))
+    return None
 
 
 def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
@@ -195,9 +233,11 @@ def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Probl
 
 def _against(held: Held, hint: np.ndarray, contract: Hint) -> Iterator[Problem]:
     """What of a hint is not as its contract says."""
-    if not hint.any():
+    if words := contract.fault(hint):
+        yield Problem("not as agreed", held.name, words)
+    elif not hint.any():
         yield Problem("empty hint", held.name, "is black all over: it says nothing", fatal=False)
-    elif contract.annotator in LINES and (hint.max(-1).astype(int) - hint.min(-1)).mean() > 8:
+    elif contract.annotator in LINES and np.ptp(contract.picture(hint)[..., :3], axis=-1).mean() > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 
 

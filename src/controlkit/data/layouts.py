@@ -27,6 +27,8 @@ from controlkit.seeds import numpy_rng
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of files that are taken for pictures."""
+HINT_SUFFIXES = (*SUFFIXES, ".npy")
+"""Of files that are taken for hints."""
 BUILT = "built.json"
 """What marks a folder that ``build`` writes, and says whether it is whole."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
@@ -37,7 +39,7 @@ HINT_NAMES = (
 )  # fmt: skip
 CAPTION_NAMES = ("text", "prompt", "caption")
 """Names of columns and keys: what picture, hint and caption are called; the first found counts. A hint may also be
-called ``control_`` and something (ControlNet++)."""
+called ``control_`` and something (ControlNet++). Further hints of a row have that name with ``_2``, ``_3`` after it."""
 FOLDERS = ("conditioning", "control", "hint", "hints", "cond")
 """What the name of a folder of hints is, or begins with before a ``_``."""
 
@@ -57,6 +59,13 @@ class Row:
     picture: Held
     prompt: str
     hint: Held | None = None
+    more: tuple[Held, ...] = ()
+    """Further hints, each of a kind of its own."""
+
+    @property
+    def hints(self) -> tuple[Held, ...]:
+        """All of its hints, in order."""
+        return (self.hint, *self.more) if self.hint else ()
 
 
 @dataclass(frozen=True)
@@ -135,9 +144,18 @@ def _one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((values[name] for name in names if values.get(name) not in (None, "")), None)
 
 
+def _row(picture: Held, prompt: str, hints: Sequence[Held | None]) -> Row:
+    first, *more = hints or [None]
+    return Row(picture, prompt, first, tuple(held for held in more if held))
+
+
 def _hint_names(names: Sequence[str]) -> list[str]:
-    """What of these may be called a hint, the likeliest first."""
-    return [name for name in HINT_NAMES if name in names] + [name for name in names if name.startswith("control_")]
+    """What of these is called a hint: the likeliest, and what has its name with ``_2`` and so on after it."""
+    likely = [name for name in HINT_NAMES if name in names] + [name for name in names if name.startswith("control_")]
+    found = likely[:1]
+    while likely and (further := f"{likely[0]}_{len(found) + 1}") in names:
+        found.append(further)
+    return found
 
 
 def _wording(captions: Any, place: int) -> str:
@@ -172,33 +190,38 @@ def _said(prompt: str, path: Path) -> str:
     return prompt
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+def _pictures_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
 
 
-def _paired(pictures: Path, hints: Path, prompt_of: Callable[[Path], str | None], problems: list[Problem]) -> list[Row]:
-    """Pictures and hints of the same names, whatever their suffixes, in two folders."""
-    own, others = (_by_name(folder, problems) for folder in (pictures, hints))
+def _paired(
+    pictures: Path, hints: Sequence[Path], prompt_of: Callable[[Path], str | None], problems: list[Problem]
+) -> list[Row]:
+    """Pictures and hints of the same names, whatever their suffixes, in two folders; or in more, of further hints."""
+    own = _by_name(pictures, problems)
+    others = [_by_name(folder, problems, HINT_SUFFIXES) for folder in hints]
     rows = []
     for name, path in own.items():
-        if name not in others:
-            problems.append(Problem("missing hint", str(path), f"has no hint of its name in {hints}"))
+        if lacking := [folder for folder, held in zip(hints, others, strict=True) if name not in held]:
+            problems.append(Problem("missing hint", str(path), f"has no hint of its name in {lacking[0]}"))
             continue
         prompt = prompt_of(path)
         if prompt is None:
             problems.append(Problem("no caption", str(path), "has no caption beside it; none is taken", fatal=False))
-        rows.append(Row(_file(path), prompt or "", _file(others[name])))
-    for name in sorted(others.keys() - own.keys()):
-        problems.append(Problem("extra hint", str(others[name]), f"has no picture of its name in {pictures}"))
+        first, *more = (_file(held[name]) for held in others)
+        rows.append(Row(_file(path), prompt or "", first, tuple(more)))
+    for held in others:
+        for name in sorted(held.keys() - own.keys()):
+            problems.append(Problem("extra hint", str(held[name]), f"has no picture of its name in {pictures}"))
     return rows
 
 
-def _by_name(folder: Path, problems: list[Problem]) -> dict[Path, Path]:
+def _by_name(folder: Path, problems: list[Problem], suffixes: Sequence[str] = SUFFIXES) -> dict[Path, Path]:
     """A folder's pictures by what their names are without suffix."""
     if not folder.is_dir():
         problems.append(Problem("missing folder", str(folder), "is named by the data set and is not there"))
     found: dict[Path, Path] = {}
-    for path in _pictures_in(folder):
+    for path in _pictures_in(folder, suffixes):
         name = path.relative_to(folder).with_suffix("")
         if name in found:
             problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
@@ -254,11 +277,11 @@ def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
         table = table["train"] if "train" in table else next(iter(table.values()))
     columns = table.column_names
     named = [next((name for name in names if name in columns), None) for names in (PICTURE_NAMES, CAPTION_NAMES)]
-    picture, caption, hint = (*named, next(iter(_hint_names(columns)), None))
+    (picture, caption), hints = named, _hint_names(columns)
     if picture is None:
         raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(PICTURE_NAMES)}.")
-    for name in (picture, hint):
-        if name and isinstance(table.features[name], datasets.Image):
+    for name in (picture, *hints):
+        if isinstance(table.features[name], datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
 
     def held(place: int, column: str) -> Held | None:
@@ -272,9 +295,9 @@ def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
 
     rows = []
     for place, said in enumerate(table[caption] if caption else [""] * len(table)):
-        own, other = held(place, picture), held(place, hint) if hint else None
-        if own and (other or not hint):
-            rows.append(Row(own, _wording(said, place), other))
+        own, others = held(place, picture), [held(place, name) for name in hints]
+        if own and all(others):
+            rows.append(_row(own, _wording(said, place), others))
     return rows
 
 
@@ -304,13 +327,15 @@ def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
         }
         if strategy not in prompts:
             raise UserError(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
-        other = backend.get("conditioning_data")
-        if other is None:
+        said = backend.get("conditioning_data")
+        others = said if isinstance(said, list) else [said]
+        if said is None:
             rows += [Row(_file(p), prompts[strategy](p) or "") for p in _pictures_in(place(backend))]
-        elif other not in backends:
-            raise UserError(f'{path}: conditioning_data is "{other}": {nearest(str(other), backends)}')
+        elif unknown := [other for other in others if other not in backends]:
+            raise UserError(f'{path}: conditioning_data is "{unknown[0]}": {nearest(str(unknown[0]), backends)}')
         else:
-            rows += _paired(place(backend), place(backends[other]), prompts[strategy], problems)
+            hints = [place(backends[other]) for other in others]
+            rows += _paired(place(backend), hints, prompts[strategy], problems)
     return rows
 
 
@@ -341,15 +366,16 @@ def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
         return None  # a JSON object of that name is about something else
     rows = []
     for number, (where, values) in enumerate(_entries(listing, problems)):
-        named, hinted = _one_of(values, PICTURE_NAMES), _one_of(values, _hint_names(list(values)))
+        named = _one_of(values, PICTURE_NAMES)
+        hinted = [str(values[name]) for name in _hint_names([key for key in values if values[key] not in (None, "")])]
         if not isinstance(named, str):
             words = f"names no picture; expected one of {', '.join(PICTURE_NAMES)}"
             problems.append(Problem("unreadable line", where, words))
             continue
         picture = _inside(listing.parent, named, problems)
-        hint = _inside(listing.parent, str(hinted), problems) if hinted else None
-        if picture and (hint or not hinted):
-            rows.append(Row(picture, _wording(_one_of(values, CAPTION_NAMES), number), hint))
+        others = [_inside(listing.parent, name, problems) for name in hinted]
+        if picture and all(others):
+            rows.append(_row(picture, _wording(_one_of(values, CAPTION_NAMES), number), others))
     if hints := sum(row.hint is not None for row in rows):
         for row in rows:
             if row.hint is None:
@@ -407,10 +433,11 @@ def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
 
 def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> Row | None:
     """A row of the members of one key; a member's part is what follows the first dot of its name."""
-    pictures = {part: held for part, held in parts.items() if f".{part.rpartition('.')[2]}" in SUFFIXES}
-    called = _hint_names([part.split(".")[0] for part in pictures])
-    hints = {part: held for part, held in pictures.items() if part.split(".")[0] in called}
-    own = [held for part, held in pictures.items() if part not in hints]
+    pictures = {part: held for part, held in parts.items() if f".{part.rpartition('.')[2]}" in HINT_SUFFIXES}
+    by_name = {part.split(".")[0]: held for part, held in pictures.items()}
+    hints = [by_name[name] for name in _hint_names(list(by_name))]
+    # Of several names for a hint the likeliest counts; none of them is the picture, and no array is.
+    own = [held for part, held in pictures.items() if not part.startswith(HINT_NAMES) and not part.endswith(".npy")]
     if len(own) != 1:
         problems.append(Problem("missing file", where, f"has {len(own)} pictures; expected one, such as KEY.jpg"))
         return None
@@ -428,7 +455,7 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> R
         problems.append(Problem("unreadable line", where, f"its json cannot be read ({error})"))
     if prompt is None:
         prompt = _wording(_one_of(facts, CAPTION_NAMES), 0)
-    return Row(own[0], prompt, next(iter(hints.values()), None))
+    return _row(own[0], prompt, hints)
 
 
 def _bytes_at(path: Path, offset: int, size: int) -> bytes:
@@ -438,13 +465,17 @@ def _bytes_at(path: Path, offset: int, size: int) -> bytes:
 
 
 def _two_folders(folder: Path, problems: list[Problem]) -> list[Row] | None:
-    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``)."""
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures_in(path)]
+    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``).
+
+    Further hints lie in folders of its name with ``_2``, ``_3`` ... after it.
+    """
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures_in(path, HINT_SUFFIXES)]
     hints = [path for path in inside if path.name.lower().split("_")[0] in FOLDERS]
-    pictures = [path for path in inside if path not in hints]
-    if len(hints) != 1 or len(pictures) != 1:
+    pictures = [path for path in inside if path not in hints and _pictures_in(path)]
+    further = [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)] if hints else []
+    if not hints or [path.name for path in hints[1:]] != further or len(pictures) != 1:
         return None
-    return _paired(pictures[0], hints[0], lambda path: _caption_beside(path, problems), problems)
+    return _paired(pictures[0], hints, lambda path: _caption_beside(path, problems), problems)
 
 
 def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit import maps
-from controlkit.annotators import annotate
+from controlkit.annotators import annotate, parts_of
+from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import read_listing
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_picture, fit
+from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class Pair:
     """A picture nobody generated, uint8 (H, W, 3), and its prompt.
 
-    And its hint, of any size, where the source has one of its own; or what is known of it (a scene's truth), from which
-    its hints are drawn; else the picture's annotation is the hint.
+    And its hint, of any size, where the source has one of its own, a picture or an array (``images``); or what is known
+    of it (a scene's truth), from which its hints are drawn; else the picture's annotation is the hint.
     """
 
     picture: np.ndarray
@@ -35,6 +36,8 @@ class Pair:
     truth: "Scene | None" = None
     kind: str = ""
     """The type of its hint, where a Union learns several."""
+    more: tuple[np.ndarray, ...] = ()
+    """Further hints of its own, which become channels of one."""
 
 
 TRUTHS: dict[str, Callable[["Truth"], np.ndarray]] = {
@@ -53,9 +56,15 @@ def _palette() -> np.ndarray:
 
 
 def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
-    """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated."""
+    """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated.
+
+    Several become channels of one, in the contract's order. ``UserError`` where its own is not as the contract says.
+    """
+    parts = parts_of(contract)
     if pair.hint is not None:
-        return fit(pair.hint, pair.picture.shape[:2], contract.resize)
+        return _own_hint(pair, contract, parts)
+    if len(parts) > 1:
+        return np.concatenate([hint_of(pair, part) for part in parts], 2)
     if contract.annotator in TRUTHS:
         if pair.truth is None:
             raise UserError(
@@ -64,6 +73,30 @@ def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
             )
         return TRUTHS[contract.annotator](pair.truth)
     return annotate(pair.picture, contract)
+
+
+def _own_hint(pair: Pair, contract: Hint, parts: Sequence[Hint]) -> np.ndarray:
+    assert pair.hint is not None
+    given, size = (pair.hint, *pair.more), pair.picture.shape[:2]
+    if len(given) == 1:  # channels of several, side by side in one array, are one hint
+        rules = [contract]
+    elif len(given) != len(parts):
+        raise UserError(
+            f"A pair has {len(given)} hints, and {len(parts)} are named: expected as many of control.annotators as "
+            "hints, in their order."
+        )
+    else:
+        rules = list(parts)
+    for hint, rule in zip(given, rules, strict=True):
+        if words := rule.fault(hint):
+            raise UserError(f"A hint {words}. `controlkit data doctor` says which.")
+    fitted = [fit(hint, size, rule.resize) for hint, rule in zip(given, rules, strict=True)]
+    if len(fitted) == 1:
+        return fitted[0]
+    wide = [hint.repeat(3, 2) if hint.shape[-1] == 1 else hint[..., :3] for hint in fitted]
+    if len({hint.dtype for hint in wide}) > 1:  # one array has one type
+        wide = [contract.values(hint) for hint in wide]
+    return np.concatenate(wide, 2)
 
 
 _EVALUATION_SEED = 2**31  # far from the seeds people give
@@ -179,15 +212,32 @@ class FolderPairs(Sequence[Pair]):
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
             raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
         self._rows, self._size = listing.rows, size
+        self._sizes: list[Size] | None = None
         self.hinted = any(row.hint for row in listing.rows)
+        self.hints = max((len(row.hints) for row in listing.rows), default=0)
+        """Hints a row has."""
         if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
             raise UserError(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
+        if fewer := sum(len(row.hints) < self.hints for row in listing.rows):
+            raise UserError(f"{fewer} of {len(listing.rows)} rows in {folder} have fewer than {self.hints} hints.")
 
     def part(self, rows: slice) -> "FolderPairs":
         """Some of the rows; pictures are still read one at a time."""
         chosen = copy.copy(self)
         chosen._rows = self._rows[rows]
+        chosen._sizes = self._sizes and self._sizes[rows]
         return chosen
+
+    def bucketed(self, sizes: Sequence[Size]) -> "FolderPairs":
+        """The same, each picture at the one of these sizes that is nearest to it in shape, instead of square."""
+        chosen = copy.copy(self)
+        shapes = (sides_of(row.picture.read(), row.picture.name) for row in self._rows)
+        chosen._sizes = [nearest_bucket(shape, sizes) for shape in shapes]
+        return chosen
+
+    def size_of(self, index: int) -> Size:
+        """(height, width) of a pair's picture, which is not opened for it."""
+        return self._sizes[index] if self._sizes else (self._size, self._size)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -195,8 +245,9 @@ class FolderPairs(Sequence[Pair]):
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self._rows[index]
         picture = decode_picture(row.picture.read(), row.picture.name)
-        hint = decode_picture(row.hint.read(), row.hint.name) if row.hint else None
-        return Pair(fit(picture, (self._size, self._size)), row.prompt, hint)
+        hints = [decode_hint(held.read(), held.name) for held in row.hints]
+        fitted = fit(picture, self.size_of(index))
+        return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
 
 def trained_count(pairs: int) -> int:

@@ -8,7 +8,7 @@ from controlkit.formats.control import (
     shipped_controls,
     shipped_folder,
 )
-from controlkit.formats.convert import Converted, attach, convert
+from controlkit.formats.convert import Converted, attach, convert, save_control_lora
 from controlkit.formats.describe import WEIGHTS, Description, describe
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "describe",
     "load_control",
     "save_control",
+    "save_control_lora",
     "shipped_controls",
     "shipped_folder",
 ]

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from controlkit.adapter import Adapter
+from controlkit.adapter import Adapter, Branch
 from controlkit.annotators import contract
-from controlkit.backbones import UNetBase, UNetEncoder
+from controlkit.backbones import UNetBase, UNetEncoder, XSBranch
 from controlkit.backbones.families import family_of_width
-from controlkit.branch import ControlBranch, ControlSpec
+from controlkit.backbones.xs import new_adapter, shape_of
+from controlkit.branch import ControlBranch, ControlSpec, HintEncoder
 from controlkit.errors import UserError, nearest
 from controlkit.formats.describe import KINDS, WEIGHTS, WEIGHTS_FILES, Description
 from controlkit.formats.names import key_table
@@ -44,7 +45,7 @@ from controlkit.union import TYPES, OneType, UnionBranch
 class SavedControl:
     """A branch with what it needs to be used rightly: its hint's contract, and what it was trained on."""
 
-    branch: ControlBranch | Adapter | OneType
+    branch: Branch | OneType
     hint: Hint
     trained: Mapping[str, Any] = field(default_factory=dict)
     """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
@@ -93,28 +94,39 @@ def _diffusers_config(base: UNetBase, branch: ControlBranch, hint: Hint) -> dict
 def control_weights(control: SavedControl, base: UNetBase) -> Weights:
     """A control's weights under diffusers' names, with all that is known of it in the metadata.
 
-    Joins that ``taps: mid`` leaves out are zeros, which is what they are.
+    Joins that ``taps: mid`` leaves out are zeros, which is what they are; a body trained in low ranks is written as
+    the copy that it amounts to.
     """
     branch = control.branch
-    assert isinstance(branch, ControlBranch)
-    table = key_table(branch)
-    tensors = {table[key]: value.detach().cpu() for key, value in branch.state_dict().items()}
-    config: dict[str, Any] = {}
-    if branch.spec.body == "copy":
-        config = _diffusers_config(base, branch, control.hint)
-        tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
-    facts: dict[str, Any] = {"spec": asdict(branch.spec), "signature": base.signature, "trained": dict(control.trained)}
+    assert isinstance(branch, Branch)
+    facts: dict[str, Any] = {"signature": base.signature, "trained": dict(control.trained)}
+    if isinstance(branch, Adapter):
+        kind, config = "adapter", {key: value for key, value in branch.network.config.items() if key[0] != "_"}
+        tensors = {key: value.detach().cpu() for key, value in branch.network.state_dict().items()}
+    elif isinstance(branch, XSBranch):
+        kind, config = "xs", branch.config | {"conditioning_channel_order": control.hint.colour_order.lower()}
+        tensors = {key: value.detach().cpu() for key, value in branch.network.state_dict().items()}
+        facts["spec"] = asdict(branch.spec)
+    else:
+        kind = "union" if isinstance(branch, UnionBranch) else "controlnet"
+        table = key_table(branch)
+        tensors = {table[key]: value.detach().cpu() for key, value in branch.weights().items()}
+        spec = replace(branch.spec, body="copy", rank=0) if branch.spec.body == "lora" else branch.spec
+        facts["spec"] = asdict(spec)
+        config = {}
+        if spec.body == "copy":
+            config = _diffusers_config(base, branch, control.hint)
+            tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
     if control.guidance != 1.0:
         facts["use"] = {"guidance": control.guidance}
     if control.hints:
         facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
-    kind = "union" if isinstance(branch, UnionBranch) else "controlnet"
     return Weights(kind, tensors, config, metadata | {"controlkit.hint": control.hint.to_json()})
 
 
 def save_control(folder: Path, control: SavedControl, base: UNetBase, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``folder`` whole or not at all. A copy-bodied branch makes a folder that stock diffusers loads."""
+    """Write ``folder`` whole or not at all. Branches with body ``copy`` or ``xs`` make one of diffusers."""
     write_folder(folder, control_weights(control, base), dtype)
 
 
@@ -239,7 +251,11 @@ def load_control(name: str | Path, base: UNetBase, annotator: str | None = None)
             f'The control "{name}" reads hints of {described.hint_channels} channels, and its contract says '
             f"{hint.channels}."
         )
-    branch = _adapter(name, weights, base) if weights.kind == "adapter" else _branch(name, weights, base, spec)
+    branch: Branch
+    if weights.kind == "adapter":
+        branch = _adapter(name, weights, base)
+    else:
+        branch = _walker(name, weights, base) if weights.kind == "xs" else _branch(name, weights, base, spec)
     if not hint.annotator and weights.kind != "union":
         warnings.warn(
             f'"{name}" does not say what its hints are: pictures are taken as they are, in [{hint.low:g}, '
@@ -305,7 +321,8 @@ def hint_of(name: str | Path, weights: Weights, described: Description, annotato
 
     A file of someone else's has its family's: ControlNets and T2I-Adapters alike read hints in [0, 1].
     """
-    order = str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).upper()
+    said_order = (f"{prefix}conditioning_channel_order" for prefix in ("controlnet_", ""))
+    order = next((str(weights.config[key]).upper() for key in said_order if key in weights.config), "RGB")
     foreign = Hint("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
     hint = said(weights, Path(name), "controlkit.hint", _hint, foreign)
     if not annotator or annotator == hint.annotator:
@@ -394,6 +411,23 @@ def _body(weights: Weights, base: UNetBase) -> nn.Module:
     if [*features, features[-1]] != [tap.channels for tap in base.branch_taps]:
         return copied  # of another base altogether: what does not fit is told tensor by tensor
     return UNetEncoder(network)
+
+
+def _walker(name: str | Path, weights: Weights, base: UNetBase) -> XSBranch:
+    """A ControlNet-XS on copies of the file's tensors, if it can walk beside this base's encoder."""
+    wanted = {"base_block_out_channels": list(base.unet.config.block_out_channels), **shape_of(base.unet)}
+    wanted["conditioning_embedding_out_channels"] = HintEncoder.widths(base.stride)
+    for key, value in wanted.items():
+        if weights.config[key] != value:
+            raise UserError(
+                f'The ControlNet-XS "{name}" does not fit the base "{base.name}": its {key} is {weights.config[key]}, '
+                f"expected {value}."
+            )
+    with torch.device("meta"):
+        network = new_adapter(weights.config)
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.tensors.items()}
+    network.load_state_dict(tensors, assign=True)
+    return XSBranch(network, base.branch_taps)
 
 
 def _adapter(name: str | Path, weights: Weights, base: UNetBase) -> Adapter:

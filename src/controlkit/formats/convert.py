@@ -15,6 +15,7 @@ from torch import Tensor
 
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
+from controlkit.branch import gains
 from controlkit.errors import UserError, nearest
 from controlkit.formats.control import (
     SavedControl,
@@ -129,8 +130,9 @@ def write(
     notes: list[str] = []
     if not weights.config:
         raise UserError("A branch with body: conv (ControlNet-lite) has no other layout than its own.")
-    if weights.kind == "adapter" and to != "diffusers":
-        raise UserError(f"A T2I-Adapter is another network and cannot be {to}: only --to diffusers.")
+    others = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}
+    if weights.kind in others and to != "diffusers":
+        raise UserError(f"A {others[weights.kind]} is another network and cannot be {to}: only --to diffusers.")
     if weights.kind == "union" and to not in ("union", "diffusers"):
         raise UserError(
             f"A Union's types of hint cannot be told apart in {to}: only --to union, or one type of it, as NAME:TYPE."
@@ -166,6 +168,11 @@ def write(
     return Converted(target, tuple(notes))
 
 
+def save_control_lora(path: Path, control: SavedControl, base: UNetBase, rank: int) -> None:
+    """Write a control whose body was trained in differences of this rank as the Control-LoRA that it is."""
+    write(control_weights(control, base), path, "control-lora", base=base, rank=rank)
+
+
 # --- Control-LoRA, Union, transfer --------------------------------------------------------------------------------
 
 
@@ -196,19 +203,15 @@ def control_lora(
         on_tensor(i + 1, len(weights.tensors))
     energy = sum(float(values.square().sum()) for _, values in spectra.values())
 
-    def smaller(name: str, r: int) -> bool:
-        tensor = weights.tensors[name]
-        return r * (len(tensor) + tensor[0].numel()) < tensor.numel()
-
     def lost(r: int) -> float:
-        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if smaller(name, r))
+        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if gains(weights.tensors[name], r))
         return math.sqrt(left / energy) if energy else 0.0
 
     rank = rank or next((r for r in RANKS if lost(r) <= ENOUGH), RANKS[-1])
     made: dict[str, Tensor] = {}
     gone = 0.0
     for name, tensor in weights.tensors.items():
-        if name not in spectra or not smaller(name, rank):
+        if name not in spectra or not gains(tensor, rank):
             made[name] = tensor
             continue
         up, down = (part.to(tensor.dtype) for part in low_rank(difference(name), *spectra[name], rank))
@@ -262,8 +265,9 @@ def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weight
     """
     if old is None:
         raise UserError("Transferring needs both bases: name the one the control belongs to (--base).")
-    if weights.kind == "adapter":
-        raise UserError("A T2I-Adapter holds no copy of its base: it runs on a fine-tuned base as it is.")
+    if weights.kind in ("adapter", "xs"):
+        what = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}[weights.kind]
+        raise UserError(f"A {what} holds no copy of its base: it runs on a fine-tuned base as it is.")
     before, after = encoder_tensors(old), encoder_tensors(new)
     _same_shapes(weights, before, old)
     _same_shapes(weights, after, new)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.backbones.families import FAMILIES, Family, family_of_width
+from controlkit.backbones.xs import new_adapter
 from controlkit.errors import UserError, one_line
 from controlkit.formats.names import PREFIX, Depth, adapter_paths, controlnet_paths, is_light_adapter, rename
 from controlkit.tensors import Shape, TensorFile, open_tensors
@@ -25,7 +26,12 @@ LONGEST_TEXT = 2**20
 """Letters of a metadata entry or a configuration that is read; a recipe has some 2**12."""
 WEIGHTS_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
 
-KINDS = {"controlnet": "ControlNetModel", "union": "ControlNetUnionModel", "adapter": "T2IAdapter"}
+KINDS = {
+    "controlnet": "ControlNetModel",
+    "union": "ControlNetUnionModel",
+    "xs": "ControlNetXSAdapter",
+    "adapter": "T2IAdapter",
+}
 """What ControlKit runs -> the diffusers class of the same network."""
 
 _TITLES = {
@@ -89,7 +95,7 @@ class Description:
     """Tensors the network has no place for, as the file names them."""
     runs: bool
     kind: str | None = None
-    """``controlnet``, ``union`` or ``adapter``; None where ControlKit does not run it."""
+    """``controlnet``, ``union``, ``xs`` or ``adapter``; None where ControlKit does not run it."""
     names: Mapping[str, str] = field(default_factory=dict)
     """The file's names -> diffusers'."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -166,6 +172,7 @@ _COUNTS = (
     "attention_head_dim",
     "num_attention_heads",
     "norm_num_groups",
+    "max_norm_num_groups",
     "num_trans_head",
     "addition_time_embed_dim",
     "downscale_factor",
@@ -216,6 +223,8 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
         )
     if mark == "t2i-adapter":
         return _describe_adapter(shapes, parameters, stored)
+    if mark == "controlnet-xs" and "control_to_base_for_conv_in.weight" in shapes:
+        return _describe_xs(shapes, parameters, stored, _trained_base(header))
     if mark not in ("diffusers", "union", "cldm", "control-lora"):
         family = (
             family_of_width(_text_width(shapes) or 0) if mark in ("base", "unet", "lora", "controlnet-xs") else None
@@ -393,11 +402,86 @@ def _expected(kind: str, config: str) -> Mapping[str, Shape]:
     import torch
 
     try:
+        build = new_adapter if kind == "xs" else lambda asked: getattr(diffusers, KINDS[kind])(**asked)
         with torch.device("meta"):
-            network = getattr(diffusers, KINDS[kind])(**json.loads(config))
+            network = build(json.loads(config))
     except Exception:  # no such network: what it stumbles over first says nothing of the file
         return {}
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+# --- ControlNet-XS ------------------------------------------------------------------------------------------------
+
+
+def _describe_xs(
+    shapes: Mapping[str, Shape], parameters: int, stored: Mapping[str, Any], trained: str | None
+) -> Description:
+    config = _xs_config(shapes, stored)
+    expected = expected_shapes("xs", config) if config else {}
+    missing = tuple(name for name, shape in expected.items() if shapes.get(name) != shape)
+    left = tuple(name for name in shapes if name not in expected)
+    family = family_of_width(config.get("cross_attention_dim", 0))
+    if family and list(family.channels) != config["base_block_out_channels"]:
+        family = None
+    base = trained or (family.name if family else None)
+    runs = bool(expected) and not missing
+    shaped = tuple(f"{n} is {shapes[n]} in the file, expected {expected[n]}" for n in missing if n in shapes)
+    channels, names = config.get("conditioning_channels"), {name: name for name in shapes}
+    found = Description("controlnet-xs", base, channels, parameters, missing, left, runs, "xs", names, config, family)
+    return replace(found, misshapen=shaped)
+
+
+_XS_TOLD = (
+    "num_attention_heads",
+    "max_norm_num_groups",
+    "upcast_attention",
+    "time_embedding_mix",
+    "conditioning_channel_order",
+)
+"""What the shapes of a ControlNet-XS do not show."""
+
+
+def _xs_config(shapes: Mapping[str, Shape], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``ControlNetXSAdapter`` with these shapes, as ``xs.new_adapter`` takes it; empty if they are not one's."""
+    depth = Depth.of_diffusers(shapes)
+    try:
+        if not (0 < depth.levels <= 8 and 0 < depth.layers <= 2 and depth.hint_blocks <= 16):
+            return {}
+        levels = range(depth.levels)
+        own = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels]
+        base = [shapes[f"down_blocks.{i}.ctrl_to_base.0.weight"][0] for i in levels]
+        transformers = [_transformers(shapes, f"down_blocks.{i}.attentions.0.") for i in levels]
+        middle = _transformers(shapes, "mid_block.midblock.attentions.0.")
+        hint = [shapes["controlnet_cond_embedding.conv_in.weight"]]
+        hint += [shapes[f"controlnet_cond_embedding.blocks.{i}.weight"] for i in range(1, depth.hint_blocks, 2)]
+        width = _text_width(shapes)
+        linear = len(shapes["mid_block.midblock.attentions.0.proj_in.weight"]) == 2
+        if width is None or max(own + base) > 2**14 or any(0 in shape for shape in shapes.values()):
+            return {}
+        if depth.layers * sum(transformers) + middle > 128:
+            return {}
+        family = family_of_width(width)
+        # What shapes do not show, as the families have it: diffusers gives the thin encoder as many heads as the base.
+        config: dict[str, Any] = {"num_attention_heads": [max(c // 64, 1) for c in base] if linear else [8] * len(base)}
+        config["upcast_attention"] = bool(family and family.upcast_attention)
+        config |= {key: stored[key] for key in _XS_TOLD if key in stored}
+        if not 0 <= config.get("time_embedding_mix", 1.0) <= 1:
+            return {}
+        return config | {
+            "conditioning_channels": hint[0][1],
+            "conditioning_embedding_out_channels": [shape[0] for shape in hint],
+            "learn_time_embedding": "time_embedding.linear_1.weight" in shapes,
+            "block_out_channels": own,
+            "base_block_out_channels": base,
+            "cross_attention_dim": width,
+            "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in transformers],
+            "transformer_layers_per_block": [*(max(n, 1) for n in transformers[:-1]), max(middle, transformers[-1], 1)],
+            "use_linear_projection": linear,
+            "in_channels": shapes["conv_in.weight"][1],
+            "layers_per_block": depth.layers,
+        }
+    except (KeyError, IndexError, ValueError, TypeError):
+        return {}
 
 
 # --- T2I-Adapter --------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def key_table(branch: ControlBranch) -> dict[str, str]:
     prefixes |= {f"joins.{name}.": f"controlnet_down_blocks.{i}." for i, name in enumerate(skips)}
     prefixes |= {"joins.middle.": "controlnet_mid_block.", "body.": ""}
     table = {}
-    for key in branch.state_dict():
+    for key in branch.weights():
         ours = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
         table[key] = key if ours is None else prefixes[ours] + key.removeprefix(ours)  # a Union's own parts: the same
     return table

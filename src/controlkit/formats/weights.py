@@ -34,7 +34,7 @@ class Weights:
     """A control's weights, under diffusers' names."""
 
     kind: str
-    """``controlnet``, ``union`` or ``adapter``."""
+    """``controlnet``, ``union``, ``xs`` or ``adapter``."""
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     """Of the diffusers class of this kind."""
@@ -199,11 +199,13 @@ def labelled(weights: Weights, layout: str, title: str) -> dict[str, str]:
     """The metadata to write: what was known, the configuration, and the keys other tools show (``modelspec.*``)."""
     known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
     family = family_of_width(weights.config.get("cross_attention_dim", 0))
-    if family and list(family.channels) == list(weights.config["block_out_channels"]):
+    channels = weights.config.get("base_block_out_channels") or weights.config.get("block_out_channels", [])
+    if family and list(family.channels) == list(channels):
         base = _ARCHITECTURES[family.name]
     else:
         base = json.loads(known.get("controlkit.trained", "{}")).get("base", "unknown")
-    what = {"control-lora": "control-lora"}.get(layout, "t2i-adapter" if weights.kind == "adapter" else "controlnet")
+    kinds = {"adapter": "t2i-adapter", "xs": "controlnet-xs"}
+    what = "control-lora" if layout == "control-lora" else kinds.get(weights.kind, "controlnet")
     return known | {
         "controlkit.config": as_json(dict(weights.config)),
         "modelspec.sai_model_spec": "1.0.0",

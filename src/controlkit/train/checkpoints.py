@@ -5,67 +5,125 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import SCRATCH, write_atomic
 from controlkit.optimizers import Average, Optimizer
-from controlkit.precision import number_format, settle_format
-from controlkit.recipe import Recipe, read_recipe
+from controlkit.precision import faster_format, settle_format
+from controlkit.ranks import Ranks
+from controlkit.recipe import FORMATS, Recipe, read_recipe
 from controlkit.train.records import Seen, seen_in
+
+if TYPE_CHECKING:
+    from controlkit.train.sharding import Shards
 
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes."""
+    """All that a step changes. Where it is shared out (``shards``), all processes ask for ``result`` and ``state``."""
 
-    branch: ControlBranch
+    branch: Branch
+    base: UNetBase
+    """What the branch learns on: the run's base, or one with a U-Net of its own that is unlocked sooner or later."""
+    learning: nn.Module
+    """What has parameters that learn: the branch, and such a U-Net."""
     optimizer: Optimizer
     average: Average | None = None
+    shards: "Shards | None" = None
+    scaler: torch.amp.GradScaler | None = None
+    """Scales the loss, so that float16 holds its gradients."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, branch: Branch, base: UNetBase, together: Ranks) -> "Learner":
+        """What a recipe asks for; ``UserError`` where the library of its optimizer is not installed."""
+        learning: nn.Module = branch
+        if recipe.unlock:
+            learning = nn.ModuleDict({"branch": branch, "unet": base.unet.requires_grad_(True)})
+        average = Average(branch, recipe.ema) if recipe.ema else None
+        shards = None
+        if together.sharded:
+            from controlkit.train.sharding import Shards
+
+            shards = Shards(branch, [average.module] if average else [], base.device, together.count)
+        optimizer = Optimizer(learning, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
+        scaler = torch.amp.GradScaler(base.device.type) if recipe.precision == "fp16" else None
+        return cls(branch, base, learning, optimizer, average, shards, scaler)
+
+    def result(self) -> Branch:
+        """The weights that are measured and saved, whole."""
+        module = self.average.module if self.average else self.branch
+        return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those at hand."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients down to a norm of at most ``most``; returns the norm they had, on the device."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it asks for param_groups alone
+        norm = nn.utils.get_total_norm([p.grad for p in self.learning.parameters() if p.grad is not None])
+        if self.shards:
+            norm = self.shards.whole({"norm": norm}, keep=True)["norm"].to(norm.device)
+        nn.utils.clip_grads_with_norm_(self.learning.parameters(), most, norm)
+        return norm
 
     @property
-    def result(self) -> ControlBranch:
-        """The weights that are measured and saved."""
-        return self.average.module if self.average else self.branch  # type: ignore[return-value]
+    def forgives(self) -> bool:
+        """Whether gradients that are not finite are left out, because the loss is scaled and may be scaled less."""
+        return self.scaler is not None and self.scaler.get_scale() > 1
 
     def step(self, rate: float, number: int) -> None:
         """Step ``number``, from 1, with the gradients at hand."""
-        self.optimizer.step(rate)
+        if self.scaler:
+            self.scaler.step(self.optimizer, rate)  # type: ignore[arg-type]
+            self.scaler.update()
+            self.learning.zero_grad()
+        else:
+            self.optimizer.step(rate)
         if self.average:
             self.average.update(self.branch, number)
 
-    def state(self) -> dict[str, Tensor]:
-        """All of it, as tensors by name."""
-        parts = {"optimizer": self.optimizer.state(), "branch": self.branch.state_dict()}
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """All of it, as whole tensors by name; nothing where not ``keep``."""
+        parts = {"optimizer": self.optimizer.state(), "learning": self.learning.state_dict()}
         if self.average:
             parts["average"] = self.average.module.state_dict()
-        return {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        if self.scaler:
+            parts["scaler"] = {n: torch.tensor(v) for n, v in self.scaler.state_dict().items()}
+        found = {f"{part}.{name}": value.contiguous() for part, held in parts.items() for name, value in held.items()}
+        return self.shards.whole(found, keep) if self.shards else found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state``."""
+        """Go on from a ``state``, of however many processes."""
+        state = self.shards.parts(state) if self.shards else state
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
-        self.branch.load_state_dict(part("branch"))
+        self.learning.load_state_dict(part("learning"))
         self.optimizer.restore(part("optimizer"))
         if self.average:
             self.average.module.load_state_dict(part("average"))
+        if self.scaler:
+            self.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})
 
 
-_LAYOUT = "2"
+_LAYOUT = "3"
 """Of a checkpoint's tensors; raised when their names change."""
 
 
@@ -131,6 +189,15 @@ def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str,
     return facts
 
 
+def logged_step(path: Path) -> int:
+    """The last step of a log; 0 if there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with suppress(ValueError):  # the line a kill cut short
+            return int(json.loads(line)["step"])
+    return 0
+
+
 def cut_log(path: Path, step: int) -> list[Seen]:
     """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
     lines = []
@@ -179,12 +246,14 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
 
     Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
     """
-    for stale in sorted(out.rglob(f"{SCRATCH}*")):  # what a kill left half written
+    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
+    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
     path = out / "machine.json"
     if not path.is_file():
-        begun = {"threads": torch.get_num_threads(), "format": number_format(device_type)}
+        asked = FORMATS.get(recipe.precision) or faster_format(device_type)
+        begun = {"threads": torch.get_num_threads(), "format": asked}
         write_atomic(path, (json.dumps(begun) + "\n").encode())
     keep_format(out, device_type)
 
@@ -194,5 +263,4 @@ def keep_format(out: Path, device_type: str) -> None:
     begun = json.loads((out / "machine.json").read_text())
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])
-    if begun["format"] != number_format(device_type):
-        settle_format(device_type, begun["format"])
+    settle_format(device_type, begun["format"])

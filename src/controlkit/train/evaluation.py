@@ -1,112 +1,187 @@
-"""What is measured while a run goes on: the loss relative to no control, and obedience."""
+"""What is measured while a run goes on: the loss relative to no control, obedience, colours, and residuals' sizes.
+
+Where several processes run together each measures its share of the held-out pairs, and all are told all of it: what one
+would have measured, but for rounding, which depends on how many pictures are made together.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from controlkit.adapter import Branch
 from controlkit.backbones import UNetBase
-from controlkit.branch import ControlBranch
 from controlkit.data import (
+    Cached,
     Pair,
     build_cache,
     hint_of,
+    open_store,
 )
 from controlkit.images import Hint, grid, write_png
 from controlkit.measure import (
+    COLOURS,
     Obedience,
     ceiling_pictures,
     check_findable,
+    colours,
     fidelity,
     metric_of,
     obedience,
     three_ways,
 )
 from controlkit.precision import autocast
+from controlkit.ranks import Ranks
 from controlkit.recipe import Recipe
 from controlkit.sample import Control, Settings
-from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, target_of
+from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes, target_of
+
+SHOWN = 8
+"""Pairs on a sheet of samples."""
 
 
 class Evaluator:
-    """Obedience on held-out hints; what does not depend on the branch is made once."""
+    """Obedience on held-out hints; what does not depend on the branch is made once, by the ``locked`` base where
+    ``base`` learns, too."""
 
-    def __init__(self, base: UNetBase, pairs: Sequence[Pair], contract: Hint, recipe: Recipe, out: Path) -> None:
-        self.base, self.contract, self.out = base, contract, out
+    def __init__(
+        self,
+        base: UNetBase,
+        pairs: Sequence[Pair],
+        contract: Hint,
+        recipe: Recipe,
+        out: Path,
+        together: Ranks | None = None,
+        locked: UNetBase | None = None,
+    ) -> None:
+        self.base, self.locked, self.contract, self.out = base, locked or base, contract, out
+        self.together = together or Ranks()
         self.pairs = [pairs[i] for i in range(len(pairs))]
+        self.own = self.together.share(len(self.pairs))
         check_findable(contract, self.pairs)
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
-        self._fixed: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
+        self._fixed: tuple[list[np.ndarray], np.ndarray] | None = None
 
     @property
     def work(self) -> int:
-        """Picture-steps the next evaluation takes; the first one also samples without control."""
-        return len(self.pairs) * self.settings.steps * (3 if self._fixed is None else 2)
+        """Picture-steps this process's next evaluation takes; the first one also samples without control."""
+        return len(self.own) * self.settings.steps * (3 if self._fixed is None else 2)
 
-    def measure(self, branch: ControlBranch, step: int, on_advance: Callable[[int], None]) -> Obedience:
+    def measure(
+        self, branch: Branch, step: int, on_advance: Callable[[int], None]
+    ) -> tuple[Obedience, dict[str, float]]:
+        """Obedience, and how far colours drifted: by name of ``COLOURS`` the mean over the pairs of what a picture has
+        under control less what it has without, same seed and prompt. Near 0 nothing drifted."""
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
-        first = self._fixed is None
         made = three_ways(
-            self.base, control, self.pairs, self.hints, self.settings, on_step=on_advance, skip_no_control=not first
+            self.base,
+            control,
+            self.pairs,
+            self.hints,
+            self.settings,
+            on_step=on_advance,
+            skip_no_control=self._fixed is not None,
+            plain=self.locked,
+            rows=self.own,
         )
-        if self._fixed is None:
-            ceiling = ceiling_pictures(self.base, [pair.picture for pair in self.pairs])
-            scores = [fidelity(p, self.hints, self.contract) for p in (made["no_control"], ceiling)]
-            self._fixed = (made["no_control"], scores[0], scores[1])
-        without, no_control, ceiling_score = self._fixed
-        scored = [fidelity(made[name], self.hints, self.contract) for name in ("controlled", "shuffled")]
-        shown = [
-            [hint, pair.picture, got, plain]
-            for hint, pair, got, plain in zip(self.hints, self.pairs, made["controlled"], without, strict=True)
-        ]
-        sheet = grid(shown[:8], ["hint", "truth", "controlled", "no control"])
-        write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
         branch.train()
-        return obedience(scored[0], no_control, scored[1], ceiling_score, metric_of(self.contract).name)
+        hints = [self.hints[i] for i in self.own]
+        if self._fixed is None:
+            without = made["no_control"]
+            ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
+            self._fixed = without, np.array([fidelity(p, hints, self.contract) for p in (without, ceiling)])
+        without, fixed = self._fixed
+        moving = [fidelity(made[name], hints, self.contract) for name in ("controlled", "shuffled")]
+        drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
+        seen = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
+        parts = self.together.gathered((np.array([*moving, *fixed]), drift, seen))
+        if self.together.first:
+            made_of = [two for *_, seen in parts for two in seen]
+            truths = zip(self.hints, self.pairs, made_of, strict=False)  # of the first few alone
+            shown = [[self.contract.picture(hint), pair.picture, *two] for hint, pair, two in truths]
+            sheet = grid(shown, ["hint", "truth", "controlled", "no control"])
+            write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
+        got, shuffled, no_control, ceiling_score = np.concatenate([scores for scores, *_ in parts], 1)
+        drifted = np.mean([row for _, rows, _ in parts for row in rows], 0)
+        measured = obedience(got, no_control, shuffled, ceiling_score, metric_of(self.contract).name)
+        return measured, dict(zip(COLOURS, drifted.tolist(), strict=True))
 
 
 class Gauge:
-    """The loss on held-out pairs relative to the base without control, with the same noise each time."""
+    """The loss on held-out pairs relative to the base without control, with the same noise each time; and how large
+    the residuals are."""
 
     QUARTERS = 4
 
     def __init__(
-        self, base: UNetBase, pairs: Sequence[Pair], contracts: Mapping[str, Hint], recipe: Recipe, out: Path
+        self,
+        base: UNetBase,
+        pairs: Sequence[Pair],
+        contracts: Mapping[str, Hint],
+        recipe: Recipe,
+        out: Path,
+        together: Ranks | None = None,
     ) -> None:
-        cached = build_cache(base, pairs, contracts, out / f"heldout-{base.digest}.safetensors")
+        self.base, self.together = base, together or Ranks()
+        path = out / f"heldout-{base.digest}.safetensors"
+        if self.together.first:
+            with open_store() if recipe.data.cache else nullcontext() as store:
+                build_cache(base, pairs, contracts, path, store=store)
+        self.together.wait()
+        [cached] = Cached.read(path)
         fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
         asked = recipe.model_copy(update=fixed)
         parts = -(-len(cached) // 8)
-        self.base = base
-        self.batches = [draw_batch(base, cached, contracts, asked, 0, part, parts) for part in range(parts)]
+        own = self.together.share(parts)
+        self.batches = [draw_batch(base, cached, contracts, asked, 0, part, parts) for part in own]
         self.without = [self._errors(batch, None) for batch in self.batches]
 
+    def _noisy(self, batch: Batch) -> Tensor:
+        return self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: ControlBranch | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: Branch | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
-        z = self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+        z = self._noisy(batch)
         with autocast(self.base.device.type):
             if branch is None:
-                prediction = self.base.decode_noise(self.base.encode_noise(z, batch.t, batch.text))
+                prediction = self.base.predict(z, batch.t, batch.text)
             else:
                 prediction = controlled(self.base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
         return off.view(-1, self.QUARTERS).cpu()
 
-    def measure(self, branch: ControlBranch) -> dict[str, list[float]]:
+    def _summed(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What the parts of all processes have by name, added up; in one order, however many processes there are."""
+        held: dict[str, list[Tensor]] = {}
+        for part in (part for rank in self.together.gathered(list(parts)) for part in rank):
+            for name, value in part.items():
+                held.setdefault(name, []).append(value)
+        return {name: torch.stack(values).sum(0) for name, values in held.items()}
+
+    def measure(self, branch: Branch) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
         branch.eval()
-        sums: dict[str, list[Tensor]] = {}
+        sums = []
         for batch, without in zip(self.batches, self.without, strict=True):
             counts = [len(hint) for hint in batch.hints.values()]
             parts = (errors.split(counts) for errors in (self._errors(batch, branch), without))
-            for kind, under, plain in zip(batch.hints, *parts, strict=True):
-                sums.setdefault(kind, []).append(torch.stack([under.sum(0), plain.sum(0)]))
+            kinds = zip(batch.hints, *parts, strict=True)
+            sums.append({kind: torch.stack([under.sum(0), plain.sum(0)]) for kind, under, plain in kinds})
         branch.train()
-        found = {kind: torch.stack(of_kind).sum(0) for kind, of_kind in sums.items()}
-        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(found.items())}
+        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
+
+    def residuals(self, branch: Branch) -> dict[str, float]:
+        """By tap, in order: the root mean square of its residual, relative to that of the feature it is added to, over
+        the same draws."""
+        branch.eval()
+        with autocast(self.base.device.type):
+            sums = [residual_sizes(self.base, branch, self._noisy(batch), batch) for batch in self.batches]
+        branch.train()
+        return {name: float((own / plain).sqrt()) for name, (own, plain) in self._summed(sums).items()}

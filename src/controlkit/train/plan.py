@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from controlkit.backbones import Text, UNetBase, recomputed
-from controlkit.branch import ControlBranch
 from controlkit.data.cache import AT_ONCE
 from controlkit.images import Hint
 from controlkit.optimizers import state_bytes
 from controlkit.precision import autocast, training_attention
 from controlkit.recipe import Recipe
+from controlkit.train.checkpoints import Learner
 from controlkit.train.step import Batch, objective
 
 
@@ -66,7 +66,7 @@ class Meter:
 
     def __init__(self, base: UNetBase) -> None:
         self._device = base.device
-        self._held = _bytes([base.vae, base.unet, *(tower.encoder for tower in base.towers)])
+        self._held = _bytes(_networks(base))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
@@ -92,42 +92,44 @@ class Meter:
 def foresee(
     recipe: Recipe,
     base: UNetBase,
-    branch: ControlBranch,
+    learner: Learner,
     contracts: Mapping[str, Hint],
     pairs: int,
     meter: Meter,
     processes: int = 1,
 ) -> Plan:
-    """The plan of a run on ``pairs`` pairs; ``meter`` is older than the branch. Leaves no gradients."""
-    weights = _bytes([branch])
-    learning = sum(p.numel() * p.element_size() for p in branch.parameters() if p.requires_grad)
-    parts = {
-        "base": _bytes([base.vae, base.unet, *(tower.encoder for tower in base.towers)]),
-        "branch": weights,
-        "gradients": learning,
-        f"optimizer ({recipe.optimizer})": state_bytes(branch, recipe.optimizer),
-    }
-    if recipe.ema:
-        parts["average of the weights"] = weights
+    """The plan of a run on ``pairs`` pairs; ``meter`` is older than the learner. Leaves no gradients.
+
+    Where the base is unlocked later on, of the steps from then on.
+    """
+    parts = {"base": _bytes(_networks(base)), "branch": _bytes([learner.branch])}
+    if learner.base is not base:
+        parts["base's copy that learns"] = _bytes([learner.base.unet])
+    if learner.average:
+        parts["average of the weights"] = _bytes([learner.average.module])
+    here = sum(parts.values())
+    learning = sum(p.numel() * p.element_size() for p in learner.learning.parameters() if p.requires_grad)
+    parts["gradients"] = learning
+    parts[f"optimizer ({recipe.optimizer})"] = state_bytes(learner.learning, recipe.optimizer)
     if base.device.type == "cpu":
-        parts["cached pairs"] = _cached_bytes(base, contracts, pairs)
+        parts["cached pairs"] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
     count = recipe.batch // recipe.draws // recipe.accumulate // processes
-    work = partial(_micro_batch, recipe, base, branch, contracts)
+    work = partial(_micro_batch, recipe, learner, contracts)
     held = 0 if recipe.accumulate > 1 else learning  # of one part the most is held before there are gradients
     needed = peak_of(work, count) - held
     free = meter.free()
     seconds = None
-    if needed < free:
+    if sum(parts.values()) - here + needed < free:
         for _ in range(2):  # the first time kernels are chosen, and on some machines made
             started = time.perf_counter()
             work(count)
             if base.device.type == "cuda":
                 torch.cuda.synchronize(base.device)
             seconds = recipe.accumulate * (time.perf_counter() - started)
-        needed = meter.peak() - parts["base"] - weights - held
-    branch.zero_grad()
+        needed = meter.peak() - here - held
+    learner.learning.zero_grad()
     parts["micro-batch: features, libraries"] = max(needed, 0)
-    caching = parts["base"] + weights + peak_of(partial(_encode, base), min(AT_ONCE, pairs))
+    caching = here + peak_of(partial(_encode, base), min(AT_ONCE, pairs))
     return Plan(parts, caching, free, seconds, recipe.steps)
 
 
@@ -187,10 +189,9 @@ class _Held(TorchDispatchMode):
         self._now -= size
 
 
-def _micro_batch(
-    recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int
-) -> None:
+def _micro_batch(recipe: Recipe, learner: Learner, contracts: Mapping[str, Hint], pairs: int) -> None:
     """Forward and backward pass of as many pairs as one part has, on zeros; of a Union its types in turn."""
+    base, branch = learner.base, learner.branch
     rows, side, device = pairs * recipe.draws, base.size // base.stride, base.device
     latents = torch.zeros(rows, base.latent_channels, side, side, device=device)
     text = base.encode_text([""]).to(device, torch.float32)
@@ -203,7 +204,7 @@ def _micro_batch(
     batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, recipe.draws)
     attention = partial(training_attention, device.type)
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
-    branch.zero_grad()
+    learner.learning.zero_grad()
     with short:
         with autocast(device.type), attention():
             loss = objective(base, branch, batch)
@@ -218,10 +219,15 @@ def _encode(base: UNetBase, pictures: int) -> None:
 def _cached_bytes(base: UNetBase, contracts: Mapping[str, Hint], pairs: int) -> int:
     """Of the cache, as if no two pairs had the same prompt."""
     side = base.size // base.stride
-    channels = 3 + any(contract.mark is not None for contract in contracts.values())
+    marked = any(contract.mark is not None for contract in contracts.values())
+    channels = max(3, *(contract.channels for contract in contracts.values())) + marked
     text: Text = base.encode_text([""])
     words = sum(value.numel() for value in text.tensors().values())
     return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
+
+
+def _networks(base: UNetBase) -> list[nn.Module]:
+    return [base.vae, base.unet, *(tower.encoder for tower in base.towers)]
 
 
 def _bytes(modules: Sequence[nn.Module]) -> int:

@@ -12,6 +12,8 @@ from controlkit.measure import (
 )
 from controlkit.recipe import EvaluationRecipe
 
+_MAIN = ("fidelity", "floor", "ceiling", "obedience")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -26,12 +28,27 @@ class Record:
     """By type of hint, or under "": the loss on held-out pairs, relative to the base without control, with the same
     noise each time, in each quarter of the schedule from the least noise on. 1 is no control; a loss by itself says
     little, for it hardly moves while control comes."""
+    residuals: Mapping[str, float] = field(default_factory=dict)
+    """By tap: the root mean square of its residual relative to that of the feature it is added to. Exact zeros at
+    birth; far above 1, control drowns the base."""
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """How far colours drifted from the base's without control (``measure.COLOURS``), in shares of the full range; not
+    told of a Union. Washed-out or oversaturated pictures show here before the eye is sure."""
+
+    def figures(self) -> dict[str, float]:
+        """Its numbers by name, as curves are drawn of them; of quarters of the schedule the mean."""
+        found = {"loss": self.loss}
+        if self.evaluation is not None:
+            found |= {name: getattr(self.evaluation, name).mean for name in _MAIN}
+        found |= {f"relative_loss/{kind or 'all'}": sum(parts) / len(parts) for kind, parts in self.relative.items()}
+        found |= {f"colour_drift/{name}": value for name, value in self.drift.items()}
+        return found | {f"residuals/{tap}": value for tap, value in self.residuals.items()}
 
     def to_json(self) -> str:
         """The log's line; means alone for the figures' main keys, intervals for obedience."""
         line: dict[str, Any] = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 3)}
         if self.evaluation is not None:
-            for name in ("fidelity", "floor", "ceiling", "obedience"):
+            for name in _MAIN:
                 line[name] = round(getattr(self.evaluation, name).mean, 5)
             line["obedience_interval"] = [
                 self.evaluation.obedience.low,
@@ -39,6 +56,10 @@ class Record:
             ]
             line["counts"] = self.evaluation.counts
             line["verdict"] = self.verdict
+        if self.drift:
+            line["colour_drift"] = {name: round(x, 4) for name, x in self.drift.items()}
+        if self.residuals:
+            line["residuals"] = {name: round(x, 5) for name, x in self.residuals.items()}
         if self.relative:
             line["relative_loss"] = {kind: [round(x, 4) for x in quarters] for kind, quarters in self.relative.items()}
         return json.dumps(line)

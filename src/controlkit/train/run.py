@@ -13,22 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from controlkit.backbones import UNetBase, load_base, recomputed
-from controlkit.branch import ControlBranch
+from controlkit.adapter import Branch
+from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
 from controlkit.data import (
     Cached,
     Pair,
     build_cache,
+    open_store,
+    turn_at,
 )
 from controlkit.errors import UserError
-from controlkit.formats import SavedControl, save_control
+from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
 from controlkit.measure import (
     Obedience,
 )
-from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import autocast, training_attention
 from controlkit.ranks import Ranks, ranks
 from controlkit.recipe import Recipe
@@ -40,6 +40,7 @@ from controlkit.train.checkpoints import (
     cut_log,
     keep_format,
     load_checkpoint,
+    logged_step,
     save_checkpoint,
     sole_owner,
 )
@@ -47,8 +48,9 @@ from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.plan import Meter, foresee, told
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.schedule import Clock, learning_rate
-from controlkit.train.setup import hints_of, new_branch, plan_of, training_pairs
+from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
+from controlkit.train.trackers import check_trackers, tracked
 
 
 def train_control(
@@ -71,10 +73,19 @@ def train_control(
     Where several processes were started together (``accelerate launch``), each computes its part of every batch.
     """
     contracts = hints_of(recipe)
+    check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
     meter = Meter(base) if foreseen else None
     together = ranks(cpu=base.device.type == "cpu")
+    if together.sharded and recipe.precision == "fp16":
+        raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
+    if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
+        what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
+        raise UserError(
+            f"{what} is not made for weights that are shared out (--use_fsdp): "
+            f"{'leave it out' if recipe.optimizer == 'adamw' else 'take adamw'}, or launch without it."
+        )
     if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
         raise UserError(
             f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
@@ -83,7 +94,7 @@ def train_control(
     pairs, heldout = training_pairs(recipe, base)
     notes: list[str] = []
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
-    optimizer = Optimizer(branch, recipe.optimizer, recipe.betas, recipe.weight_decay, recipe.epsilon)
+    learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
@@ -91,13 +102,13 @@ def train_control(
         plan = None
         if together.first:
             begin_folder(recipe, out, base.device.type)
-            on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
-            for note in notes:
-                on_stage(f"note: {note}", 0)
-            if meter:
-                plan = foresee(recipe, base, branch, contracts, len(pairs), meter, together.count)
+            sentence = plan_of(recipe, base, branch, contracts, len(pairs))
+            for line in (*together.notes, sentence, *(f"note: {note}" for note in notes)):
+                on_stage(line, 0)
+            if meter and not together.sharded:  # all processes would have to take part
+                plan = foresee(recipe, base, learner, contracts, len(pairs), meter, together.count)
                 on_stage("\n".join(plan.lines()), 0)
-        run = _train(recipe, out, base, branch, optimizer, contracts, pairs, heldout, together, on_stage, on_advance)
+        run = _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
         with closing(run):
             for record in run:
                 if meter and plan:
@@ -109,9 +120,8 @@ def train_control(
 def _train(
     recipe: Recipe,
     out: Path,
-    base: UNetBase,
-    branch: ControlBranch,
-    optimizer: Optimizer,
+    locked: UNetBase,
+    learner: Learner,
     contracts: Mapping[str, Hint],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
@@ -120,31 +130,46 @@ def _train(
     on_advance: Callable[[int], None],
 ) -> Generator[Record, None, None]:
     clock = Clock(recipe.budget)
+    base, branch = learner.base, learner.branch
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
         on_stage("caching", len(pairs))
-        cached = build_cache(base, pairs, contracts, path, on_advance)
+        with open_store() if recipe.data.cache else nullcontext() as store:
+            cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0, store=store)
+        if recipe.data.buckets:
+            on_stage(buckets_in_words(cached, recipe), 0)
     together.wait()
     if not together.first:
         keep_format(out, base.device.type)
         cached = Cached.read(path)
-    learner = Learner(branch, optimizer, Average(branch, recipe.ema) if recipe.ema else None)
-    evaluates = recipe.evaluation.every > 0 and together.first
-    evaluator = Evaluator(base, heldout, contracts[""], recipe, out) if evaluates and "" in contracts else None
-    gauge = Gauge(base, heldout, contracts, recipe, out) if evaluates else None
+    evaluates = recipe.evaluation.every > 0
+    measures = evaluates and "" in contracts
+    evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if measures else None
+    gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
     predict = torch.compile(controlled) if recipe.compile else controlled
     step = 0
     kept = checkpoints_in(out)
     if kept:
-        facts = load_checkpoint(kept[-1], learner, base)
+        facts = load_checkpoint(kept[-1], learner, locked)
         step, clock = int(facts["step"]), Clock(recipe.budget, facts)
+    logged = logged_step(out / "log.jsonl") if together.first else 0
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
 
-    def saved(at: int) -> SavedControl:
-        facts = {"base": base.name, "base_digest": base.digest, "step": at, "data": recipe.data.source}
+    def saved(at: int, weights: Branch) -> SavedControl:
+        facts = {"base": base.name, "base_digest": locked.digest, "step": at, "data": recipe.data.source}
+        facts |= {"base_difference": DIFFERENCE} if recipe.unlock and at > recipe.unlock else {}
         hints = contracts if recipe.control.types else {}
         facts |= {"recipe": recipe.model_dump()}
-        return SavedControl(learner.result, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+
+    def save_result(folder: Path, at: int, weights: Branch) -> None:
+        """The control, and what belongs to it beside it: its base's difference, itself as a Control-LoRA."""
+        control = saved(at, weights)
+        save_control(folder, control, base)
+        if recipe.unlock and at > recipe.unlock:
+            save_difference(folder / DIFFERENCE, locked, base)
+        if recipe.control.body == "lora":
+            save_control_lora(folder / "control-lora.safetensors", control, base, recipe.control.rank)
 
     attention = partial(training_attention, base.device.type)
 
@@ -152,74 +177,98 @@ def _train(
         """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss, on the
         device: parts are queued one after the other, and nothing waits for them."""
         total = torch.zeros((), device=base.device)
+        which, turn = turn_at([len(one) for one in cached], recipe.batch // recipe.draws, step, recipe.seed)
         for part in range(together.index * parts, (together.index + 1) * parts):
-            batch = draw_batch(base, cached, contracts, recipe, step, part, parts * together.count)
+            batch = draw_batch(base, cached[which], contracts, recipe, step, part, parts * together.count, turn)
             with autocast(base.device.type), attention():
-                loss = objective(base, branch, batch, predict) / parts
-            loss.backward()
+                compute = partial(objective, base, branch, batch, predict)
+                loss = (learner.shards.within(compute) if learner.shards else compute()) / parts
+            learner.backward(loss)
             total += loss.detach()
         return total
 
     parts = recipe.accumulate
     short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
     over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
-    with (out / "log.jsonl").open("a" if together.first else "r") as log, short:
+    tracking = tracked(recipe, out, step, logged) if together.first else nullcontext()
+    with (out / "log.jsonl").open("a" if together.first else "r") as log, short, tracking as track:
         while step < recipe.steps and not enough(recipe.evaluation, evaluations) and not over:
             started = time.perf_counter()
+            if recipe.unlock:
+                base.unet.requires_grad_(step >= recipe.unlock)
             full: torch.OutOfMemoryError | None = None
             loss = torch.zeros((), device=base.device)
             try:
                 loss = gradients(step, parts)
             except torch.OutOfMemoryError as error:
+                if learner.shards:  # the others wait for this one's weights: there is no going on
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"Memory does not hold a part of the batch ({reason}). Set checkpointing: true or a greater "
+                        f"accumulate (it is {recipe.accumulate}), or take more processes."
+                    ) from error
                 full = error
             if together.any(full is not None, base.device):
-                branch.zero_grad()
+                learner.learning.zero_grad()
                 parts = _more_parts(recipe.batch // recipe.draws // together.count, parts, full)
                 said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
                 on_stage(f"out of memory: {said}", 0)
                 continue
             together.mean([loss])
-            together.mean_gradients(branch)
-            norm = nn.utils.clip_grad_norm_(branch.parameters(), recipe.max_grad_norm)
+            together.mean_gradients(learner.learning)
+            norm = learner.clip(recipe.max_grad_norm)
             # Where a step waits for the device, once: what is not finite must not reach the weights.
             value, slope = torch.stack([loss, norm]).tolist()
-            if not np.isfinite([value, slope]).all():
+            if not np.isfinite([value, slope]).all() and not (np.isfinite(value) and learner.forgives):
                 raise UserError(
                     f"At step {step + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
                     f"(it is {recipe.lr}) and give another --out."
                 )
             step += 1
             spent = together.told(clock.share) if recipe.budget else 0.0
-            learner.step(learning_rate(recipe, step - 1, spent), step)
+            rate = learning_rate(recipe, step - 1, spent)
+            learner.step(rate, step)
             seconds = clock.last_step = time.perf_counter() - started
             measured: Obedience | None = None
             words: str | None = None
             relative: dict[str, list[float]] = {}
-            due = recipe.evaluation.every > 0 and (step % recipe.evaluation.every == 0 or step == recipe.steps)
+            residuals: dict[str, float] = {}
+            drift: dict[str, float] = {}
+            due = evaluates and (step % recipe.evaluation.every == 0 or step == recipe.steps)
             if due and gauge:
-                relative = gauge.measure(learner.result)
+                weights = learner.result()
+                relative, residuals = gauge.measure(weights), gauge.residuals(weights)
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
-                    measured = evaluator.measure(learner.result, step, on_advance)
+                    measured, drift = evaluator.measure(weights, step, on_advance)
                     reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
                     words = verdict(evaluations)
-                    if best_of(evaluations) == evaluations[-1]:
-                        save_control(out / "best", saved(step), base)
-            if due:
+                    if together.first and best_of(evaluations) == evaluations[-1]:
+                        save_result(out / "best", step, weights)
                 evaluations = together.told(evaluations)
-            record = Record(step, value, seconds, measured, words, relative)
+                del weights
+            record = Record(step, value, seconds, measured, words, relative, residuals, drift)
             over = bool(recipe.budget) and together.told(clock.over)
             last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
-                if step % recipe.checkpoint_every == 0 or last:
-                    save_checkpoint(out, step, saved(step), base, learner.state(), recipe.keep, clock.facts())
+                if track:
+                    track(record, rate)
+            if step % recipe.checkpoint_every == 0 or last:
+                state, weights = learner.state(keep=together.first), learner.result()
+                if together.first:
+                    save_checkpoint(out, step, saved(step, weights), locked, state, recipe.keep, clock.facts())
+                del state, weights
             yield record
+    weights = learner.result()
     if together.first:
-        save_control(out / "control", saved(step), base)
+        save_result(out / "control", step, weights)
     together.wait()
+
+
+DIFFERENCE = "base-difference.safetensors"
 
 
 def _more_parts(pairs: int, parts: int, error: torch.OutOfMemoryError | None) -> int:

@@ -1,24 +1,28 @@
 """What a recipe asks for: pairs, hints, the branch to train, and the plan in words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from controlkit.annotators import ANNOTATORS, contract
-from controlkit.backbones import UNetBase
+from controlkit.adapter import Adapter, Branch
+from controlkit.annotators import ANNOTATORS, contract, joined
+from controlkit.backbones import UNetBase, XSBranch
 from controlkit.branch import ControlBranch, ControlSpec
 from controlkit.data import (
+    Cached,
     CirclePairs,
     EmojiPairs,
     Pair,
     ScenePairs,
     TypedPairs,
+    bucket_sizes,
     split_folder,
 )
 from controlkit.errors import UserError, nearest
-from controlkit.formats import load_control
+from controlkit.formats import SavedControl, load_control
 from controlkit.images import Hint
 from controlkit.precision import number_format
 from controlkit.recipe import ControlRecipe, Recipe
@@ -28,6 +32,8 @@ from controlkit.union import TYPES
 def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
+    if data.buckets and not Path(data.source).is_dir():
+        raise UserError(f"data.buckets is for pictures of many shapes in a folder; those of {data.source} are square.")
     emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
     if emoji or scenes:
         seen: list[Sequence[Pair]] = []
@@ -52,12 +58,21 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     folder, held = split_folder(Path(data.source), base.size)
-    if not folder.hinted and recipe.control.annotator not in ANNOTATORS:
+    names = recipe.control.annotators or [recipe.control.annotator]
+    if folder.hints > 1 and folder.hints != len(names):
+        raise UserError(
+            f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
+            "control.annotators, in their order, or take the others out."
+        )
+    if not folder.hinted and (unmade := [name for name in names if name not in ANNOTATORS]):
         raise UserError(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{recipe.control.annotator}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
+            f'"{unmade[0]}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
         )
-    return folder.part(slice(data.count)), held.part(slice(num))
+    folder = folder.part(slice(data.count))
+    if data.buckets:
+        folder = folder.bucketed(bucket_sizes(base.size, base.multiple))
+    return folder, held.part(slice(num))
 
 
 def hints_of(recipe: Recipe) -> dict[str, Hint]:
@@ -65,11 +80,17 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     control = recipe.control
     if not control.types:
         made = ANNOTATORS.get(control.annotator)
-        if control.options and not made:
-            raise UserError(f"Nothing here makes hints of {control.annotator}: leave out control.options.")
-        return {"": made.hint(**control.options) if made else contract(control.annotator)}
+        if control.options and (control.annotators or not made):
+            names = "+".join(control.annotators) or control.annotator
+            raise UserError(f"Nothing here makes hints of {names} with options: leave out control.options.")
+        if control.annotators:
+            hint = joined(control.annotators)
+        else:
+            hint = made.hint(**control.options) if made else contract(control.annotator)
+        return {"": replace(hint, channels=control.channels or hint.channels, low=control.low, high=control.high)}
     plain = ControlRecipe()
-    words = {"annotator", "options", "body", "join", "taps"}
+    words = {"annotator", "annotators", "options", "channels", "low", "high"}
+    words |= {"body", "rank", "size_ratio", "join", "taps"}
     if changed := [word for word in sorted(words) if getattr(control, word) != getattr(plain, word)]:
         raise UserError(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
@@ -83,54 +104,63 @@ def new_branch(
     contracts: Mapping[str, Hint],
     begin: bool = True,
     on_note: Callable[[str], None] = lambda note: None,
-) -> ControlBranch:
+) -> Branch:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False.
 
     ``on_note`` is told where those were trained on another base or on other hints.
     """
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    spec = ControlSpec(control.body, control.join, control.taps)
-    branch = base.new_union() if control.types else base.new_branch(spec, contracts[""].channels)
+    fresh: Branch
+    if control.types:
+        fresh = base.new_union()
+    elif control.body == "adapter":
+        fresh = Adapter.fresh(base, contracts[""].channels)
+    else:
+        spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
+        fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        _begin_with(branch, control.start_from, base, contracts, on_note)
-    return branch.train()
+        saved = load_control(control.start_from, base)
+        _begin_with(fresh, control.start_from, saved.branch)
+        for note in _differences(control.start_from, saved, base, contracts):
+            on_note(note)
+    return fresh.train()
 
 
-def _begin_with(
-    branch: ControlBranch,
-    name: str,
-    base: UNetBase,
-    contracts: Mapping[str, Hint],
-    on_note: Callable[[str], None],
-) -> None:
+def _begin_with(branch: Branch, name: str, neighbour: Any) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
     """
-    saved = load_control(name, base)
-    neighbour = saved.branch
     if type(neighbour) is not type(branch):
         raise UserError(
             f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
         )
+    if isinstance(branch, Adapter):
+        branch.load_state_dict(neighbour.state_dict())
+        return
+    assert isinstance(neighbour, ControlBranch | XSBranch)
     reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
     if branch.spec not in (neighbour.spec, reconnected):
         raise UserError(
             f'The control "{name}" is {neighbour.spec}; the recipe asks for {branch.spec}: they must be equal, but '
             "that zero joins of the middle alone may become joins of all taps."
         )
-    branch.load_state_dict(branch.state_dict() | neighbour.state_dict())
+    theirs, own = neighbour.state_dict(), branch.state_dict()
+    if any(name not in own or own[name].shape != tensor.shape for name, tensor in theirs.items()):
+        raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
+    branch.load_state_dict(own | theirs)
+
+
+def _differences(name: str, saved: SavedControl, base: UNetBase, contracts: Mapping[str, Hint]) -> Iterator[str]:
+    """Where a control that a run starts from was trained on another base, or on other hints, than the run."""
     trained_on = saved.trained.get("base_digest")
     if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:  # bfloat16's rounding gives another
-        on_note(
-            f'the control "{name}" was trained on other weights ({trained_on}) than those of "{base.name}" '
-            f"({base.digest})"
-        )
+        yield f'the control "{name}" was trained on other weights ({trained_on}) than "{base.name}" ({base.digest})'
     for kind, ours in contracts.items():
         theirs = saved.hints.get(kind, ours) if kind else saved.hint
         if (before := _told(theirs)) != (now := _told(ours)):
-            on_note(f'the control "{name}" was trained on hints of {before}; this run trains on hints of {now}')
+            yield f'the control "{name}" was trained on hints of {before}; this run trains on hints of {now}'
 
 
 def _told(contract: Hint) -> str:
@@ -139,7 +169,16 @@ def _told(contract: Hint) -> str:
     return f"{contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]{colours}"
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: ControlBranch, contracts: Mapping[str, Hint], pairs: int) -> str:
+def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
+    """How many pictures are of which size, and which are too few to fill a batch each time round."""
+    batch = recipe.batch // recipe.draws
+    sizes = ", ".join(f"{one.size[1]}x{one.size[0]} {len(one):,}" for one in cached)
+    thin = sum(len(one) < batch for one in cached)
+    often = f"; {thin} of them with fewer than a batch, which wait until one is full" if thin else ""
+    return f"pictures in {len(cached)} sizes: {sizes}{often}"
+
+
+def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.backbones import Text, UNetBase
-from controlkit.branch import ControlBranch
+from controlkit.adapter import Branch
+from controlkit.backbones import Part, Text, UNetBase, XSBranch
 from controlkit.data import (
     Cached,
 )
@@ -40,10 +40,12 @@ def draw_batch(
     step: int,
     part: int = 0,
     parts: int = 1,
+    turn: int | None = None,
 ) -> Batch:
-    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep and prompt
-    dropout keyed by (seed, step, sample).
+    """The batch of a step, or one of several equal parts of it: shuffled epochs, with noise, timestep, prompt dropout
+    and mirroring keyed by (seed, step, sample).
 
+    ``turn``: how many batches of these pairs came before, where other steps take theirs from other buckets.
     Pairs of one type of hint stand together, in the contracts' order. Of several draws of a pair each has its timestep
     from a share of the schedule of its own.
     """
@@ -53,11 +55,11 @@ def draw_batch(
     order: dict[int, np.ndarray] = {}
     chosen = {}
     for place in own:
-        number = step * count + place
-        epoch, turn = divmod(number, len(cached))
+        number = (step if turn is None else turn) * count + place
+        epoch, visit = divmod(number, len(cached))
         if epoch not in order:
             order[epoch] = numpy_rng("order", recipe.seed, epoch).permutation(len(cached))
-        chosen[place] = int(order[epoch][turn])
+        chosen[place] = int(order[epoch][visit])
     places = sorted(own, key=lambda place: int(cached.kinds[chosen[place]]))
 
     total = base.scheduler.config.num_train_timesteps
@@ -65,8 +67,11 @@ def draw_batch(
     latents, noise, times, rows = [], [], [], []
     hints: dict[str, list[Tensor]] = {}
     for place in places:
-        index = chosen[place]
-        moments = cached.moments[index].float()
+        index = row = chosen[place]
+        if cached.mirrors is not None:
+            turned = float(torch.rand((), generator=torch_rng("flip", recipe.seed, step, place))) < recipe.data.flip
+            row = int(cached.mirrors[index]) if turned else index
+        moments = cached.moments[row].float()
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         for draw in range(recipe.draws):
             generator = torch_rng("noise", recipe.seed, step, place * recipe.draws + draw)
@@ -75,7 +80,7 @@ def draw_batch(
             times.append(int(torch.randint(shares[draw], shares[draw + 1], (), generator=generator)))
             dropped = float(torch.rand((), generator=generator)) < recipe.prompt_dropout
             rows.append(0 if dropped else int(cached.prompt_rows[index]))
-        picture, name = cached.hints[index].numpy(), names[int(cached.kinds[index])]
+        picture, name = cached.hints[row].numpy(), names[int(cached.kinds[index])]
         hints.setdefault(name, []).append(contracts[name].tensor(picture, picture.shape[:2]))
     text = cached.text[rows].to(torch.device("cpu"), torch.float32).tensors()
     return Batch(
@@ -93,7 +98,7 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
+def hint_features_of(branch: Branch, batch: Batch) -> Any:
     """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
     read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
     if isinstance(read, Tensor):
@@ -101,14 +106,29 @@ def hint_features_of(branch: ControlBranch, batch: Batch) -> Any:
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
-def controlled(base: UNetBase, branch: ControlBranch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+def controlled(base: UNetBase, branch: Branch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
-    return base.decode_noise(base.encode_noise(z, t, text), branch(z, t, text, features))
+    return base.predict(z, t, text, [Part(branch, features)])
 
 
-def objective(
-    base: UNetBase, branch: ControlBranch, batch: Batch, predict: Callable[..., Tensor] = controlled
-) -> Tensor:
+@torch.no_grad()
+def residual_sizes(base: UNetBase, branch: Branch, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """By tap of a skip or the middle, the sums of squares of what the control adds to its feature, there or before, and
+    of that feature, (2,) float64."""
+    part = Part(branch, hint_features_of(branch, batch))
+    beside = [part] if isinstance(branch, XSBranch) else []
+    inject = {} if beside else branch(z, batch.t, batch.text, part.features)
+    plain = base.encode_noise(z, batch.t, batch.text)
+    walked = base.encode_noise(z, batch.t, batch.text, inject, beside)
+    found = {}
+    features = zip([*walked.skips, walked.middle], [*plain.skips, plain.middle], strict=True)
+    for tap, (under, without) in zip(base.branch_taps, features, strict=True):
+        added = under - without + inject.get(tap.name, 0)
+        found[tap.name] = torch.stack([x.double().square().sum() for x in (added, without)]).cpu()
+    return found
+
+
+def objective(base: UNetBase, branch: Branch, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
     ``predict`` is ``controlled``, or that compiled.
