@@ -445,7 +445,7 @@ def train(
 
         mean = 0.0
         words = ""
-        for record in train_control(settings, out, base, stage, advance):
+        for record in train_control(settings, out, base, stage, advance, foreseen=True):
             if not together.first:
                 continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss

@@ -62,6 +62,9 @@ class Cached:
         return _of_sizes(parts.values(), text)
 
 
+AT_ONCE = 32
+"""Pictures encoded together."""
+
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
 
 
@@ -77,7 +80,7 @@ def build_cache(
     contracts: Mapping[str, Hint],
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
-    batch: int = 32,
+    batch: int = AT_ONCE,
     mirrors: bool = False,
     store: Store | None = None,
 ) -> list[Cached]:

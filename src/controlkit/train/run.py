@@ -6,8 +6,8 @@ what the uninterrupted run would have: every draw is keyed by (seed, step, sampl
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from controlkit.train.checkpoints import (
     sole_owner,
 )
 from controlkit.train.evaluation import Evaluator, Gauge
+from controlkit.train.plan import Meter, foresee, told
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
@@ -58,6 +59,7 @@ def train_control(
     base: UNetBase | None = None,
     on_stage: Callable[[str, int], None] = lambda name, total: None,
     on_advance: Callable[[int], None] = lambda count: None,
+    foreseen: bool = False,
 ) -> Iterator[Record]:
     """Train a control, yielding a record a step; ``OUT/control`` holds the result when the iterator ends, ``OUT/best``
     what obeyed best when it was measured.
@@ -65,12 +67,16 @@ def train_control(
     ``on_stage(name, total)`` and ``on_advance(count)`` report on the work between steps: caching and evaluating. With a
     total of 0 the name is something to know, such as what was done when memory ran out.
 
+    ``foreseen``: try out a micro-batch and say what memory and time the run will take, and after its first step what
+    memory it took.
+
     Where several processes were started together (``accelerate launch``), each computes its part of every batch.
     """
     contracts = hints_of(recipe)
     check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
+    meter = Meter(base) if foreseen else None
     together = ranks(cpu=base.device.type == "cpu")
     if together.sharded and recipe.precision == "fp16":
         raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
@@ -86,13 +92,29 @@ def train_control(
             f"{recipe.accumulate} equal parts and {together.count} processes: take another batch."
         )
     pairs, heldout = training_pairs(recipe, base)
-    branch = new_branch(recipe, base, contracts, begin=not checkpoints_in(out))
+    notes: list[str] = []
+    branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
     learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
     with sole_owner(out) if together.first else nullcontext():
-        yield from _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
+        plan = None
+        if together.first:
+            begin_folder(recipe, out, base.device.type)
+            sentence = plan_of(recipe, base, branch, contracts, len(pairs))
+            for line in (*together.notes, sentence, *(f"note: {note}" for note in notes)):
+                on_stage(line, 0)
+            if meter and not together.sharded:  # all processes would have to take part
+                plan = foresee(recipe, base, learner, contracts, len(pairs), meter, together.count)
+                on_stage("\n".join(plan.lines()), 0)
+        run = _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
+        with closing(run):
+            for record in run:
+                if meter and plan:
+                    on_stage(f"memory held at most, until after the first step: {told(meter.peak())}", 0)
+                    plan = None
+                yield record
 
 
 def _train(
@@ -106,15 +128,11 @@ def _train(
     together: Ranks,
     on_stage: Callable[[str, int], None],
     on_advance: Callable[[int], None],
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     clock = Clock(recipe.budget)
     base, branch = learner.base, learner.branch
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
-        begin_folder(recipe, out, base.device.type)
-        for note in together.notes:
-            on_stage(note, 0)
-        on_stage(plan_of(recipe, base, branch, contracts, len(pairs)), 0)
         on_stage("caching", len(pairs))
         with open_store() if recipe.data.cache else nullcontext() as store:
             cached = build_cache(base, pairs, contracts, path, on_advance, mirrors=recipe.data.flip > 0, store=store)

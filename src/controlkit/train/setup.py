@@ -1,8 +1,9 @@
 """What a recipe asks for: pairs, hints, the branch to train, and the plan in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from controlkit.data import (
     split_folder,
 )
 from controlkit.errors import UserError, nearest
-from controlkit.formats import load_control
+from controlkit.formats import SavedControl, load_control
 from controlkit.images import Hint
 from controlkit.precision import number_format
 from controlkit.recipe import ControlRecipe, Recipe
@@ -97,8 +98,17 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
     return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
 
 
-def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], begin: bool = True) -> Branch:
-    """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False."""
+def new_branch(
+    recipe: Recipe,
+    base: UNetBase,
+    contracts: Mapping[str, Hint],
+    begin: bool = True,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Branch:
+    """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False.
+
+    ``on_note`` is told where those were trained on another base or on other hints.
+    """
     torch.manual_seed(recipe.seed)
     control = recipe.control
     fresh: Branch
@@ -110,16 +120,18 @@ def new_branch(recipe: Recipe, base: UNetBase, contracts: Mapping[str, Hint], be
         spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
         fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        _begin_with(fresh, control.start_from, base)
+        saved = load_control(control.start_from, base)
+        _begin_with(fresh, control.start_from, saved.branch)
+        for note in _differences(control.start_from, saved, base, contracts):
+            on_note(note)
     return fresh.train()
 
 
-def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
+def _begin_with(branch: Branch, name: str, neighbour: Any) -> None:
     """Begin with the weights of a control of the same kind.
 
     One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
     """
-    neighbour = load_control(name, base).branch
     if type(neighbour) is not type(branch):
         raise UserError(
             f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
@@ -140,6 +152,23 @@ def _begin_with(branch: Branch, name: str, base: UNetBase) -> None:
     branch.load_state_dict(own | theirs)
 
 
+def _differences(name: str, saved: SavedControl, base: UNetBase, contracts: Mapping[str, Hint]) -> Iterator[str]:
+    """Where a control that a run starts from was trained on another base, or on other hints, than the run."""
+    trained_on = saved.trained.get("base_digest")
+    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:  # bfloat16's rounding gives another
+        yield f'the control "{name}" was trained on other weights ({trained_on}) than "{base.name}" ({base.digest})'
+    for kind, ours in contracts.items():
+        theirs = saved.hints.get(kind, ours) if kind else saved.hint
+        if (before := _told(theirs)) != (now := _told(ours)):
+            yield f'the control "{name}" was trained on hints of {before}; this run trains on hints of {now}'
+
+
+def _told(contract: Hint) -> str:
+    """What a contract's hints are, in words: their annotator and range, and their colours where those are not usual."""
+    colours = f" {contract.colour_order}" if contract.colour_order != "RGB" else ""
+    return f"{contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]{colours}"
+
+
 def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
     """How many pictures are of which size, and which are too few to fill a batch each time round."""
     batch = recipe.batch // recipe.draws
@@ -153,8 +182,7 @@ def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[s
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(
-        f"{kind or contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]"
-        for kind, contract in contracts.items()
+        _told(replace(contract, annotator=kind or contract.annotator)) for kind, contract in contracts.items()
     )
     often = recipe.steps * (recipe.batch // recipe.draws) / max(pairs, 1)
     return (

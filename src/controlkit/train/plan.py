@@ -1,0 +1,245 @@
+"""What a run will need, said before it starts: memory by part, and the time of a step.
+
+Weights, gradients, optimizer and data are counted. What a micro-batch needs beside them is tried out on zeros: first
+with 2 and 4 pairs, which tells what the whole would take, then with all of them, where that fits.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from controlkit.backbones import Text, UNetBase, recomputed
+from controlkit.data.cache import AT_ONCE
+from controlkit.images import Hint
+from controlkit.optimizers import state_bytes
+from controlkit.precision import autocast, training_attention
+from controlkit.recipe import Recipe
+from controlkit.train.checkpoints import Learner
+from controlkit.train.step import Batch, objective
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``parts``: bytes of memory of the device in a step, by what they are for. ``caching``: the most while latents are
+    made. ``free``: bytes the device had left. ``seconds``: of a step; None where its parts do not fit."""
+
+    parts: Mapping[str, int]
+    caching: int
+    free: int
+    seconds: float | None
+    steps: int
+
+    @property
+    def peak(self) -> int:
+        """The most memory that will be held at once, evaluations apart."""
+        return max(sum(self.parts.values()), self.caching)
+
+    def lines(self) -> list[str]:
+        """A table of the memory by part, and the time in words."""
+        width = max(map(len, self.parts))
+        rows = [f"  {name:<{width}}  {told(size):>8}" for name, size in self.parts.items()]
+        lines = [f"memory foreseen: {told(self.peak)}; in a step", *rows]
+        if self.caching == self.peak:
+            lines.append(f"  and while latents are made, the most: {told(self.caching)}")
+        if self.seconds is None:
+            advice = "raise accumulate, or set checkpointing: true"
+            return [*lines, f"That does not fit in the {told(self.free)} left here: {advice}."]
+        whole = self.seconds * self.steps
+        span = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
+        return [*lines, f"time foreseen: {span}, {self.seconds:.2g} s a step; caching and evaluations come to it"]
+
+
+class Meter:
+    """The most memory held on a device since it was made: what torch allocated on a GPU; on a CPU what the process grew
+    by, together with the base's weights, which were there before."""
+
+    def __init__(self, base: UNetBase) -> None:
+        self._device = base.device
+        self._held = _bytes(_networks(base))
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            # Linux: forget the most that was held before. Elsewhere what loading needed may count as well.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+            self._held -= psutil.Process().memory_info().rss
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._held + _high_water()
+
+    def free(self) -> int:
+        """Bytes that are left now."""
+        if self._device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return torch.cuda.mem_get_info(self._device)[0] + unused
+        return psutil.virtual_memory().available
+
+
+def foresee(
+    recipe: Recipe,
+    base: UNetBase,
+    learner: Learner,
+    contracts: Mapping[str, Hint],
+    pairs: int,
+    meter: Meter,
+    processes: int = 1,
+) -> Plan:
+    """The plan of a run on ``pairs`` pairs; ``meter`` is older than the learner. Leaves no gradients.
+
+    Where the base is unlocked later on, of the steps from then on.
+    """
+    parts = {"base": _bytes(_networks(base)), "branch": _bytes([learner.branch])}
+    if learner.base is not base:
+        parts["base's copy that learns"] = _bytes([learner.base.unet])
+    if learner.average:
+        parts["average of the weights"] = _bytes([learner.average.module])
+    here = sum(parts.values())
+    learning = sum(p.numel() * p.element_size() for p in learner.learning.parameters() if p.requires_grad)
+    parts["gradients"] = learning
+    parts[f"optimizer ({recipe.optimizer})"] = state_bytes(learner.learning, recipe.optimizer)
+    if base.device.type == "cpu":
+        parts["cached pairs"] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
+    count = recipe.batch // recipe.draws // recipe.accumulate // processes
+    work = partial(_micro_batch, recipe, learner, contracts)
+    held = 0 if recipe.accumulate > 1 else learning  # of one part the most is held before there are gradients
+    needed = peak_of(work, count) - held
+    free = meter.free()
+    seconds = None
+    if sum(parts.values()) - here + needed < free:
+        for _ in range(2):  # the first time kernels are chosen, and on some machines made
+            started = time.perf_counter()
+            work(count)
+            if base.device.type == "cuda":
+                torch.cuda.synchronize(base.device)
+            seconds = recipe.accumulate * (time.perf_counter() - started)
+        needed = meter.peak() - here - held
+    learner.learning.zero_grad()
+    parts["micro-batch: features, libraries"] = max(needed, 0)
+    caching = here + peak_of(partial(_encode, base), min(AT_ONCE, pairs))
+    return Plan(parts, caching, free, seconds, recipe.steps)
+
+
+def peak_of(work: Callable[[int], Any], count: int) -> int:
+    """The most bytes of tensors that ``work(count)`` makes and holds at once, known from ``work(2)`` and ``work(4)``.
+
+    Operation by operation what is held grows linearly with the count. What kernels need for themselves is not seen.
+    """
+    few = _held_bytes(work, min(count, 2))
+    if count <= 2:
+        return max(few)
+    more = _held_bytes(work, min(count, 4))
+    if count <= 4:
+        return max(more)
+    steps = (count - 2) / 2
+    if len(few) != len(more):  # not the same operations: by their maxima
+        few, more = [max(few)], [max(more)]
+    return int(max(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
+
+
+def _held_bytes(work: Callable[[int], Any], count: int) -> list[int]:
+    with _Held() as held:
+        work(count)
+    return held.after
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of storages made within it and not yet freed, after every operation, the backward pass's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: list[int] = []
+        self._now = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._see((args, kwargs), made_here=False)
+        out = func(*args, **kwargs)
+        self._see(out, made_here=True)
+        self.after.append(self._now)
+        return out
+
+    def _see(self, values: Any, made_here: bool) -> None:
+        for value in tree_leaves(values):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            if storage._cdata not in self._seen:
+                size = storage.nbytes() if made_here else 0
+                self._seen.add(storage._cdata)
+                self._now += size
+                weakref.finalize(storage, self._free, storage._cdata, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size
+
+
+def _micro_batch(recipe: Recipe, learner: Learner, contracts: Mapping[str, Hint], pairs: int) -> None:
+    """Forward and backward pass of as many pairs as one part has, on zeros; of a Union its types in turn."""
+    base, branch = learner.base, learner.branch
+    rows, side, device = pairs * recipe.draws, base.size // base.stride, base.device
+    latents = torch.zeros(rows, base.latent_channels, side, side, device=device)
+    text = base.encode_text([""]).to(device, torch.float32)
+    kinds = list(contracts)
+    hints = {}
+    for place, kind in enumerate(kinds):
+        if own := len(range(place, pairs, len(kinds))):
+            hints[kind] = torch.zeros(own, contracts[kind].channels, base.size, base.size, device=device)
+    times = torch.zeros(rows, dtype=torch.long, device=device)
+    batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, recipe.draws)
+    attention = partial(training_attention, device.type)
+    short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    learner.learning.zero_grad()
+    with short:
+        with autocast(device.type), attention():
+            loss = objective(base, branch, batch)
+        loss.backward()
+
+
+def _encode(base: UNetBase, pictures: int) -> None:
+    with base.autocast():
+        base.encode_moments(torch.zeros(pictures, 3, base.size, base.size, device=base.device))
+
+
+def _cached_bytes(base: UNetBase, contracts: Mapping[str, Hint], pairs: int) -> int:
+    """Of the cache, as if no two pairs had the same prompt."""
+    side = base.size // base.stride
+    marked = any(contract.mark is not None for contract in contracts.values())
+    channels = max(3, *(contract.channels for contract in contracts.values())) + marked
+    text: Text = base.encode_text([""])
+    words = sum(value.numel() for value in text.tensors().values())
+    return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
+
+
+def _networks(base: UNetBase) -> list[nn.Module]:
+    return [base.vae, base.unet, *(tower.encoder for tower in base.towers)]
+
+
+def _bytes(modules: Sequence[nn.Module]) -> int:
+    return sum(value.numel() * value.element_size() for m in modules for value in m.state_dict().values())
+
+
+def _high_water() -> int:
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def told(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.0f} MB"
