@@ -26,7 +26,7 @@ ROOMS = [
     {"branch"},
     {"images"},
     {"hub", "tensors", "maps"},
-    {"recipe"},
+    {"recipe", "workers"},
     {"optimizers"},
     {"seeds", "precision", "ranks", "errors"},
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from controlkit import cli
 from controlkit.annotators import annotate, annotator, contract, joined, parts_of
 from controlkit.data import (
     CirclePairs,
@@ -26,7 +27,7 @@ from controlkit.data import (
 )
 from controlkit.errors import UserError
 from controlkit.formats import load_control
-from controlkit.images import Hint, decode_hint, fit, png_bytes, read_hint, write_png
+from controlkit.images import Hint, decode_hint, fit, png_bytes, read_hint, read_picture, write_png
 from controlkit.measure import edge_f1, fidelity
 from controlkit.recipe import parse_recipe
 from controlkit.sample import Control, Job, Settings, generate
@@ -159,6 +160,19 @@ def test_a_hint_to_be_looked_at_is_a_picture():
 # --- data sets ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command line as a shell would: (exit code, what it said to standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
 def kohya(folder, hints, suffix=".npy", count=6):
     """A set in two folders whose hints are what ``hints(i)`` gives."""
     for i in range(count):
@@ -197,6 +211,19 @@ def test_a_control_of_five_channels_is_trained_saved_and_used(arrays, toy_base, 
     saved.branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
     list(generate(toy_base, [Job("", 0, (five(3),))], [Control.of(saved)], Settings(1)))
     assert torch.equal(read[0], torch.tensor(five(3)).permute(2, 0, 1)[None]), "the very values, no rounding"
+
+
+def test_the_command_line_takes_an_array_for_a_hint_and_shows_it(arrays, toy_base, toy_folder, tmp_path, command):
+    list(train_control(recipe_of(arrays, FIVE, evaluation={"every": 0}), tmp_path / "run", toy_base))
+    shown = f"{tmp_path / 'run'}={arrays / 'conditioning/2.npy'}"
+    words = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--control", shown]
+    assert command(*words, "--hint")[0] == 0
+    assert read_picture(tmp_path / "out" / "hint-0-run.png").shape == (SIDE, SIDE, 3)
+    code, said = command(*words)
+    assert code == 2 and "arrays are hints already: say so by --hint" in said
+    doctor = ["data", "doctor", arrays, "--annotator", "depth", "--out", tmp_path / "told"]
+    assert command(*doctor, "--channels", 5, "--low", -1)[0] == 0
+    assert command(*doctor)[0] == 1 and command(*doctor[:3], "--channels", 5)[0] == 2
 
 
 def test_arrays_are_cached_in_their_own_type_and_kinds_are_not_mixed(toy_base, tmp_path):

@@ -150,6 +150,14 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
     assert code == 1 and "may not start" in out and "source/1.png" in out
 
 
+def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("red-apple_1", "IMG_7"):
+        (tmp_path / "set" / f"{name}.png").write_bytes(drawing.read_bytes())
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
+    assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out
+
+
 def test_every_setting_of_a_recipe_is_documented():
     source = cli.__file__.replace("cli.py", "recipe.py")
     with open(source) as file:  # noqa: PTH123

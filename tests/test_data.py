@@ -132,7 +132,7 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "held"), [(3, 2), (20, 2), (45, 4), (6000, 512)])
-def test_the_last_tenth_of_a_folder_is_held_out(count, held, tmp_path):
+def test_a_tenth_of_a_folder_is_held_out(count, held, tmp_path):
     for name in "st":
         (tmp_path / name).touch()
     lines = [json.dumps({"source": "s", "target": "t", "prompt": str(i)}) for i in range(count)]

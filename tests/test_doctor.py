@@ -94,6 +94,14 @@ def test_the_same_picture_twice_is_a_note(tutorial):
     assert "target/2.png" in report.problems[0].where and "target/0.png" in report.problems[0].words
 
 
+def test_pictures_without_a_caption_among_others_are_counted(tutorial):
+    text = (tutorial / "prompt.json").read_text().splitlines()
+    text[1] = json.dumps(json.loads(text[1]) | {"prompt": ""})
+    (tutorial / "prompt.json").write_text("\n".join(text))
+    (problem,) = report_of(tutorial).problems
+    assert (problem.kind, problem.fatal, problem.words) == ("no caption", False, "1 of 3 pictures have none")
+
+
 def test_dark_lines_on_light_are_refused_for_an_annotator_of_light_ones(tutorial):
     for path in (tutorial / "source").glob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)

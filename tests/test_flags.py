@@ -62,6 +62,7 @@ def test_flags_go_where_they_belong(asked):
     assert (recipe.tracking.to, recipe.tracking.project) == (["wandb"], "7")
     assert "tensorboard" in parse_recipe(asked("--report_to", "all").recipe).tracking.to
     assert parse_recipe(asked("--report_to", "none").recipe).tracking.to == []
+    assert parse_recipe(asked("--annotator", "canny", "--max_train_steps", 20).recipe).evaluation.every == 20
     unnamed = asked("--validation_steps", 50)
     assert parse_recipe(unnamed.recipe).evaluation.every == 0 and "nothing is measured" in unnamed.notes[0]
 

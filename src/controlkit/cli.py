@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from controlkit.backbones import UNetBase
-    from controlkit.data import Finding
+    from controlkit.data import Finding, Over
     from controlkit.formats import SavedControl
 
 app = typer.Typer(
@@ -47,6 +47,11 @@ BaseOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
+CaptionerOption = Annotated[str, typer.Option(help="The captioner's model: a BLIP's folder, or a hub's name.")]
+ReplaceOption = Annotated[
+    str, typer.Option(help="What the captioner may put its words over: `nothing`, `names` (of files), `all`.")
+]
+WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[
     list[str] | None,
@@ -71,12 +76,11 @@ def _on_cuda(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
-def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
+def _ready(device: str) -> str:
+    """The device that is meant, and the libraries' own words and progress bars silenced."""
     import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
-
-    from controlkit.backbones import load_base
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
@@ -89,7 +93,24 @@ def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
         device = "cuda" if _on_cuda(device) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
-    return load_base(name, device, **options)
+    return device
+
+
+def _load_base(name: str, device: str, **options: Any) -> "UNetBase":
+    from controlkit.backbones import load_base
+
+    return load_base(name, _ready(device), **options)
+
+
+def _over(replace: str) -> "Over":
+    """What ``--replace`` says."""
+    from typing import get_args
+
+    from controlkit.data import Over
+
+    if replace not in get_args(Over):
+        raise UserError(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
+    return cast("Over", replace)
 
 
 def _load_control(name: str, base: "UNetBase", annotator: str | None = None) -> "SavedControl":
@@ -202,6 +223,8 @@ def generate(
         raise UserError(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     for given in asked:
         for path in given.pictures.values():
+            if path.suffix.lower() == ".npy" and not hint:
+                raise UserError(f"{path} is an array, and arrays are hints already: say so by --hint.")
             (read_hint if hint else read_picture)(path)
     added = {"loras": [_split_lora(text) for text in lora or []], "embeddings": embedding or []}
     model = _load_base(base, device, dtype=DTYPES[dtype], **added)
@@ -664,6 +687,7 @@ def doctor(
     ] = None,
     low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
     high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
+    workers: WorkersOption = 1,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
 
@@ -686,7 +710,7 @@ def doctor(
         task = progress.add_task("opening", total=len(listing.rows), figures="")
 
         def opened() -> Iterator["Finding"]:
-            for finding in examine(listing, made_by):
+            for finding in examine(listing, made_by, workers):
                 progress.advance(task)
                 yield finding
 
@@ -696,6 +720,12 @@ def doctor(
     _say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
     words = facts["caption_words"]
     _say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
+    said = [row for row in listing.rows if row.prompt]
+    if said:
+        origin = "from the file's name: " if said[0].named else ""
+        _say(f'the first: {origin}"{one_line(said[0].prompt)}"')
+    if not facts["with_hints"] and not annotator:
+        _say("hints: none; training makes them by its annotator (--annotator canny here shows what they will be)")
     if facts["hint_mean_grey"] is not None:
         _say(f"hints: mean grey {facts['hint_mean_grey']:.3f} (0 black, 1 white)")
     for (kind, fatal), count in Counter((p.kind, p.fatal) for p in report.problems).items():
@@ -753,8 +783,49 @@ def scenes(
 
 
 @data_app.command(
+    epilog="Examples:\n\n    controlkit data caption photos\n\n"
+    "    controlkit data caption photos --replace names --captioner models/blip-large"
+)
+def caption(
+    path: Annotated[Path, typer.Argument(help="A folder of pictures, alone or beside a folder of hints.")],
+    captioner: CaptionerOption = "Salesforce/blip-image-captioning-base",
+    replace: ReplaceOption = "nothing",
+    device: DeviceOption = "auto",
+) -> None:
+    """Caption the pictures that have none, by BLIP: `NAME.txt` beside each, where trainers look for it.
+
+    What people wrote stays as it is, unless `--replace all` is given. Run again to go on after an interruption.
+    """
+    from controlkit.data import check_beside, load_captioner, read_listing, unwritten, wanting, write_captions
+
+    over = _over(replace)
+    listing = read_listing(path)
+    if fatal := [problem for problem in listing.problems if problem.fatal]:
+        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+    check_beside(listing)
+    places = wanting(listing.rows, over)
+    places = places if over == "all" else unwritten(listing, places)
+    named = sum(row.named and bool(row.prompt) for row in listing.rows)
+    if not places:
+        more = f"; {named} of them are their files' names: --replace names has them captioned" if named else ""
+        _say(f"All {len(listing.rows)} pictures have captions{more}.")
+        return
+    model = load_captioner(captioner, _ready(device))
+    with _progress() as progress:
+        task = progress.add_task("captioning", total=len(places), figures="")
+        for done in write_captions(listing, model, places):
+            progress.update(task, completed=done)
+    first = Path(listing.rows[places[0]].picture.name).with_suffix(".txt")
+    _say(
+        f"{len(places)} captions written, {len(listing.rows) - len(places)} left as they were. "
+        f'The first, {first}: "{first.read_text(encoding="utf-8").strip()}"'
+    )
+
+
+@data_app.command(
     epilog="Examples:\n\n    controlkit data build photos --annotator canny --size 512 --out photos-canny\n\n"
-    "    controlkit data build fill50k --annotator canny --layout webdataset --out shards"
+    "    controlkit data build fill50k --annotator canny --layout webdataset --out shards\n\n"
+    "    controlkit data build photos --annotator canny --captions blip --out photos-canny"
 )
 def build(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
@@ -766,21 +837,39 @@ def build(
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Size in pixels; the pictures' own by default.")
     ] = None,
+    captions: Annotated[
+        str, typer.Option(help="`own`: the set's own; `blip`: a captioner's where it has none.")
+    ] = "own",
+    captioner: CaptionerOption = "Salesforce/blip-image-captioning-base",
+    replace: ReplaceOption = "nothing",
+    device: DeviceOption = "auto",
+    workers: WorkersOption = 1,
 ) -> None:
-    """Write a data set anew in another layout, with hints made where it has none.
+    """Write a data set anew in another layout, with hints made where it has none, and captions if asked for.
 
     Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
     """
     from controlkit.annotators import contract
-    from controlkit.data import build_set, read_listing
+    from controlkit.data import build_set, load_captioner, read_listing, wanting
 
     _check_folder(out)
+    over = _over(replace)
+    if captions not in ("own", "blip"):
+        raise UserError(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
     listing = read_listing(path)
     if fatal := [problem for problem in listing.problems if problem.fatal]:
         raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+    model = load_captioner(captioner, _ready(device)) if captions == "blip" else None
     with _progress() as progress:
+        bare = len(wanting(listing.rows, over)) if model else 0
+        side = progress.add_task("captioning", total=bare, visible=bool(bare), figures="")
         task = progress.add_task("writing", total=len(listing.rows), figures="")
-        for done in build_set(listing, out, layout, contract(annotator), _parse_size(size)):
+
+        def captioned(count: int) -> None:
+            progress.advance(side, count)
+
+        sized = _parse_size(size)
+        for done in build_set(listing, out, layout, contract(annotator), sized, model, over, captioned, workers):
             progress.update(task, completed=done)
     _say(f"{len(listing.rows)} pairs in {out} ({layout})")
 

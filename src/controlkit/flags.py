@@ -159,8 +159,8 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
             recipe[key] = given[name]
         elif name in given:
             notes.append(f"--{name} is not needed: --lr_scheduler {schedule} alone reads it")
-    if values["annotator"] and "validation_steps" in given:
-        recipe["evaluation"]["every"] = given["validation_steps"]
+    if values["annotator"]:  # at least in the end: a run should say whether it worked
+        recipe["evaluation"]["every"] = given.get("validation_steps", recipe["steps"])
     elif "validation_steps" in given:
         notes.append("nothing is measured on the way: --annotator says what the hints are, so that it can be")
     if not recipe["prompt_dropout"]:

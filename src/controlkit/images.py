@@ -155,7 +155,7 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
                 return np.asarray(picture.convert("RGBA"))
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "the file is empty" if not data else str(error)
+        reason = "the file is empty" if not data else picture_error(error)
         raise UserError(
             f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
@@ -220,6 +220,11 @@ def sides_of(data: bytes, name: str) -> tuple[int, int]:
         height, width = decode_picture(data, name).shape[:2]  # says what is wrong with it
         return height, width
     return (width, height) if turned else (height, width)
+
+
+def picture_error(error: Exception) -> str:
+    """What PIL says is wrong with a file, without the name of an object in memory."""
+    return "of no format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:

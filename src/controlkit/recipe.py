@@ -31,8 +31,8 @@ class ControlRecipe(_Strict):
     annotator: str = "canny"
     """Makes the hints, unless the source has its own; and measures obedience to them."""
     types: list[str] = []
-    """Several types of hint at once: what is trained is a Union (instead of ``annotator``). One that is named twice comes
-    twice as often."""
+    """Several types of hint at once: what is trained is a Union (instead of ``annotator``). One named twice comes twice
+    as often."""
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
     annotators: list[str] = []

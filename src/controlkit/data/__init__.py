@@ -3,6 +3,16 @@
 from controlkit.data.buckets import bucket_sizes, nearest_bucket, turn_at
 from controlkit.data.build import TARGETS, build_set
 from controlkit.data.cache import Cached, build_cache
+from controlkit.data.captions import (
+    CAPTIONER,
+    Captioner,
+    Over,
+    check_beside,
+    load_captioner,
+    unwritten,
+    wanting,
+    write_captions,
+)
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
 from controlkit.data.layouts import LAYOUTS, Listing, Problem, Row, read_listing
@@ -24,17 +34,20 @@ from controlkit.data.pairs import (
 from controlkit.data.store import Store, key_of, open_store, remembered
 
 __all__ = [
+    "CAPTIONER",
     "FILL50K_SIZE",
     "LAYOUTS",
     "SCENES_EVALUATED",
     "TARGETS",
     "TRUTHS",
     "Cached",
+    "Captioner",
     "CirclePairs",
     "EmojiPairs",
     "Finding",
     "FolderPairs",
     "Listing",
+    "Over",
     "Pair",
     "Problem",
     "Report",
@@ -46,10 +59,12 @@ __all__ = [
     "bucket_sizes",
     "build_cache",
     "build_set",
+    "check_beside",
     "evaluation_pairs",
     "examine",
     "hint_of",
     "key_of",
+    "load_captioner",
     "make_fill50k",
     "make_scenes",
     "mirrored",
@@ -61,4 +76,7 @@ __all__ = [
     "split_folder",
     "trained_count",
     "turn_at",
+    "unwritten",
+    "wanting",
+    "write_captions",
 ]

@@ -3,23 +3,29 @@
 The work can be interrupted and gone on with; until it is whole, nothing reads the folder as a data set.
 """
 
+import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
+from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
 from controlkit.data.layouts import BUILT, Listing, Row
 from controlkit.data.pairs import Pair, hint_of
 from controlkit.errors import UserError, nearest
-from controlkit.images import Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.images import SCRATCH, Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.workers import ranges_of, spread
 
 SHARD = 1000
 """Pairs in a tar."""
+_STOP = f"{SCRATCH}stop"
+"""The file in the folder that tells workers to stop."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Target:
     listing: str | None = None
     entry: Callable[[str, str, str], dict[str, str]] | None = None
     """(picture, hint, prompt) -> a line of the listing."""
+
+    def paths(self, place: int) -> tuple[str, str]:
+        """Where picture and hint of a row go, in the set's folder; a hint that is no picture ends in ``.npy``."""
+        return f"{self.pictures}/{place}.png", f"{self.hints}/{place}.png"
 
 
 TARGETS = {
@@ -58,25 +68,55 @@ TARGETS = {
 
 
 def build_set(
-    listing: Listing, folder: Path, layout: str, contract: Hint, size: tuple[int, int] | None = None
+    listing: Listing,
+    folder: Path,
+    layout: str,
+    contract: Hint,
+    size: tuple[int, int] | None = None,
+    captioner: Captioner | None = None,
+    over: Over = "nothing",
+    on_captions: Callable[[int], None] = lambda count: None,
+    workers: int = 1,
 ) -> Iterator[int]:
-    """Write a data set's pairs into ``folder``; yields the number written so far.
+    """Write a data set's pairs into ``folder``, by ``workers`` processes; yields the number written so far.
 
     ``contract`` says what the hints are; its annotator makes them where the set has none. ``size`` is (height, width);
-    None leaves pictures as they are. ``UserError`` if the folder was begun with other settings, or holds anything else.
+    None leaves pictures as they are. Before anything else ``captioner`` captions the pictures without a caption, and
+    what ``over`` names; ``on_captions(count)`` tells of these. ``UserError`` if the folder was begun with other
+    settings or another set, or holds anything else.
     """
     if layout not in {*TARGETS, "webdataset"}:
         raise UserError(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
     made = all(part.annotator in ANNOTATORS for part in parts_of(contract))
     if not made and any(row.hint is None for row in listing.rows):
         raise UserError("There are rows without a hint, and no annotator to make them: name one, such as canny.")
-    settings = {"layout": layout, "hint": json.loads(contract.to_json()), "size": size and list(size)}
+    settings = {
+        "layout": layout,
+        "hint": json.loads(contract.to_json()),
+        "size": size and list(size),
+        "captions": {"by": captioner.name, "over": over} if captioner else None,
+        "set": _digest(listing),
+    }
     _begin(folder, settings)
+    if captioner:
+        listing = captioned(listing, captioner, folder / JOURNAL, over, on_captions)
+    writer, count = _Writer(listing.rows, folder, contract, size), len(listing.rows)
     if layout == "webdataset":
-        yield from _shards(listing, folder, contract, size)
+        shards = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+        yield from spread(writer.shard, list(enumerate(shards)), workers, folder / _STOP)
     else:
-        yield from _files(listing, folder, TARGETS[layout], contract, size)
+        target = TARGETS[layout]
+        yield from spread(partial(writer.files, target), ranges_of(count), workers, folder / _STOP)
+        if target.listing:
+            entries = [writer.entry(target, place) for place in range(count)]
+            write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
+
+
+def _digest(listing: Listing) -> str:
+    """Of what the rows are called and say: files are numbered by row, so that another row would be another's file."""
+    text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in listing.rows])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
@@ -88,19 +128,11 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise UserError(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
+        for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
+            left.unlink()
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
-
-
-def _pair(row: Row, contract: Hint, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and hint of a row, brought to the size through the same cut."""
-    picture = decode_picture(row.picture.read(), row.picture.name)
-    picture = fit(picture, size) if size else picture
-    if row.hint is None:
-        return picture, annotate(picture, contract)
-    given = [decode_hint(held.read(), held.name) for held in row.hints]
-    return picture, hint_of(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), contract)
 
 
 def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
@@ -112,46 +144,67 @@ def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
     return ".npy", buffer.getvalue()
 
 
-def _files(
-    listing: Listing, folder: Path, target: Target, contract: Hint, size: tuple[int, int] | None
-) -> Iterator[int]:
-    entries = []
-    for place, row in enumerate(listing.rows):
-        picture, hint = f"{target.pictures}/{place}.png", f"{target.hints}/{place}"
-        if not (folder / picture).exists():  # it comes last of its row's files
-            pixels, hinted = _pair(row, contract, size)
-            for suffix, words in target.beside(row.prompt).items():
-                write_atomic((folder / picture).with_suffix(suffix), words)
-            suffix, content = _hint_bytes(hinted)
-            write_atomic(folder / f"{hint}{suffix}", content)
-            write_atomic(folder / picture, png_bytes(pixels))
-        if target.entry:
-            suffix = next(suffix for suffix in (".png", ".npy") if (folder / f"{hint}{suffix}").exists())
-            entries.append(json.dumps(target.entry(picture, f"{hint}{suffix}", row.prompt)))
-        yield place + 1
-    if target.listing:
-        write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
+@dataclass(frozen=True)
+class _Writer:
+    """What a process must know to write its part of a set."""
 
+    rows: Sequence[Row]
+    folder: Path
+    contract: Hint
+    size: tuple[int, int] | None
 
-def _shards(listing: Listing, folder: Path, contract: Hint, size: tuple[int, int] | None) -> Iterator[int]:
-    for first in range(0, len(listing.rows), SHARD):
-        rows = listing.rows[first : first + SHARD]
-        path = folder / f"{first // SHARD:05}.tar"
-        if not path.exists():
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as archive:
-                for place, row in enumerate(rows, first):
-                    pixels, hinted = _pair(row, contract, size)
-                    suffix, content = _hint_bytes(hinted)
-                    parts = {
-                        "png": png_bytes(pixels),
-                        f"conditioning_image{suffix}": content,
-                        "txt": row.prompt.encode(),
-                    }
-                    for part, content in parts.items():
-                        member = tarfile.TarInfo(f"{place:08}.{part}")
-                        member.size = len(content)
-                        archive.addfile(member, io.BytesIO(content))
+    def files(self, target: Target, places: range) -> Iterator[int]:
+        """Write these rows' files; yields the number of rows up to each."""
+        for place in places:
+            row = self.rows[place]
+            picture, hint = (self.folder / path for path in target.paths(place))
+            if not picture.exists():  # it comes last of its row's files
+                pixels, hinted = self._pair(row)
+                for suffix, words in target.beside(row.prompt).items():
+                    write_atomic(picture.with_suffix(suffix), words)
+                suffix, content = _hint_bytes(hinted)
+                write_atomic(hint.with_suffix(suffix), content)
+                write_atomic(picture, png_bytes(pixels))
+            yield place + 1
+
+    def entry(self, target: Target, place: int) -> str:
+        """A row's line of the listing, when its files are written."""
+        assert target.entry is not None
+        picture, hint = target.paths(place)
+        suffix = next(s for s in (".png", ".npy") if (self.folder / hint).with_suffix(s).exists())
+        return json.dumps(target.entry(picture, hint.removesuffix(".png") + suffix, self.rows[place].prompt))
+
+    def shard(self, numbered: tuple[int, range]) -> Iterator[int]:
+        """Write the tar of this number, of these rows; yields the number of rows up to each."""
+        number, places = numbered
+        path = self.folder / f"{number:05}.tar"
+        if path.exists():
+            yield places.stop
+            return
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for place in places:
+                pixels, hinted = self._pair(self.rows[place])
+                suffix, hint = _hint_bytes(hinted)
+                parts = {
+                    "png": png_bytes(pixels),
+                    f"conditioning_image{suffix}": hint,
+                    "txt": self.rows[place].prompt.encode(),
+                }
+                for part, content in parts.items():
+                    member = tarfile.TarInfo(f"{place:08}.{part}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+                if place + 1 < places.stop:
                     yield place + 1
-            write_atomic(path, buffer.getvalue())
-        yield first + len(rows)
+        write_atomic(path, buffer.getvalue())
+        yield places.stop
+
+    def _pair(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Picture and hint of a row, brought to the size through the same cut."""
+        picture = decode_picture(row.picture.read(), row.picture.name)
+        picture = fit(picture, self.size) if self.size else picture
+        if row.hint is None:
+            return picture, annotate(picture, self.contract)
+        given = [decode_hint(held.read(), held.name) for held in row.hints]
+        return picture, hint_of(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)

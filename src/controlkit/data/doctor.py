@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.layouts import Held, Listing, Problem, Row
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_hint, decode_picture, fit
+from controlkit.images import Hint, decode_hint, decode_picture, fit, picture_error
+from controlkit.workers import ranges_of, spread
 
 MOST_PIXELS = 64_000_000
 """Of a picture; a larger one is taken for a mistake, or for a trap."""
@@ -79,10 +81,20 @@ def _spread(values: Sequence[int]) -> tuple[float, float, float]:
     return (min(values), float(np.median(values)), max(values)) if values else (0, 0, 0)
 
 
-def examine(listing: Listing, contract: Hint | None = None) -> Iterator[Finding]:
-    """Open every row's pictures, in the set's order. ``contract``: what the hints should be."""
-    shown = set(np.linspace(0, len(listing.rows) - 1, _SHOWN).astype(int).tolist()) if listing.rows else set()
-    for place, row in enumerate(listing.rows):
+def examine(listing: Listing, contract: Hint | None = None, workers: int = 1) -> Iterator[Finding]:
+    """Open every row's pictures, by ``workers`` processes; findings in the set's order.
+
+    ``contract``: what the hints should be.
+    """
+    rows = listing.rows
+    shown = set(np.linspace(0, len(rows) - 1, _SHOWN).astype(int).tolist()) if rows else set()
+    yield from spread(partial(_findings, rows, contract, shown), ranges_of(len(rows)), workers)
+
+
+def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], places: range) -> Iterator[Finding]:
+    """What the rows at these places are; those of ``shown`` with their pictures."""
+    for place in places:
+        row = rows[place]
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
         rules = _rules(row, contract, problems)
@@ -147,6 +159,9 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
         report.problems.append(
             Problem("no captions", listing.layout, "no picture has one: prompts will mean little", fatal=False)
         )
+    elif (none := words.count(0)) and not any(problem.kind == "no caption" for problem in report.problems):
+        said = f"{none} of {report.rows} pictures have none"
+        report.problems.append(Problem("no caption", listing.layout, said, fatal=False))
     if 0 < report.hints < report.rows:
         report.problems.append(
             Problem("missing hint", listing.layout, f"{report.rows - report.hints} of {report.rows} rows have no hint")
@@ -188,7 +203,7 @@ def _opened(held: Held, problems: list[Problem], is_hint: bool = False) -> tuple
             mode = opened.mode
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         kind = "huge picture" if isinstance(error, Image.DecompressionBombError) else "unreadable picture"
-        problems.append(Problem(kind, held.name, f"{error}: write it anew, or take it out"))
+        problems.append(Problem(kind, held.name, f"{picture_error(error)}: write it anew, or take it out"))
         return None, data
     if width * height > MOST_PIXELS:
         problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
@@ -237,8 +252,15 @@ def _against(held: Held, hint: np.ndarray, contract: Hint) -> Iterator[Problem]:
         yield Problem("not as agreed", held.name, words)
     elif not hint.any():
         yield Problem("empty hint", held.name, "is black all over: it says nothing", fatal=False)
-    elif contract.annotator in LINES and np.ptp(contract.picture(hint)[..., :3], axis=-1).mean() > 8:
+    elif contract.annotator in LINES and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
+
+
+def _colour(picture: np.ndarray) -> float:
+    """How far a picture's channels are apart on average, in grey levels; by planes, which is twenty times as fast."""
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    most, least = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
+    return float((most - least).mean())
 
 
 def sheet_rows(report: Report, side: int = 128) -> list[list[np.ndarray]]:

@@ -15,6 +15,7 @@ itself has wrong. ``LAYOUTS`` is the order in which they are tried:
 
 import csv
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Row:
     hint: Held | None = None
     more: tuple[Held, ...] = ()
     """Further hints, each of a kind of its own."""
+    named: bool = False
+    """The prompt is what the picture's file is called; nobody wrote a caption."""
 
     @property
     def hints(self) -> tuple[Held, ...]:
@@ -165,25 +168,41 @@ def _wording(captions: Any, place: int) -> str:
     return "" if captions is None else str(captions)
 
 
+def caption_file(path: Path) -> Path | None:
+    """The caption file of a picture's name, if there is one."""
+    return next((beside for s in CAPTION_SUFFIXES if (beside := path.with_suffix(s)).is_file()), None)
+
+
 def _caption_beside(path: Path, problems: list[Problem]) -> str | None:
     """What stands in the caption file of a picture's name; None if there is none."""
-    for suffix in CAPTION_SUFFIXES:
-        beside = path.with_suffix(suffix)
-        if beside.is_file():
-            try:
-                return " ".join(beside.read_text(encoding="utf-8").split())
-            except UnicodeDecodeError as error:
-                problems.append(
-                    Problem("not UTF-8", str(beside), f"{error.reason} at byte {error.start}: save it as UTF-8")
-                )
-                return ""
-    return None
+    beside = caption_file(path)
+    return None if beside is None else " ".join(_text_of(beside, problems).split())
+
+
+_MACHINES = (
+    "img", "image", "photo", "picture", "pic", "dsc", "dscn", "dscf", "dji", "gopr", "mvi", "mg", "pxl", "sam", "vid",
+    "frame", "scan", "screenshot", "whatsapp", "signal", "telegram", "untitled", "unnamed", "file", "copy", "of", "at",
+    "am", "pm",
+)  # fmt: skip
+"""Words of names that cameras and programs give."""
+_SERIAL = re.compile(r"[0-9a-f]{8,}|[a-z]{0,2}\d{4,}|\d+")
+"""Numbers and digests: they count pictures, and say nothing of them."""
 
 
 def _words_of(path: Path) -> str:
-    """What a file's name calls its picture: ``red_apple-01.png`` -> ``red apple``."""
-    words = "".join(c if c.isalpha() else " " for c in path.stem).lower().split()
-    return " ".join(words)
+    """What a file's name calls its picture: ``001_red-apple_3d (2).png`` -> ``red apple 3d``.
+
+    Numbers at either end are counters and are dropped. A name that a machine gave (``IMG_1234``) says nothing: "".
+    """
+    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", path.stem.lower())
+    while words and words[-1].isdigit():
+        words.pop()
+    while words and words[0].isdigit():
+        words.pop(0)
+    if words:
+        words[-1] = re.sub(r"(?<=[^\W\d_]{3})\d+$", "", words[-1])  # apple01, but not mp3
+    said = [word for word in words if word not in _MACHINES and not _SERIAL.fullmatch(word)]
+    return " ".join(words) if said else ""
 
 
 def _said(prompt: str, path: Path) -> str:
@@ -230,7 +249,7 @@ def _by_name(folder: Path, problems: list[Problem], suffixes: Sequence[str] = SU
 
 
 def _text_of(path: Path, problems: list[Problem]) -> str:
-    """A listing's text; nothing, and a problem, if it is not UTF-8."""
+    """A file's text; nothing, and a problem, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -330,7 +349,8 @@ def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
         said = backend.get("conditioning_data")
         others = said if isinstance(said, list) else [said]
         if said is None:
-            rows += [Row(_file(p), prompts[strategy](p) or "") for p in _pictures_in(place(backend))]
+            named = strategy == "filename"
+            rows += [Row(_file(p), prompts[strategy](p) or "", named=named) for p in _pictures_in(place(backend))]
         elif unknown := [other for other in others if other not in backends]:
             raise UserError(f'{path}: conditioning_data is "{unknown[0]}": {nearest(str(unknown[0]), backends)}')
         else:
@@ -486,7 +506,7 @@ def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:
     rows = []
     for path in found:
         said = _caption_beside(path, problems)
-        rows.append(Row(_file(path), _words_of(path) if said is None else said))
+        rows.append(Row(_file(path), _words_of(path) if said is None else said, named=said is None))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Pairs of picture, prompt and hint, and the sources they come from. A source is a sequence of ``Pair``."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,6 +240,10 @@ class FolderPairs(Sequence[Pair]):
         """(height, width) of a pair's picture, which is not opened for it."""
         return self._sizes[index] if self._sizes else (self._size, self._size)
 
+    def mix(self) -> None:
+        """Put the rows in an order that captions alone decide; those of one caption in the set's order."""
+        self._rows = sorted(self._rows, key=lambda row: hashlib.blake2b(row.prompt.encode(), digest_size=8).digest())
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -251,16 +256,21 @@ class FolderPairs(Sequence[Pair]):
 
 
 def trained_count(pairs: int) -> int:
-    """Of so many pairs in a folder, those that are trained on: the last tenth, 2 to 512 pairs, is held out."""
+    """Of so many pairs in a folder, those that are trained on: a tenth, 2 to 512 pairs, is held out."""
     return max(pairs - min(max(pairs // 10, 2), 512), 0)
 
 
 def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
-    """(pairs to train on, pairs held out): the last tenth of a folder, at most 512 pairs, is never trained on."""
+    """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
+
+    Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
+    twice: they stay on one side, but for one caption at the border.
+    """
     pairs = FolderPairs(folder, size)
     trained = trained_count(len(pairs))
     if not trained:
         raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
+    pairs.mix()
     return pairs.part(slice(trained)), pairs.part(slice(trained, None))
 
 

@@ -1,5 +1,5 @@
 """A branch shared out over the processes of a run (FSDP2): each holds a part of every weight, of its gradient and of
-what the optimizer remembers of it. A block's weights are put together where the block computes, and let go after it.
+what the optimizer remembers of it. A layer's weights are put together where the layer computes, and let go after it.
 
 Files know nothing of this: what is saved is gathered whole first, and cut up again when it is read.
 """
@@ -8,12 +8,17 @@ import copy
 from collections.abc import Callable, Mapping
 
 import torch
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D
+from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from controlkit.adapter import Branch
+
+LAYERS = (ResnetBlock2D, Transformer2DModel, Downsample2D)
+"""What the walk through an encoder calls: weights are gathered for what is called, and for nothing around it."""
 
 
 class _Within(nn.Module):
@@ -42,9 +47,9 @@ class Shards:
         self._device = device
         self._shape = copy.deepcopy(branch).to("meta")
         for module in (branch, *others):
-            for block in reversed(list(module.modules())):  # the inner ones first
-                if hasattr(block, "gradient_checkpointing"):  # diffusers' own mark of a block
-                    fully_shard(block, mesh=self._mesh)
+            for layer in reversed(list(module.modules())):  # the inner ones first
+                if isinstance(layer, LAYERS):
+                    fully_shard(layer, mesh=self._mesh)
         self._within = _Within(branch)
         for module in (self._within, *others):
             fully_shard(module, mesh=self._mesh)

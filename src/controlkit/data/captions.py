@@ -1,0 +1,177 @@
+"""Captions for pictures that have none, by BLIP (Li et al., ICML 2022) through transformers.
+
+By beam search, so that a picture has the same caption each time. What people wrote stays, unless it is asked for.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from controlkit.data.layouts import Listing, Row, caption_file
+from controlkit.errors import UserError, one_line
+from controlkit.images import decode_picture, write_atomic
+
+CAPTIONER = "Salesforce/blip-image-captioning-base"
+JOURNAL = "captions.jsonl"
+"""In a folder that ``build`` writes: the captions that the captioner gave, by row."""
+Over = Literal["nothing", "names", "all"]
+"""What a captioner may put its words over: nothing, captions that are files' names alone, or all captions."""
+_BATCH = 8
+"""Pictures captioned together; always the same ones, so that going on gives what going through would have given."""
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A BLIP with its processor, and the name it was asked for by."""
+
+    name: str
+    model: Any
+    processor: Any
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        """A caption of each picture, uint8 (H, W, 3)."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
+        tokens = self.model.generate(pixel_values=pixels, num_beams=3, do_sample=False, max_new_tokens=40)
+        said = self.processor.batch_decode(tokens[:, 1:], skip_special_tokens=True)  # the first opens every caption
+        return [" ".join(words.split()) for words in said]
+
+
+def load_captioner(name: str = CAPTIONER, device: str = "cpu") -> Captioner:
+    """A BLIP from a folder that transformers saved, or by a hub's name: from the local cache if it is there.
+
+    Weights are read from safetensors alone, and no code that comes with them is run.
+    """
+    reason: Exception
+    try:
+        return _load(name, device, local=True)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error
+    if not Path(name).is_dir():
+        try:
+            return _load(name, device, local=False)
+        except UserError:
+            raise
+        except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
+            reason = error
+        raise UserError(
+            f'The captioner "{name}" is no folder, is not in the local cache, and could not be fetched from the hub '
+            f"({one_line(reason)}). Give the folder of a BLIP, or fetch it once while there is a network: "
+            f"hf download {CAPTIONER}"
+        ) from reason
+    raise UserError(
+        f"{name} is no whole captioner ({one_line(reason)}): expected config.json, model.safetensors and the "
+        "processor's files, as transformers saves a BLIP."
+    ) from reason
+
+
+def _load(name: str, device: str, local: bool) -> Captioner:
+    from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
+
+    wanted: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(name, **wanted)
+    kinds = config.architectures or [BlipForConditionalGeneration.__name__]
+    if config.model_type != "blip" or BlipForConditionalGeneration.__name__ not in kinds:
+        raise UserError(
+            f'"{name}" is a {kinds[0]} ({config.model_type}), no captioner: expected a BLIP such as {CAPTIONER}.'
+        )
+    processor = BlipProcessor.from_pretrained(name, **wanted)
+    wanted |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    model, info = BlipForConditionalGeneration.from_pretrained(name, **wanted)
+    if info["missing_keys"]:  # the library draws these at random, with a warning
+        raise UserError(f'"{name}" lacks weights, such as {min(info["missing_keys"])}: fetch it anew.')
+    return Captioner(name, model.to(device).eval(), processor)
+
+
+def wanting(rows: Sequence[Row], over: Over = "nothing") -> list[int]:
+    """The places of the rows that a captioner is to caption."""
+    return [
+        place for place, row in enumerate(rows) if not row.prompt or over == "all" or (over == "names" and row.named)
+    ]
+
+
+def write_captions(listing: Listing, captioner: Captioner, places: Sequence[int]) -> Iterator[int]:
+    """Write a caption beside each picture at these places, as ``NAME.txt``; yields how many are written so far.
+
+    ``UserError`` for a layout whose captions stand elsewhere.
+    """
+    check_beside(listing)
+    done = 0
+    for chunk, captions in _captions(listing.rows, captioner, places):
+        for place, caption in zip(chunk, captions, strict=True):
+            write_atomic(Path(listing.rows[place].picture.name).with_suffix(".txt"), f"{caption}\n".encode())
+        done += len(chunk)
+        yield done
+
+
+def check_beside(listing: Listing) -> None:
+    """``UserError`` unless the layout's captions lie beside its pictures."""
+    if listing.layout not in ("pictures", "paired"):
+        raise UserError(
+            f"Captions of the layout {listing.layout} stand in its listing, not beside its pictures: "
+            "`controlkit data build --captions blip` writes a set anew with captions where there are none."
+        )
+
+
+def unwritten(listing: Listing, places: Sequence[int]) -> list[int]:
+    """Of these places, those beside whose picture no caption lies; an empty one was meant to be."""
+    return [place for place in places if caption_file(Path(listing.rows[place].picture.name)) is None]
+
+
+def captioned(
+    listing: Listing,
+    captioner: Captioner,
+    journal: Path,
+    over: Over = "nothing",
+    on_captions: Callable[[int], None] = lambda count: None,
+) -> Listing:
+    """The listing with captions where they were wanting; kept in ``journal``, from where the work is gone on with."""
+    places = wanting(listing.rows, over)
+    lines = _whole_lines(journal)
+    whole = len(lines) if len(lines) == len(places) else len(lines) // _BATCH * _BATCH
+    lines = lines[:whole]
+    write_atomic(journal, _text(lines).encode())  # without what was torn
+    on_captions(whole)
+    with journal.open("a", encoding="utf-8") as file:
+        for chunk, captions in _captions(listing.rows, captioner, places[whole:]):
+            told = [{"row": place, "text": text} for place, text in zip(chunk, captions, strict=True)]
+            file.write(_text(told))
+            file.flush()
+            lines += told
+            on_captions(len(chunk))
+    rows = list(listing.rows)
+    for line in lines:
+        rows[line["row"]] = replace(rows[line["row"]], prompt=line["text"], named=False)
+    return replace(listing, rows=rows)
+
+
+def _captions(
+    rows: Sequence[Row], captioner: Captioner, places: Sequence[int]
+) -> Iterator[tuple[Sequence[int], list[str]]]:
+    """The rows at these places, some at a time, with their captions."""
+    for first in range(0, len(places), _BATCH):
+        chunk = places[first : first + _BATCH]
+        held = [rows[place].picture for place in chunk]
+        yield chunk, captioner([decode_picture(one.read(), one.name) for one in held])
+
+
+def _text(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+def _whole_lines(journal: Path) -> list[dict[str, Any]]:
+    """What a journal holds, up to what was torn."""
+    lines: list[dict[str, Any]] = []
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
