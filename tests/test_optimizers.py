@@ -15,13 +15,13 @@ from controlkit.optimizers import Average, Optimizer, OptimizerName, state_bytes
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    return nn.ModuleDict({"conv_in": nn.Conv2d(3, 32, 3), "inner": nn.Conv2d(32, 32, 3)})
+    return nn.ModuleDict({"conv_in": nn.Conv2d(3, 32, 3), "inner": nn.Conv2d(32, 32, 3), "more": nn.Conv2d(32, 32, 3)})
 
 
 def make_step(module, optimizer, rate=1e-2):
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(2, 3, 8, 8, generator=generator)
-    module["inner"](module["conv_in"](picture)).square().mean().backward()
+    module["more"](module["inner"](module["conv_in"](picture))).square().mean().backward()
     optimizer.step(rate)
 
 
@@ -116,7 +116,7 @@ def test_the_memory_of_a_state_is_foreseen(module, name):
     optimizer = Optimizer(module, name)
     make_step(module, optimizer)
     held = sum(value.numel() * value.element_size() for value in optimizer.state().values())
-    levels = 2 * 256 * 4 if name == "adamw8bit" else 0  # shared while it runs, written with each weight
+    levels = 2 * 2 * 256 * 4 if name == "adamw8bit" else 0  # shared while it runs, written with each weight
     assert state_bytes(module, name) == pytest.approx(held - levels, rel=0.02)
 
 
@@ -132,6 +132,9 @@ def test_going_on_from_a_state_is_going_on(module, name):
     module.load_state_dict(kept)
     other = Optimizer(module, name)
     other.restore(state)
+    again = other.state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], kept) and again[key].dtype == kept.dtype for key, kept in state.items())
     make_step(module, other)
     assert all(torch.equal(p, wanted[key]) for key, p in module.named_parameters())
 
