@@ -19,7 +19,7 @@ from diffusers import (
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlkit import precision
+from controlkit import cli, precision
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
 from controlkit.formats import SavedControl, save_control
@@ -97,6 +97,20 @@ def _float32(monkeypatch):
 def _own_store(monkeypatch, tmp_path_factory):
     """What tests compute is not kept for anybody, nor taken from anybody."""
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line as a shell would: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out = capsys.readouterr()
+        return stopped.value.code or 0, out.out, out.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

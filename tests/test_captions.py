@@ -85,20 +85,6 @@ def prompts(folder):
     return {row.picture.name.rpartition("/")[2].removesuffix(".png"): row.prompt for row in read_listing(folder).rows}
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """``run(*arguments)`` is the command line's exit code, output and errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        said = capsys.readouterr()
-        return caught.value.code or 0, said.out, said.err
-
-    return call
-
-
 def test_a_caption_depends_on_the_picture_and_on_nothing_else(blip):
     said = blip(list(PICTURES.values()))
     assert all(said) and len(set(said)) == len(said)

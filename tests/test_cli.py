@@ -14,20 +14,6 @@ from controlkit.recipe import Recipe
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line as a shell would: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return call
-
-
-@pytest.fixture
 def control(toy_base, tmp_path):
     save_control(
         tmp_path / "edges",

@@ -8,6 +8,7 @@ what the uninterrupted run would have: every draw is keyed by (seed, step, sampl
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,6 @@ from controlkit.data import (
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
-from controlkit.measure import (
-    Obedience,
-)
 from controlkit.precision import autocast, training_attention
 from controlkit.ranks import Ranks, ranks
 from controlkit.recipe import Recipe
@@ -51,6 +49,9 @@ from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
 from controlkit.train.step import controlled, draw_batch, objective
 from controlkit.train.trackers import check_trackers, tracked
+
+DIFFERENCE = "base-difference.safetensors"
+"""What an unlocked base learnt, in the control's folder."""
 
 
 def train_control(
@@ -78,19 +79,7 @@ def train_control(
     base = base or load_base(recipe.base)
     meter = Meter(base) if foreseen else None
     together = ranks(cpu=base.device.type == "cpu")
-    if together.sharded and recipe.precision == "fp16":
-        raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
-    if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
-        what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
-        raise UserError(
-            f"{what} is not made for weights that are shared out (--use_fsdp): "
-            f"{'leave it out' if recipe.optimizer == 'adamw' else 'take adamw'}, or launch without it."
-        )
-    if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
-        raise UserError(
-            f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
-            f"{recipe.accumulate} equal parts and {together.count} processes: take another batch."
-        )
+    _check_together(recipe, together)
     pairs, heldout = training_pairs(recipe, base)
     notes: list[str] = []
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
@@ -146,7 +135,8 @@ def _train(
     measures = evaluates and "" in contracts
     evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if measures else None
     gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
-    predict = torch.compile(controlled) if recipe.compile else controlled
+    result = _Result(recipe, locked, base, contracts)
+    gradients = _Gradients(recipe, learner, cached, contracts, together, on_stage)
     step = 0
     kept = checkpoints_in(out)
     if kept:
@@ -154,41 +144,7 @@ def _train(
         step, clock = int(facts["step"]), Clock(recipe.budget, facts)
     logged = logged_step(out / "log.jsonl") if together.first else 0
     evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
-
-    def saved(at: int, weights: Branch) -> SavedControl:
-        facts = {"base": base.name, "base_digest": locked.digest, "step": at, "data": recipe.data.source}
-        facts |= {"base_difference": DIFFERENCE} if recipe.unlock and at > recipe.unlock else {}
-        hints = contracts if recipe.control.types else {}
-        facts |= {"recipe": recipe.model_dump()}
-        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
-
-    def save_result(folder: Path, at: int, weights: Branch) -> None:
-        """The control, and what belongs to it beside it: its base's difference, itself as a Control-LoRA."""
-        control = saved(at, weights)
-        save_control(folder, control, base)
-        if recipe.unlock and at > recipe.unlock:
-            save_difference(folder / DIFFERENCE, locked, base)
-        if recipe.control.body == "lora":
-            save_control_lora(folder / "control-lora.safetensors", control, base, recipe.control.rank)
-
-    attention = partial(training_attention, base.device.type)
-
-    def gradients(step: int, parts: int) -> torch.Tensor:
-        """The gradients of a step's batch, added up over this process's equal parts of it; returns their loss, on the
-        device: parts are queued one after the other, and nothing waits for them."""
-        total = torch.zeros((), device=base.device)
-        which, turn = turn_at([len(one) for one in cached], recipe.batch // recipe.draws, step, recipe.seed)
-        for part in range(together.index * parts, (together.index + 1) * parts):
-            batch = draw_batch(base, cached[which], contracts, recipe, step, part, parts * together.count, turn)
-            with autocast(base.device.type), attention():
-                compute = partial(objective, base, branch, batch, predict)
-                loss = (learner.shards.within(compute) if learner.shards else compute()) / parts
-            learner.backward(loss)
-            total += loss.detach()
-        return total
-
-    parts = recipe.accumulate
-    short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    short = recomputed(branch, base.unet, within=gradients.attention) if recipe.checkpointing else nullcontext()
     over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
     tracking = tracked(recipe, out, step, logged) if together.first else nullcontext()
     with (out / "log.jsonl").open("a" if together.first else "r") as log, short, tracking as track:
@@ -196,26 +152,7 @@ def _train(
             started = time.perf_counter()
             if recipe.unlock:
                 base.unet.requires_grad_(step >= recipe.unlock)
-            full: torch.OutOfMemoryError | None = None
-            loss = torch.zeros((), device=base.device)
-            try:
-                loss = gradients(step, parts)
-            except torch.OutOfMemoryError as error:
-                if learner.shards:  # the others wait for this one's weights: there is no going on
-                    reason = str(error).splitlines()[0]
-                    raise UserError(
-                        f"Memory does not hold a part of the batch ({reason}). Set checkpointing: true or a greater "
-                        f"accumulate (it is {recipe.accumulate}), or take more processes."
-                    ) from error
-                full = error
-            if together.any(full is not None, base.device):
-                learner.learning.zero_grad()
-                parts = _more_parts(recipe.batch // recipe.draws // together.count, parts, full)
-                said = f"step {step + 1} and the rest in {parts} parts, the batch is still {recipe.batch}"
-                on_stage(f"out of memory: {said}", 0)
-                continue
-            together.mean([loss])
-            together.mean_gradients(learner.learning)
+            loss = gradients.of(step)
             norm = learner.clip(recipe.max_grad_norm)
             # Where a step waits for the device, once: what is not finite must not reach the weights.
             value, slope = torch.stack([loss, norm]).tolist()
@@ -228,27 +165,20 @@ def _train(
             spent = together.told(clock.share) if recipe.budget else 0.0
             rate = learning_rate(recipe, step - 1, spent)
             learner.step(rate, step)
-            seconds = clock.last_step = time.perf_counter() - started
-            measured: Obedience | None = None
-            words: str | None = None
-            relative: dict[str, list[float]] = {}
-            residuals: dict[str, float] = {}
-            drift: dict[str, float] = {}
-            due = evaluates and (step % recipe.evaluation.every == 0 or step == recipe.steps)
-            if due and gauge:
+            record = Record(step, value, clock.stepped(started))
+            if gauge and (step % recipe.evaluation.every == 0 or step == recipe.steps):
                 weights = learner.result()
-                relative, residuals = gauge.measure(weights), gauge.residuals(weights)
+                record = replace(record, relative=gauge.measure(weights), residuals=gauge.residuals(weights))
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
                     measured, drift = evaluator.measure(weights, step, on_advance)
                     reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
                     evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
-                    words = verdict(evaluations)
+                    record = replace(record, evaluation=measured, verdict=verdict(evaluations), drift=drift)
                     if together.first and best_of(evaluations) == evaluations[-1]:
-                        save_result(out / "best", step, weights)
+                        result.write(out / "best", step, weights)
                 evaluations = together.told(evaluations)
                 del weights
-            record = Record(step, value, seconds, measured, words, relative, residuals, drift)
             over = bool(recipe.budget) and together.told(clock.over)
             last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
             if together.first:
@@ -259,25 +189,130 @@ def _train(
             if step % recipe.checkpoint_every == 0 or last:
                 state, weights = learner.state(keep=together.first), learner.result()
                 if together.first:
-                    save_checkpoint(out, step, saved(step, weights), locked, state, recipe.keep, clock.facts())
+                    control = result.control(step, weights)
+                    save_checkpoint(out, step, control, locked, state, recipe.keep, clock.facts())
                 del state, weights
             yield record
     weights = learner.result()
     if together.first:
-        save_result(out / "control", step, weights)
+        result.write(out / "control", step, weights)
     together.wait()
 
 
-DIFFERENCE = "base-difference.safetensors"
+class _Gradients:
+    """Computes the gradients of a step's batch: of this process's equal parts of it, one after the other, and then the
+    mean over all processes. Where memory runs out, in more parts from then on, which is said."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        learner: Learner,
+        cached: Sequence[Cached],
+        contracts: Mapping[str, Hint],
+        together: Ranks,
+        on_stage: Callable[[str, int], None],
+    ) -> None:
+        self.recipe, self.learner, self.cached, self.contracts = recipe, learner, cached, contracts
+        self.together, self.on_stage, self.parts = together, on_stage, recipe.accumulate
+        self.predict = torch.compile(controlled) if recipe.compile else controlled
+        self.attention = partial(training_attention, learner.base.device.type)
+
+    def of(self, step: int) -> torch.Tensor:
+        """The batch's loss, on the device: nothing waits for it. Its gradients are at hand."""
+        while True:
+            full: torch.OutOfMemoryError | None = None
+            loss = torch.zeros((), device=self.learner.base.device)
+            try:
+                loss = self._own(step)
+            except torch.OutOfMemoryError as error:
+                if self.learner.shards:  # the others wait for this one's weights: there is no going on
+                    raise UserError(
+                        f"Memory does not hold a part of the batch ({str(error).splitlines()[0]}). Set checkpointing: "
+                        f"true or a greater accumulate (it is {self.recipe.accumulate}), or take more processes."
+                    ) from error
+                full = error
+            if not self.together.any(full is not None, loss.device):
+                break
+            self._take_more_parts(step, full)
+        self.together.mean([loss])
+        self.together.mean_gradients(self.learner.learning)
+        return loss
+
+    def _own(self, step: int) -> torch.Tensor:
+        recipe, learner, together = self.recipe, self.learner, self.together
+        total = torch.zeros((), device=learner.base.device)
+        sizes = [len(one) for one in self.cached]
+        which, turn = turn_at(sizes, recipe.batch // recipe.draws, step, recipe.seed)
+        parts = self.parts * together.count
+        for part in range(together.index * self.parts, (together.index + 1) * self.parts):
+            batch = draw_batch(learner.base, self.cached[which], self.contracts, recipe, step, part, parts, turn)
+            with autocast(total.device.type), self.attention():
+                compute = partial(objective, learner.base, learner.branch, batch, self.predict)
+                loss = (learner.shards.within(compute) if learner.shards else compute()) / self.parts
+            learner.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _take_more_parts(self, step: int, error: torch.OutOfMemoryError | None) -> None:
+        """``error``: where it was this process that had not enough memory."""
+        recipe = self.recipe
+        self.learner.learning.zero_grad()
+        pairs = recipe.batch // recipe.draws // self.together.count
+        more = next((count for count in range(2 * self.parts, pairs + 1) if pairs % count == 0), None)
+        if more is None:
+            reason = str(error).splitlines()[0] if error else "of another process"
+            raise UserError(
+                f"Memory does not hold even {pairs // self.parts} pair and its draws ({reason}). Set checkpointing: "
+                "true, draws: 1, or take a smaller base or size."
+            ) from error
+        self.parts = more
+        said = f"step {step + 1} and the rest in {more} parts, the batch is still {recipe.batch}"
+        self.on_stage(f"out of memory: {said}", 0)
 
 
-def _more_parts(pairs: int, parts: int, error: torch.OutOfMemoryError | None) -> int:
-    """In how many parts to compute a process's ``pairs``, which did not fit in memory in ``parts``."""
-    more = next((count for count in range(2 * parts, pairs + 1) if pairs % count == 0), None)
-    if more is None:
-        reason = str(error).splitlines()[0] if error else "of another process"
+@dataclass(frozen=True)
+class _Result:
+    """What a run makes of weights: a control, and what belongs to it."""
+
+    recipe: Recipe
+    locked: UNetBase
+    base: UNetBase
+    contracts: Mapping[str, Hint]
+
+    def control(self, step: int, weights: Branch) -> SavedControl:
+        """The control of a step, with what it was trained on."""
+        recipe, contracts = self.recipe, self.contracts
+        facts = {"base": self.base.name, "base_digest": self.locked.digest, "step": step, "data": recipe.data.source}
+        facts |= {"base_difference": DIFFERENCE} if self._unlocked(step) else {}
+        facts |= {"recipe": recipe.model_dump()}
+        hints = contracts if recipe.control.types else {}
+        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+
+    def write(self, folder: Path, step: int, weights: Branch) -> None:
+        """The control as a folder; in it what its base learnt, and itself as a Control-LoRA, where there is such."""
+        control = self.control(step, weights)
+        save_control(folder, control, self.base)
+        if self._unlocked(step):
+            save_difference(folder / DIFFERENCE, self.locked, self.base)
+        if self.recipe.control.body == "lora":
+            save_control_lora(folder / "control-lora.safetensors", control, self.base, self.recipe.control.rank)
+
+    def _unlocked(self, step: int) -> bool:
+        return self.recipe.unlock is not None and step > self.recipe.unlock
+
+
+def _check_together(recipe: Recipe, together: Ranks) -> None:
+    """Refuse what several processes, or shared-out weights, cannot do."""
+    if together.sharded and recipe.precision == "fp16":
+        raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
+    if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
+        what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
         raise UserError(
-            f"Memory does not hold even {pairs // parts} pair and its draws ({reason}). Set checkpointing: true, "
-            "draws: 1, or take a smaller base or size."
-        ) from error
-    return more
+            f"{what} is not made for weights that are shared out (--use_fsdp): "
+            f"{'leave it out' if recipe.optimizer == 'adamw' else 'take adamw'}, or launch without it."
+        )
+    if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
+        raise UserError(
+            f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
+            f"{recipe.accumulate} equal parts and {together.count} processes: take another batch."
+        )

@@ -63,6 +63,11 @@ class Clock:
     def _seconds(self) -> float:
         return time.monotonic() - self._began
 
+    def stepped(self, started: float) -> float:
+        """The seconds of a step that began at this ``time.perf_counter()``, kept in mind."""
+        self.last_step = time.perf_counter() - started
+        return self.last_step
+
     def facts(self) -> dict[str, str]:
         """What a checkpoint keeps of it."""
         return {"seconds": f"{self._seconds:.3f}", "last_step": f"{self.last_step:.3f}"}
