@@ -163,6 +163,8 @@ def test_a_saved_adapter_is_a_diffusers_one(runs, toy_base):
     hint = draw_inputs(toy_base)[3]
     assert all(torch.equal(a, b) for a, b in zip(stock(hint), ours.encode_hint(hint).values(), strict=True))
     assert json.loads((runs("adapter") / "control" / "config.json").read_text())["_class_name"] == "T2IAdapter"
+    described = describe(runs("adapter") / "control")
+    assert (described.format, described.base, described.runs) == ("t2i-adapter", "toy", True)
 
 
 def test_a_run_starts_from_a_neighbouring_adapter(runs, toy_base, tmp_path):

@@ -222,7 +222,7 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
             "controlkit", _trained_base(header), channels, parameters, (), (), channels is not None, "controlnet", names
         )
     if mark == "t2i-adapter":
-        return _describe_adapter(shapes, parameters, stored)
+        return _describe_adapter(shapes, parameters, stored, _trained_base(header))
     if mark == "controlnet-xs" and "control_to_base_for_conv_in.weight" in shapes:
         return _describe_xs(shapes, parameters, stored, _trained_base(header))
     if mark not in ("diffusers", "union", "cldm", "control-lora"):
@@ -487,7 +487,9 @@ def _xs_config(shapes: Mapping[str, Shape], stored: Mapping[str, Any]) -> dict[s
 # --- T2I-Adapter --------------------------------------------------------------------------------------------------
 
 
-def _describe_adapter(shapes: Mapping[str, Shape], parameters: int, stored: Mapping[str, Any]) -> Description:
+def _describe_adapter(
+    shapes: Mapping[str, Shape], parameters: int, stored: Mapping[str, Any], trained_on: str | None
+) -> Description:
     config = _adapter_config(shapes, stored)
     layers = config.get("num_res_blocks", 1)
     table = adapter_paths(shapes, layers)
@@ -498,7 +500,7 @@ def _describe_adapter(shapes: Mapping[str, Shape], parameters: int, stored: Mapp
     missing = tuple(name for name, shape in expected.items() if known.get(name) != shape)
     left = tuple(name for name in shapes if names.get(name) not in expected)
     wide = config.get("adapter_type") == "full_adapter_xl"
-    base = {True: "sdxl", False: "sd15"}[wide] if expected else None
+    base = trained_on or ({True: "sdxl", False: "sd15"}[wide] if expected else None)
     runs = bool(expected) and not missing
     channels = config.get("in_channels")
     return Description("t2i-adapter", base, channels, parameters, missing, left, runs, "adapter", names, config)
