@@ -106,7 +106,7 @@ def ranks(cpu: bool) -> Ranks:
     if deepspeed or not _asked(_FSDP):
         return together
     notes.append(
-        f"The branch is shared out over {together.count} processes (FSDP2, block by block); of the launcher's other "
+        f"The branch is shared out over {together.count} processes (FSDP2, layer by layer); of the launcher's other "
         "FSDP settings none is used."
     )
     return replace(together, sharded=True, notes=tuple(notes))
