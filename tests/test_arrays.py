@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from controlkit import cli
 from controlkit.annotators import annotate, annotator, contract, joined, parts_of
 from controlkit.data import (
     CirclePairs,
@@ -160,19 +159,6 @@ def test_a_hint_to_be_looked_at_is_a_picture():
 # --- data sets ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command line as a shell would: (exit code, what it said to standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code or 0, capsys.readouterr().err
-
-    return call
-
-
 def kohya(folder, hints, suffix=".npy", count=6):
     """A set in two folders whose hints are what ``hints(i)`` gives."""
     for i in range(count):
@@ -213,17 +199,17 @@ def test_a_control_of_five_channels_is_trained_saved_and_used(arrays, toy_base, 
     assert torch.equal(read[0], torch.tensor(five(3)).permute(2, 0, 1)[None]), "the very values, no rounding"
 
 
-def test_the_command_line_takes_an_array_for_a_hint_and_shows_it(arrays, toy_base, toy_folder, tmp_path, command):
+def test_the_command_line_takes_an_array_for_a_hint_and_shows_it(arrays, toy_base, toy_folder, tmp_path, run):
     list(train_control(recipe_of(arrays, FIVE, evaluation={"every": 0}), tmp_path / "run", toy_base))
     shown = f"{tmp_path / 'run'}={arrays / 'conditioning/2.npy'}"
     words = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--control", shown]
-    assert command(*words, "--hint")[0] == 0
+    assert run(*words, "--hint")[0] == 0
     assert read_picture(tmp_path / "out" / "hint-0-run.png").shape == (SIDE, SIDE, 3)
-    code, said = command(*words)
+    code, _, said = run(*words)
     assert code == 2 and "arrays are hints already: say so by --hint" in said
     doctor = ["data", "doctor", arrays, "--annotator", "depth", "--out", tmp_path / "told"]
-    assert command(*doctor, "--channels", 5, "--low", -1)[0] == 0
-    assert command(*doctor)[0] == 1 and command(*doctor[:3], "--channels", 5)[0] == 2
+    assert run(*doctor, "--channels", 5, "--low", -1)[0] == 0
+    assert run(*doctor)[0] == 1 and run(*doctor[:3], "--channels", 5)[0] == 2
 
 
 def test_arrays_are_cached_in_their_own_type_and_kinds_are_not_mixed(toy_base, tmp_path):

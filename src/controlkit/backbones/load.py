@@ -283,10 +283,8 @@ def _is_difference(path: Path) -> bool:
 
 
 def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
-    """Add a difference to the base's U-Net; ``UserError`` if it is one to another base."""
-    file = open_tensors(path)
-    own = base.unet.state_dict()
-    tensors = file.read()
+    """Add a difference to the base's U-Net; ``UserError`` if it is one to a base of another shape."""
+    own, tensors = base.unet.state_dict(), open_tensors(path).read()
     strange = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise UserError(f'{path} is no difference to the base "{base.name}", whose U-Net has no {strange[0]} like its.')
