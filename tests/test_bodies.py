@@ -234,6 +234,16 @@ def test_a_run_with_an_unlocked_base_goes_on_as_if_it_had_never_stopped(unlocked
         assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
 
 
+def test_what_an_unlocked_base_is_measured_against_is_the_base_as_it_was(toy_base, tmp_path):
+    """After an interruption the pictures without control are made anew, when the base has learnt."""
+    recipe = parse_recipe({**TINY, **UNLOCKED, "evaluation": {"every": 1, "num": 2, "steps": 1}})
+    whole = [record.figures() for record in train_control(recipe, tmp_path / "whole", toy_base)]
+    assert all(figures["colour_drift/red"] for figures in whole[3:])
+    list(itertools.islice(train_control(recipe, tmp_path / "run", toy_base), 5))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000005", ignore_errors=True)
+    assert [record.figures() for record in train_control(recipe, tmp_path / "run", toy_base)] == whole[4:]
+
+
 def test_a_difference_to_another_base_is_refused(unlocked, request, tmp_path):
     deep = request.getfixturevalue("deep_base")
     with pytest.raises(UserError, match="no difference to the base"):
