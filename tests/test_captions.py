@@ -1,6 +1,7 @@
 """Captions by BLIP: safely loaded, the same each time, beside pictures or in a set written anew; nobody's are lost."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor, ViTConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from controlkit import cli
 from controlkit.annotators import annotator
+from controlkit.cli import data
 from controlkit.data import (
     CAPTIONER,
     TARGETS,
@@ -178,8 +179,7 @@ def test_the_command_line_builds_with_captions(run, blip_folder, photos, tmp_pat
     code, out, err = run(*base, "--captions", "blip", "--captioner", blip_folder, "--device", "cpu")
     assert code == 0 and "5 pairs" in out, err
     assert all(row.prompt for row in read_listing(tmp_path / "out").rows)
-    with open(cli.__file__) as file:  # noqa: PTH123
-        assert f'captioner: CaptionerOption = "{CAPTIONER}"' in file.read()
+    assert f'captioner: CaptionerOption = "{CAPTIONER}"' in Path(data.__file__).read_text()
 
 
 # --- what is no captioner -----------------------------------------------------------------------------------

@@ -1,0 +1,232 @@
+"""Training runs: to start or go on, to watch, to measure what came of them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controlkit.cli.shared import (
+    BaseOption,
+    DeviceOption,
+    GuidanceOption,
+    LoraOption,
+    StepsOption,
+    loaded_base,
+    loaded_control,
+    on_cuda,
+    progress_bars,
+    say,
+    split_lora,
+    warn,
+)
+from controlkit.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples:\n\n    controlkit train recipes/smoke.yaml --out runs/smoke\n\n"
+    "    controlkit train --pretrained_model_name_or_path mini --train_data_dir photos --annotator canny "
+    "--resolution 128 --output_dir runs/photos\n\n"
+    "    controlkit train recipes/canny.yaml --set data.source=photos --set batch=16 --out runs/photos\n\n"
+    "    controlkit train recipes/canny.yaml --out runs/canny     # again, to go on after an interruption",
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe: YAML; see `recipes/`. Or, instead, train_controlnet.py's flags.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; give the same one to go on.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a control, and say in words whether control was found.
+
+    Run the same command again to go on from the last checkpoint. `OUT/log.jsonl` holds a record a line,
+    `OUT/samples` pictures, `OUT/control` the result.
+    """
+    from controlkit.data import read_listing, trained_count
+    from controlkit.flags import read_flags
+    from controlkit.ranks import ranks
+    from controlkit.recipe import parse_recipe, put, read_recipe
+    from controlkit.train import train_control
+
+    given = [*([str(recipe)] if recipe else []), *context.args]
+    if given and given[0].startswith("--"):
+        asked = read_flags(given, lambda folder: trained_count(len(read_listing(folder).rows)))
+        for change in changes or []:
+            put(asked.recipe, change)
+        settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
+        notes = asked.notes
+    elif context.args:
+        raise UserError(f'"{context.args[0]}" is no option of train: see `controlkit train --help`.')
+    elif not given or not out:
+        raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
+    else:
+        asked, settings, notes = None, read_recipe(Path(given[0]), changes or []), []
+    together = ranks(cpu=not on_cuda(device))
+    for note in notes if together.first else []:
+        warn(note)
+    base = loaded_base(settings.base, device)
+    if asked and asked.resolution != base.size:
+        raise UserError(f'"{base.name}" makes pictures of {base.size} pixels: expected --resolution {base.size}.')
+    with progress_bars(disable=not together.first) as progress:
+        main_task = progress.add_task("training", total=settings.steps, figures="")
+        side = progress.add_task("", total=1, visible=False, figures="")
+
+        def stage(name: str, total: int) -> None:
+            if not total:  # no work, but something to know
+                progress.print(name, highlight=False)
+                return
+            progress.reset(side, total=total, description=name, visible=True)
+
+        def advance(count: int) -> None:
+            progress.advance(side, count)
+
+        mean = 0.0
+        words = ""
+        for record in train_control(settings, out, base, stage, advance, foreseen=True):
+            if not together.first:
+                continue
+            mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
+            rate = settings.batch / record.seconds
+            progress.update(side, visible=False)
+            progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
+            if record.relative:
+                means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
+                told = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
+                progress.print(f"step {record.step}: loss relative to no control {told}", highlight=False)
+            if record.residuals:
+                low, high = min(record.residuals.values()), max(record.residuals.values())
+                told = f"residuals {low:.3g} to {high:.3g} of what they are added to"
+                if record.drift:
+                    told += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
+                progress.print(f"step {record.step}: {told}", highlight=False)
+            if seen := record.evaluation:
+                words = record.verdict or ""
+                range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
+                shown = f"obedience {seen.obedience}" if seen.counts else range_
+                progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
+    if together.first:
+        say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+
+
+@app.command(
+    epilog="Examples:\n\n    controlkit watch runs/canny\n\n    controlkit watch runs/canny --html run.html --once"
+)
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
+) -> None:
+    """Look at a run while it goes on: its loss, the loss relative to no control, obedience, and what was said of it.
+
+    Reads the run's folder alone, so it does not matter where the run goes on. Ends with the run.
+    """
+    import time
+
+    from rich.live import Live
+    from rich.text import Text
+
+    from controlkit.images import write_atomic
+    from controlkit.watch import lines, page, read_run
+
+    seen = read_run(run)
+    with Live(refresh_per_second=4) as live:
+        while True:
+            live.update(Text("\n".join(lines(seen))))
+            if html:
+                write_atomic(html, page(seen).encode())
+            if once or seen.ended:
+                break
+            time.sleep(every)
+            seen = read_run(run)
+    if html:
+        say(str(html))
+
+
+@app.command(epilog="Example:\n\n    controlkit evaluate canny --num 64 --json canny.json")
+def evaluate(
+    control: Annotated[str, typer.Argument(help="A shipped control, a control folder, or a run's folder.")],
+    base: BaseOption = "mini",
+    num: Annotated[int, typer.Option(help="Pictures to measure on.", min=2)] = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
+    ] = None,
+    annotator: Annotated[
+        str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
+    lora: LoraOption = None,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = 4.0,
+    hint_guidance: Annotated[
+        float | None,
+        typer.Option(help="How many times guidance counts the hint; by default what the control says, or 1."),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure whether a control is obeyed: fidelity, floors, ceiling, obedience; and CLIP-score and FID beside it.
+
+    Held-out pairs, seeds 0..N-1; 95% intervals by a paired bootstrap. Obedience 0 is no control, 1 is all the VAE
+    lets through.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from controlkit.data import TRUTHS, evaluation_pairs
+    from controlkit.images import write_atomic
+    from controlkit.measure import evaluate as measure
+    from controlkit.measure import metric_of
+    from controlkit.sample import Control, Settings
+    from controlkit.union import UnionBranch
+
+    if json_file and json_file.is_dir():
+        raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
+    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []])
+    saved = loaded_control(control, model, annotator)
+    if isinstance(saved.branch, UnionBranch):
+        raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
+    metric_of(saved.hint)
+    kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
+    if source == "world":  # what is known of scenes alone is measured there, the rest on emoji
+        source = "scenes" if kind in TRUTHS else "emoji"
+    pairs, real = evaluation_pairs(source, model.size, num, person=kind == "pose")
+    with progress_bars() as progress:
+        task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
+        report = measure(
+            model,
+            Control.of(saved, scale, guidance=hint_guidance),
+            pairs,
+            real,
+            Settings(steps, guidance),
+            on_step=lambda n: progress.advance(task, n),
+        )
+    used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
+    table = Table(
+        title=f"{control} on {base}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s",
+        caption=used,
+    )
+    for name in ("figure", "mean", "95% interval"):
+        table.add_column(name)
+    for name, figure in report.items():
+        if isinstance(figure, dict) and "mean" in figure:
+            table.add_row(name, f"{figure['mean']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
+    Console().print(table)
+    if report.get("observer"):
+        told = ", ".join(f"{name} {value:.3f}" for name, value in report["observer"].items())
+        say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {told}.")
+    if json_file:
+        write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
+    if not report["counts"]:
+        warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
+    if not report["quality_kept"]:
+        warn("quality fell: CLIP-score under 95%, or FID over 110%, of the same base without control")

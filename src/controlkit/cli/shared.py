@@ -1,0 +1,141 @@
+"""What several commands share: options of one meaning, loading, progress, words."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from controlkit.backbones import UNetBase
+    from controlkit.formats import SavedControl
+
+BaseOption = Annotated[
+    str,
+    typer.Option(
+        help="`mini`, `sd15`, `sd21`, `sdxl`, a diffusers folder, a .safetensors or .ckpt file, or a hub's name."
+    ),
+]
+OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
+StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA, or a run's base-difference, merged into the base; repeatable."),
+]
+GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
+
+
+@contextmanager
+def progress_bars(disable: bool = False) -> Iterator["Progress"]:
+    """Bars of long work; a task's `figures` stand at its end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=disable) as progress:
+        yield progress
+
+
+def on_cuda(device: str) -> bool:
+    """Whether ``cpu``, ``cuda`` or ``auto`` means the GPU here."""
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def ready(device: str) -> str:
+    """The device that is meant, and the libraries' own words and progress bars silenced."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    # diffusers imports it where it is installed, and it misses kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if device not in ("cpu", "cuda", "auto"):
+        raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
+    if device == "auto":
+        device = "cuda" if on_cuda(device) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
+    return device
+
+
+def loaded_base(name: str, device: str, **options: Any) -> "UNetBase":
+    """The base, on the device that is meant."""
+    from controlkit.backbones import load_base
+
+    return load_base(name, ready(device), **options)
+
+
+def loaded_control(name: str, base: "UNetBase", annotator: str | None = None) -> "SavedControl":
+    """The control; what is to be known about it, and whether it was trained on this base, as notes."""
+    import torch
+
+    from controlkit.formats import load_control
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        saved = load_control(name, base, annotator)
+    for note in notes:
+        if note.category is UserWarning:
+            warn(str(note.message))
+    trained_on = saved.trained.get("base_digest")
+    # A digest takes seconds on a large base, and bfloat16's rounding gives another.
+    comparable = trained_on and base.dtype != torch.bfloat16
+    if difference := saved.trained.get("base_difference"):
+        if comparable and trained_on == base.digest:
+            warn(f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}')
+    elif comparable and trained_on != base.digest:
+        warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
+    return saved
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a file where a folder is to be written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
+
+
+def say(text: str) -> None:
+    """A line of result, to stdout."""
+    typer.echo(text)
+
+
+def warn(text: str) -> None:
+    """A line of what is to be known besides, to stderr."""
+    typer.echo(f"note: {text}", err=True)
+
+
+def split_lora(text: str) -> tuple[Path, float]:
+    """FILE[=WEIGHT] as (path, weight)."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise UserError(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """WxH, or one number for both, as (height, width)."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    try:
+        sides = int(height or width), int(width)
+    except ValueError:
+        sides = (0, 0)
+    if min(sides) <= 0:
+        raise UserError(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+    return sides
