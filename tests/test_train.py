@@ -194,6 +194,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
     ("control.annotators", ["canny", "scribble"], "weights"),
+    ("control.hints_as", "branches", "controls", {"control": {"annotators": ["canny", "scribble"]}}),
     ("control.channels", 1, "weights"),
     ("control.low", -1.0, "weights"),
     ("control.high", 2.0, "weights"),
@@ -300,10 +301,13 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        held, weights = load_file(next(out.glob("pairs*"))), weights_of(out)
+        held = load_file(next(out.glob("pairs*")))
+        first, *more = sorted(path.parent for path in (out / "control").rglob(WEIGHTS))  # a control, or several
+        weights = load_file(first / WEIGHTS)
         hints = [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
         return {
-            "base": load_control(out, toy_base).trained["base"],
+            "base": load_control(first, toy_base).trained["base"],
+            "controls": 1 + len(more),
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
             "pairs": len(hints),
             "stored": len(stored),

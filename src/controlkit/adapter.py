@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from controlkit.backbones import UNetBase, XSBranch
-from controlkit.branch import ControlBranch, Tap
+from controlkit.branch import ControlBranch, MultiBranch, Tap
 from controlkit.errors import UserError
 
 
@@ -59,4 +59,6 @@ class Adapter(nn.Module):
 
 
 Branch = ControlBranch | XSBranch | Adapter
-"""A network that a run trains."""
+"""A control's network."""
+Trained = Branch | MultiBranch
+"""What a run trains: a control's network, or several as one."""

@@ -303,3 +303,37 @@ def add_residuals(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tenso
             scaled = residual * strength[name]
             total[name] = total[name] + scaled if name in total else scaled
     return total
+
+
+class MultiBranch(nn.Module):
+    """Several branches that are trained as one: each reads its own channels of the hint, and residuals add up.
+
+    What it says is what they say when they are composed in use. Each remains an ordinary branch, in ``branches``.
+
+    Args:
+        branches: by name, in the order of their channels in the hint.
+    """
+
+    pools = False
+
+    def __init__(self, branches: Mapping[str, ControlBranch]) -> None:
+        super().__init__()
+        self.names = tuple(branches)
+        self.branches = nn.ModuleList(branches.values())  # a ModuleDict's names may not be any word
+        self.taps = next(iter(branches.values())).taps
+
+    def named(self) -> dict[str, ControlBranch]:
+        """The branches by name."""
+        return dict(zip(self.names, self.branches, strict=True))  # type: ignore[arg-type]
+
+    def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
+        """What each branch reads of its channels of hints (B, channels of all, H, W), by name."""
+        named = self.named()
+        channels = [branch.hint_encoder.convs[0].in_channels for branch in named.values()]
+        parts = zip(named.items(), hint.split(channels, 1), strict=True)
+        return {name: branch.encode_hint(own) for (name, branch), own in parts}
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of their residuals, by tap."""
+        said = [branch(x, t, text, hint_features[name]) for name, branch in self.named().items()]
+        return add_residuals([(residuals, dict.fromkeys(residuals, 1.0)) for residuals in said])

@@ -36,8 +36,11 @@ class ControlRecipe(_Strict):
     options: dict[str, float] = {}
     """The annotator's options; the rest keep their defaults."""
     annotators: list[str] = []
-    """Several hints that are channels of one control, three of each in this order (instead of ``annotator``): made by
-    annotators, or as many hints of the data's own. Obedience is measured to the first."""
+    """Several hints at once, three channels of each in this order (instead of ``annotator``): made by annotators, or as
+    many hints of the data's own. Obedience is measured to the first."""
+    hints_as: Literal["channels", "branches"] = "channels"
+    """What ``annotators`` become: channels of one control; or a branch each, trained together as they are composed in
+    use (Section 3.4). Each is then a control by itself, in a folder of its annotator's name."""
     channels: int | None = Field(None, gt=0)
     """Channels of the hint where they are not three: 1 for grey, any number for arrays (``.npy``)."""
     low: float = 0.0
@@ -213,6 +216,21 @@ class Recipe(_Strict):
             if control.body in whole and word != plain:
                 reason = f"with body {control.body}, which {whole[control.body]}, only {plain}"
                 raise ValueError(f"control.{name} is {word}; {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_branch_for_each_hint(self) -> "Recipe":
+        control, names = self.control, self.control.annotators
+        if control.hints_as == "channels":
+            return self
+        if len(set(names)) < max(len(names), 2):
+            raise ValueError(f"control.hints_as is branches: control.annotators names two or more; it is {names}")
+        if unfit := [name for name in names if name in ("", ".", "..") or {"/", "\\"} & set(name)]:
+            raise ValueError(f'control.hints_as is branches: "{unfit[0]}" cannot be the name of a branch\'s folder')
+        if control.body in ("xs", "adapter"):
+            raise ValueError(f"control.hints_as is branches: of body copy, conv or lora, and not {control.body}")
+        if control.channels:
+            raise ValueError("control.hints_as is branches: each hint has three channels; leave out control.channels")
         return self
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.adapter import Branch
+from controlkit.adapter import Trained
 from controlkit.annotators import contract
 from controlkit.backbones import Part, Text, UNetBase
 from controlkit.branch import Tap
@@ -32,7 +32,7 @@ class Control:
     the less the finer the resolution (a tenth at the finest, all of it at the middle).
     """
 
-    branch: Branch | OneType
+    branch: Trained | OneType
     hint: Hint
     scale: float = 1.0
     start: float = 0.0

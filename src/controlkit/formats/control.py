@@ -207,6 +207,10 @@ def control_path(name: str | Path) -> Path:
             return folder
     if str(name) in shipped_controls():
         return shipped_folder(str(name))
+    for folder in (path, path / "control"):  # a run whose hints are branches
+        within = sorted(file.parent for file in folder.glob(f"*/{WEIGHTS}"))
+        if len(within) > 1:
+            raise UserError(f"{folder} holds several controls: name one of {', '.join(map(str, within))}.")
     raise UserError(
         f'There is no control "{name}": expected one of {", ".join(shipped_controls()) or "(none is shipped)"}, '
         f"a file of weights, or a folder that holds {WEIGHTS}."

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from controlkit.adapter import Branch
+from controlkit.adapter import Trained
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Learner:
     """All that a step changes. Where it is shared out (``shards``), all processes ask for ``result`` and ``state``."""
 
-    branch: Branch
+    branch: Trained
     base: UNetBase
     """What the branch learns on: the run's base, or one with a U-Net of its own that is unlocked sooner or later."""
     learning: nn.Module
@@ -48,7 +48,7 @@ class Learner:
     """Scales the loss, so that float16 holds its gradients."""
 
     @classmethod
-    def of(cls, recipe: Recipe, branch: Branch, base: UNetBase, together: Ranks) -> "Learner":
+    def of(cls, recipe: Recipe, branch: Trained, base: UNetBase, together: Ranks) -> "Learner":
         """What a recipe asks for; ``UserError`` where the library of its optimizer is not installed."""
         learning: nn.Module = branch
         if recipe.unlock:
@@ -63,7 +63,7 @@ class Learner:
         scaler = torch.amp.GradScaler(base.device.type) if recipe.precision == "fp16" else None
         return cls(branch, base, learning, optimizer, average, shards, scaler)
 
-    def result(self) -> Branch:
+    def result(self) -> Trained:
         """The weights that are measured and saved, whole."""
         module = self.average.module if self.average else self.branch
         return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
@@ -135,7 +135,7 @@ def checkpoints_in(out: Path) -> list[Path]:
 def save_checkpoint(
     out: Path,
     step: int,
-    control: SavedControl,
+    controls: Mapping[str, SavedControl],
     base: UNetBase,
     state: Mapping[str, Tensor],
     keep: int,
@@ -143,13 +143,15 @@ def save_checkpoint(
 ) -> None:
     """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last.
 
+    ``controls``: by the name of their folder in ``control``, or one under "" that is that folder itself.
     ``more``: facts to be told again by ``load_checkpoint``.
     """
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
     try:
-        save_control(scratch / "control", control, base)
+        for name, control in controls.items():
+            save_control(scratch / "control" / name, control, base)
         facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest} | dict(more or {})
         write_atomic(scratch / "state.safetensors", save(dict(state), facts))
         scratch.chmod(0o755)

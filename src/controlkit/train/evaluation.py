@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.adapter import Branch
+from controlkit.adapter import Trained
 from controlkit.backbones import UNetBase
 from controlkit.data import (
     Cached,
@@ -73,7 +73,7 @@ class Evaluator:
         return len(self.own) * self.settings.steps * (3 if self._fixed is None else 2)
 
     def measure(
-        self, branch: Branch, step: int, on_advance: Callable[[int], None]
+        self, branch: Trained, step: int, on_advance: Callable[[int], None]
     ) -> tuple[Obedience, dict[str, float]]:
         """Obedience, and how far colours drifted: by name of ``COLOURS`` the mean over the pairs of what a picture has
         under control less what it has without, same seed and prompt. Near 0 nothing drifted."""
@@ -146,7 +146,7 @@ class Gauge:
         return self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
 
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: Branch | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: Trained | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
         z = self._noisy(batch)
         with autocast(self.base.device.type):
@@ -165,7 +165,7 @@ class Gauge:
                 held.setdefault(name, []).append(value)
         return {name: torch.stack(values).sum(0) for name, values in held.items()}
 
-    def measure(self, branch: Branch) -> dict[str, list[float]]:
+    def measure(self, branch: Trained) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
         branch.eval()
         sums = []
@@ -177,7 +177,7 @@ class Gauge:
         branch.train()
         return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
 
-    def residuals(self, branch: Branch) -> dict[str, float]:
+    def residuals(self, branch: Trained) -> dict[str, float]:
         """By tap, in order: the root mean square of its residual, relative to that of the feature it is added to, over
         the same draws."""
         branch.eval()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controlkit.adapter import Branch
+from controlkit.adapter import Branch, Trained
 from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
 from controlkit.data import (
     Cached,
@@ -46,7 +46,15 @@ from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.plan import Meter, foresee, told
 from controlkit.train.records import Record, Seen, best_of, enough, verdict
 from controlkit.train.schedule import Clock, learning_rate
-from controlkit.train.setup import buckets_in_words, hints_of, new_branch, plan_of, training_pairs
+from controlkit.train.setup import (
+    buckets_in_words,
+    hints_of,
+    named_branches,
+    new_branch,
+    own_contracts,
+    plan_of,
+    training_pairs,
+)
 from controlkit.train.step import controlled, draw_batch, objective
 from controlkit.train.trackers import check_trackers, tracked
 
@@ -189,8 +197,8 @@ def _train(
             if step % recipe.checkpoint_every == 0 or last:
                 state, weights = learner.state(keep=together.first), learner.result()
                 if together.first:
-                    control = result.control(step, weights)
-                    save_checkpoint(out, step, control, locked, state, recipe.keep, clock.facts())
+                    controls = result.controls(step, weights)
+                    save_checkpoint(out, step, controls, locked, state, recipe.keep, clock.facts())
                 del state, weights
             yield record
     weights = learner.result()
@@ -279,23 +287,31 @@ class _Result:
     base: UNetBase
     contracts: Mapping[str, Hint]
 
-    def control(self, step: int, weights: Branch) -> SavedControl:
-        """The control of a step, with what it was trained on."""
-        recipe, contracts = self.recipe, self.contracts
+    def controls(self, step: int, weights: Trained) -> dict[str, SavedControl]:
+        """The control of a step, with what it was trained on, under ""; of several branches each under its name."""
+        branches = named_branches(weights).items()
+        return {name: self._control(step, name, branch) for name, branch in branches}
+
+    def _control(self, step: int, name: str, weights: Branch) -> SavedControl:
+        recipe, contracts = self.recipe, own_contracts(self.contracts, name)
         facts = {"base": self.base.name, "base_digest": self.locked.digest, "step": step, "data": recipe.data.source}
-        facts |= {"base_difference": DIFFERENCE} if self._unlocked(step) else {}
+        facts |= {"base_difference": f"../{DIFFERENCE}" if name else DIFFERENCE} if self._unlocked(step) else {}
         facts |= {"recipe": recipe.model_dump()}
         hints = contracts if recipe.control.types else {}
         return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
 
-    def write(self, folder: Path, step: int, weights: Branch) -> None:
-        """The control as a folder; in it what its base learnt, and itself as a Control-LoRA, where there is such."""
-        control = self.control(step, weights)
-        save_control(folder, control, self.base)
+    def write(self, folder: Path, step: int, weights: Trained) -> None:
+        """The control as a folder; in it what its base learnt, and itself as a Control-LoRA, where there is such.
+
+        Of several branches each is such a folder within it; what their base learnt lies beside them.
+        """
+        for name, control in self.controls(step, weights).items():
+            own = folder / name
+            save_control(own, control, self.base)
+            if self.recipe.control.body == "lora":
+                save_control_lora(own / "control-lora.safetensors", control, self.base, self.recipe.control.rank)
         if self._unlocked(step):
             save_difference(folder / DIFFERENCE, self.locked, self.base)
-        if self.recipe.control.body == "lora":
-            save_control_lora(folder / "control-lora.safetensors", control, self.base, self.recipe.control.rank)
 
     def _unlocked(self, step: int) -> bool:
         return self.recipe.unlock is not None and step > self.recipe.unlock

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from controlkit.adapter import Adapter, Branch
-from controlkit.annotators import ANNOTATORS, contract, joined
+from controlkit.adapter import Adapter, Branch, Trained
+from controlkit.annotators import ANNOTATORS, contract, joined, parts_of
 from controlkit.backbones import UNetBase, XSBranch
-from controlkit.branch import ControlBranch, ControlSpec
+from controlkit.branch import ControlBranch, ControlSpec, MultiBranch
 from controlkit.data import (
     Cached,
     CirclePairs,
@@ -104,27 +104,47 @@ def new_branch(
     contracts: Mapping[str, Hint],
     begin: bool = True,
     on_note: Callable[[str], None] = lambda note: None,
-) -> Branch:
+) -> Trained:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False.
 
     ``on_note`` is told where those were trained on another base or on other hints.
     """
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    fresh: Branch
+    fresh: Trained
     if control.types:
         fresh = base.new_union()
     elif control.body == "adapter":
         fresh = Adapter.fresh(base, contracts[""].channels)
     else:
         spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
-        fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
+        if control.hints_as == "branches":
+            each = {part.annotator: base.new_branch(spec, part.channels) for part in parts_of(contracts[""])}
+            fresh = MultiBranch(cast("dict[str, ControlBranch]", each))  # the recipe has seen to it that none is an XS
+        else:
+            fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        saved = load_control(control.start_from, base)
-        _begin_with(fresh, control.start_from, saved.branch)
-        for note in _differences(control.start_from, saved, base, contracts):
-            on_note(note)
+        for name, branch in named_branches(fresh).items():
+            neighbour = str(Path(control.start_from) / name) if name else control.start_from
+            saved = load_control(neighbour, base)
+            _begin_with(branch, neighbour, saved.branch)
+            rules = own_contracts(contracts, name)
+            for note in _differences(neighbour, saved, base, rules):
+                on_note(note)
     return fresh.train()
+
+
+def named_branches(branch: Trained) -> dict[str, Branch]:
+    """The branches that a run trains: by their hints' names where there are several, else the one under ""."""
+    return dict(branch.named()) if isinstance(branch, MultiBranch) else {"": branch}
+
+
+def own_contracts(contracts: Mapping[str, Hint], name: str) -> Mapping[str, Hint]:
+    """The contracts of one of ``named_branches``."""
+    if not name:
+        return contracts
+    [own] = [part for part in parts_of(contracts[""]) if part.annotator == name]
+    return {"": own}
 
 
 def _begin_with(branch: Branch, name: str, neighbour: Any) -> None:
@@ -178,7 +198,7 @@ def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
     return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: Branch, contracts: Mapping[str, Hint], pairs: int) -> str:
+def plan_of(recipe: Recipe, base: UNetBase, branch: Trained, contracts: Mapping[str, Hint], pairs: int) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(

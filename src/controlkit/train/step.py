@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.adapter import Branch
+from controlkit.adapter import Trained
 from controlkit.backbones import Part, Text, UNetBase, XSBranch
 from controlkit.data import (
     Cached,
@@ -98,7 +98,7 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-def hint_features_of(branch: Branch, batch: Batch) -> Any:
+def hint_features_of(branch: Trained, batch: Batch) -> Any:
     """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
     read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
     if isinstance(read, Tensor):
@@ -106,13 +106,13 @@ def hint_features_of(branch: Branch, batch: Batch) -> Any:
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
-def controlled(base: UNetBase, branch: Branch, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+def controlled(base: UNetBase, branch: Trained, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
     return base.predict(z, t, text, [Part(branch, features)])
 
 
 @torch.no_grad()
-def residual_sizes(base: UNetBase, branch: Branch, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+def residual_sizes(base: UNetBase, branch: Trained, z: Tensor, batch: Batch) -> dict[str, Tensor]:
     """By tap of a skip or the middle, the sums of squares of what the control adds to its feature, there or before, and
     of that feature, (2,) float64."""
     part = Part(branch, hint_features_of(branch, batch))
@@ -128,7 +128,7 @@ def residual_sizes(base: UNetBase, branch: Branch, z: Tensor, batch: Batch) -> d
     return found
 
 
-def objective(base: UNetBase, branch: Branch, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
+def objective(base: UNetBase, branch: Trained, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
     ``predict`` is ``controlled``, or that compiled.
