@@ -28,7 +28,8 @@ ROOMS = [
     {"hub", "tensors", "maps"},
     {"recipe", "workers"},
     {"optimizers"},
-    {"seeds", "precision", "ranks", "errors"},
+    {"seeds", "precision", "ranks"},
+    {"errors"},
 ]
 
 

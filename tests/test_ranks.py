@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -87,6 +88,36 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
     drifts = [[yaml.safe_load(line)["colour_drift"] for line in log] for log in logs]
     assert drifts[1] == [pytest.approx(drift, abs=1e-3) for drift in drifts[0]]
+
+
+KILLED = """
+import os, signal
+from controlkit.train import checkpoints
+step = checkpoints.Learner.step
+def told(self, rate, number):
+    if number == 3 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, rate, number)
+checkpoints.Learner.step = told
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, toy_folder, tmp_path):
+    recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 5, "checkpoint_every": 2, "evaluation": {"every": 0}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert together(tmp_path / "r.yaml", tmp_path / "whole")[0] == [0, 0]
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "run", before=KILLED.format(rank=rank))
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2, "the other does not wait for it"
+    told = " ".join(said[1 - rank][1].split())
+    assert "Another process of the run has ended" in told and "Traceback" not in told
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert together(tmp_path / "r.yaml", tmp_path / "run")[0] == [0, 0]
+    whole, run = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
+    assert all(torch.equal(run[name], value) for name, value in whole.items())
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    whole, run = ([(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs)
+    assert whole == run and len(run) == 5
 
 
 SIZES = """

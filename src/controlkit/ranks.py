@@ -5,7 +5,8 @@ what one does with 2B. Each evaluates its share of the held-out pairs. The first
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -13,8 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlkit.errors import UserError
+
 _PATIENCE = timedelta(hours=6)
 """How long the others wait while the first builds a cache; the usual ten minutes are too short."""
+
+
+@contextmanager
+def _among_all() -> Iterator[None]:
+    """Where all have to be there. One that was killed closes its connections, and the others' next word finds none."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"Another process of the run has ended, or cannot be reached ({str(error).splitlines()[0]}). Nothing up to "
+            "the last checkpoint is lost: run the same command to go on from there."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -36,14 +51,16 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            with _among_all():
+                torch.distributed.barrier()
 
     def mean(self, values: Iterable[Tensor]) -> None:
         """Replace each value by its mean over the processes."""
         if self.count > 1:
             held = list(values)
             flat = torch.cat([value.reshape(-1).float() for value in held])
-            torch.distributed.all_reduce(flat)
+            with _among_all():
+                torch.distributed.all_reduce(flat)
             flat /= self.count
             for value, mean in zip(held, flat.split([value.numel() for value in held]), strict=True):
                 value.copy_(mean.view_as(value))
@@ -58,7 +75,8 @@ class Ranks:
         if self.count == 1:
             return value
         flag = torch.tensor(float(value), device=device)
-        torch.distributed.all_reduce(flag)
+        with _among_all():
+            torch.distributed.all_reduce(flag)
         return bool(flag.item())
 
     def told(self, value: Any) -> Any:
@@ -66,14 +84,16 @@ class Ranks:
         if self.count == 1:
             return value
         held = [value]
-        torch.distributed.broadcast_object_list(held)
+        with _among_all():
+            torch.distributed.broadcast_object_list(held)
         return held[0]
 
     def gathered(self, value: Any) -> list[Any]:
         """What each has, in the processes' order, to all."""
         held = [value] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(held, value)
+            with _among_all():
+                torch.distributed.all_gather_object(held, value)
         return held
 
     def share(self, count: int) -> range:

@@ -113,7 +113,8 @@ def train(
                 shown = f"obedience {seen.obedience}" if seen.counts else range_
                 progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
     if together.first:
-        say(f"{words + '. ' if words else ''}The control is in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+        which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
+        say(f"{words + '. ' if words else ''}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
 
 
 @app.command(
