@@ -4,9 +4,11 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
-from controlkit.annotators import annotator, canny
+from controlkit.annotators import annotate, annotator, canny
 from controlkit.data import TARGETS, CirclePairs, FolderPairs, build_set, make_fill50k, read_listing
+from controlkit.data.doctor import add_up, examine
 from controlkit.errors import UserError
 from controlkit.images import Hint, fit, write_png
 
@@ -48,6 +50,21 @@ def test_hints_are_made_of_the_pictures_as_they_are_written(layout, photos, tmp_
     for i, (pair, drawn) in enumerate(zip(pairs, CirclePairs(48, COUNT), strict=True)):
         assert np.array_equal(pair.picture, fit(drawn.picture[: 48 - 4 * i], (24, 24)))
         assert np.array_equal(pair.hint, canny(pair.picture))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_hints_mask_is_masked_when_they_are_read_again(layout, photos, tmp_path):
+    """Hints of ``inpaint``: what training reads of the folder is what it makes of the pictures on the fly."""
+    contract = annotator("inpaint").hint()
+    list(build_set(photos, tmp_path / "out", layout, contract, (24, 24)))
+    list(build_set(read_listing(tmp_path / "out"), tmp_path / "again", layout, contract))
+    for folder in ("out", "again"):
+        for pair in FolderPairs(tmp_path / folder, 24, masked=True):
+            read, made = (contract.tensor(hint, (24, 24)) for hint in (pair.hint, annotate(pair.picture, contract)))
+            assert (read == -1).any() and torch.equal(read, made)
+    assert all(pair.hint.shape[-1] == 3 for pair in FolderPairs(tmp_path / "out", 24)), "of other hints: on white"
+    report = add_up(listing := read_listing(tmp_path / "out"), examine(listing, contract), contract)
+    assert report.may_train and not any(problem.fatal for problem in report.problems)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -30,10 +30,10 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
     pairs = training_pairs(RECIPE, toy_base)[1]
     given = []
 
-    def made(*args, skip_no_control, rows, **more):
-        given.append(skip_no_control)
+    def made(*args, wanted, rows, **more):
+        given.append(wanted)
         found = {"controlled": [flat(255, 0, 51 * i) for i in rows], "shuffled": [flat(0, 0, 0)] * 3}
-        return found if skip_no_control else found | {"no_control": [flat(0, 0, 102)] * 3}
+        return {way: (found | {"no_control": [flat(0, 0, 102)] * 3})[way] for way in wanted}
 
     monkeypatch.setattr(evaluation, "three_ways", made)
     monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
@@ -43,7 +43,7 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
         drift = evaluator.measure(branch, step, lambda count: None)[1]
         assert tuple(drift) == COLOURS
         assert list(drift.values()) == pytest.approx([1, 0, -0.2, 0, 0.6])
-    assert given == [False, True]
+    assert given == [["controlled", "shuffled", "no_control"], ["controlled", "shuffled"]]
 
 
 def test_residuals_are_told_relative_to_what_they_are_added_to(toy_base, tmp_path):

@@ -33,7 +33,7 @@ from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
 from controlkit.images import Hint, write_png
-from controlkit.measure import Figure, obedience
+from controlkit.measure import COLOURS, Figure, obedience
 from controlkit.mini import world
 from controlkit.recipe import FORMATS, EvaluationRecipe, Recipe, parse_recipe, read_recipe
 from controlkit.sample import Control, Job, Settings, generate
@@ -47,7 +47,7 @@ from controlkit.train import (
     training_pairs,
     verdict,
 )
-from controlkit.train.evaluation import Evaluator, Gauge
+from controlkit.train.evaluation import Gauge
 from controlkit.union import OneType, UnionBranch
 
 CONTRACT = Hint("canny")
@@ -1193,14 +1193,41 @@ def test_a_union_s_recipe_that_cannot_be_meant_is_refused(changes, words, toy_ba
     assert not (tmp_path / "run").exists()
 
 
-def test_hints_that_nothing_here_makes_take_no_options_and_are_found_again_in_scenes_alone(toy_base, tmp_path):
+def test_hints_that_nothing_here_makes_take_no_options():
     with pytest.raises(UserError, match="Nothing here makes hints of depth"):
         train.hints_of(parse_recipe({"control": {"annotator": "depth", "options": {"low": 1.0}}}))
-    picture = np.zeros((toy_base.size, toy_base.size, 3), np.uint8)
-    own = [Pair(picture, "a thing", picture)] * 2
-    with pytest.raises(UserError, match='"depth" can be found again in the embedded scenes alone'):
-        Evaluator(toy_base, own, train.hints_of(parse_recipe({"control": {"annotator": "depth"}}))[""],
-                         Recipe(), tmp_path)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("annotator", "words"),
+    [
+        ("depth", '"depth" can be found again in the embedded scenes alone'),
+        ("openpose", 'Nothing here finds "openpose" in a picture'),
+        ("shuffle", 'Obedience to hints named "shuffle" is not measured'),
+        ("", "No annotator of these hints is named"),
+    ],
+)
+def test_hints_that_cannot_be_found_again_are_trained_on_and_judged_by_their_loss(annotator, words, toy_base, tmp_path):
+    list(make_fill50k(tmp_path / "set", 24, toy_base.size))
+    recipe = tiny(
+        control={"annotator": annotator}, data={"source": str(tmp_path / "set")}, steps=6, lr=1e-3,
+        evaluation={"every": 2, "num": 2, "steps": 1, "patience": 1},
+    )  # fmt: skip
+    said = []
+    records = list(train_control(recipe, tmp_path / "run", toy_base, lambda name, total: said.append(name)))
+    assert any(words in line and line.startswith("note: obedience is not measured") for line in said)
+    seen = [record for record in records if record.relative]
+    assert seen[0].evaluation is None and seen[0].verdict is None and set(seen[0].drift) == set(COLOURS)
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == len(seen)
+    losses = [np.mean(record.relative[""]) for record in seen]
+    best = load_control(tmp_path / "run" / "best", toy_base)
+    assert best.trained["step"] == seen[int(np.argmin(losses))].step
+    ends = [i for i in range(1, len(losses)) if losses[i] > min(losses[:i])]
+    assert len(seen) == (ends[0] + 1 if ends else 3), "patience has the loss to go by"
+    with pytest.raises(UserError, match="evaluation.target is an obedience, and none is measured"):
+        next(train_control(recipe.model_copy(update={"evaluation": EvaluationRecipe(target=0.5)}),
+                           tmp_path / "other", toy_base))  # fmt: skip
+    assert not (tmp_path / "other").exists()
 
 
 # --- number formats -------------------------------------------------------------------------------------------

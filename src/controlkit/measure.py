@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -265,6 +265,16 @@ def check_findable(contract: Hint, truths: Iterable[Pair]) -> None:
         raise UserError(f'"{contract.annotator}" can be found again in the embedded scenes alone: measure on scenes.')
 
 
+def unmeasurable(contract: Hint, truths: Iterable[Pair]) -> str:
+    """Why obedience to hints of this contract cannot be measured on these pairs, in words; "" where it can."""
+    try:
+        check_findable(contract, truths)
+        look_of(contract)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def fidelity(
     pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], contract: Hint, look: Look | None = None
 ) -> np.ndarray:
@@ -470,11 +480,12 @@ def evaluate(
     if look is None:
         check_findable(control.hint, truths)
     hints = [hint_of(truth, control.hint) for truth in truths]
-    made = three_ways(base, control, truths, hints, settings, batch, on_step, skip_no_control=without is not None)
+    wanted = [way for way in WAYS if way != "no_control" or without is None]
+    made = three_ways(base, control, truths, hints, settings, batch, on_step, wanted)
     if without is not None:
         made["no_control"] = list(without)
-    made["ceiling"] = ceiling_pictures(base, [truth.picture for truth in truths])
-    scores = {name: fidelity(pictures, hints, control.hint, look) for name, pictures in made.items()}
+    shown = made | {"ceiling": ceiling_pictures(base, [truth.picture for truth in truths])}
+    scores = {name: fidelity(pictures, hints, control.hint, look) for name, pictures in shown.items()}
     measured = obedience(**scores, metric=metric_of(control.hint).name)
     referee = referee or Referee(device=base.device.type)
     prompts = [truth.prompt for truth in truths]
@@ -504,6 +515,11 @@ def evaluate(
     return report
 
 
+Way = Literal["controlled", "shuffled", "no_control"]
+WAYS: tuple[Way, ...] = get_args(Way)
+"""How pictures are made that obedience is computed of."""
+
+
 def three_ways(
     base: UNetBase,
     control: Control,
@@ -512,24 +528,24 @@ def three_ways(
     settings: Settings,
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
-    skip_no_control: bool = False,
+    wanted: Sequence[Way] = WAYS,
     plain: UNetBase | None = None,
     rows: Sequence[int] | None = None,
-) -> dict[str, list[np.ndarray]]:
-    """The same seeds and prompts, controlled, without control, and with another sample's hint; of ``rows`` alone.
+) -> dict[Way, list[np.ndarray]]:
+    """The same seeds and prompts, controlled, with another sample's hint, and without control; of ``rows`` alone.
 
     ``plain``: the base that is to make those without control, where training has changed ``base``.
     """
     half = max(len(hints) // 2, 1)
     mixed = [*hints[half:], *hints[:half]]
-    ways: dict[str, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
+    ways: dict[Way, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
         "controlled": (hints, [control]),
         "shuffled": (mixed, [control]),
+        "no_control": (None, []),
     }
-    if not skip_no_control:
-        ways["no_control"] = (None, [])
     made = {}
-    for name, (given, controls) in ways.items():
+    for name in wanted:
+        given, controls = ways[name]
         chosen = range(len(truths)) if rows is None else rows
         jobs = [Job(truths[i].prompt, i, (given[i],) if given else ()) for i in chosen]
         by = base if controls else plain or base

@@ -200,7 +200,7 @@ def evaluate(
     kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
     if source == "world":  # what is known of scenes alone is measured there, the rest on emoji
         source = "scenes" if kind in TRUTHS else "emoji"
-    pairs, real = evaluation_pairs(source, model.size, num, person=kind == "pose")
+    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mark is not None)
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(

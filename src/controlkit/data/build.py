@@ -206,5 +206,6 @@ class _Writer:
         picture = fit(picture, self.size) if self.size else picture
         if row.hint is None:
             return picture, annotate(picture, self.contract)
-        given = [decode_hint(held.read(), held.name) for held in row.hints]
+        masked = self.contract.mark is not None
+        given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
         return picture, hint_of(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)

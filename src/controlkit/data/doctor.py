@@ -98,7 +98,8 @@ def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], place
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
         rules = _rules(row, contract, problems)
-        read = [_opened(held, problems, is_hint=True)[0] for held in row.hints]
+        masked = bool(contract) and contract.mark is not None
+        read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
         hints = []  # as pictures
         for held, hint, rule in zip(row.hints, read, rules, strict=True):
             if hint is None:
@@ -185,7 +186,9 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
     return report
 
 
-def _opened(held: Held, problems: list[Problem], is_hint: bool = False) -> tuple[np.ndarray | None, bytes]:
+def _opened(
+    held: Held, problems: list[Problem], is_hint: bool = False, masked: bool = False
+) -> tuple[np.ndarray | None, bytes]:
     """A picture or hint as training will see it, or None with the reason among ``problems``; and its file's bytes."""
     try:
         data = held.read()
@@ -209,7 +212,7 @@ def _opened(held: Held, problems: list[Problem], is_hint: bool = False) -> tuple
         problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
         return None, data
     try:
-        picture = (decode_hint if is_hint else decode_picture)(data, held.name)
+        picture = (decode_hint if is_hint else decode_picture)(data, held.name, masked)
     except UserError as error:
         problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
         return None, data

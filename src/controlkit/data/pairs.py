@@ -203,16 +203,17 @@ class CirclePairs(Sequence[Pair]):
 class FolderPairs(Sequence[Pair]):
     """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
 
+    ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
     ``UserError`` where its listing has something wrong with it that nothing should be trained on.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, masked: bool = False) -> None:
         listing = read_listing(folder)
         fatal = [problem for problem in listing.problems if problem.fatal]
         if fatal:
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
             raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
-        self._rows, self._size = listing.rows, size
+        self._rows, self._size, self._masked = listing.rows, size, masked
         self._sizes: list[Size] | None = None
         self.hinted = any(row.hint for row in listing.rows)
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
@@ -250,7 +251,7 @@ class FolderPairs(Sequence[Pair]):
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self._rows[index]
         picture = decode_picture(row.picture.read(), row.picture.name)
-        hints = [decode_hint(held.read(), held.name) for held in row.hints]
+        hints = [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
         fitted = fit(picture, self.size_of(index))
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
@@ -260,13 +261,13 @@ def trained_count(pairs: int) -> int:
     return max(pairs - min(max(pairs // 10, 2), 512), 0)
 
 
-def split_folder(folder: Path, size: int) -> tuple[FolderPairs, FolderPairs]:
+def split_folder(folder: Path, size: int, masked: bool = False) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border.
+    twice: they stay on one side, but for one caption at the border. ``masked``: as with ``FolderPairs``.
     """
-    pairs = FolderPairs(folder, size)
+    pairs = FolderPairs(folder, size, masked)
     trained = trained_count(len(pairs))
     if not trained:
         raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
@@ -278,12 +279,14 @@ SCENES_EVALUATED = 800
 """Scenes drawn of a seed that trains nothing: those with something held out to measure on, the others for FID."""
 
 
-def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> tuple[Sequence[Pair], list[np.ndarray]]:
+def evaluation_pairs(
+    source: str, size: int, num: int, person: bool = False, masked: bool = False
+) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth).
+    held-out tenth; ``masked``: as with ``FolderPairs``).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -296,5 +299,5 @@ def evaluation_pairs(source: str, size: int, num: int, person: bool = False) -> 
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(Path(source), size)
+    _, held = split_folder(Path(source), size, masked)
     return held.part(slice(num)), [pair.picture for pair in held]

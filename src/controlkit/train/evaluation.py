@@ -14,24 +14,20 @@ from torch import Tensor
 
 from controlkit.adapter import Trained
 from controlkit.backbones import UNetBase
-from controlkit.data import (
-    Cached,
-    Pair,
-    build_cache,
-    hint_of,
-    open_store,
-)
+from controlkit.data import Cached, Pair, build_cache, hint_of, open_store
 from controlkit.images import Hint, grid, write_png
 from controlkit.measure import (
     COLOURS,
+    WAYS,
     Obedience,
+    Way,
     ceiling_pictures,
-    check_findable,
     colours,
     fidelity,
     metric_of,
     obedience,
     three_ways,
+    unmeasurable,
 )
 from controlkit.precision import autocast
 from controlkit.ranks import Ranks
@@ -44,8 +40,8 @@ SHOWN = 8
 
 
 class Evaluator:
-    """Obedience on held-out hints; what does not depend on the branch is made once, by the ``locked`` base where
-    ``base`` learns, too."""
+    """Obedience on held-out hints, where it can be measured, and pictures of them; what does not depend on the branch
+    is made once, by the ``locked`` base where ``base`` learns, too."""
 
     def __init__(
         self,
@@ -61,20 +57,29 @@ class Evaluator:
         self.together = together or Ranks()
         self.pairs = [pairs[i] for i in range(len(pairs))]
         self.own = self.together.share(len(self.pairs))
-        check_findable(contract, self.pairs)
+        self.measures = not unmeasurable(contract, self.pairs)
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
-        self._fixed: tuple[list[np.ndarray], np.ndarray] | None = None
+        self._without: list[np.ndarray] | None = None
+        self._fixed: list[np.ndarray] = []
+        """Fidelity of the pictures without control, and of the ceiling."""
+
+    @property
+    def _wanted(self) -> list[Way]:
+        """How the next evaluation makes pictures: without control once, with others' hints to measure against."""
+        left = {"no_control"} if self._without is not None else set()
+        left |= set() if self.measures else {"shuffled"}
+        return [way for way in WAYS if way not in left]
 
     @property
     def work(self) -> int:
-        """Picture-steps this process's next evaluation takes; the first one also samples without control."""
-        return len(self.own) * self.settings.steps * (3 if self._fixed is None else 2)
+        """Picture-steps this process's next evaluation takes."""
+        return len(self.own) * self.settings.steps * len(self._wanted)
 
     def measure(
         self, branch: Trained, step: int, on_advance: Callable[[int], None]
-    ) -> tuple[Obedience, dict[str, float]]:
+    ) -> tuple[Obedience | None, dict[str, float]]:
         """Obedience, and how far colours drifted: by name of ``COLOURS`` the mean over the pairs of what a picture has
         under control less what it has without, same seed and prompt. Near 0 nothing drifted."""
         branch.eval()
@@ -86,31 +91,36 @@ class Evaluator:
             self.hints,
             self.settings,
             on_step=on_advance,
-            skip_no_control=self._fixed is not None,
+            wanted=self._wanted,
             plain=self.locked,
             rows=self.own,
         )
         branch.train()
         hints = [self.hints[i] for i in self.own]
-        if self._fixed is None:
-            without = made["no_control"]
-            ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
-            self._fixed = without, np.array([fidelity(p, hints, self.contract) for p in (without, ceiling)])
-        without, fixed = self._fixed
-        moving = [fidelity(made[name], hints, self.contract) for name in ("controlled", "shuffled")]
+        scores: list[np.ndarray] = []
+        without = made["no_control"] if self._without is None else self._without
+        if self.measures:
+            if self._without is None:
+                ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
+                self._fixed = [fidelity(p, hints, self.contract) for p in (without, ceiling)]
+            moving = [fidelity(made[name], hints, self.contract) for name in ("controlled", "shuffled")]
+            scores = [*moving, *self._fixed]
+        self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
         seen = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
-        parts = self.together.gathered((np.array([*moving, *fixed]), drift, seen))
+        parts = self.together.gathered((scores, drift, seen))
         if self.together.first:
             made_of = [two for *_, seen in parts for two in seen]
             truths = zip(self.hints, self.pairs, made_of, strict=False)  # of the first few alone
             shown = [[self.contract.picture(hint), pair.picture, *two] for hint, pair, two in truths]
             sheet = grid(shown, ["hint", "truth", "controlled", "no control"])
             write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
-        got, shuffled, no_control, ceiling_score = np.concatenate([scores for scores, *_ in parts], 1)
         drifted = np.mean([row for _, rows, _ in parts for row in rows], 0)
-        measured = obedience(got, no_control, shuffled, ceiling_score, metric_of(self.contract).name)
-        return measured, dict(zip(COLOURS, drifted.tolist(), strict=True))
+        named = dict(zip(COLOURS, drifted.tolist(), strict=True))
+        if not self.measures:
+            return None, named
+        got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
+        return obedience(got, no_control, shuffled, top, metric_of(self.contract).name), named
 
 
 class Gauge:

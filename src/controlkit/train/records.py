@@ -2,14 +2,12 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from controlkit.measure import (
-    FOUND,
-    Obedience,
-)
+from controlkit.measure import FOUND, Obedience
 from controlkit.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
@@ -67,12 +65,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean."""
+    """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean; and the mean
+    loss relative to no control. NaN where something was not measured."""
 
     step: int
-    low: float
-    counts: bool
-    mean: float = float("nan")
+    low: float = math.nan
+    counts: bool = False
+    mean: float = math.nan
+    relative: float = math.nan
 
     @property
     def control(self) -> bool:
@@ -82,9 +82,11 @@ class Seen:
 
 def seen_in(line: Mapping[str, Any]) -> Seen | None:
     """What a line of the log says of control; None for a step without evaluation."""
-    if "obedience" not in line:
-        return None
-    return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"])
+    quarters = [loss for kind in line.get("relative_loss", {}).values() for loss in kind]
+    relative = sum(quarters) / len(quarters) if quarters else math.nan
+    if "obedience" in line:
+        return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"], relative)
+    return Seen(line["step"], relative=relative) if quarters else None
 
 
 def found_step(evaluations: Sequence[Seen]) -> int | None:
@@ -93,7 +95,10 @@ def found_step(evaluations: Sequence[Seen]) -> int | None:
 
 
 def best_of(evaluations: Sequence[Seen]) -> Seen | None:
-    """The first of those that count with the highest obedience."""
+    """The first of those that count with the highest obedience; where obedience is not measured, of all the one with
+    the least loss relative to no control."""
+    if all(math.isnan(one.mean) for one in evaluations):
+        return min(evaluations, key=lambda one: one.relative, default=None)
     return max((one for one in evaluations if one.counts), key=lambda one: one.mean, default=None)
 
 

@@ -5,6 +5,7 @@ them, a test takes three and stops. Run again with the same folder, it goes on f
 what the uninterrupted run would have: every draw is keyed by (seed, step, sample), and checkpoints are whole or absent.
 """
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -27,6 +28,7 @@ from controlkit.data import (
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
+from controlkit.measure import unmeasurable
 from controlkit.precision import autocast, training_attention
 from controlkit.ranks import Ranks, ranks
 from controlkit.recipe import Recipe
@@ -44,7 +46,7 @@ from controlkit.train.checkpoints import (
 )
 from controlkit.train.evaluation import Evaluator, Gauge
 from controlkit.train.plan import Meter, foresee, told
-from controlkit.train.records import Record, Seen, best_of, enough, verdict
+from controlkit.train.records import Record, best_of, enough, seen_in, verdict
 from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import (
     buckets_in_words,
@@ -90,6 +92,10 @@ def train_control(
     _check_together(recipe, together)
     pairs, heldout = training_pairs(recipe, base)
     notes: list[str] = []
+    if recipe.evaluation.every and (reason := _unmeasurable(contracts, heldout)):
+        notes.append(f"obedience is not measured: {reason} What is best is told by the loss relative to no control")
+        if recipe.evaluation.target is not None:
+            raise UserError(f"evaluation.target is an obedience, and none is measured: {reason}")
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
     learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
@@ -140,8 +146,8 @@ def _train(
         keep_format(out, base.device.type)
         cached = Cached.read(path)
     evaluates = recipe.evaluation.every > 0
-    measures = evaluates and "" in contracts
-    evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if measures else None
+    shows = evaluates and "" in contracts
+    evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if shows else None
     gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
     result = _Result(recipe, locked, base, contracts)
     gradients = _Gradients(recipe, learner, cached, contracts, together, on_stage)
@@ -180,11 +186,14 @@ def _train(
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
                     measured, drift = evaluator.measure(weights, step, on_advance)
-                    reached = round(measured.obedience.mean, 5)  # as the log has it: a resumed run decides alike
-                    evaluations.append(Seen(step, measured.obedience.low, measured.counts, reached))
-                    record = replace(record, evaluation=measured, verdict=verdict(evaluations), drift=drift)
-                    if together.first and best_of(evaluations) == evaluations[-1]:
-                        result.write(out / "best", step, weights)
+                    record = replace(record, evaluation=measured, drift=drift)
+                seen = seen_in(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
+                assert seen is not None
+                evaluations.append(seen)
+                if record.evaluation:
+                    record = replace(record, verdict=verdict(evaluations))
+                if together.first and best_of(evaluations) is seen:
+                    result.write(out / "best", step, weights)
                 evaluations = together.told(evaluations)
                 del weights
             over = bool(recipe.budget) and together.told(clock.over)
@@ -315,6 +324,11 @@ class _Result:
 
     def _unlocked(self, step: int) -> bool:
         return self.recipe.unlock is not None and step > self.recipe.unlock
+
+
+def _unmeasurable(contracts: Mapping[str, Hint], heldout: Sequence[Pair]) -> str:
+    """Why a run cannot measure obedience, as a sentence; "" where it can."""
+    return unmeasurable(contracts[""], heldout) if "" in contracts else "A Union's is, type by type, when it is trained."
 
 
 def _check_together(recipe: Recipe, together: Ranks) -> None:

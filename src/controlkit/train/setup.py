@@ -57,7 +57,8 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     if not Path(data.source).is_dir():
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
-    folder, held = split_folder(Path(data.source), base.size)
+    masked = hints_of(recipe)[""].mark is not None
+    folder, held = split_folder(Path(data.source), base.size, masked)
     names = recipe.control.annotators or [recipe.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
         raise UserError(
