@@ -184,3 +184,42 @@ def test_a_folder_that_is_no_base_is_refused_with_a_reason(toy_folder, tmp_path,
 def test_an_unknown_base_is_refused_with_what_is_known():
     with pytest.raises(UserError, match=r'no base "minni": .* a diffusers pipeline folder .* did you mean "mini"'):
         load_base("minni")
+
+
+# --- the VAE and memory ----------------------------------------------------------------------------------------
+
+
+def test_where_memory_does_not_hold_all_pictures_the_vae_takes_fewer_at_once_from_then_on(toy_folder, monkeypatch):
+    base = load_base(toy_folder)
+    rows = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    moments = base.encode_moments(rows)
+    latents = moments.chunk(2, 1)[0]
+    pictures = base.decode_latents(latents)
+    tried = []
+    for name in ("encode", "decode"):
+        real = getattr(base.vae, name)
+
+        def small(rows, real=real):
+            tried.append(len(rows))
+            if len(rows) > 2:
+                raise torch.OutOfMemoryError("no room")
+            return real(rows)
+
+        monkeypatch.setattr(base.vae, name, small)
+    assert relative([base.encode_moments(rows)], [moments]) < 1e-5
+    assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert relative([base.decode_latents(latents)], [pictures]) < 1e-5 and tried[9:] == [1] * 7
+    monkeypatch.setattr(base.vae, "encode", lambda rows: small(rows.repeat(3, 1, 1, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        base.encode_moments(rows)
+
+
+def test_a_vae_that_float16_overflows_is_not_computed_in_it(toy_folder):
+    base = load_base(toy_folder)
+    rows = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    single = base.encode_moments(rows)
+    for upcast, format_ in ((True, torch.float32), (False, torch.float16)):
+        base.vae.register_to_config(force_upcast=upcast)
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = base.encode_moments(rows)
+        assert found.dtype == format_ and torch.equal(found, single) == upcast

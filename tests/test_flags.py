@@ -26,9 +26,9 @@ MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epoch
 def asked(tmp_path):
     """Read flags beside the two that are needed."""
 
-    def read(*more):
+    def read(*more, processes=1):
         needed = ["--pretrained_model_name_or_path", "mini", "--train_data_dir", str(tmp_path)]
-        return read_flags([*needed, *map(str, more)], lambda folder: 103)
+        return read_flags([*needed, *map(str, more)], lambda folder, columns: 103, processes)
 
     return read
 
@@ -45,7 +45,9 @@ def test_what_is_left_out_has_the_script_s_defaults(asked, tmp_path):
     assert (recipe.base, recipe.data.source, str(found.out)) == ("mini", str(tmp_path), "controlnet-model")
     assert (recipe.batch, recipe.lr, recipe.prompt_dropout, recipe.warmup, recipe.cooldown) == (4, 5e-6, 0.0, 0, 0)
     assert recipe.steps == 26, "one epoch of 103 pairs, four a step"
-    assert found.resolution == 512 and recipe.control.annotator == ""
+    assert (recipe.size, recipe.keep, recipe.control.annotator, recipe.data.columns) == (512, None, "", {})
+    assert (recipe.tracking.to, recipe.tracking.project) == (["tensorboard"], "train_controlnet")
+    assert recipe.evaluation.every == 26 and any("--annotator" in note for note in found.notes)
     assert any("proportion_empty_prompts 0.5" in note for note in found.notes)
 
 
@@ -55,7 +57,7 @@ def test_flags_go_where_they_belong(asked):
     assert (recipe.batch, recipe.accumulate, recipe.steps, recipe.lr) == (6, 3, 20, 1e-5)
     assert (recipe.checkpointing, recipe.seed, recipe.prompt_dropout, recipe.checkpoint_every) == (True, 7, 0.5, 100)
     assert (recipe.keep, recipe.data.count, recipe.weight_decay, recipe.control.annotator) == (3, 60, 0, "canny")
-    assert (str(found.out), found.resolution) == ("o", 128)
+    assert (str(found.out), recipe.size) == ("o", 128)
     said = "\n".join(found.notes)
     assert all(f"--{name} is not needed" in said for name in ("validation_image",))
     assert "paper" not in said and recipe.evaluation.every == 50
@@ -63,14 +65,40 @@ def test_flags_go_where_they_belong(asked):
     assert "tensorboard" in parse_recipe(asked("--report_to", "all").recipe).tracking.to
     assert parse_recipe(asked("--report_to", "none").recipe).tracking.to == []
     assert parse_recipe(asked("--annotator", "canny", "--max_train_steps", 20).recipe).evaluation.every == 20
-    unnamed = asked("--validation_steps", 50)
-    assert parse_recipe(unnamed.recipe).evaluation.every == 0 and "nothing is measured" in unnamed.notes[0]
+    assert parse_recipe(asked("--validation_steps", 50).recipe).evaluation.every == 50, "loss and pictures at least"
+
+
+def test_a_batch_is_each_process_s_own(asked):
+    given = ["--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--scale_lr", "--learning_rate", "1e-6"]
+    one, four = (parse_recipe(asked(*given, processes=count).recipe) for count in (1, 4))
+    assert (one.batch, one.steps, four.batch, four.steps) == (6, 18, 24, 5)
+    assert four.lr == pytest.approx(24e-6) and four.accumulate == 3
+    assert any("each of 4 processes" in note for note in asked(processes=4).notes)
+
+
+def test_the_launcher_s_number_format_is_taken_where_the_script_s_is_left_out(asked, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert parse_recipe(asked().recipe).precision == "fp16"
+    assert parse_recipe(asked("--mixed_precision", "no").recipe).precision == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert parse_recipe(asked().recipe).precision == "auto"
+
+
+def test_trackers_that_nobody_asked_for_may_be_missing(asked, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert parse_recipe(asked().recipe).tracking.to == []
+    assert parse_recipe(asked("--report_to", "tensorboard").recipe).tracking.to == ["tensorboard"]
+
+
+def test_columns_have_the_names_they_are_given(asked):
+    given = "--image_column photo --conditioning_image_column conditioning_image --caption_column said"
+    assert parse_recipe(asked(*given.split()).recipe).data.columns == {"image": "photo", "caption": "said"}
 
 
 def test_names_of_folders_are_never_read_as_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "2024").mkdir()
-    found = read_flags(["--pretrained_model_name_or_path", "15", "--train_data_dir", "2024"], lambda folder: 8)
+    found = read_flags(["--pretrained_model_name_or_path", "15", "--train_data_dir", "2024"], lambda *asked: 8)
     assert (found.recipe["base"], found.recipe["data"]["source"]) == ("15", "2024")
 
 
@@ -112,7 +140,7 @@ def test_adam_s_flags_are_the_optimizer_s_settings(asked):
     [
         ("--lr_scheduler cosin", '--lr_scheduler is "cosin": did you mean "cosine"'),
         ("--revision fp16", "--revision is fp16; training here takes nothing"),
-        ("--image_column picture", "takes image or file_name"),
+        ("--resume_from_checkpoint checkpoint-10", "training here takes latest"),
         ("--learning_rat 1", 'did you mean "learning_rate"'),
         ("--seed", "--seed has no value"),
         ("--report_to comet_ml", '--report_to is "comet_ml": .*Known: all, none, tensorboard, trackio, wandb'),
@@ -129,6 +157,6 @@ def test_what_cannot_be_done_is_refused_with_what_to_do(flags, words, asked):
 
 def test_a_hub_s_data_set_and_a_missing_base_are_refused(tmp_path):
     with pytest.raises(UserError, match="There is no folder fusing/fill50k"):
-        read_flags(["--pretrained_model_name_or_path", "x", "--dataset_name", "fusing/fill50k"], lambda folder: 1)
+        read_flags(["--pretrained_model_name_or_path", "x", "--dataset_name", "fusing/fill50k"], lambda *asked: 1)
     with pytest.raises(UserError, match="--pretrained_model_name_or_path is missing"):
-        read_flags(["--train_data_dir", str(tmp_path)], lambda folder: 1)
+        read_flags(["--train_data_dir", str(tmp_path)], lambda *asked: 1)

@@ -1,5 +1,6 @@
 """Pixels and files: ranges, the fitted geometry, the hint's contract, and files that are whole or absent."""
 
+import errno
 import json
 import warnings
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
+from safetensors import SafetensorError
 
 from controlkit.errors import UserError
 from controlkit.images import Hint, fit, grid, read_picture, to_pictures, to_tensor, write_atomic, write_png
@@ -243,6 +245,16 @@ def test_a_grid_lays_rows_and_columns_out_below_their_labels():
 def test_a_grid_keeps_each_picture_s_shape():
     sheet = grid([[np.zeros((4, 8, 3), np.uint8)]], cell=16)[4:20, 4:20]
     assert (sheet[4:12] == 0).all() and (sheet[:4] == 255).all() and (sheet[12:] == 255).all()
+
+
+def test_what_the_weights_writer_says_of_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    def full(path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(tmp_path / "weights", full)
+    assert caught.value.errno in (errno.EIO, errno.ENOSPC) and caught.value.filename == str(tmp_path / "weights")
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_are_as_readable_as_any_other(tmp_path):

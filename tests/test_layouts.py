@@ -92,16 +92,18 @@ def webdataset(folder, tutorial, rows):
                     archive.addfile(member, io.BytesIO(data))
 
 
-def huggingface(saved, hint="conditioning_image"):
+def huggingface(saved, names=("image", "conditioning_image", "text")):
+    picture, hint, text = names
+
     def write(folder, tutorial, rows):
         datasets = pytest.importorskip("datasets")
         columns = {
-            "image": [str(tutorial / row["target"]) for row in rows],
+            picture: [str(tutorial / row["target"]) for row in rows],
             hint: [str(tutorial / row["source"]) for row in rows],
-            "text": [row["prompt"] for row in rows],
+            text: [row["prompt"] for row in rows],
         }
         table = datasets.Dataset.from_dict(columns)
-        for name in ("image", hint):
+        for name in (picture, hint):
             table = table.cast_column(name, datasets.Image())
         if saved:
             table.save_to_disk(folder)
@@ -116,7 +118,7 @@ WRITERS = {
     "prompt.json": ("prompt.json", lambda folder, tutorial, rows: shutil.copytree(tutorial, folder)),
     "saved by datasets": ("huggingface", huggingface(saved=True)),
     "parquet": ("huggingface", huggingface(saved=False)),
-    "ControlNet++": ("huggingface", huggingface(saved=False, hint="control_canny")),
+    "ControlNet++": ("huggingface", huggingface(saved=False, names=("image", "control_canny", "text"))),
     "imagefolder": ("metadata", metadata(("file_name", "conditioning_image_file_name", "text"), ".jsonl")),
     "imagefolder, the other spelling": ("metadata", metadata(("image", "conditioning_image", "text"), ".jsonl")),
     "DiffSynth": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".csv")),
@@ -210,6 +212,82 @@ def pack(path):
 
 def edit(path, before, after):
     path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "DiffSynth", "parquet"])
+def test_columns_of_a_set_s_own_names_are_read_as_what_they_are_said_to_be(name, tutorial, tmp_path):
+    folder, own = tmp_path / "set", {"image": "photo", "hint": "lines", "caption": "said"}
+    if name == "parquet":
+        huggingface(saved=False, names=tuple(own.values()))(folder, *tutorial)
+    else:
+        metadata(tuple(own.values()), ".csv" if name == "DiffSynth" else ".jsonl")(folder, *tutorial)
+    for pair, drawn in zip(FolderPairs(folder, SIDE, columns=own), CirclePairs(SIDE, COUNT), strict=True):
+        assert pair.prompt == drawn.prompt
+        assert np.array_equal(pair.picture, drawn.picture) and np.array_equal(pair.hint, drawn.hint)
+    with pytest.raises(UserError, match="no hint column 'line'"):
+        read_listing(folder, own | {"hint": "line"})
+    with pytest.raises(UserError, match='no "hints" to be named: did you mean "hint"'):
+        read_listing(folder, {"hints": "lines"})
+    with pytest.raises(UserError, match=r"is read as prompt\.json, which has no columns"):
+        read_listing(tutorial[0], own)
+
+
+def test_a_name_that_is_given_comes_before_the_usual_ones(tutorial, tmp_path):
+    folder, rows = tutorial
+    (folder / "drawn.json").unlink()
+    (folder / "prompt.json").unlink()
+    entries = [{"file_name": row["target"], "text": "a", "prompt": "b", "control_x": row["source"]} for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert {row.prompt for row in read_listing(folder).rows} == {"a"}
+    assert {row.prompt for row in read_listing(folder, {"caption": "prompt"}).rows} == {"b"}
+
+
+def test_captions_may_hold_commas_and_ends_of_lines_and_what_is_cut_by_a_comma_is_said(tutorial, tmp_path):
+    folder, rows = tutorial
+    (folder / "drawn.json").unlink()
+    (folder / "prompt.json").unlink()
+    said = ["red, and\nblue", "a\u2028b\u0085c", "plain"]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *zip((row["target"] for row in rows), said, strict=True)])
+    assert [row.prompt for row in read_listing(folder).rows] == said
+    with (folder / "metadata.csv").open("a") as file:
+        file.write(f"{rows[0]['target']},unquoted, and cut\n")
+    [problem] = read_listing(folder).problems
+    assert problem.fatal and "stands in quotes" in problem.words and "line 6" in problem.where
+    (folder / "metadata.csv").unlink()
+    entries = [{"file_name": row["target"], "text": words} for row, words in zip(rows, said, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in entries))
+    assert [row.prompt for row in read_listing(folder).rows] == said
+
+
+def test_of_a_table_s_splits_those_for_training_are_read_and_empty_cells_are_said(tutorial, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    huggingface(saved=False)(tmp_path / "set", *tutorial)
+    for name in ("test-00000-of-00001", "validation-00000-of-00001"):
+        shutil.copy(tmp_path / "set/data/train-00000-of-00001.parquet", tmp_path / f"set/data/{name}.parquet")
+    assert len(read_listing(tmp_path / "set").rows) == COUNT
+    picture = str(tutorial[0] / tutorial[1][0]["target"])
+    columns = {"image": [picture, picture], "conditioning_image": [picture, None], "text": ["a", "b"]}
+    table = datasets.Dataset.from_dict(columns)
+    for name in ("image", "conditioning_image"):
+        table = table.cast_column(name, datasets.Image())
+    (tmp_path / "bare" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "bare/data/only-validation.parquet")
+    listing = read_listing(tmp_path / "bare")
+    [problem] = listing.problems
+    assert len(listing.rows) == 1 and problem.fatal and "row 1" in problem.where
+
+
+def test_what_of_a_backend_is_not_read_is_said(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    path = tmp_path / "set" / "multidatabackend.json"
+    listed = json.loads(path.read_text())
+    listed[0] |= {"repeats": 3}
+    listed += [{"id": "far", "type": "aws"}, {"id": "words", "type": "local", "dataset_type": "text_embeds"}]
+    path.write_text(json.dumps(listed))
+    listing = read_listing(tmp_path / "set")
+    assert len(listing.rows) == COUNT and not any(problem.fatal for problem in listing.problems)
+    assert ["repeats is not read" in listing.problems[0].words, "left out" in listing.problems[1].words] == [True] * 2
 
 
 def test_a_backend_that_names_no_other_and_a_folder_that_shows_nothing_are_refused(tutorial, tmp_path):

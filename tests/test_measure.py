@@ -494,7 +494,9 @@ def test_the_three_ways_share_seeds_and_prompts_and_differ_in_hints_alone(toy_ba
     hints = [truth.hint for truth in truths]
     made = three_ways(toy_base, drawn, truths, hints, Settings(1))
     assert set(made) == {"controlled", "no_control", "shuffled"}
-    again = three_ways(toy_base, drawn, truths, [*hints[2:], *hints[:2]], Settings(1), wanted=("controlled", "shuffled"))
+    again = three_ways(
+        toy_base, drawn, truths, [*hints[2:], *hints[:2]], Settings(1), wanted=("controlled", "shuffled")
+    )
     assert np.array_equal(again["shuffled"], made["controlled"]), "nobody keeps his own hint: a rotation by half"
     assert not np.array_equal(made["controlled"], made["no_control"])
     assert "no_control" not in again

@@ -161,3 +161,13 @@ def test_a_neighbour_of_another_base_or_of_other_hints_is_noted(begun_from):
 
 def test_a_neighbour_of_the_same_base_and_hints_is_not(begun_from, toy_base):
     assert begun_from(Hint("canny"), toy_base.digest) == []
+
+
+def test_a_trial_that_memory_does_not_hold_ends_no_run(toy_base, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(plans, "_micro_batch", full)
+    recipe = parse_recipe(TINY)
+    plan = foresee(recipe, toy_base, learner_of(recipe, toy_base), hints_of(recipe), 4, Meter(toy_base))
+    assert plan.seconds is None and plan.peak > plan.free, "it says that it does not fit"

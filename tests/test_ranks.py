@@ -271,3 +271,12 @@ def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="2 draws of each pair, 1 equal parts and 3 processes"):
         next(train_control(parse_recipe(RECIPE), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_are_refused_in_words(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPUs"):
+        ranks(cpu=False)

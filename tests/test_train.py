@@ -28,7 +28,7 @@ from conftest import StandIn, randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import Text, UNetBase, load_base
 from controlkit.branch import ControlSpec
-from controlkit.data import Cached, CirclePairs, Pair, build_cache, make_fill50k
+from controlkit.data import Cached, CirclePairs, build_cache, make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.formats.names import key_table
@@ -190,6 +190,7 @@ PHOTOS = {"data": {"source": "photos"}}
 EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
 SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
+    ("size", 64, "hints"),
     ("control.annotator", "scribble", "hints"),
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
     ("control.options", {"low": 900.0, "high": 1000.0}, "hints"),
@@ -207,6 +208,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.start_from", "neighbour", "losses"),
     ("control.guidance", 3.0, "samples", {"lr": 0.01}),
     ("data.source", "fill50k", "hints"),
+    ("data.columns", {"caption": "said"}, "losses", {"data": {"source": "named"}}),
     ("data.count", 5, "pairs"),
     ("data.variants", 1, "pairs"),
     ("data.scenes", 16, "pairs", SCENES),
@@ -263,8 +265,12 @@ def other_base(toy_folder):
 def neighbour(toy_base, drawn_joins, tmp_path_factory):
     """The folder of a trained control, beside one of pictures of several shapes."""
     folder = tmp_path_factory.mktemp("controls") / "neighbour"
+    lines = []
     for i, pair in enumerate(CirclePairs(48, 8)):
+        write_png(folder.parent / "named" / f"{i}.png", pair.picture)
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": pair.prompt, "said": f"thing {i}"}))
         write_png(folder.parent / "photos" / f"a circle {'abcdefgh'[i]}.png", pair.picture[: 48 - 8 * (i % 4)])
+    (folder.parent / "named" / "metadata.jsonl").write_text("\n".join(lines))
     save_control(folder, SavedControl(drawn_joins(toy_base.new_branch()), CONTRACT), toy_base)
     return folder
 
@@ -1193,6 +1199,48 @@ def test_a_union_s_recipe_that_cannot_be_meant_is_refused(changes, words, toy_ba
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_can_be_made_longer_and_otherwise_kept_where_its_rate_knows_of_no_end(toy_base, tmp_path):
+    whole, _ = ended(tiny(steps=4), tmp_path / "whole", toy_base)
+    ended(tiny(steps=2), tmp_path / "run", toy_base)
+    longer = tiny(steps=4, keep=None, checkpoint_every=1, evaluation={"patience": 3})
+    went_on, log = ended(longer, tmp_path / "run", toy_base)
+    assert equal(went_on, whole) and [line["step"] for line in log] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 3, "null keeps all"
+    assert read_recipe(tmp_path / "run" / "recipe.yaml") == longer
+    with pytest.raises(UserError, match=r"differs in lr\): give another --out, or run with the recipe as it was to go"):
+        next(train_control(tiny(steps=4, lr=5e-4), tmp_path / "run", toy_base))
+    ended(tiny(steps=2, cooldown=1), tmp_path / "falling", toy_base)
+    with pytest.raises(UserError, match=r"differs in steps\).*longer where its rate does not come down"):
+        next(train_control(tiny(steps=4, cooldown=1), tmp_path / "falling", toy_base))
+
+
+def test_pictures_of_another_size_than_the_base_s_are_trained_on_and_said(toy_base, tmp_path):
+    said = []
+    list(train_control(tiny(size=64, steps=1), tmp_path / "run", toy_base, lambda name, total: said.append(name)))
+    assert any("pictures of 64 pixels" in line and "was trained on 32" in line for line in said)
+    [cached] = Cached.read(next((tmp_path / "run").glob("pairs*")))
+    assert cached.size == (64, 64) and toy_base.size == 32, "the caller's base is as it was"
+    with pytest.raises(UserError, match="sides are multiples of"):
+        toy_base.of_size(33)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"control": {"rank": 4}},
+        {"control": {"annotator": "scribble", "annotators": ["canny", "scribble"]}},
+        {"data": {"source": "fill50k", "variants": 3}},
+        {"data": {"scenes": 3}},
+        {"data": {"visits": 3}},
+        {"evaluation": {"every": 0, "patience": 2}},
+        {"evaluation": {"every": 0, "target": 0.5}},
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(content):
+    with pytest.raises(UserError, match="is set, and nothing reads it"):
+        parse_recipe(content)
+
+
 def test_hints_that_nothing_here_makes_take_no_options():
     with pytest.raises(UserError, match="Nothing here makes hints of depth"):
         train.hints_of(parse_recipe({"control": {"annotator": "depth", "options": {"low": 1.0}}}))
@@ -1224,7 +1272,7 @@ def test_hints_that_cannot_be_found_again_are_trained_on_and_judged_by_their_los
     assert best.trained["step"] == seen[int(np.argmin(losses))].step
     ends = [i for i in range(1, len(losses)) if losses[i] > min(losses[:i])]
     assert len(seen) == (ends[0] + 1 if ends else 3), "patience has the loss to go by"
-    with pytest.raises(UserError, match="evaluation.target is an obedience, and none is measured"):
+    with pytest.raises(UserError, match=r"evaluation\.target is an obedience, and none is measured"):
         next(train_control(recipe.model_copy(update={"evaluation": EvaluationRecipe(target=0.5)}),
                            tmp_path / "other", toy_base))  # fmt: skip
     assert not (tmp_path / "other").exists()

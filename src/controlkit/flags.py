@@ -5,7 +5,8 @@ with what to do instead. What is left out has the script's default, not the reci
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +31,7 @@ PLACES = {
     "gradient_checkpointing": "checkpointing",
     "gradient_accumulation_steps": "accumulate",
     "checkpointing_steps": "checkpoint_every",
-    "checkpoints_total_limit": "keep",
+    "resolution": "size",
     "seed": "seed",
     "annotator": "control.annotator",
     "tracker_project_name": "tracking.project",
@@ -39,14 +40,13 @@ PLACES = {
 
 WORKED_OUT = (
     "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
-    "lr_power", "scale_lr", "resolution", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam", "report_to",
-    "mixed_precision",
+    "lr_power", "scale_lr", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam", "report_to",
+    "mixed_precision", "checkpoints_total_limit", "image_column", "conditioning_image_column", "caption_column",
 )  # fmt: skip
 """Flags of which something is computed."""
 
 NEEDLESS = {
-    "resume_from_checkpoint": "a run goes on by itself when it is started again",
-    "allow_tf32": "the number format is the one that pays on this machine",
+    "allow_tf32": "networks are computed in the format that pays on this machine, bfloat16 where there is a choice",
     "set_grads_to_none": "it is always so",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used",
     "dataloader_num_workers": "latents, text and hints are cached before the first step",
@@ -66,11 +66,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "revision": (None,),
     "variant": (None,),
     "dataset_config_name": (None,),
-    "image_column": ("image", "file_name"),
-    "conditioning_image_column": ("conditioning_image", "conditioning_image_file_name"),
-    "caption_column": ("text", "prompt", "caption"),
+    "resume_from_checkpoint": ("latest",),
 }
-"""Flags that may have these values alone."""
+"""Flags that may have these values alone. A run that is started again goes on from its newest checkpoint by itself."""
+
+COLUMNS = {"image_column": "image", "conditioning_image_column": "hint", "caption_column": "caption"}
+"""Flags that say what a column is called. Left out, or as the script has it, the usual names are looked for."""
 
 OF_ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power": ("power", "polynomial")}
 """Flags that one scheduler alone reads: the recipe's key, and which. Its ``constant`` does not read the warm-up."""
@@ -80,8 +81,11 @@ SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_no
 WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
          "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
 TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
-        "output_dir", "annotator", "report_to", "tracker_project_name", "mixed_precision")  # fmt: skip
+        "output_dir", "annotator", "report_to", "tracker_project_name", "mixed_precision", "image_column",
+        "conditioning_image_column", "caption_column", "resume_from_checkpoint")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
+
+_OWN = {"image_column": "image", "conditioning_image_column": "conditioning_image", "caption_column": "text"}
 
 DEFAULTS: dict[str, Any] = {
     "train_batch_size": 4,
@@ -98,22 +102,29 @@ DEFAULTS: dict[str, Any] = {
     "output_dir": "controlnet-model",
     "resolution": 512,
     "annotator": "",
+    "report_to": "tensorboard",
+    "tracker_project_name": "train_controlnet",
 }
 """The script's own, where the recipe's differ or something is computed of them."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line of flags asks for: a recipe's values, the run's folder, the picture size, what to say."""
+    """What a command line of flags asks for: a recipe's values, the run's folder, what to say."""
 
     recipe: dict[str, Any]
     out: Path
-    resolution: int
     notes: list[str] = field(default_factory=list)
 
 
-def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> Asked:
-    """The recipe that flags ask for; ``count_pairs`` says how many pairs a folder has, where epochs are asked for."""
+def read_flags(
+    arguments: Sequence[str], count_pairs: Callable[[Path, Mapping[str, str]], int], processes: int = 1
+) -> Asked:
+    """The recipe that flags ask for.
+
+    ``count_pairs``: how many pairs a folder has, with what its columns are called, where epochs are asked for.
+    ``processes``: how many train together: the script's batch is each one's.
+    """
     given = _split(arguments)
     for name, allowed in FIXED.items():
         if name in given and given[name] not in allowed:
@@ -128,7 +139,7 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
     if ("train_data_dir" in given) == ("dataset_name" in given):
         raise UserError("Expected one of --train_data_dir and --dataset_name, a folder with training data.")
     values = DEFAULTS | given
-    recipe: dict[str, Any] = {"evaluation": {"every": 0}}
+    recipe: dict[str, Any] = {"evaluation": {}}
     for name, place in PLACES.items():
         if values.get(name) is not None:
             section, _, key = place.rpartition(".")
@@ -136,21 +147,24 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
     source = Path(recipe["data"]["source"])
     if not source.is_dir():
         raise UserError(f"There is no folder {source}: data sets are read from folders, a hub's name is not.")
-    recipe["batch"] = values["train_batch_size"] * values["gradient_accumulation_steps"]
+    columns = {kind: given[name] for name, kind in COLUMNS.items() if given.get(name, _OWN[name]) != _OWN[name]}
+    recipe["data"]["columns"] = columns
+    recipe["batch"] = values["train_batch_size"] * values["gradient_accumulation_steps"] * processes
+    recipe["keep"] = given.get("checkpoints_total_limit")
     if "max_train_steps" not in given:
-        pairs = min(count_pairs(source), given.get("max_train_samples", 2**62))
+        pairs = min(count_pairs(source, columns), given.get("max_train_samples", 2**62))
         recipe["steps"] = -(-pairs // recipe["batch"]) * values["num_train_epochs"]
     if values.get("scale_lr"):
         recipe["lr"] *= recipe["batch"]
     recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
     recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
-    if "mixed_precision" in given:
-        asked, formats = str(given["mixed_precision"]), {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which is "no" where nobody asked for anything
+    if "mixed_precision" in given or launched != "no":
+        asked, formats = given.get("mixed_precision", launched), {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
         if asked not in formats:
             raise UserError(f'--mixed_precision is "{asked}": {nearest(asked, formats)}')
         recipe["precision"] = formats[asked]
-    if "report_to" in given:
-        recipe.setdefault("tracking", {})["to"] = _trackers(given["report_to"])
+    recipe["tracking"]["to"] = _trackers(values["report_to"], needed="report_to" in given)
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
     recipe["schedule"] = values["lr_scheduler"]
     recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values["lr_warmup_steps"]
@@ -159,13 +173,15 @@ def read_flags(arguments: Sequence[str], count_pairs: Callable[[Path], int]) -> 
             recipe[key] = given[name]
         elif name in given:
             notes.append(f"--{name} is not needed: --lr_scheduler {schedule} alone reads it")
-    if values["annotator"]:  # at least in the end: a run should say whether it worked
-        recipe["evaluation"]["every"] = given.get("validation_steps", recipe["steps"])
-    elif "validation_steps" in given:
-        notes.append("nothing is measured on the way: --annotator says what the hints are, so that it can be")
+    # At least in the end: a run should say whether it worked.
+    recipe["evaluation"]["every"] = given.get("validation_steps", recipe["steps"])
+    if not values["annotator"]:
+        notes.append("--annotator, a flag of its own, says what the hints are, so that obedience can be measured")
+    if processes > 1:
+        notes.append(f"a batch of {recipe['batch']}: --train_batch_size is that of each of {processes} processes")
     if not recipe["prompt_dropout"]:
         notes.append("no prompts are dropped, as in the script; the paper drops half: --proportion_empty_prompts 0.5")
-    return Asked(recipe, Path(values["output_dir"]), values["resolution"], notes)
+    return Asked(recipe, Path(values["output_dir"]), notes)
 
 
 def _split(arguments: Sequence[str]) -> dict[str, Any]:
@@ -208,9 +224,11 @@ def _number(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def _trackers(name: str) -> list[str]:
-    """Trackers by diffusers' name for them; ``all`` is those that are installed."""
+def _trackers(name: str, needed: bool) -> list[str]:
+    """Trackers by diffusers' name for them; ``all`` is those that are installed, and so is one not ``needed``."""
     known = list(get_args(TrackerName))
+    if not needed and not importlib.util.find_spec(name):
+        return []
     if name in ("all", "none"):
         return [one for one in known if name == "all" and importlib.util.find_spec(one)]
     if name not in known:

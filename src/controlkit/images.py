@@ -7,10 +7,12 @@ Hints are pictures, too, or arrays (H, W, C) of any number of channels: uint8 an
 largest value; float32 are values in the range of the ``Hint`` already.
 """
 
+import errno
 import io
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +23,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from controlkit.errors import UserError, one_line
@@ -274,7 +277,11 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
         if callable(data):
             scratch.touch(exist_ok=False)
             mode = scratch.stat().st_mode  # the writer may make the file anew, for its owner alone
-            data(scratch)
+            try:
+                data(scratch)
+            except SafetensorError as error:  # which is what its writer makes of a full disk, too
+                full = shutil.disk_usage(path.parent).free < 1 << 20
+                raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
             scratch.chmod(mode)
         with scratch.open("ab") as file:
             if isinstance(data, bytes):

@@ -42,6 +42,9 @@ class Ranks:
     """Whether weights, gradients and what the optimizer remembers are shared out over them (FSDP2)."""
     notes: tuple[str, ...] = ()
     """What there is to know of how they were started."""
+    talk: Any = None
+    """The group in which words are passed, by the CPU: one that was killed is missed there at once, where a GPU's
+    collectives would wait for it."""
 
     @property
     def first(self) -> bool:
@@ -52,7 +55,7 @@ class Ranks:
         """Until all are here."""
         if self.count > 1:
             with _among_all():
-                torch.distributed.barrier()
+                torch.distributed.barrier(self.talk)
 
     def mean(self, values: Iterable[Tensor]) -> None:
         """Replace each value by its mean over the processes."""
@@ -70,13 +73,13 @@ class Ranks:
         if not self.sharded:
             self.mean(p.grad for p in module.parameters() if p.grad is not None)
 
-    def any(self, value: bool, device: torch.device) -> bool:
+    def any(self, value: bool) -> bool:
         """Whether it is so for any of them."""
         if self.count == 1:
             return value
-        flag = torch.tensor(float(value), device=device)
+        flag = torch.tensor(float(value))
         with _among_all():
-            torch.distributed.all_reduce(flag)
+            torch.distributed.all_reduce(flag, group=self.talk)
         return bool(flag.item())
 
     def told(self, value: Any) -> Any:
@@ -85,7 +88,7 @@ class Ranks:
             return value
         held = [value]
         with _among_all():
-            torch.distributed.broadcast_object_list(held)
+            torch.distributed.broadcast_object_list(held, group=self.talk)
         return held[0]
 
     def gathered(self, value: Any) -> list[Any]:
@@ -93,7 +96,7 @@ class Ranks:
         held = [value] * self.count
         if self.count > 1:
             with _among_all():
-                torch.distributed.all_gather_object(held, value)
+                torch.distributed.all_gather_object(held, value, self.talk)
         return held
 
     def share(self, count: int) -> range:
@@ -117,12 +120,19 @@ def ranks(cpu: bool) -> Ranks:
         return Ranks(notes=tuple(notes))
     from accelerate import PartialState
 
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and torch.cuda.is_available() and beside > torch.cuda.device_count():
+        raise UserError(
+            f"{beside} processes were started on a machine with {torch.cuda.device_count()} GPUs, and each needs its "
+            "own: start as many (--num_processes)."
+        )
     if deepspeed:
         del os.environ[_DEEPSPEED]  # or accelerate would have DeepSpeed itself connect the processes
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
     if deepspeed:
         os.environ[_DEEPSPEED] = "true"
-    together = Ranks(state.process_index, state.num_processes, notes=tuple(notes))
+    talk = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    together = Ranks(state.process_index, state.num_processes, notes=tuple(notes), talk=talk)
     if deepspeed or not _asked(_FSDP):
         return together
     notes.append(

@@ -72,6 +72,8 @@ class DataRecipe(_Strict):
     source: str = "emoji"
     """``emoji`` (held-out concepts left out), ``scenes`` (what no control may see left out), ``world`` (both),
     ``fill50k`` (drawn on the fly), or a folder in any of the layouts of ``data.layouts``."""
+    columns: dict[str, str] = {}
+    """What a folder's ``image``, ``hint`` or ``caption`` columns are called, where that is none of the usual names."""
     count: int | None = Field(None, gt=0)
     """Pictures to train on; all by default."""
     variants: int = Field(2, gt=0)
@@ -121,6 +123,8 @@ class Recipe(_Strict):
     """A control's training run. Unknown keys are refused, with the nearest known one."""
 
     base: str = "mini"
+    size: int | None = Field(None, gt=0)
+    """The side of the pictures trained on, in pixels; the base's own by default."""
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
     steps: int = Field(3000, gt=0)
@@ -174,8 +178,8 @@ class Recipe(_Strict):
     """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
     seed: int = 0
     checkpoint_every: int = Field(500, gt=0)
-    keep: int = Field(2, gt=0)
-    """Checkpoints kept."""
+    keep: int | None = Field(2, gt=0)
+    """Checkpoints kept; null for all."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
 
@@ -198,8 +202,17 @@ class Recipe(_Strict):
             ("cooldown", self.schedule == "constant", "it is of schedule: constant"),
             ("cycles", self.schedule == "cosine_with_restarts", "they are of schedule: cosine_with_restarts"),
             ("power", self.schedule == "polynomial", "it is of schedule: polynomial"),
+            ("control.rank", self.control.body == "lora", "it is of control.body: lora"),
+            ("control.annotator", not self.control.annotators, "control.annotators stands in its place"),
+            ("data.variants", self.data.source in ("emoji", "world"), "it is of data.source: emoji or world"),
+            ("data.scenes", self.data.source in ("scenes", "world"), "it is of data.source: scenes or world"),
+            ("data.visits", self.data.source in ("scenes", "world"), "it is of data.source: scenes or world"),
+            ("evaluation.patience", self.evaluation.every > 0, "evaluation.every is 0"),
+            ("evaluation.target", self.evaluation.every > 0, "evaluation.every is 0"),
         ):
-            if not read and getattr(self, key) != type(self).model_fields[key].default:
+            *section, name = key.split(".")
+            holder = getattr(self, section[0]) if section else self
+            if not read and getattr(holder, name) != type(holder).model_fields[name].default:
                 raise ValueError(f'"{key}" is set, and nothing reads it: {reason}')
         if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
             raise ValueError(f"schedule: polynomial ends at a rate of {POLYNOMIAL_END}, and lr is {self.lr}")

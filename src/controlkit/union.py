@@ -117,7 +117,8 @@ class UnionBranch(ControlBranch):
         shifts = self.spatial_ch_projs(rows[0]).unflatten(0, tokens.shape[:2])
         features = sum(one + shift[..., None, None] for one, shift in zip(maps, shifts, strict=True))
         code = torch.zeros(len(self.task_embedding), device=tokens.device)
-        code[numbers] = 1
+        for number in numbers:  # a list of them would be copied to the device, and waited for
+            code[number] = 1
         embedding = self.control_add_embedding(self.type_code(code).flatten().to(tokens.dtype))
         return {"map": features, "embedding": embedding.expand(tokens.shape[1], -1)}
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from controlkit.backbones.families import Prediction
 from controlkit.backbones.xs import Layer, XSBranch, new_xs, run_layer, run_plain
 from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap, add_residuals, low_rank
+from controlkit.errors import UserError
 from controlkit.hub import digest
 from controlkit.precision import autocast
 from controlkit.union import UnionBranch
@@ -269,6 +270,7 @@ class UNetBase:
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.stride
         self.window = towers[0].tokenizer.model_max_length
+        self._vae_rows: int | None = None  # as many at once as memory was seen to hold; None: any number
 
     def _modules(self) -> dict[str, Any]:
         """Every network, by its name in a diffusers folder."""
@@ -345,7 +347,25 @@ class UNetBase:
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the latents (B, 2C, h, w), unscaled, of pictures (B, 3, H, W) in [-1, 1]."""
-        return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.parameters
+        return self._by_vae(lambda rows: self.vae.encode(rows).latent_dist.parameters, pixels)
+
+    def _by_vae(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """What the VAE makes of rows, of as many at once as memory holds; that is found once, by halving.
+
+        A VAE that float16 overflows (SDXL's) computes in its weights' own format under autocast to it.
+        """
+        kind = self.device.type
+        halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        upcast = halves and self.vae.config.get("force_upcast")
+        while True:
+            try:
+                with torch.autocast(kind, enabled=False) if upcast else nullcontext():
+                    parts = rows.to(self.vae.dtype).split(self._vae_rows or len(rows))
+                    return torch.cat([work(part) for part in parts]) if len(parts) > 1 else work(parts[0])
+            except torch.OutOfMemoryError:
+                if (most := min(self._vae_rows or len(rows), len(rows))) == 1:
+                    raise
+                self._vae_rows = most // 2
 
     def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, C, h, w) drawn from ``encode_moments``' Gaussians with standard normal ``noise``."""
@@ -355,7 +375,8 @@ class UNetBase:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.clamp(-1, 1)
+        scaled = latents / self.vae.config.scaling_factor
+        return self._by_vae(lambda rows: self.vae.decode(rows).sample, scaled).clamp(-1, 1)
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
@@ -440,10 +461,18 @@ class UNetBase:
         """A fresh body of ControlNet-lite for this base's taps."""
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
 
+    def of_size(self, size: int) -> "UNetBase":
+        """The same base for pictures of another side, in pixels; ``UserError`` where its U-Net cannot halve it."""
+        if size % self.multiple:
+            raise UserError(f'"{self.name}" makes pictures whose sides are multiples of {self.multiple}; not {size}.')
+        other = copy.copy(self)
+        other.size = size
+        return other
+
     def with_own_unet(self) -> "UNetBase":
         """The same base with a copy of its U-Net, to be trained."""
         unet = copy.deepcopy(self.unet)
-        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none)
+        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none).of_size(self.size)
 
     # --- placement --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ app.add_typer(data.app, name="data")
 
 _PLACES = (  # errors of a path or a disk, which the user can mend
     errno.ENOSPC,
+    errno.EIO,
     errno.EDQUOT,
     errno.EACCES,
     errno.EROFS,
@@ -50,6 +51,16 @@ def main() -> None:
         place = f" ({error.filename})" if error.filename else ""
         typer.echo(
             f"controlkit: {error.strerror}{place}. Make room, mend the permissions, or choose another path.",
+            err=True,
+        )
+        sys.exit(2)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # not imported for this alone
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        typer.echo(
+            f"controlkit: The device's memory does not hold this ({str(error).splitlines()[0]}). Take fewer or smaller "
+            "pictures at once, or another device (--device cpu).",
             err=True,
         )
         sys.exit(2)

@@ -1,6 +1,7 @@
 """Training runs: to start or go on, to watch, to measure what came of them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +57,13 @@ def train(
     from controlkit.recipe import parse_recipe, put, read_recipe
     from controlkit.train import train_control
 
+    def pairs_of(folder: Path, columns: Mapping[str, str]) -> int:
+        return trained_count(len(read_listing(folder, columns).rows))
+
     given = [*([str(recipe)] if recipe else []), *context.args]
+    together = ranks(cpu=not on_cuda(device))
     if given and given[0].startswith("--"):
-        asked = read_flags(given, lambda folder: trained_count(len(read_listing(folder).rows)))
+        asked = read_flags(given, pairs_of, together.count)
         for change in changes or []:
             put(asked.recipe, change)
         settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
@@ -68,13 +73,10 @@ def train(
     elif not given or not out:
         raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     else:
-        asked, settings, notes = None, read_recipe(Path(given[0]), changes or []), []
-    together = ranks(cpu=not on_cuda(device))
+        settings, notes = read_recipe(Path(given[0]), changes or []), []
     for note in notes if together.first else []:
         warn(note)
     base = loaded_base(settings.base, device)
-    if asked and asked.resolution != base.size:
-        raise UserError(f'"{base.name}" makes pictures of {base.size} pixels: expected --resolution {base.size}.')
     with progress_bars(disable=not together.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -200,7 +202,10 @@ def evaluate(
     kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
     if source == "world":  # what is known of scenes alone is measured there, the rest on emoji
         source = "scenes" if kind in TRUTHS else "emoji"
-    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mark is not None)
+    recipe = saved.trained.get("recipe") or {}
+    columns = {} if data else recipe.get("data", {}).get("columns", {})
+    model = model.of_size(recipe["size"]) if recipe.get("size") else model
+    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mark is not None, columns)
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(

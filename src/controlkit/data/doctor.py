@@ -98,7 +98,7 @@ def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], place
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
         rules = _rules(row, contract, problems)
-        masked = bool(contract) and contract.mark is not None
+        masked = contract is not None and contract.mark is not None
         read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
         hints = []  # as pictures
         for held, hint, rule in zip(row.hints, read, rules, strict=True):

@@ -14,6 +14,7 @@ itself has wrong. ``LAYOUTS`` is the order in which they are tried:
 """
 
 import csv
+import io
 import json
 import re
 import tarfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.errors import UserError, nearest
+from controlkit.hub import cache_dir
 from controlkit.seeds import numpy_rng
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -39,8 +41,47 @@ HINT_NAMES = (
     "control", "hint",
 )  # fmt: skip
 CAPTION_NAMES = ("text", "prompt", "caption")
-"""Names of columns and keys: what picture, hint and caption are called; the first found counts. A hint may also be
-called ``control_`` and something (ControlNet++). Further hints of a row have that name with ``_2``, ``_3`` after it."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What picture, hint and caption are called in columns and keys; the first found counts.
+
+    A hint may also be called ``control_`` and something (ControlNet++), unless the name is ``given``. Further hints of
+    a row have that name with ``_2``, ``_3`` after it.
+    """
+
+    image: Sequence[str] = PICTURE_NAMES
+    hint: Sequence[str] = HINT_NAMES
+    caption: Sequence[str] = CAPTION_NAMES
+    given: frozenset[str] = frozenset()
+    """Which of the three are not usual names but a set's own."""
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str]) -> "Names":
+        """With a set's own names for ``image``, ``hint`` or ``caption``."""
+        if unknown := [kind for kind in columns if kind not in COLUMNS]:
+            raise UserError(f'A row has no "{unknown[0]}" to be named: {nearest(unknown[0], COLUMNS)}')
+        return cls(**{kind: (name,) for kind, name in columns.items()}, given=frozenset(columns))
+
+    def hints(self, names: Sequence[str]) -> list[str]:
+        """What of these is called a hint: the likeliest, and what has its name with ``_2`` and so on after it."""
+        likely = [name for name in self.hint if name in names]
+        likely += [name for name in names if name.startswith("control_") and "hint" not in self.given]
+        found = likely[:1]
+        while likely and (further := f"{likely[0]}_{len(found) + 1}") in names:
+            found.append(further)
+        return found
+
+    def check(self, names: Sequence[str], where: str) -> None:
+        """Refuse names that were given and are not there."""
+        for kind in sorted(self.given):
+            if getattr(self, kind)[0] not in names:
+                raise UserError(f"{where} has no {kind} column {getattr(self, kind)[0]!r}: it has {', '.join(names)}.")
+
+
+COLUMNS = ("image", "hint", "caption")
+"""What of a row may have a name of the set's own."""
 FOLDERS = ("conditioning", "control", "hint", "hints", "cond")
 """What the name of a folder of hints is, or begins with before a ``_``."""
 
@@ -93,8 +134,12 @@ class Listing:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_listing(folder: Path) -> Listing:
-    """The rows of a data set, in the first layout that its folder shows; ``UserError`` if it shows none."""
+def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:
+    """The rows of a data set, in the first layout that its folder shows; ``UserError`` if it shows none.
+
+    ``columns``: what its ``image``, ``hint`` or ``caption`` is called, where that is none of the usual names.
+    """
+    names = Names.of(columns or {})
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
     if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
@@ -103,8 +148,10 @@ def read_listing(folder: Path) -> Listing:
         raise UserError(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     for name, reader in LAYOUTS.items():
         problems: list[Problem] = []
-        rows = reader(folder, problems)
+        rows = reader(folder, problems, names)
         if rows is not None:
+            if names.given and name not in ("huggingface", "metadata"):
+                raise UserError(f"{folder} is read as {name}, which has no columns: give none.")
             return Listing(name, rows, problems)
     raise UserError(
         f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
@@ -150,15 +197,6 @@ def _one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _row(picture: Held, prompt: str, hints: Sequence[Held | None]) -> Row:
     first, *more = hints or [None]
     return Row(picture, prompt, first, tuple(held for held in more if held))
-
-
-def _hint_names(names: Sequence[str]) -> list[str]:
-    """What of these is called a hint: the likeliest, and what has its name with ``_2`` and so on after it."""
-    likely = [name for name in HINT_NAMES if name in names] + [name for name in names if name.startswith("control_")]
-    found = likely[:1]
-    while likely and (further := f"{likely[0]}_{len(found) + 1}") in names:
-        found.append(further)
-    return found
 
 
 def _wording(captions: Any, place: int) -> str:
@@ -259,7 +297,7 @@ def _text_of(path: Path, problems: list[Problem]) -> str:
 
 def _json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, and where each stands."""
-    for number, line in enumerate(_text_of(path, problems).splitlines(), 1):
+    for number, line in enumerate(_text_of(path, problems).split("\n"), 1):  # captions may hold other ends of lines
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -276,10 +314,26 @@ def _json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
 # --- the layouts --------------------------------------------------------------------------------------------
 
 
-def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
+_ASIDE = {"validation", "valid", "val", "dev", "test", "eval"}
+"""Words that files of a split have in their names that is not for training."""
+
+
+def _for_training(tables: Sequence[Path], folder: Path) -> list[str]:
+    """All tables of a folder but those of other splits, where there are such."""
+    split = [path for path in tables if not _ASIDE & set(re.findall("[a-z]+", str(path.relative_to(folder)).lower()))]
+    return [str(path) for path in split or tables]
+
+
+def _nulls(table: Any, column: str) -> set[int]:
+    """The rows of a table of the datasets library that have nothing in a column."""
+    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    return {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
+
+
+def _huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    tables = sorted(str(path) for path in folder.rglob("*.parquet"))
+    tables = _for_training(sorted(folder.rglob("*.parquet")), folder)
     if not saved and not tables:
         return None
     try:
@@ -291,26 +345,34 @@ def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
     if saved:
         table = datasets.load_from_disk(str(folder))
     else:
-        table = datasets.Dataset.from_parquet(tables, cache_dir=None, keep_in_memory=True)
+        table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
     if isinstance(table, datasets.DatasetDict):
         table = table["train"] if "train" in table else next(iter(table.values()))
     columns = table.column_names
-    named = [next((name for name in names if name in columns), None) for names in (PICTURE_NAMES, CAPTION_NAMES)]
-    (picture, caption), hints = named, _hint_names(columns)
+    names.check(columns, str(folder))
+    picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
+    hints = names.hints(columns)
     if picture is None:
-        raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(PICTURE_NAMES)}.")
+        raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
     for name in (picture, *hints):
         if isinstance(table.features[name], datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
 
+    empty = {name: _nulls(table, name) for name in (picture, *hints)}
+
     def held(place: int, column: str) -> Held | None:
+        if place in empty[column]:
+            problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
+            return None
+
         def read() -> bytes:
             value = table[place][column]
             return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
         if isinstance(table.features[column], datasets.Image):
             return Held(f"{folder}, row {place}, {column}", read)
-        return _inside(folder, str(table[place][column]), problems)
+        beside = folder if saved else Path(tables[0]).parent
+        return _inside(beside, str(table[place][column]), problems)
 
     rows = []
     for place, said in enumerate(table[caption] if caption else [""] * len(table)):
@@ -320,7 +382,7 @@ def _huggingface(folder: Path, problems: list[Problem]) -> list[Row] | None:
     return rows
 
 
-def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """``multidatabackend.json``: backends of pictures with ``conditioning_data``, the id of a backend of hints."""
     path = folder / "multidatabackend.json"
     if not path.is_file():
@@ -329,6 +391,8 @@ def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
         listed = json.loads(path.read_text(encoding="utf-8"))
         backends = {one["id"]: one for one in listed if not one.get("disabled")}
         local = [one for one in backends.values() if "instance_data_dir" in one]
+        for one in backends.values():
+            problems += _left_out(str(path), one)
         pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
@@ -359,7 +423,24 @@ def _simpletuner(folder: Path, problems: list[Problem]) -> list[Row] | None:
     return rows
 
 
-def _prompt_json(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _left_out(where: str, backend: Mapping[str, Any]) -> Iterator[Problem]:
+    """What of a backend's settings is not read, where it would change what is trained on."""
+    name = f"{where}, {backend['id']}"
+    if backend.get("dataset_type", "image") not in ("image", "conditioning"):
+        return  # caches of text and latents
+    if "instance_data_dir" not in backend:
+        said = f"is of type {backend.get('type', 'unknown')} without instance_data_dir: its pictures are left out"
+        yield Problem("other backend", name, said, fatal=False)
+    instead = {
+        "repeats": "its pictures come as often as others",
+        "conditioning": "name a backend of hints by conditioning_data, or an annotator",
+    }
+    for key, words in instead.items():
+        if backend.get(key):
+            yield Problem("setting not read", name, f"{key} is not read: {words}", fatal=False)
+
+
+def _prompt_json(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """The original repository's ``prompt.json``."""
     listing = folder / "prompt.json"
     if not listing.is_file():
@@ -376,7 +457,7 @@ def _prompt_json(folder: Path, problems: list[Problem]) -> list[Row] | None:
     return rows
 
 
-def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _metadata(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """``metadata.jsonl``, ``.csv`` or ``.json`` (a list), in the folder itself or in ``train/``; paths from where it
     lies."""
     suffixes = (".jsonl", ".csv", ".json")
@@ -386,16 +467,18 @@ def _metadata(folder: Path, problems: list[Problem]) -> list[Row] | None:
         return None  # a JSON object of that name is about something else
     rows = []
     for number, (where, values) in enumerate(_entries(listing, problems)):
-        named = _one_of(values, PICTURE_NAMES)
-        hinted = [str(values[name]) for name in _hint_names([key for key in values if values[key] not in (None, "")])]
+        if not number:
+            names.check(list(values), where)
+        named = _one_of(values, names.image)
+        hinted = [str(values[name]) for name in names.hints([key for key in values if values[key] not in (None, "")])]
         if not isinstance(named, str):
-            words = f"names no picture; expected one of {', '.join(PICTURE_NAMES)}"
+            words = f"names no picture; expected one of {', '.join(names.image)}"
             problems.append(Problem("unreadable line", where, words))
             continue
         picture = _inside(listing.parent, named, problems)
         others = [_inside(listing.parent, name, problems) for name in hinted]
         if picture and all(others):
-            rows.append(_row(picture, _wording(_one_of(values, CAPTION_NAMES), number), others))
+            rows.append(_row(picture, _wording(_one_of(values, names.caption), number), others))
     if hints := sum(row.hint is not None for row in rows):
         for row in rows:
             if row.hint is None:
@@ -409,8 +492,14 @@ def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
     if listing.suffix == ".jsonl":
         yield from _json_lines(listing, problems)
     elif listing.suffix == ".csv":
-        lines = csv.DictReader(_text_of(listing, problems).splitlines())
-        yield from ((f"{listing}, line {lines.line_num}", values) for values in lines)
+        lines = csv.DictReader(io.StringIO(_text_of(listing, problems), newline=""), restkey="")
+        for values in lines:
+            where = f"{listing}, line {lines.line_num}"
+            if "" in values:
+                words = "has more fields than the first line: a caption with commas stands in quotes"
+                problems.append(Problem("unreadable line", where, words))
+            else:
+                yield where, values
     else:
         try:
             listed = json.loads(_text_of(listing, problems) or "[]")
@@ -425,7 +514,7 @@ def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
                 problems.append(Problem("unreadable line", f"{listing}, entry {place}", words))
 
 
-def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _webdataset(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """Tar shards: ``KEY.jpg``, ``KEY.txt``, ``KEY.conditioning_image.png``, ``KEY.json``."""
     shards = sorted(folder.rglob("*.tar"))
     if not shards:
@@ -445,17 +534,17 @@ def _webdataset(folder: Path, problems: list[Problem]) -> list[Row] | None:
         except tarfile.TarError as error:
             problems.append(Problem("unreadable file", str(shard), f"is no whole tar file, uncompressed ({error})"))
         for key, parts in samples.items():
-            row = _sample(f"{shard}:{key}", parts, problems)
+            row = _sample(f"{shard}:{key}", parts, problems, names)
             if row:
                 rows.append(row)
     return rows
 
 
-def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> Row | None:
+def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], names: Names) -> Row | None:
     """A row of the members of one key; a member's part is what follows the first dot of its name."""
     pictures = {part: held for part, held in parts.items() if f".{part.rpartition('.')[2]}" in HINT_SUFFIXES}
     by_name = {part.split(".")[0]: held for part, held in pictures.items()}
-    hints = [by_name[name] for name in _hint_names(list(by_name))]
+    hints = [by_name[name] for name in names.hints(list(by_name))]
     # Of several names for a hint the likeliest counts; none of them is the picture, and no array is.
     own = [held for part, held in pictures.items() if not part.startswith(HINT_NAMES) and not part.endswith(".npy")]
     if len(own) != 1:
@@ -474,7 +563,7 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem]) -> R
     except ValueError as error:
         problems.append(Problem("unreadable line", where, f"its json cannot be read ({error})"))
     if prompt is None:
-        prompt = _wording(_one_of(facts, CAPTION_NAMES), 0)
+        prompt = _wording(_one_of(facts, names.caption), 0)
     return _row(own[0], prompt, hints)
 
 
@@ -484,7 +573,7 @@ def _bytes_at(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _two_folders(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``).
 
     Further hints lie in folders of its name with ``_2``, ``_3`` ... after it.
@@ -498,7 +587,7 @@ def _two_folders(folder: Path, problems: list[Problem]) -> list[Row] | None:
     return _paired(pictures[0], hints, lambda path: _caption_beside(path, problems), problems)
 
 
-def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:
+def _plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """Pictures, at any depth."""
     found = _pictures_in(folder)
     if not found:
@@ -510,7 +599,7 @@ def _plain(folder: Path, problems: list[Problem]) -> list[Row] | None:
     return rows
 
 
-LAYOUTS: dict[str, Callable[[Path, list[Problem]], list[Row] | None]] = {
+LAYOUTS: dict[str, Callable[[Path, list[Problem], Names], list[Row] | None]] = {
     "huggingface": _huggingface,
     "simpletuner": _simpletuner,
     "prompt.json": _prompt_json,

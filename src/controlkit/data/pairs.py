@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,11 +204,12 @@ class FolderPairs(Sequence[Pair]):
     """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
 
     ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
-    ``UserError`` where its listing has something wrong with it that nothing should be trained on.
+    ``columns``: as with ``read_listing``. ``UserError`` where its listing has something wrong with it that nothing
+    should be trained on.
     """
 
-    def __init__(self, folder: Path, size: int, masked: bool = False) -> None:
-        listing = read_listing(folder)
+    def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
+        listing = read_listing(folder, columns)
         fatal = [problem for problem in listing.problems if problem.fatal]
         if fatal:
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
@@ -261,13 +262,16 @@ def trained_count(pairs: int) -> int:
     return max(pairs - min(max(pairs // 10, 2), 512), 0)
 
 
-def split_folder(folder: Path, size: int, masked: bool = False) -> tuple[FolderPairs, FolderPairs]:
+def split_folder(
+    folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None
+) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border. ``masked``: as with ``FolderPairs``.
+    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with
+    ``FolderPairs``.
     """
-    pairs = FolderPairs(folder, size, masked)
+    pairs = FolderPairs(folder, size, masked, columns)
     trained = trained_count(len(pairs))
     if not trained:
         raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
@@ -280,13 +284,18 @@ SCENES_EVALUATED = 800
 
 
 def evaluation_pairs(
-    source: str, size: int, num: int, person: bool = False, masked: bool = False
+    source: str,
+    size: int,
+    num: int,
+    person: bool = False,
+    masked: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth; ``masked``: as with ``FolderPairs``).
+    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``).
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -299,5 +308,5 @@ def evaluation_pairs(
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(Path(source), size, masked)
-    return held.part(slice(num)), [pair.picture for pair in held]
+    _, held = split_folder(Path(source), size, masked, columns)
+    return held.part(slice(-num, None)), [pair.picture for pair in held]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -138,7 +138,7 @@ def save_checkpoint(
     controls: Mapping[str, SavedControl],
     base: UNetBase,
     state: Mapping[str, Tensor],
-    keep: int,
+    keep: int | None,
     more: Mapping[str, str] | None = None,
 ) -> None:
     """A whole checkpoint or none: written beside its place, then renamed. Older ones beyond ``keep`` go last.
@@ -166,8 +166,8 @@ def save_checkpoint(
             f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
             f"Kept: {', '.join(held) or 'none'}. Make room, then run the same command to go on."
         ) from error
-    for old in checkpoints_in(out)[:-keep]:
-        shutil.rmtree(old)
+    for old in checkpoints_in(out)[: -keep if keep else 0]:
+        shutil.rmtree(old, ignore_errors=True)  # what somebody holds open goes another time
 
 
 def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str, str]:
@@ -219,17 +219,29 @@ def cut_log(path: Path, step: int) -> list[Seen]:
 
 
 def check_folder(recipe: Recipe, out: Path) -> None:
-    """Refuse a run's folder that is of another recipe, or no folder."""
+    """Refuse a run's folder that is of another recipe, or no folder.
+
+    What changes no step that was made may differ: how long the run goes on (``_lasting``).
+    """
     path = out / "recipe.yaml"
-    before = read_recipe(path) if path.is_file() else recipe
-    if before != recipe:
-        changed = [key for key, value in recipe if getattr(before, key) != value]
+    before, after = (_lasting(one) for one in (read_recipe(path) if path.is_file() else recipe, recipe))
+    if changed := [key for key, value in after.items() if before[key] != value]:
+        longer = " A run can be made longer where its rate does not come down (no cooldown, schedule: constant)."
         raise UserError(
             f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
-            "or run with the recipe as it was to go on."
+            f"or run with the recipe as it was to go on.{longer if {'steps', 'budget'} & {*changed} else ''}"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe a run keeps from its first step to its last."""
+    values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True,
+                                        "evaluation": {"every", "patience", "target"}})  # fmt: skip
+    if recipe.schedule in ("constant", "constant_with_warmup") and not recipe.cooldown:  # the rate knows of no end
+        del values["steps"], values["budget"]
+    return values
 
 
 @contextmanager

@@ -116,17 +116,18 @@ def foresee(
     count = recipe.batch // recipe.draws // recipe.accumulate // processes
     work = partial(_micro_batch, recipe, learner, contracts)
     held = 0 if recipe.accumulate > 1 else learning  # of one part the most is held before there are gradients
-    needed = peak_of(work, count) - held
-    free = meter.free()
+    free = needed = meter.free()
     seconds = None
-    if sum(parts.values()) - here + needed < free:
-        for _ in range(2):  # the first time kernels are chosen, and on some machines made
-            started = time.perf_counter()
-            work(count)
-            if base.device.type == "cuda":
-                torch.cuda.synchronize(base.device)
-            seconds = recipe.accumulate * (time.perf_counter() - started)
-        needed = meter.peak() - here - held
+    with suppress(torch.OutOfMemoryError):  # the run will take more parts; a plan must not end it
+        needed = peak_of(work, count) - held
+        if sum(parts.values()) - here + needed < free:
+            for _ in range(2):  # the first time kernels are chosen, and on some machines made
+                started = time.perf_counter()
+                work(count)
+                if base.device.type == "cuda":
+                    torch.cuda.synchronize(base.device)
+                seconds = recipe.accumulate * (time.perf_counter() - started)
+            needed = meter.peak() - here - held
     learner.learning.zero_grad()
     parts["micro-batch: features, libraries"] = max(needed, 0)
     caching = here + peak_of(partial(_encode, base), min(AT_ONCE, pairs))

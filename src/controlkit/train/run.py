@@ -87,11 +87,14 @@ def train_control(
     check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
     base = base or load_base(recipe.base)
+    notes: list[str] = []
+    if recipe.size and recipe.size != base.size:
+        notes.append(f'pictures of {recipe.size} pixels; "{base.name}" was trained on {base.size}')
+        base = base.of_size(recipe.size)
     meter = Meter(base) if foreseen else None
     together = ranks(cpu=base.device.type == "cpu")
     _check_together(recipe, together)
     pairs, heldout = training_pairs(recipe, base)
-    notes: list[str] = []
     if recipe.evaluation.every and (reason := _unmeasurable(contracts, heldout)):
         notes.append(f"obedience is not measured: {reason} What is best is told by the loss relative to no control")
         if recipe.evaluation.target is not None:
@@ -248,7 +251,7 @@ class _Gradients:
                         f"true or a greater accumulate (it is {self.recipe.accumulate}), or take more processes."
                     ) from error
                 full = error
-            if not self.together.any(full is not None, loss.device):
+            if not self.together.any(full is not None):
                 break
             self._take_more_parts(step, full)
         self.together.mean([loss])
@@ -328,7 +331,9 @@ class _Result:
 
 def _unmeasurable(contracts: Mapping[str, Hint], heldout: Sequence[Pair]) -> str:
     """Why a run cannot measure obedience, as a sentence; "" where it can."""
-    return unmeasurable(contracts[""], heldout) if "" in contracts else "A Union's is, type by type, when it is trained."
+    return (
+        unmeasurable(contracts[""], heldout) if "" in contracts else "A Union's is, type by type, when it is trained."
+    )
 
 
 def _check_together(recipe: Recipe, together: Ranks) -> None:

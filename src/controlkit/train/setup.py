@@ -34,6 +34,8 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     data, num = recipe.data, recipe.evaluation.num
     if data.buckets and not Path(data.source).is_dir():
         raise UserError(f"data.buckets is for pictures of many shapes in a folder; those of {data.source} are square.")
+    if data.columns and not Path(data.source).is_dir():
+        raise UserError(f"data.columns names a folder's columns; {data.source} has none.")
     emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
     if emoji or scenes:
         seen: list[Sequence[Pair]] = []
@@ -58,7 +60,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         known = ["emoji", "scenes", "world", "fill50k"]
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
     masked = hints_of(recipe)[""].mark is not None
-    folder, held = split_folder(Path(data.source), base.size, masked)
+    folder, held = split_folder(Path(data.source), base.size, masked, data.columns)
     names = recipe.control.annotators or [recipe.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
         raise UserError(
@@ -73,7 +75,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     folder = folder.part(slice(data.count))
     if data.buckets:
         folder = folder.bucketed(bucket_sizes(base.size, base.multiple))
-    return folder, held.part(slice(num))
+    return folder, held.part(slice(-num, None))  # farthest from what is trained on, should the folder grow
 
 
 def hints_of(recipe: Recipe) -> dict[str, Hint]:
