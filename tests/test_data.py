@@ -1,11 +1,14 @@
 """Pairs and their cache: the original's layout, splits, and what a training step reads."""
 
+import errno
 import json
+import os
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from controlkit import maps
 from controlkit.annotators import annotate, annotator, canny
@@ -28,6 +31,7 @@ from controlkit.images import Hint, read_picture, to_tensor
 from controlkit.measure import edge_f1
 from controlkit.mini import world
 from controlkit.mini.scenes import PALETTE, draw_scene, load_scenes
+from controlkit.tensors import TensorWriter, read_filled
 
 CANNY = annotator("canny").hint()
 
@@ -300,6 +304,35 @@ def test_types_go_round_and_none_is_asked_of_a_pair_that_lacks_what_it_shows(sce
     assert not len(TypedPairs([circles], ["depth"], [1]))
     often = [pair.kind for pair in islice(TypedPairs([circles], ["canny", "tile", "tile", "tile"], [4]), 40)]
     assert often.count("tile") == 30, "a type named three times comes three times as often"
+
+
+def test_what_a_cache_is_filled_with_lies_in_the_file_and_is_a_safetensors_file(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.uint8, torch.float16, torch.int64, torch.uint16, torch.float32]
+    tensors = {f"{i}": (9 * torch.rand(3, 2 * i + 1, generator=generator)).to(k) for i, k in enumerate(kinds)}
+    tensors["none"] = torch.empty(0, 3)
+    path = tmp_path / "x.safetensors"
+    path.touch()
+    writer = TensorWriter(path)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    large = writer.empty("large", (4, 5), torch.float32)
+    large[2] = 7
+    writer.close()
+    for read in (read_filled(path), {k: v for k, v in load_file(path).items() if not k.startswith("_")}):
+        assert read.keys() == {*tensors, "large"} and float(read["large"].sum()) == 35
+        assert all(read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+        assert all(np.array_equal(read[name].numpy(), tensor.numpy()) for name, tensor in tensors.items())
+
+
+def test_a_cache_that_the_disk_does_not_hold_is_refused_before_it_is_filled(toy_base, pairs, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_says_which_type_each_hint_is_of_and_masks_nothing_of_those_without_masks(toy_base, pairs, tmp_path):

@@ -18,7 +18,8 @@ validation_image num_validation_images validation_steps tracker_project_name"""
 MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
 --gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
 --checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
---validation_steps 50 --validation_image a.png b.png --report_to wandb --mixed_precision fp16
+--validation_steps 50 --validation_image a.png b.png --validation_prompt x
+--num_validation_images 4 --report_to wandb --mixed_precision fp16
 --tracker_project_name 7"""
 
 
@@ -59,13 +60,22 @@ def test_flags_go_where_they_belong(asked):
     assert (recipe.keep, recipe.data.count, recipe.weight_decay, recipe.control.annotator) == (3, 60, 0, "canny")
     assert (str(found.out), recipe.size) == ("o", 128)
     said = "\n".join(found.notes)
-    assert all(f"--{name} is not needed" in said for name in ("validation_image",))
+    assert all(f"--{name} is not needed" in said for name in ("num_validation_images",))
+    assert recipe.evaluation.own() == [("x", "a.png"), ("x", "b.png")]
     assert "paper" not in said and recipe.evaluation.every == 50
     assert (recipe.tracking.to, recipe.tracking.project) == (["wandb"], "7")
     assert "tensorboard" in parse_recipe(asked("--report_to", "all").recipe).tracking.to
     assert parse_recipe(asked("--report_to", "none").recipe).tracking.to == []
     assert parse_recipe(asked("--annotator", "canny", "--max_train_steps", 20).recipe).evaluation.every == 20
     assert parse_recipe(asked("--validation_steps", 50).recipe).evaluation.every == 50, "loss and pictures at least"
+
+
+def test_pictures_of_one_s_own_are_looked_at_as_often_as_the_script_does(asked):
+    recipe = parse_recipe(asked(*["--validation_prompt", "a", "b", "--validation_image", "c.png"]).recipe)
+    assert recipe.evaluation.own() == [("a", "c.png"), ("b", "c.png")] and recipe.evaluation.every == 100
+    for flags in ("--validation_prompt a", "--validation_prompt a b --validation_image c d e"):
+        with pytest.raises(UserError, match="as many"):
+            parse_recipe(asked(*flags.split()).recipe)
 
 
 def test_a_batch_is_each_process_s_own(asked):

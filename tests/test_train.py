@@ -245,6 +245,8 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("evaluation.num", 3, "work"),
     ("evaluation.steps", 2, "work"),
     ("evaluation.guidance", 1.0, "samples"),
+    ("evaluation.hints", ["photos/a circle a.png"], "samples"),
+    ("evaluation.prompts", ["a", "b"], "samples", {"evaluation": {"hints": ["photos/a circle a.png"]}}),
     ("evaluation.target", -9.0, "steps", EVERY_STEP),
     ("evaluation.patience", 1, "steps", EVERY_STEP),
     ("tracking.to", ["tensorboard"], "tracked"),
@@ -1214,6 +1216,21 @@ def test_a_run_can_be_made_longer_and_otherwise_kept_where_its_rate_knows_of_no_
         next(train_control(tiny(steps=4, cooldown=1), tmp_path / "falling", toy_base))
 
 
+def test_a_run_does_not_go_on_with_a_folder_that_has_changed(toy_base, tmp_path):
+    """What is held out would be drawn anew, and be measured on after it was trained on."""
+    list(make_fill50k(tmp_path / "set", 12, toy_base.size))
+    recipe = tiny(data={"source": str(tmp_path / "set"), "count": None}, steps=3, checkpoint_every=1)
+    next(run := train_control(recipe, tmp_path / "run", toy_base))
+    run.close()
+    listing = tmp_path / "set" / "prompt.json"
+    lines = listing.read_text().splitlines()
+    listing.write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match="is not what it was when the run in"):
+        next(train_control(recipe, tmp_path / "run", toy_base))
+    listing.write_text("\n".join(lines))
+    assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [1, 2, 3][-3:]
+
+
 def test_pictures_of_another_size_than_the_base_s_are_trained_on_and_said(toy_base, tmp_path):
     said = []
     list(train_control(tiny(size=64, steps=1), tmp_path / "run", toy_base, lambda name, total: said.append(name)))
@@ -1234,6 +1251,8 @@ def test_pictures_of_another_size_than_the_base_s_are_trained_on_and_said(toy_ba
         {"data": {"visits": 3}},
         {"evaluation": {"every": 0, "patience": 2}},
         {"evaluation": {"every": 0, "target": 0.5}},
+        {"evaluation": {"every": 0, "hints": ["a.png"]}},
+        {"evaluation": {"hints": ["a.png"]}, "control": {"types": ["canny"]}},
     ],
 )
 def test_a_setting_that_nothing_would_read_is_refused(content):

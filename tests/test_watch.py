@@ -8,7 +8,7 @@ import pytest
 
 from controlkit.errors import UserError
 from controlkit.images import write_png
-from controlkit.watch import bars, lines, page, read_run
+from controlkit.watch import bars, blocks, lines, page, read_run
 
 
 @pytest.fixture
@@ -81,3 +81,15 @@ def test_bars_reach_from_the_least_to_the_greatest():
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         read_run(tmp_path)
+
+
+def test_a_picture_becomes_half_blocks_of_its_colours():
+    picture = np.zeros((8, 4, 3), np.uint8)
+    picture[0::2] = (255, 0, 0)
+    picture[1::2] = (0, 0, 255)
+    text = blocks(picture, 80, 3)
+    assert text.plain == "▀▀▀▀\n" * 3, "as wide as it is, and cut below"
+    assert {(str(s.style.color.triplet.hex), str(s.style.bgcolor.triplet.hex)) for s in text.spans} == {
+        ("#ff0000", "#0000ff")
+    }
+    assert blocks(np.zeros((100, 200, 3), np.uint8), 40, 50).plain.count("\n") == 10

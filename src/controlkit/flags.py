@@ -35,6 +35,8 @@ PLACES = {
     "seed": "seed",
     "annotator": "control.annotator",
     "tracker_project_name": "tracking.project",
+    "validation_prompt": "evaluation.prompts",
+    "validation_image": "evaluation.hints",
 }
 """Where in a recipe a flag's value goes as it is. ``annotator`` is ours: what the hints are, or what makes them."""
 
@@ -52,9 +54,7 @@ NEEDLESS = {
     "dataloader_num_workers": "latents, text and hints are cached before the first step",
     "cache_dir": "the cache lies in $CONTROLKIT_CACHE",
     "tokenizer_name": "the base brings its own",
-    "validation_prompt": "obedience on held-out pairs is measured instead",
-    "validation_image": "obedience on held-out pairs is measured instead",
-    "num_validation_images": "obedience is measured on evaluation.num pairs",
+    "num_validation_images": "four pictures are made of each --validation_image, and obedience is measured besides",
     "logging_dir": "the log is OUT/log.jsonl, and TensorBoard's files are in OUT/tensorboard",
 }
 """Flags that change nothing here, and why."""
@@ -174,7 +174,8 @@ def read_flags(
         elif name in given:
             notes.append(f"--{name} is not needed: --lr_scheduler {schedule} alone reads it")
     # At least in the end: a run should say whether it worked.
-    recipe["evaluation"]["every"] = given.get("validation_steps", recipe["steps"])
+    often = 100 if "validation_image" in given else recipe["steps"]
+    recipe["evaluation"]["every"] = given.get("validation_steps", often)
     if not values["annotator"]:
         notes.append("--annotator, a flag of its own, says what the hints are, so that obedience can be measured")
     if processes > 1:

@@ -102,10 +102,27 @@ class EvaluationRecipe(_Strict):
     num: int = Field(16, ge=2)
     steps: int = Field(10, gt=0)
     guidance: float = 4.0
+    prompts: list[str] = []
+    hints: list[str] = []
+    """Pictures of one's own that are looked at, too: files of hints, and a prompt for each, or one for all. Four are
+    made of each, into ``OUT/samples/own-step-N.png``."""
     patience: int = Field(0, ge=0)
     """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
     target: float | None = None
     """The run ends where the lower bound of obedience reaches this."""
+
+    def own(self) -> list[tuple[str, str]]:
+        """(prompt, file of a hint) of each that is looked at; of one of either with all of the other."""
+        prompts = self.prompts or [""]
+        most = max(len(prompts), len(self.hints)) if self.hints else 0
+        return [(prompts[i % len(prompts)], self.hints[i % len(self.hints)]) for i in range(most)]
+
+    @model_validator(mode="after")
+    def _hints_for_prompts(self) -> "EvaluationRecipe":
+        counts = {len(self.prompts), len(self.hints)}
+        if (self.prompts and len(counts - {1}) > 1) or (self.prompts and not self.hints):
+            raise ValueError(f"evaluation.prompts are {len(self.prompts)}, evaluation.hints {len(self.hints)}: as many")
+        return self
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -209,6 +226,8 @@ class Recipe(_Strict):
             ("data.visits", self.data.source in ("scenes", "world"), "it is of data.source: scenes or world"),
             ("evaluation.patience", self.evaluation.every > 0, "evaluation.every is 0"),
             ("evaluation.target", self.evaluation.every > 0, "evaluation.every is 0"),
+            ("evaluation.hints", self.evaluation.every > 0, "evaluation.every is 0"),
+            ("evaluation.hints", not self.control.types, "of a Union no pictures are made while it trains"),
         ):
             *section, name = key.split(".")
             holder = getattr(self, section[0]) if section else self

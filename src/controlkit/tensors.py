@@ -6,15 +6,18 @@ then they go through torch's restricted loader alone, mapped and not copied.
 Either way the header comes first: names, shapes and types are known before a tensor is read.
 """
 
+import json
 import math
+import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,6 +58,72 @@ class TensorFile:
             if tensor.is_floating_point() and not _finite(tensor):
                 raise UserError(f"{self.path} is damaged: {name} holds NaN or infinity. Get the file anew.")
         return tensors
+
+
+class TensorWriter:
+    """A safetensors file whose tensors are filled in place, on the disk: larger ones than memory holds.
+
+    The header comes first in such a file and is known last: room is left for it. ``OSError`` where the disk has none
+    for a tensor, before anything is put there.
+    """
+
+    _ROOM = 2**16
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._end = 0
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of this name, to be filled."""
+        if skipped := -self._end % 8:  # where one begins in the middle of a number it cannot be mapped
+            self._place(f"{_FILLING}{self._end}", (skipped,), torch.uint8)
+        return self._place(name, tuple(shape), dtype)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor of this name, as it is."""
+        self.empty(name, tensor.shape, tensor.dtype).copy_(tensor)
+
+    def _place(self, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        start, self._end = self._end, self._end + size
+        offsets = [start, self._end]
+        self._facts[name] = {"dtype": _WRITTEN[dtype], "shape": list(shape), "data_offsets": offsets}
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        first = 8 + self._ROOM + start
+        with self.path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # or a disk without room would end the process, not raise
+                os.posix_fallocate(file.fileno(), first, size)
+            else:
+                file.truncate(first + size)
+        held = np.memmap(self.path, np.uint8, "r+", first, (size,))
+        return torch.from_numpy(held).view(dtype).view(shape)
+
+    def close(self) -> None:
+        """Write the header."""
+        header = json.dumps(self._facts).encode()
+        if len(header) > self._ROOM:
+            raise ValueError(f"{len(self._facts)} tensors are more than {type(self).__name__} has room to name.")
+        with self.path.open("r+b") as file:
+            file.write(self._ROOM.to_bytes(8, "little") + header.ljust(self._ROOM))
+
+
+_FILLING = "_filling_"
+_WRITTEN = {
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
+"""What the numbers that a ``TensorWriter`` writes are called in the file."""
+
+
+def read_filled(path: Path) -> dict[str, Tensor]:
+    """The tensors that a ``TensorWriter`` wrote, mapped: what is not looked at is not read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_FILLING)}  # noqa: SIM118
 
 
 def _finite(tensor: Tensor) -> bool:

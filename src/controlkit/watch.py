@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import yaml
+from rich.color import Color
+from rich.style import Style
+from rich.text import Text
 
 from controlkit.errors import UserError
 
@@ -122,6 +127,20 @@ def lines(run: Run) -> list[str]:
         values = [points[-1][1] for points in residuals.values()]
         said.append(f"{'residuals':12} {max(values):7.3f}  {bars(values)}  of what they are added to, tap by tap")
     return [*said, run.verdict] if run.verdict else said
+
+
+def blocks(picture: np.ndarray, width: int, height: int) -> Text:
+    """A picture for a terminal, two of its pixels a character, in at most so many characters: what does not fit below
+    is left out."""
+    width = min(width, picture.shape[1])
+    rows = round(picture.shape[0] * width / picture.shape[1])
+    small = cv2.resize(picture[..., :3], (width, rows), interpolation=cv2.INTER_AREA)[: 2 * height]
+    text = Text()
+    for upper, lower in zip(small[:-1:2], small[1::2], strict=False):
+        for over, under in zip(upper.tolist(), lower.tolist(), strict=True):
+            text.append("▀", Style(color=Color.from_rgb(*over), bgcolor=Color.from_rgb(*under)))
+        text.append("\n")
+    return text
 
 
 # --- the page -----------------------------------------------------------------------------------------------

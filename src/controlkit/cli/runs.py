@@ -82,6 +82,8 @@ def train(
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
+            if not together.first:  # rich prints beside bars that are not shown, too
+                return
             if not total:  # no work, but something to know
                 progress.print(name, highlight=False)
                 return
@@ -127,6 +129,7 @@ def watch(
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
+    pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:
     """Look at a run while it goes on: its loss, the loss relative to no control, obedience, and what was said of it.
 
@@ -134,16 +137,21 @@ def watch(
     """
     import time
 
+    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
-    from controlkit.images import write_atomic
-    from controlkit.watch import lines, page, read_run
+    from controlkit.images import read_picture, write_atomic
+    from controlkit.watch import blocks, lines, page, read_run
 
     seen = read_run(run)
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Text("\n".join(lines(seen))))
+            said, window = lines(seen), live.console.size
+            parts = [Text("\n".join(said))]
+            if pictures and seen.sheet and live.console.is_terminal:
+                parts.append(blocks(read_picture(seen.sheet), window.width, max(window.height - len(said) - 1, 1)))
+            live.update(Group(*parts))
             if html:
                 write_atomic(html, page(seen).encode())
             if once or seen.ended:

@@ -1,14 +1,13 @@
 """All that a training step needs of every pair, made once: latents, text embeddings, hints."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlkit.annotators import ANNOTATORS, edition, parts_of
@@ -21,6 +20,7 @@ from controlkit.errors import UserError
 from controlkit.hub import digest
 from controlkit.images import Hint, to_tensor, write_atomic
 from controlkit.precision import number_format
+from controlkit.tensors import TensorWriter, read_filled
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,20 @@ class Cached:
     @classmethod
     def read(cls, path: Path) -> "list[Cached]":
         """The cache that ``build_cache`` wrote: one for each size of picture."""
-        held = load_file(path)
+        held = read_filled(path)
         text = Text(**{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)})
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in held.items():
             size, _, part = name.rpartition("/")
             parts.setdefault(size, {})[part] = value
-        return _of_sizes(parts.values(), text)
+        of_sizes = [cls(text=text.of_size(tuple(one["hints"].shape[1:3])), **one) for one in parts.values()]  # type: ignore[arg-type]
+        return sorted(of_sizes, key=lambda cached: cached.size)
 
 
 AT_ONCE = 32
 """Pictures encoded together."""
 
 _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache's file
-
-
-def _of_sizes(parts: Iterable[Mapping[str, Tensor]], text: Text) -> list[Cached]:
-    """In the order of their sizes, however they were read."""
-    of_sizes = [Cached(text=text.of_size(tuple(one["hints"].shape[1:3])), **one) for one in parts]  # type: ignore[arg-type]
-    return sorted(of_sizes, key=lambda cached: cached.size)
 
 
 def build_cache(
@@ -97,20 +92,26 @@ def build_cache(
         rows_of.setdefault(pairs.size_of(i) if isinstance(pairs, FolderPairs) else (0, 0), []).append(i)
     made_by = f"{digest(base.vae.state_dict())} {base.vae.dtype} {number_format(base.device.type)}" if store else ""
     encode = partial(_read_moments, base, made_by, store)
-    of_sizes = {
-        size: _read_pairs(encode, pairs, rows, contracts, on_pair, batch, mirrors, store)
-        for size, rows in rows_of.items()
-    }
-    distinct = ["", *sorted({prompt for _, prompts in of_sizes.values() for prompt in prompts} - {""})]
-    row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    read = _read_prompts(base, distinct, store)
-    text = {name: torch.stack([entry[name] for entry in read]) for name in read[0]}
-    named = {f"{_TEXT}{name}": value for name, value in text.items()}
-    for (height, width), (parts, prompts) in of_sizes.items():
-        parts["prompt_rows"] = torch.tensor([row_of[prompt] for prompt in prompts])
-        named |= {f"{height}x{width}/{name}" if len(of_sizes) > 1 else name: value for name, value in parts.items()}
-    write_atomic(path, lambda scratch: save_file(named, scratch))
-    return _of_sizes([parts for parts, _ in of_sizes.values()], Text(**text))
+
+    def write(scratch: Path) -> None:
+        writer = TensorWriter(scratch)
+        prompts_of = {}
+        for size, rows in rows_of.items():
+            prefix = f"{size[0]}x{size[1]}/" if len(rows_of) > 1 else ""
+            prompts_of[prefix] = _read_pairs(
+                writer, prefix, encode, pairs, rows, contracts, on_pair, batch, mirrors, store
+            )
+        distinct = ["", *sorted({prompt for prompts in prompts_of.values() for prompt in prompts} - {""})]
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        for prefix, prompts in prompts_of.items():
+            writer.add(f"{prefix}prompt_rows", torch.tensor([row_of[prompt] for prompt in prompts]))
+        read = _read_prompts(base, distinct, store)
+        for name in read[0]:
+            writer.add(f"{_TEXT}{name}", torch.stack([entry[name] for entry in read]))
+        writer.close()
+
+    write_atomic(path, write)
+    return Cached.read(path)
 
 
 def _read_prompts(base: UNetBase, prompts: Sequence[str], store: Store | None) -> list[Entry]:
@@ -164,6 +165,8 @@ def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, Hint], store: Sto
 
 
 def _read_pairs(
+    writer: TensorWriter,
+    prefix: str,
     encode: Callable[[Sequence[np.ndarray]], Tensor],
     pairs: Sequence[Pair],
     rows: Sequence[int],
@@ -172,13 +175,11 @@ def _read_pairs(
     batch: int,
     mirrors: bool,
     store: Store | None,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """What a ``Cached`` holds of some pairs, all of one size, but for their prompts; and these."""
+) -> list[str]:
+    """Write what a ``Cached`` holds of some pairs, all of one size, but for their prompts; which are returned."""
     order = list(contracts)
     total = len(rows) * (1 + mirrors)
-    # Many pairs are many gigabytes: held once, and written without a copy.
-    moments = torch.empty(0)
-    hints = np.empty(0, np.uint8)
+    moments, hints = torch.empty(0), np.empty(0, np.uint8)
     kinds, prompts = [], []
     seen_in = torch.arange(len(rows))
     for first in range(0, len(rows), batch):
@@ -191,10 +192,11 @@ def _read_pairs(
         latents = encode([t.picture for t in shown.values()])
         drawn = _read_hints(list(shown.values()), contracts, store)
         if not first:
-            moments = torch.zeros((total, *latents.shape[1:]), dtype=torch.half)
+            moments = writer.empty(f"{prefix}moments", (total, *latents.shape[1:]), torch.half)
             masks = any(contract.mark is not None for contract in contracts.values())
             channels = 3 + masks if len(contracts) > 1 else drawn[0].shape[-1]
-            hints = np.full((total, *drawn[0].shape[:2], channels), 255, drawn[0].dtype)
+            kind = torch.from_numpy(drawn[0]).dtype
+            hints = writer.empty(f"{prefix}hints", (total, *drawn[0].shape[:2], channels), kind).numpy()
         moments[list(shown)] = latents
         for row, hint in zip(shown, drawn, strict=True):  # beside masked ones the others are masked nowhere
             if hint.dtype != hints.dtype or (len(contracts) == 1 and hint.shape[-1] != hints.shape[-1]):
@@ -203,8 +205,11 @@ def _read_pairs(
                     f"{hint.dtype}: expected all of one kind. `controlkit data doctor` counts them."
                 )
             hints[row, ..., : hint.shape[-1]] = hint
+            hints[row, ..., hint.shape[-1] :] = 255
         kinds += [order.index(t.kind) for t in chunk]
         prompts += [t.prompt for t in chunk]
         on_pair(len(chunk))
-    parts = {"moments": moments, "hints": torch.from_numpy(hints), "kinds": torch.tensor(kinds)}
-    return parts | ({"mirrors": seen_in} if mirrors else {}), prompts
+    writer.add(f"{prefix}kinds", torch.tensor(kinds))
+    if mirrors:
+        writer.add(f"{prefix}mirrors", seen_in)
+    return prompts

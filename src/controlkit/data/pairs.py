@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,6 +242,11 @@ class FolderPairs(Sequence[Pair]):
     def size_of(self, index: int) -> Size:
         """(height, width) of a pair's picture, which is not opened for it."""
         return self._sizes[index] if self._sizes else (self._size, self._size)
+
+    def digest(self) -> str:
+        """Of what the rows are called and say, in their order."""
+        text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in self._rows])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def mix(self) -> None:
         """Put the rows in an order that captions alone decide; those of one caption in the set's order."""

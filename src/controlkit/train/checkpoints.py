@@ -255,19 +255,26 @@ def sole_owner(out: Path) -> Iterator[None]:
         raise UserError(f"Another process is training in {out}: wait until it ends, or give another --out.") from None
 
 
-def begin_folder(recipe: Recipe, out: Path, device_type: str) -> None:
+def begin_folder(recipe: Recipe, out: Path, device_type: str, rows: str = "") -> None:
     """Tidy what a kill left, write the recipe, and keep to the threads and number format the run began with.
 
-    Bit-exactness holds for one thread count and one format, whatever this machine would choose now.
+    Bit-exactness holds for one thread count and one format, whatever this machine would choose now. ``rows``: a digest
+    of the data set's; ``UserError`` where the run began with others: what it is measured on may be what it has seen.
     """
+    path = out / "machine.json"
+    begun = json.loads(path.read_text()) if path.is_file() else None
+    if begun and begun.get("rows", rows) != rows:
+        raise UserError(
+            f"{recipe.data.source} is not what it was when the run in {out} began: put it back as it was, or give "
+            "another --out (control.start_from: what this one has learnt)."
+        )
     own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
     for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
-    path = out / "machine.json"
-    if not path.is_file():
+    if not begun:
         asked = FORMATS.get(recipe.precision) or faster_format(device_type)
-        begun = {"threads": torch.get_num_threads(), "format": asked}
+        begun = {"threads": torch.get_num_threads(), "format": asked, "rows": rows}
         write_atomic(path, (json.dumps(begun) + "\n").encode())
     keep_format(out, device_type)
 

@@ -6,6 +6,7 @@ would have measured, but for rounding, which depends on how many pictures are ma
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from controlkit.adapter import Trained
 from controlkit.backbones import UNetBase
 from controlkit.data import Cached, Pair, build_cache, hint_of, open_store
-from controlkit.images import Hint, grid, write_png
+from controlkit.errors import UserError
+from controlkit.images import Hint, fit, grid, read_hint, write_png
 from controlkit.measure import (
     COLOURS,
     WAYS,
@@ -32,11 +34,24 @@ from controlkit.measure import (
 from controlkit.precision import autocast
 from controlkit.ranks import Ranks
 from controlkit.recipe import Recipe
-from controlkit.sample import Control, Settings
+from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes, target_of
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
+SEEDS = 4
+"""Pictures of each hint of one's own."""
+
+
+def own_jobs(recipe: Recipe, contract: Hint) -> list[list[Job]]:
+    """What is made of each hint that a recipe names to be looked at; ``UserError`` where a file is no such hint."""
+    found = []
+    for prompt, path in recipe.evaluation.own():
+        hint = read_hint(Path(path), contract.mark is not None)
+        if words := contract.fault(hint):
+            raise UserError(f"{path} {words}.")
+        found.append([Job(prompt, seed, (hint,)) for seed in range(SEEDS)])
+    return found
 
 
 class Evaluator:
@@ -61,6 +76,7 @@ class Evaluator:
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
+        self.jobs = own_jobs(recipe, contract) if self.together.first else []
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -75,7 +91,8 @@ class Evaluator:
     @property
     def work(self) -> int:
         """Picture-steps this process's next evaluation takes."""
-        return len(self.own) * self.settings.steps * len(self._wanted)
+        pictures = len(self.own) * len(self._wanted) + len(self.jobs) * SEEDS
+        return pictures * self.settings.steps
 
     def measure(
         self, branch: Trained, step: int, on_advance: Callable[[int], None]
@@ -95,6 +112,14 @@ class Evaluator:
             plain=self.locked,
             rows=self.own,
         )
+        if self.jobs:
+            made_own = generate(self.base, list(chain(*self.jobs)), [control], self.settings, on_step=on_advance)
+            size, pixels = (self.base.size, self.base.size), (picture.pixels for picture in made_own)
+            rows = [
+                [fit(self.contract.picture(jobs[0].hints[0]), size, self.contract.resize), *islice(pixels, SEEDS)]
+                for jobs in self.jobs
+            ]
+            write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
         branch.train()
         hints = [self.hints[i] for i in self.own]
         scores: list[np.ndarray] = []

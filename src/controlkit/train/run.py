@@ -18,13 +18,7 @@ import torch
 
 from controlkit.adapter import Branch, Trained
 from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
-from controlkit.data import (
-    Cached,
-    Pair,
-    build_cache,
-    open_store,
-    turn_at,
-)
+from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store, turn_at
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import Hint
@@ -44,7 +38,7 @@ from controlkit.train.checkpoints import (
     save_checkpoint,
     sole_owner,
 )
-from controlkit.train.evaluation import Evaluator, Gauge
+from controlkit.train.evaluation import Evaluator, Gauge, own_jobs
 from controlkit.train.plan import Meter, foresee, told
 from controlkit.train.records import Record, best_of, enough, seen_in, verdict
 from controlkit.train.schedule import Clock, learning_rate
@@ -99,6 +93,8 @@ def train_control(
         notes.append(f"obedience is not measured: {reason} What is best is told by the loss relative to no control")
         if recipe.evaluation.target is not None:
             raise UserError(f"evaluation.target is an obedience, and none is measured: {reason}")
+    if "" in contracts:
+        own_jobs(recipe, contracts[""])  # files that cannot be read are said now
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
     learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
@@ -107,7 +103,8 @@ def train_control(
     with sole_owner(out) if together.first else nullcontext():
         plan = None
         if together.first:
-            begin_folder(recipe, out, base.device.type)
+            rows = "".join(part.digest() for part in (pairs, heldout) if isinstance(part, FolderPairs))
+            begin_folder(recipe, out, base.device.type, rows)
             sentence = plan_of(recipe, base, branch, contracts, len(pairs))
             for line in (*together.notes, sentence, *(f"note: {note}" for note in notes)):
                 on_stage(line, 0)
