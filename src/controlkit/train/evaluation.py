@@ -6,7 +6,7 @@ would have measured, but for rounding, which depends on how many pictures are ma
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +43,14 @@ SEEDS = 4
 """Pictures of each hint of one's own."""
 
 
-def own_jobs(recipe: Recipe, contract: Hint) -> list[list[Job]]:
-    """What is made of each hint that a recipe names to be looked at; ``UserError`` where a file is no such hint."""
+def own_hints(recipe: Recipe, contract: Hint) -> list[tuple[str, np.ndarray]]:
+    """(prompt, hint) of each that a recipe names to be looked at; ``UserError`` where a file is no such hint."""
     found = []
     for prompt, path in recipe.evaluation.own():
         hint = read_hint(Path(path), contract.mark is not None)
         if words := contract.fault(hint):
             raise UserError(f"{path} {words}.")
-        found.append([Job(prompt, seed, (hint,)) for seed in range(SEEDS)])
+        found.append((prompt, hint))
     return found
 
 
@@ -76,7 +76,7 @@ class Evaluator:
         self.hints = [hint_of(pair, contract) for pair in self.pairs]
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
-        self.jobs = own_jobs(recipe, contract) if self.together.first else []
+        self.shown = own_hints(recipe, contract) if self.together.first else []
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -91,7 +91,7 @@ class Evaluator:
     @property
     def work(self) -> int:
         """Picture-steps this process's next evaluation takes."""
-        pictures = len(self.own) * len(self._wanted) + len(self.jobs) * SEEDS
+        pictures = len(self.own) * len(self._wanted) + len(self.shown) * SEEDS
         return pictures * self.settings.steps
 
     def measure(
@@ -112,12 +112,13 @@ class Evaluator:
             plain=self.locked,
             rows=self.own,
         )
-        if self.jobs:
-            made_own = generate(self.base, list(chain(*self.jobs)), [control], self.settings, on_step=on_advance)
-            size, pixels = (self.base.size, self.base.size), (picture.pixels for picture in made_own)
+        if self.shown:
+            jobs = [Job(prompt, seed, (hint,)) for prompt, hint in self.shown for seed in range(SEEDS)]
+            pixels = (p.pixels for p in generate(self.base, jobs, [control], self.settings, on_step=on_advance))
+            size = (self.base.size, self.base.size)
             rows = [
-                [fit(self.contract.picture(jobs[0].hints[0]), size, self.contract.resize), *islice(pixels, SEEDS)]
-                for jobs in self.jobs
+                [fit(self.contract.picture(hint), size, self.contract.resize), *islice(pixels, SEEDS)]
+                for _, hint in self.shown
             ]
             write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
         branch.train()

@@ -38,7 +38,7 @@ from controlkit.train.checkpoints import (
     save_checkpoint,
     sole_owner,
 )
-from controlkit.train.evaluation import Evaluator, Gauge, own_jobs
+from controlkit.train.evaluation import Evaluator, Gauge, own_hints
 from controlkit.train.plan import Meter, foresee, told
 from controlkit.train.records import Record, best_of, enough, seen_in, verdict
 from controlkit.train.schedule import Clock, learning_rate
@@ -94,7 +94,7 @@ def train_control(
         if recipe.evaluation.target is not None:
             raise UserError(f"evaluation.target is an obedience, and none is measured: {reason}")
     if "" in contracts:
-        own_jobs(recipe, contracts[""])  # files that cannot be read are said now
+        own_hints(recipe, contracts[""])  # files that cannot be read are said now
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
     learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
