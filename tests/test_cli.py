@@ -124,6 +124,23 @@ def test_scenes_are_drawn_with_the_hints_asked_for(run, tmp_path):
     assert code == 2 and 'did you mean "depth"' in err
 
 
+def test_columns_of_unusual_names_are_told_to_the_doctor_and_to_build(run, tmp_path):
+    list(make_fill50k(tmp_path / "set", 3, 32))
+    rows = [json.loads(line) for line in (tmp_path / "set" / "prompt.json").read_text().splitlines()]
+    for name in ("prompt.json", "drawn.json"):
+        (tmp_path / "set" / name).unlink()
+    lines = [json.dumps({"photo": row["target"], "lines": row["source"], "said": row["prompt"]}) for row in rows]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    columns = [word for name in ("image=photo", "hint=lines", "caption=said") for word in ("--column", name)]
+    code, out, _ = run("data", "doctor", tmp_path / "set", *columns, "--out", tmp_path / "doctor")
+    assert code == 0 and "3 pairs (metadata), 3 with hints" in out and rows[0]["prompt"] in out
+    assert run("data", "doctor", tmp_path / "set", "--out", tmp_path / "doctor")[0] == 1
+    built = ["data", "build", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "out"]
+    assert run(*built, *columns)[0] == 0 and len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 3
+    code, _, err = run("data", "doctor", tmp_path / "set", "--column", "photo")
+    assert code == 2 and "expected KIND=NAME" in err
+
+
 def test_the_doctor_says_whether_training_may_start(run, tmp_path):
     list(make_fill50k(tmp_path / "set", 3, 32))
     code, out, _ = run("data", "doctor", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "told")

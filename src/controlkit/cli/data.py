@@ -22,6 +22,14 @@ CaptionerOption = Annotated[str, typer.Option(help="The captioner's model: a BLI
 ReplaceOption = Annotated[
     str, typer.Option(help="What the captioner may put its words over: `nothing`, `names` (of files), `all`.")
 ]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KIND=NAME",
+        help="What the column of `image`, `hint` or `caption` is called, where unusual; repeatable.",
+    ),
+]
 WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]
 
 
@@ -34,6 +42,14 @@ def _over(replace: str) -> "Over":
     if replace not in get_args(Over):
         raise UserError(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
     return cast("Over", replace)
+
+
+def _columns(given: list[str] | None) -> dict[str, str]:
+    """What ``--column`` says."""
+    pairs = [one.partition("=") for one in given or []]
+    if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
+        raise UserError(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
+    return {kind: name for kind, _, name in pairs}
 
 
 @app.command(
@@ -54,6 +70,7 @@ def doctor(
     ] = None,
     low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
     high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
+    column: ColumnOption = None,
     workers: WorkersOption = 1,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
@@ -72,7 +89,7 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise UserError("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path)
+    listing = read_listing(path, _columns(column))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
 
@@ -210,6 +227,7 @@ def build(
     captioner: CaptionerOption = "Salesforce/blip-image-captioning-base",
     replace: ReplaceOption = "nothing",
     device: DeviceOption = "auto",
+    column: ColumnOption = None,
     workers: WorkersOption = 1,
 ) -> None:
     """Write a data set anew in another layout, with hints made where it has none, and captions if asked for.
@@ -223,7 +241,7 @@ def build(
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise UserError(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = read_listing(path)
+    listing = read_listing(path, _columns(column))
     if fatal := [problem for problem in listing.problems if problem.fatal]:
         raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
