@@ -6,8 +6,8 @@ import torch
 
 from controlkit.images import Hint
 from controlkit.measure import COLOURS, colours
-from controlkit.recipe import parse_recipe
-from controlkit.train import evaluation, training_pairs
+from controlkit.recipe import EvaluationRecipe, parse_recipe
+from controlkit.train import best_of, enough, evaluation, seen_in, training_pairs
 from controlkit.train.evaluation import Evaluator, Gauge
 
 RECIPE = parse_recipe(
@@ -40,10 +40,41 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
     evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
     branch = toy_base.new_branch()
     for step in (1, 2):  # what is without control is made once, and remembered
-        drift = evaluator.measure(branch, step, lambda count: None)[1]
+        drift = evaluator.measure(branch, step, lambda count: None).drift
         assert tuple(drift) == COLOURS
         assert list(drift.values()) == pytest.approx([1, 0, -0.2, 0, 0.6])
     assert given == [["controlled", "shuffled", "no_control"], ["controlled", "shuffled"]]
+
+
+def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, tmp_path, monkeypatch):
+    class Red:
+        def __init__(self, device):
+            pass
+
+        def clip_scores(self, pictures, prompts):
+            assert len(pictures) == len(prompts)
+            return np.array([picture[..., 0].mean() / 255 for picture in pictures])
+
+    def made(*args, wanted, rows, **more):
+        red = {"controlled": 153, "shuffled": 0, "no_control": 255}
+        return {way: [flat(red[way], 0, 0) for _ in rows] for way in wanted}
+
+    monkeypatch.setattr(evaluation, "Referee", Red)
+    monkeypatch.setattr(evaluation, "three_ways", made)
+    monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
+    pairs = training_pairs(RECIPE, toy_base)[1]
+    assert Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path).measure(toy_base.new_branch(), 1, int).quality == {}
+    monkeypatch.setattr(toy_base, "name", "mini")
+    evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
+    for step in (1, 2):
+        found = evaluator.measure(toy_base.new_branch(), step, int).quality
+        assert found == {"clip_score": pytest.approx(0.6), "clip_score_no_control": pytest.approx(1.0)}
+    line = {"step": 2, "obedience": 0.9, "obedience_interval": [0.8, 1.0], "counts": True, "quality": found}
+    fell = seen_in(line)
+    poorer = seen_in(line | {"step": 3, "obedience": 0.5, "quality": found | {"clip_score": 0.96}})
+    assert (fell.kept, poorer.kept) == (False, True)
+    assert best_of([fell, poorer]) is poorer and best_of([fell]) is fell
+    assert not enough(EvaluationRecipe(target=0.7), [fell]) and enough(EvaluationRecipe(target=0.7), [poorer])
 
 
 def test_residuals_are_told_relative_to_what_they_are_added_to(toy_base, tmp_path):

@@ -38,6 +38,8 @@ from controlkit.seeds import numpy_rng
 RESAMPLES = 1000
 FOUND = 0.25
 """Control is found when the lower bound of obedience is at least this, in two evaluations running."""
+KEPT = 0.95
+"""Quality is kept where the CLIP-score is at least this share of that without control; FID is asked for besides."""
 
 
 @dataclass(frozen=True)
@@ -498,7 +500,7 @@ def evaluate(
             report[f"aesthetic{suffix}"] = asdict(mean_figure(referee.ratings(pictures)))
     report["counts"] = measured.counts
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
-    adheres = means["clip_score"] >= 0.95 * means["clip_score_no_control"]
+    adheres = means["clip_score"] >= KEPT * means["clip_score_no_control"]
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
     if look is None and control.hint.annotator in TRUTHS:
         report["observer"] = shipped_observer().config.get("accuracy")

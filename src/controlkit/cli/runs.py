@@ -110,6 +110,8 @@ def train(
                 told = f"residuals {low:.3g} to {high:.3g} of what they are added to"
                 if record.drift:
                     told += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
+                if record.quality:
+                    told += "; CLIP-score {clip_score:.3f} ({clip_score_no_control:.3f})".format(**record.quality)
                 progress.print(f"step {record.step}: {told}", highlight=False)
             if seen := record.evaluation:
                 words = record.verdict or ""

@@ -6,6 +6,7 @@ would have measured, but for rounding, which depends on how many pictures are ma
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from controlkit.measure import (
     COLOURS,
     WAYS,
     Obedience,
+    Referee,
     Way,
     ceiling_pictures,
     colours,
@@ -39,6 +41,7 @@ from controlkit.train.step import Batch, controlled, draw_batch, hint_features_o
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
+QUALITY = ("clip_score", "clip_score_no_control")
 SEEDS = 4
 """Pictures of each hint of one's own."""
 
@@ -52,6 +55,20 @@ def own_hints(recipe: Recipe, contract: Hint) -> list[tuple[str, np.ndarray]]:
             raise UserError(f"{path} {words}.")
         found.append((prompt, hint))
     return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found.
+
+    ``drift``: by name of ``COLOURS`` the mean over the pairs of what a picture has under control less what it has
+    without, same seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control and without, of the
+    shipped base, the one world that the referee knows.
+    """
+
+    obedience: Obedience | None
+    drift: dict[str, float]
+    quality: dict[str, float]
 
 
 class Evaluator:
@@ -77,6 +94,7 @@ class Evaluator:
         self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
         self.shown = own_hints(recipe, contract) if self.together.first else []
+        self.referee = Referee(device=base.device.type) if base.name == "mini" else None
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -94,11 +112,8 @@ class Evaluator:
         pictures = len(self.own) * len(self._wanted) + len(self.shown) * SEEDS
         return pictures * self.settings.steps
 
-    def measure(
-        self, branch: Trained, step: int, on_advance: Callable[[int], None]
-    ) -> tuple[Obedience | None, dict[str, float]]:
-        """Obedience, and how far colours drifted: by name of ``COLOURS`` the mean over the pairs of what a picture has
-        under control less what it has without, same seed and prompt. Near 0 nothing drifted."""
+    def measure(self, branch: Trained, step: int, on_advance: Callable[[int], None]) -> Measured:
+        """What comes of a branch; sheets of samples are written besides."""
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
         made = three_ways(
@@ -113,40 +128,60 @@ class Evaluator:
             rows=self.own,
         )
         if self.shown:
-            jobs = [Job(prompt, seed, (hint,)) for prompt, hint in self.shown for seed in range(SEEDS)]
-            pixels = (p.pixels for p in generate(self.base, jobs, [control], self.settings, on_step=on_advance))
-            size = (self.base.size, self.base.size)
-            rows = [
-                [fit(self.contract.picture(hint), size, self.contract.resize), *islice(pixels, SEEDS)]
-                for _, hint in self.shown
-            ]
-            write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
+            self._write_own(control, step, on_advance)
         branch.train()
-        hints = [self.hints[i] for i in self.own]
-        scores: list[np.ndarray] = []
         without = made["no_control"] if self._without is None else self._without
-        if self.measures:
-            if self._without is None:
-                ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
-                self._fixed = [fidelity(p, hints, self.contract) for p in (without, ceiling)]
-            moving = [fidelity(made[name], hints, self.contract) for name in ("controlled", "shuffled")]
-            scores = [*moving, *self._fixed]
+        scores = self._scores(made, without) if self.measures else []
         self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
+        quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
         seen = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
-        parts = self.together.gathered((scores, drift, seen))
+        parts = self.together.gathered((scores, drift, quality, seen))
         if self.together.first:
-            made_of = [two for *_, seen in parts for two in seen]
-            truths = zip(self.hints, self.pairs, made_of, strict=False)  # of the first few alone
-            shown = [[self.contract.picture(hint), pair.picture, *two] for hint, pair, two in truths]
-            sheet = grid(shown, ["hint", "truth", "controlled", "no control"])
-            write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
-        drifted = np.mean([row for _, rows, _ in parts for row in rows], 0)
-        named = dict(zip(COLOURS, drifted.tolist(), strict=True))
-        if not self.measures:
-            return None, named
-        got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
-        return obedience(got, no_control, shuffled, top, metric_of(self.contract).name), named
+            self._write_sheet([two for *_, seen in parts for two in seen], step)
+        measured = None
+        if self.measures:
+            got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
+            measured = obedience(got, no_control, shuffled, top, metric_of(self.contract).name)
+        drifted = np.mean([row for _, rows, *_ in parts for row in rows], 0)
+        told = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
+        return Measured(
+            measured,
+            dict(zip(COLOURS, drifted.tolist(), strict=True)),
+            {name: float(score) for name, score in zip(QUALITY, told, strict=False)},
+        )
+
+    def _scores(self, made: Mapping[Way, list[np.ndarray]], without: list[np.ndarray]) -> list[np.ndarray]:
+        """Fidelity under control, with others' hints, without control, and of the ceiling."""
+        hints = [self.hints[i] for i in self.own]
+        if self._without is None:
+            ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
+            self._fixed = [fidelity(p, hints, self.contract) for p in (without, ceiling)]
+        return [*(fidelity(made[way], hints, self.contract) for way in ("controlled", "shuffled")), *self._fixed]
+
+    def _clip_scores(self, pictures: list[np.ndarray]) -> np.ndarray:
+        if not (self.referee and pictures):
+            return np.empty(0)
+        return self.referee.clip_scores(pictures, [self.pairs[i].prompt for i in self.own])
+
+    def _write_own(self, control: Control, step: int, on_advance: Callable[[int], None]) -> None:
+        jobs = [Job(prompt, seed, (hint,)) for prompt, hint in self.shown for seed in range(SEEDS)]
+        pixels = (p.pixels for p in generate(self.base, jobs, [control], self.settings, on_step=on_advance))
+        size = (self.base.size, self.base.size)
+        rows = [
+            [fit(self.contract.picture(hint), size, self.contract.resize), *islice(pixels, SEEDS)]
+            for _, hint in self.shown
+        ]
+        write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
+
+    def _write_sheet(self, made: list[list[np.ndarray]], step: int) -> None:
+        """``made``: of the first few pairs, with control and without."""
+        rows = [
+            [self.contract.picture(hint), pair.picture, *two]
+            for hint, pair, two in zip(self.hints, self.pairs, made, strict=False)
+        ]
+        sheet = grid(rows, ["hint", "truth", "controlled", "no control"])
+        write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
 
 
 class Gauge:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from controlkit.measure import FOUND, Obedience
+from controlkit.measure import FOUND, KEPT, Obedience
 from controlkit.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
@@ -33,6 +33,9 @@ class Record:
     """How far colours drifted from the base's without control (``measure.COLOURS``), in shares of the full range; not
     told of a Union. Washed-out or oversaturated pictures show here before the eye is sure."""
 
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """The CLIP-score with control and without; told of the shipped base alone."""
+
     def figures(self) -> dict[str, float]:
         """Its numbers by name, as curves are drawn of them; of quarters of the schedule the mean."""
         found = {"loss": self.loss}
@@ -40,6 +43,7 @@ class Record:
             found |= {name: getattr(self.evaluation, name).mean for name in _MAIN}
         found |= {f"relative_loss/{kind or 'all'}": sum(parts) / len(parts) for kind, parts in self.relative.items()}
         found |= {f"colour_drift/{name}": value for name, value in self.drift.items()}
+        found |= self.quality
         return found | {f"residuals/{tap}": value for tap, value in self.residuals.items()}
 
     def to_json(self) -> str:
@@ -56,6 +60,8 @@ class Record:
             line["verdict"] = self.verdict
         if self.drift:
             line["colour_drift"] = {name: round(x, 4) for name, x in self.drift.items()}
+        if self.quality:
+            line["quality"] = {name: round(x, 4) for name, x in self.quality.items()}
         if self.residuals:
             line["residuals"] = {name: round(x, 5) for name, x in self.residuals.items()}
         if self.relative:
@@ -66,13 +72,15 @@ class Record:
 @dataclass(frozen=True)
 class Seen:
     """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean; and the mean
-    loss relative to no control. NaN where something was not measured."""
+    loss relative to no control; NaN where something was not measured. ``kept``: the CLIP-score did not fall below 95%
+    of that without control."""
 
     step: int
     low: float = math.nan
     counts: bool = False
     mean: float = math.nan
     relative: float = math.nan
+    kept: bool = True
 
     @property
     def control(self) -> bool:
@@ -85,7 +93,9 @@ def seen_in(line: Mapping[str, Any]) -> Seen | None:
     quarters = [loss for kind in line.get("relative_loss", {}).values() for loss in kind]
     relative = sum(quarters) / len(quarters) if quarters else math.nan
     if "obedience" in line:
-        return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"], relative)
+        quality = line.get("quality")
+        kept = not quality or quality["clip_score"] >= KEPT * quality["clip_score_no_control"]
+        return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"], relative, kept)
     return Seen(line["step"], relative=relative) if quarters else None
 
 
@@ -95,11 +105,12 @@ def found_step(evaluations: Sequence[Seen]) -> int | None:
 
 
 def best_of(evaluations: Sequence[Seen]) -> Seen | None:
-    """The first of those that count with the highest obedience; where obedience is not measured, of all the one with
-    the least loss relative to no control."""
+    """The first of those that count with the highest obedience, of those that kept the quality where any did; where
+    obedience is not measured, of all the one with the least loss relative to no control."""
     if all(math.isnan(one.mean) for one in evaluations):
         return min(evaluations, key=lambda one: one.relative, default=None)
-    return max((one for one in evaluations if one.counts), key=lambda one: one.mean, default=None)
+    counting = [one for one in evaluations if one.counts]
+    return max(counting, key=lambda one: (one.kept, one.mean), default=None)
 
 
 def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
@@ -107,7 +118,7 @@ def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
     best = best_of(evaluations)
     if best is None:
         return False
-    if recipe.target is not None and any(one.counts and one.low >= recipe.target for one in evaluations):
+    if recipe.target is not None and any(one.counts and one.kept and one.low >= recipe.target for one in evaluations):
         return True
     return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
 

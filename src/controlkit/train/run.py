@@ -185,8 +185,8 @@ def _train(
                 record = replace(record, relative=gauge.measure(weights), residuals=gauge.residuals(weights))
                 if evaluator:
                     on_stage("evaluating", evaluator.work)
-                    measured, drift = evaluator.measure(weights, step, on_advance)
-                    record = replace(record, evaluation=measured, drift=drift)
+                    found = evaluator.measure(weights, step, on_advance)
+                    record = replace(record, evaluation=found.obedience, drift=found.drift, quality=found.quality)
                 seen = seen_in(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
                 assert seen is not None
                 evaluations.append(seen)
