@@ -1228,7 +1228,7 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(toy_base, tmp_path)
     with pytest.raises(UserError, match="is not what it was when the run in"):
         next(train_control(recipe, tmp_path / "run", toy_base))
     listing.write_text("\n".join(lines))
-    assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [1, 2, 3][-3:]
+    assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [2, 3]
 
 
 def test_pictures_of_another_size_than_the_base_s_are_trained_on_and_said(toy_base, tmp_path):
