@@ -15,6 +15,8 @@ adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_
 enable_xformers_memory_efficient_attention set_grads_to_none dataset_name dataset_config_name train_data_dir
 image_column conditioning_image_column caption_column max_train_samples proportion_empty_prompts validation_prompt
 validation_image num_validation_images validation_steps tracker_project_name"""
+SDXL = """pretrained_vae_model_name_or_path crops_coords_top_left_h crops_coords_top_left_w image_interpolation_mode
+enable_npu_flash_attention"""  # what train_controlnet_sdxl.py has besides
 MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
 --gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
 --checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
@@ -37,7 +39,7 @@ def asked(tmp_path):
 def test_every_flag_of_the_script_is_known_and_in_one_place():
     known = [*PLACES, *WORKED_OUT, *NEEDLESS, *FIXED]
     assert len(known) == len(set(known)) and set(SWITCHES) <= set(known)
-    assert set(known) == {*SCRIPT.split(), "annotator"}
+    assert set(known) == {*SCRIPT.split(), *SDXL.split(), "annotator"}
 
 
 def test_what_is_left_out_has_the_script_s_defaults(asked, tmp_path):

@@ -549,6 +549,46 @@ def test_a_family_means_the_published_vae_and_towers(kind, towers):
         assert [count(kind(CLIPTextConfig.from_pretrained(folder / part))) for part, kind in present.items()] == towers
 
 
+# --- another VAE --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vaes(folders, small, tmp_path):
+    """Places of one VAE that is not the toy's: a pipeline, its VAE's folder, a checkpoint, a file of its own."""
+    shutil.copytree(folders("sd15"), tmp_path / "other")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "other" / "vae")
+    with torch.no_grad():
+        for value in vae.parameters():
+            value *= 1.5
+    vae.save_pretrained(tmp_path / "other" / "vae")
+    tensors = {name: tensor.contiguous() for name, tensor in original_vae(vae).items()}
+    save_file(prefixed("first_stage_model.", tensors), tmp_path / "checkpoint.safetensors")
+    save_file(tensors, tmp_path / "file.safetensors")
+    places = ("other", "other/vae", "checkpoint.safetensors", "file.safetensors")
+    return [tmp_path / place for place in places], vae.state_dict()
+
+
+@pytest.mark.parametrize("place", range(4), ids=["pipeline", "folder", "checkpoint", "file"])
+def test_another_vae_takes_the_place_of_the_base_s_own(place, vaes, folders):
+    own = load_base(folders("sd15"))
+    base = load_base(folders("sd15"), vae=vaes[0][place])
+    state = base.vae.state_dict()
+    assert state.keys() == vaes[1].keys() and all(torch.equal(state[name], value) for name, value in vaes[1].items())
+    assert base.digest != own.digest and base.vae.config.scaling_factor == own.vae.config.scaling_factor
+
+
+def test_what_is_no_vae_for_this_base_is_refused(vaes, folders, toy_folder, tmp_path):
+    torn = dict(list(load_file(vaes[0][3]).items())[:-3])
+    save_file(torn, tmp_path / "torn.safetensors")
+    for source, words in (
+        (tmp_path / "torn.safetensors", "is no whole VAE"),
+        (tmp_path / "nowhere", "is no whole VAE"),
+        (toy_folder, "makes latents of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_base(folders("sd15"), vae=source)
+
+
 # --- a diffusers folder of SDXL -----------------------------------------------------------------------------------
 
 

@@ -190,6 +190,7 @@ PHOTOS = {"data": {"source": "photos"}}
 EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
 SETTINGS = [  # key, another value, what of the run it must change, and in what recipe, where the probed one will not do
     ("base", "other", "base"),
+    ("vae", "other", "losses"),
     ("size", 64, "hints"),
     ("control.annotator", "scribble", "hints"),
     ("control.types", ["canny"], "tensors", {"evaluation": {"every": 0}}),
@@ -281,7 +282,8 @@ def neighbour(toy_base, drawn_joins, tmp_path_factory):
 def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch):
     """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed; all that can
     be seen of the run."""
-    monkeypatch.setattr("controlkit.train.run.load_base", {"toy": toy_base, "other": other_base}.__getitem__)
+    bases = {"toy": toy_base, "other": other_base}
+    monkeypatch.setattr("controlkit.train.run.load_base", lambda name, vae=None: bases[vae or name])
     monkeypatch.chdir(neighbour.parent)
 
     def run(key=None, value=None, within=None):

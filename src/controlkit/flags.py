@@ -1,6 +1,7 @@
-"""The flags of diffusers' ``train_controlnet.py``, read as a recipe, so that a command people have goes on working.
+"""The flags of diffusers' ``train_controlnet.py`` and ``train_controlnet_sdxl.py``, read as a recipe, so that a command
+people have goes on working.
 
-Every flag of that script is known here: it has a place in the recipe, or a reason why it is not needed, or is refused
+Every flag of these scripts is known here: it has a place in the recipe, or a reason why it is not needed, or is refused
 with what to do instead. What is left out has the script's default, not the recipe's.
 """
 
@@ -18,6 +19,7 @@ from controlkit.recipe import ScheduleName, TrackerName
 
 PLACES = {
     "pretrained_model_name_or_path": "base",
+    "pretrained_vae_model_name_or_path": "vae",
     "controlnet_model_name_or_path": "control.start_from",
     "train_data_dir": "data.source",
     "dataset_name": "data.source",
@@ -51,6 +53,7 @@ NEEDLESS = {
     "allow_tf32": "networks are computed in the format that pays on this machine, bfloat16 where there is a choice",
     "set_grads_to_none": "it is always so",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used",
+    "enable_npu_flash_attention": "torch's own attention is used",
     "dataloader_num_workers": "latents, text and hints are cached before the first step",
     "cache_dir": "the cache lies in $CONTROLKIT_CACHE",
     "tokenizer_name": "the base brings its own",
@@ -67,6 +70,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "variant": (None,),
     "dataset_config_name": (None,),
     "resume_from_checkpoint": ("latest",),
+    "crops_coords_top_left_h": (0,),
+    "crops_coords_top_left_w": (0,),
+    "image_interpolation_mode": ("lanczos",),
 }
 """Flags that may have these values alone. A run that is started again goes on from its newest checkpoint by itself."""
 
@@ -77,12 +83,13 @@ OF_ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_powe
 """Flags that one scheduler alone reads: the recipe's key, and which. Its ``constant`` does not read the warm-up."""
 
 SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_none", "use_8bit_adam", "push_to_hub",
-            "enable_xformers_memory_efficient_attention")  # fmt: skip
+            "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")  # fmt: skip
 WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
          "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
-TEXT = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "train_data_dir", "dataset_name",
-        "output_dir", "annotator", "report_to", "tracker_project_name", "mixed_precision", "image_column",
-        "conditioning_image_column", "caption_column", "resume_from_checkpoint")  # fmt: skip
+TEXT = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path",
+        "train_data_dir", "dataset_name", "output_dir", "annotator", "report_to", "tracker_project_name",
+        "mixed_precision", "image_column", "conditioning_image_column", "caption_column",
+        "resume_from_checkpoint", "image_interpolation_mode")  # fmt: skip
 SEVERAL = ("validation_prompt", "validation_image")
 
 _OWN = {"image_column": "image", "conditioning_image_column": "conditioning_image", "caption_column": "text"}

@@ -140,6 +140,8 @@ class Recipe(_Strict):
     """A control's training run. Unknown keys are refused, with the nearest known one."""
 
     base: str = "mini"
+    vae: str | None = None
+    """Another VAE than the base's own: a diffusers folder, a file or a hub's name."""
     size: int | None = Field(None, gt=0)
     """The side of the pictures trained on, in pixels; the base's own by default."""
     control: ControlRecipe = ControlRecipe()

@@ -5,6 +5,7 @@ Only a hub's name may ask a network for anything; everything else is read from d
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ def load_base(
     prediction: Prediction | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     embeddings: Sequence[Path] = (),
+    vae: str | Path | None = None,
 ) -> UNetBase:
     """Load a base, frozen.
 
@@ -54,6 +56,7 @@ def load_base(
         loras: LoRA files with their weights, merged into the base; read by diffusers and peft. Or differences, as a
             run writes whose base was unlocked.
         embeddings: textual inversions; each is written in a prompt as its file's name.
+        vae: another VAE of the same anatomy in the place of the base's own: a diffusers folder, a file, a hub's name.
     """
     text, path = str(source), Path(source)
     if text in shipped_names() and (where(text) / "model_index.json").is_file():
@@ -69,6 +72,8 @@ def load_base(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
             f".safetensors or .ckpt file, or a hub's owner/model; {nearest(text, ['mini', *FAMILIES])}"
         )
+    if vae:
+        base = _with_vae(base, vae, dtype)
     differences = [one for one in loras if _is_difference(one[0])]
     for path, weight in differences:
         _add_difference(base, path, weight)
@@ -258,6 +263,43 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
         bias = header.read([_LAST_NORM])[_LAST_NORM].float()
         return "v" if bias.std(correction=0) > _V_SPREAD else "eps"
     return family.prediction
+
+
+# --- another VAE --------------------------------------------------------------------------------------------------
+
+
+def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBase:
+    """The base with another VAE; a file's is taken to be configured as the base's own."""
+    from diffusers import AutoencoderKL
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            with tempfile.TemporaryDirectory() as config:
+                base.vae.save_config(config)
+                options: dict[str, Any] = {"config": config, "local_files_only": True, "torch_dtype": torch.float32}
+                vae = AutoencoderKL.from_single_file(str(path), **options)
+            _check_filled("it", vae)
+        else:
+            inside = {"subfolder": "vae"} if (path / "vae").is_dir() else {}
+            local = path.is_dir() or not _names_a_repository(str(source))
+            vae, info = AutoencoderKL.from_pretrained(
+                str(source), local_files_only=local, use_safetensors=True, output_loading_info=True, **inside
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"it lacks {min(info['missing_keys'])}")
+    except Exception as error:  # as with a single file
+        raise UserError(
+            f"{source} is no whole VAE ({one_line(error)}): expected a diffusers folder, a file in the original layout "
+            "or a hub's name."
+        ) from error
+    read, made = base.vae.config, vae.config
+    if (read.latent_channels, len(read.block_out_channels)) != (made.latent_channels, len(made.block_out_channels)):
+        raise UserError(
+            f'{source} makes latents of {made.latent_channels} channels in {len(made.block_out_channels)} levels; "'
+            f'{base.name}" reads those of {read.latent_channels} in {len(read.block_out_channels)}.'
+        )
+    return _assembled(base.name, vae, list(base.towers), base.unet, base.scheduler, base.zeros_for_none, dtype)
 
 
 # --- a base trained together with a control -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from controlkit.cli.shared import (
     LoraOption,
     OutOption,
     StepsOption,
+    VaeOption,
     check_folder,
     loaded_base,
     loaded_control,
@@ -71,6 +72,7 @@ def generate(
     num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
     lora: LoraOption = None,
+    vae: VaeOption = None,
     embedding: Annotated[
         list[Path] | None,
         typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
@@ -105,7 +107,7 @@ def generate(
             if path.suffix.lower() == ".npy" and not hint:
                 raise UserError(f"{path} is an array, and arrays are hints already: say so by --hint.")
             (read_hint if hint else read_picture)(path)
-    added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or []}
+    added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
     model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
     settings = sample.Settings(steps, guidance, parse_size(size))
     sides = sample.picture_size(model, settings)

@@ -13,6 +13,7 @@ from controlkit.cli.shared import (
     GuidanceOption,
     LoraOption,
     StepsOption,
+    VaeOption,
     loaded_base,
     loaded_control,
     on_cuda,
@@ -76,7 +77,7 @@ def train(
         settings, notes = read_recipe(Path(given[0]), changes or []), []
     for note in notes if together.first else []:
         warn(note)
-    base = loaded_base(settings.base, device)
+    base = loaded_base(settings.base, device, vae=settings.vae)
     with progress_bars(disable=not together.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -179,6 +180,7 @@ def evaluate(
     ] = None,
     scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
     lora: LoraOption = None,
+    vae: VaeOption = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
     hint_guidance: Annotated[
@@ -204,7 +206,7 @@ def evaluate(
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
-    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []])
+    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], vae=vae)
     saved = loaded_control(control, model, annotator)
     if isinstance(saved.branch, UnionBranch):
         raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')

@@ -30,6 +30,9 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE[=WEIGHT]", help="A LoRA, or a run's base-difference, merged into the base; repeatable."),
 ]
+VaeOption = Annotated[
+    str | None, typer.Option(help="Another VAE than the base's: a diffusers folder, a file, a hub's name.")
+]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
 

@@ -80,7 +80,7 @@ def train_control(
     contracts = hints_of(recipe)
     check_trackers(recipe.tracking.to)
     check_folder(recipe, out)
-    base = base or load_base(recipe.base)
+    base = base or load_base(recipe.base, vae=recipe.vae)
     notes: list[str] = []
     if recipe.size and recipe.size != base.size:
         notes.append(f'pictures of {recipe.size} pixels; "{base.name}" was trained on {base.size}')
