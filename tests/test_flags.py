@@ -167,8 +167,25 @@ def test_what_cannot_be_done_is_refused_with_what_to_do(flags, words, asked):
         asked(*flags.split())
 
 
-def test_a_hub_s_data_set_and_a_missing_base_are_refused(tmp_path):
-    with pytest.raises(UserError, match="There is no folder fusing/fill50k"):
-        read_flags(["--pretrained_model_name_or_path", "x", "--dataset_name", "fusing/fill50k"], lambda *asked: 1)
+def test_a_hub_s_data_set_is_fetched_once_and_a_missing_base_or_folder_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def fetched(name, repo_type, local_dir):
+        asked.append((name, repo_type))
+        if "fill50k" not in name:
+            raise OSError("no network")
+        local_dir.mkdir(parents=True)
+
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    flags = ["--pretrained_model_name_or_path", "x", "--dataset_name"]
+    for _ in range(2):
+        found = read_flags([*flags, "fusing/fill50k"], lambda folder, columns: len(str(folder)))
+        assert found.recipe["data"]["source"] == "fusing/fill50k" and found.recipe["steps"] > 1
+    assert asked == [("fusing/fill50k", "dataset")]
+    with pytest.raises(UserError, match=r"no folder photos/train, and no data set .* \(no network\)"):
+        read_flags([*flags, "photos/train"], lambda *given: 1)
+    with pytest.raises(UserError, match="There is no folder nowhere"):
+        read_flags([*flags, "nowhere"], lambda *given: 1)
     with pytest.raises(UserError, match="--pretrained_model_name_or_path is missing"):
-        read_flags(["--train_data_dir", str(tmp_path)], lambda *asked: 1)
+        read_flags(["--train_data_dir", str(tmp_path)], lambda *given: 1)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import yaml
 
+from controlkit.data.layouts import folder_of
 from controlkit.errors import UserError, nearest
 from controlkit.recipe import ScheduleName, TrackerName
 
@@ -151,9 +152,9 @@ def read_flags(
         if values.get(name) is not None:
             section, _, key = place.rpartition(".")
             (recipe.setdefault(section, {}) if section else recipe)[key] = values[name]
-    source = Path(recipe["data"]["source"])
+    source = folder_of(recipe["data"]["source"])
     if not source.is_dir():
-        raise UserError(f"There is no folder {source}: data sets are read from folders, a hub's name is not.")
+        raise UserError(f"There is no folder {source}: expected one, or a hub's data set (owner/name).")
     columns = {kind: given[name] for name, kind in COLUMNS.items() if given.get(name, _OWN[name]) != _OWN[name]}
     recipe["data"]["columns"] = columns
     recipe["batch"] = values["train_batch_size"] * values["gradient_accumulation_steps"] * processes

@@ -71,7 +71,8 @@ class DataRecipe(_Strict):
 
     source: str = "emoji"
     """``emoji`` (held-out concepts left out), ``scenes`` (what no control may see left out), ``world`` (both),
-    ``fill50k`` (drawn on the fly), or a folder in any of the layouts of ``data.layouts``."""
+    ``fill50k`` (drawn on the fly), a folder in any of the layouts of ``data.layouts``, or a hub's data set
+    (``owner/name``)."""
     columns: dict[str, str] = {}
     """What a folder's ``image``, ``hint`` or ``caption`` columns are called, where that is none of the usual names."""
     count: int | None = Field(None, gt=0)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import UserError, nearest, one_line
 from controlkit.hub import cache_dir
 from controlkit.seeds import numpy_rng
 
@@ -132,6 +132,27 @@ class Listing:
     layout: str
     rows: list[Row]
     problems: list[Problem] = field(default_factory=list)
+
+
+def folder_of(source: str) -> Path:
+    """The folder of a data set, which may also be a hub's, ``owner/name``: fetched into the cache, whole, once."""
+    path = Path(source)
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        return path
+    target = cache_dir() / "datasets" / source.replace("/", "--")
+    if (whole := target.with_name(f"{target.name}.whole")).is_file():
+        return target
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(source, repo_type="dataset", local_dir=target)
+    except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
+        raise UserError(
+            f"There is no folder {source}, and no data set of that name could be fetched from the hub "
+            f"({one_line(error)})."
+        ) from error
+    whole.touch()
+    return target
 
 
 def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:

@@ -13,7 +13,7 @@ import numpy as np
 from controlkit import maps
 from controlkit.annotators import annotate, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import read_listing
+from controlkit.data.layouts import folder_of, read_listing
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
@@ -314,5 +314,5 @@ def evaluation_pairs(
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(Path(source), size, masked, columns)
+    _, held = split_folder(folder_of(source), size, masked, columns)
     return held.part(slice(-num, None)), [pair.picture for pair in held]

@@ -19,6 +19,7 @@ from controlkit.data import (
     ScenePairs,
     TypedPairs,
     bucket_sizes,
+    folder_of,
     split_folder,
 )
 from controlkit.errors import UserError, nearest
@@ -28,13 +29,16 @@ from controlkit.precision import number_format
 from controlkit.recipe import ControlRecipe, Recipe
 from controlkit.union import TYPES
 
+DRAWN = ("emoji", "scenes", "world", "fill50k")
+"""Sources that are no folders."""
+
 
 def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
-    if data.buckets and not Path(data.source).is_dir():
+    if data.buckets and data.source in DRAWN:
         raise UserError(f"data.buckets is for pictures of many shapes in a folder; those of {data.source} are square.")
-    if data.columns and not Path(data.source).is_dir():
+    if data.columns and data.source in DRAWN:
         raise UserError(f"data.columns names a folder's columns; {data.source} has none.")
     emoji, scenes = (data.source in (name, "world") for name in ("emoji", "scenes"))
     if emoji or scenes:
@@ -56,11 +60,10 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     if data.source == "fill50k":
         count = data.count or 50_000
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
-    if not Path(data.source).is_dir():
-        known = ["emoji", "scenes", "world", "fill50k"]
-        raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, known)}')
+    if not (place := folder_of(data.source)).is_dir():
+        raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, DRAWN)}')
     masked = hints_of(recipe)[""].mark is not None
-    folder, held = split_folder(Path(data.source), base.size, masked, data.columns)
+    folder, held = split_folder(place, base.size, masked, data.columns)
     names = recipe.control.annotators or [recipe.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
         raise UserError(
