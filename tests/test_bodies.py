@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from controlkit.branch import ControlSpec, LowRank, gains
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, describe, load_control, save_control
 from controlkit.images import Hint
-from controlkit.recipe import parse_recipe
+from controlkit.recipe import ControlRecipe, parse_recipe, read_recipe
 from controlkit.train import controlled, train_control
 from controlkit.train.run import DIFFERENCE
 
@@ -253,3 +255,13 @@ def test_a_difference_to_another_base_is_refused(unlocked, request, tmp_path):
 def test_averages_and_an_unlocked_base_do_not_go_together():
     with pytest.raises(UserError, match="ema averages"):
         parse_recipe({**TINY, "unlock": 2, "ema": 0.9})
+
+
+@pytest.mark.slow  # a minute or two each
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("body", get_args(ControlRecipe.model_fields["body"].annotation))
+def test_each_body_learns_the_circles(body, tmp_path):
+    recipe = read_recipe(Path(__file__).parents[1] / "recipes" / "bodies.yaml", [f"control.body={body}"])
+    last = list(train_control(recipe, tmp_path / "run"))[-1]
+    print(f"{body}: step {last.step}, obedience {last.evaluation.obedience}")
+    assert last.step < recipe.steps and last.evaluation.obedience.low >= 0.5

@@ -90,6 +90,29 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     assert drifts[1] == [pytest.approx(drift, abs=1e-3) for drift in drifts[0]]
 
 
+def test_the_launcher_people_use_starts_them(toy_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": str(toy_folder)} | RECIPE))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command = [*launch, "--main_process_port", "0", "-m", "controlkit", "train", tmp_path / "r.yaml"]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "run"), "--device", "cpu"],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The control is in") == 1 and done.stdout.count("parameters learn hints") == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
 KILLED = """
 import os, signal
 from controlkit.train import checkpoints
