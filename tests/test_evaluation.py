@@ -73,8 +73,9 @@ def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, tmp_path, monk
     fell = seen_in(line)
     poorer = seen_in(line | {"step": 3, "obedience": 0.5, "quality": found | {"clip_score": 0.96}})
     assert (fell.kept, poorer.kept) == (False, True)
-    assert best_of([fell, poorer]) is poorer and best_of([fell]) is fell
-    assert not enough(EvaluationRecipe(target=0.7), [fell]) and enough(EvaluationRecipe(target=0.7), [poorer])
+    none = seen_in(line | {"step": 1, "obedience": 0.0, "obedience_interval": [-0.1, 0.1], "quality": {}})
+    assert best_of([none, fell, poorer]) is poorer and best_of([none, fell]) is fell, "no control keeps any quality"
+    assert not enough(EvaluationRecipe(patience=1), [none, fell]) and enough(EvaluationRecipe(target=0.7), [fell])
 
 
 def test_residuals_are_told_relative_to_what_they_are_added_to(toy_base, tmp_path):

@@ -75,6 +75,10 @@ def test_flags_go_where_they_belong(asked):
 def test_pictures_of_one_s_own_are_looked_at_as_often_as_the_script_does(asked):
     recipe = parse_recipe(asked(*["--validation_prompt", "a", "b", "--validation_image", "c.png"]).recipe)
     assert recipe.evaluation.own() == [("a", "c.png"), ("b", "c.png")] and recipe.evaluation.every == 100
+    equals = asked("--validation_prompt=a: b", "--validation_image=c.png")
+    assert parse_recipe(equals.recipe).evaluation.own() == [("a: b", "c.png")]
+    equals.recipe["control"]["annotators"] = ["canny", "depth"]
+    assert parse_recipe(equals.recipe), "what --set puts beside flags"
     for flags in ("--validation_prompt a", "--validation_prompt a b --validation_image c d e"):
         with pytest.raises(UserError, match="as many"):
             parse_recipe(asked(*flags.split()).recipe)

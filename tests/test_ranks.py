@@ -265,7 +265,7 @@ def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(torch.tensor([1.0, 0.0, 5.0])))
     Ranks(0, 2).mean(values)
     assert [value.tolist() for value in values] == [[1.0, 1.0], [[4.0]]]
-    assert ranks(cpu=True) == Ranks(0, 1) and Ranks().told("x") == "x" and Ranks().any(True, torch.device("cpu"))
+    assert ranks(cpu=True) == Ranks(0, 1) and Ranks().told("x") == "x" and Ranks().any(True)
 
 
 def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch):
@@ -278,6 +278,7 @@ def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch)
             seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
 
     monkeypatch.setattr("accelerate.PartialState", State)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: backend)
     for asked, count, sharded, notes in (("FSDP", "1", False, 0), ("FSDP", "2", True, 1), ("DEEPSPEED", "1", False, 1),
                                          ("DEEPSPEED", "2", False, 1)):  # fmt: skip
         with monkeypatch.context() as patch:

@@ -4,11 +4,13 @@ import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import StandIn
 from controlkit.errors import UserError
+from controlkit.images import write_png
 from controlkit.recipe import parse_recipe
 from controlkit.train import learning_rate, train_control
 
@@ -32,7 +34,9 @@ def log_of(out):
 
 
 def test_tensorboard_has_every_figure_of_every_step_once(toy_base, tmp_path):
-    recipe = sent_to("tensorboard")
+    write_png(tmp_path / "own.png", np.zeros((32, 32, 3), np.uint8))
+    own = {"hints": [str(tmp_path / "own.png")], "prompts": ["a circle"]}
+    recipe = sent_to("tensorboard", evaluation=RECIPE["evaluation"] | own)
     for steps in (5, 3, 9):  # twice interrupted: behind a checkpoint, and before it has come as far again
         list(itertools.islice(train_control(recipe, tmp_path, toy_base), steps))
     read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
@@ -53,6 +57,13 @@ def test_tensorboard_has_every_figure_of_every_step_once(toy_base, tmp_path):
     assert [one.step for one in read.Images("samples")] == [3, 6]
     shown = read.Images("samples")[0]
     assert (shown.height, shown.width) == (2 * 132 + 24, 4 * 132 + 4)
+    assert [one.step for one in read.Images("own samples")] == [3, 6]
+
+
+def test_samples_are_sent_where_obedience_is_not_measured_too(toy_base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", library := StandIn())
+    list(train_control(sent_to("trackio", control={"annotator": "openpose"}), tmp_path / "run", toy_base))
+    assert [step for step, values in library.logged if "samples" in values] == [3, 6]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -1,6 +1,7 @@
 """A run looked at from outside: what its folder says, as lines and as a page."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -46,6 +47,8 @@ def test_its_lines_say_where_it_stands(run):
     assert "[0.400, 0.600]" in said[-2] and said[-1] == "said at 40"
     (run / "control").mkdir()
     assert "step 40 of 100, ended" in lines(read_run(run))[0]
+    os.utime(run / "control", (0, 0))
+    assert not read_run(run).ended, "the result is of an earlier end"
     (run / "log.jsonl").unlink()
     assert lines(read_run(run)) == [f"{run}: no step yet"]
     assert "<h1>" in page(read_run(run))

@@ -207,8 +207,8 @@ def _split(arguments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--{name} is no flag of train_controlnet.py: {nearest(name, known)}")
         if name in SWITCHES:
             given[name] = True
-        elif name in SEVERAL and not equals:
-            given[name] = []
+        elif name in SEVERAL:
+            given[name] = [value] if equals else []
             while rest and not rest[0].startswith("--"):
                 given[name].append(rest.pop(0))
         elif equals or (rest and not rest[0].startswith("--")):

@@ -32,6 +32,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "controlkit"
 
 
+def names_a_repository(text: str) -> bool:
+    """Whether this may be a model hub's name, ``owner/name``."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
 def shipped_names() -> list[str]:
     """Names of everything shipped: the base ``mini``, its controls, its referee."""
     return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []

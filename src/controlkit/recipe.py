@@ -216,6 +216,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _nothing_unread(self) -> "Recipe":
+        several = self.control.annotators
         for key, read, reason in (
             ("betas", self.optimizer != "adafactor", "adafactor has none"),
             ("epsilon", self.optimizer != "adafactor", "adafactor has its own"),
@@ -223,7 +224,7 @@ class Recipe(_Strict):
             ("cycles", self.schedule == "cosine_with_restarts", "they are of schedule: cosine_with_restarts"),
             ("power", self.schedule == "polynomial", "it is of schedule: polynomial"),
             ("control.rank", self.control.body == "lora", "it is of control.body: lora"),
-            ("control.annotator", not self.control.annotators, "control.annotators stands in its place"),
+            ("control.annotator", not (several and self.control.annotator), "control.annotators stands in its place"),
             ("data.variants", self.data.source in ("emoji", "world"), "it is of data.source: emoji or world"),
             ("data.scenes", self.data.source in ("scenes", "world"), "it is of data.source: scenes or world"),
             ("data.visits", self.data.source in ("scenes", "world"), "it is of data.source: scenes or world"),

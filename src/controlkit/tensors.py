@@ -67,7 +67,7 @@ class TensorWriter:
     for a tensor, before anything is put there.
     """
 
-    _ROOM = 2**16
+    _ROOM = 2**20
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -41,8 +41,11 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether its result is there."""
-        return (self.folder / "control").is_dir()
+        """Whether its result is there, and of its last step: a run may have been made longer."""
+        result, log = self.folder / "control", self.folder / "log.jsonl"
+        if not result.is_dir() or not log.is_file():
+            return result.is_dir()
+        return self.step >= self.steps or result.stat().st_mtime_ns >= log.stat().st_mtime_ns
 
     @property
     def pace(self) -> float:

@@ -25,7 +25,7 @@ from controlkit.backbones.families import (
 )
 from controlkit.backbones.unet import PREDICTIONS, TextTower, UNetBase
 from controlkit.errors import UserError, nearest, one_line
-from controlkit.hub import shipped_names, where
+from controlkit.hub import names_a_repository, shipped_names, where
 from controlkit.images import write_atomic
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
@@ -86,7 +86,7 @@ def load_base(
 
 def _names_a_repository(text: str) -> bool:
     """Whether this may be a hub's name: its names hold dots too (``owner/model-1.0``), so only files' endings count."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith(_FILES)
+    return names_a_repository(text) and not text.endswith(_FILES)
 
 
 def _from_hub(repository: str) -> Path:

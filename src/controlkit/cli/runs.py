@@ -78,6 +78,8 @@ def train(
     for note in notes if together.first else []:
         warn(note)
     base = loaded_base(settings.base, device, vae=settings.vae)
+    if settings.size == base.size:  # flags always say it
+        settings = settings.model_copy(update={"size": None})
     with progress_bars(disable=not together.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")

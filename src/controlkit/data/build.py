@@ -3,7 +3,6 @@
 The work can be interrupted and gone on with; until it is whole, nothing reads the folder as a data set.
 """
 
-import hashlib
 import io
 import json
 import tarfile
@@ -16,7 +15,7 @@ import numpy as np
 
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
-from controlkit.data.layouts import BUILT, Listing, Row
+from controlkit.data.layouts import BUILT, Listing, Row, rows_digest
 from controlkit.data.pairs import Pair, hint_of
 from controlkit.errors import UserError, nearest
 from controlkit.images import SCRATCH, Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic
@@ -95,7 +94,7 @@ def build_set(
         "hint": json.loads(contract.to_json()),
         "size": size and list(size),
         "captions": {"by": captioner.name, "over": over} if captioner else None,
-        "set": _digest(listing),
+        "set": rows_digest(listing.rows),  # files are numbered by row: another row would be another's file
     }
     _begin(folder, settings)
     if captioner:
@@ -111,12 +110,6 @@ def build_set(
             entries = [writer.entry(target, place) for place in range(count)]
             write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
-
-
-def _digest(listing: Listing) -> str:
-    """Of what the rows are called and say: files are numbered by row, so that another row would be another's file."""
-    text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in listing.rows])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:

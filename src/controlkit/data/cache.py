@@ -105,17 +105,15 @@ def build_cache(
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         for prefix, prompts in prompts_of.items():
             writer.add(f"{prefix}prompt_rows", torch.tensor([row_of[prompt] for prompt in prompts]))
-        read = _read_prompts(base, distinct, store)
-        for name in read[0]:
-            writer.add(f"{_TEXT}{name}", torch.stack([entry[name] for entry in read]))
+        _read_prompts(writer, base, distinct, store)
         writer.close()
 
     write_atomic(path, write)
     return Cached.read(path)
 
 
-def _read_prompts(base: UNetBase, prompts: Sequence[str], store: Store | None) -> list[Entry]:
-    """The tensors of each prompt's ``Text``."""
+def _read_prompts(writer: TensorWriter, base: UNetBase, prompts: Sequence[str], store: Store | None) -> None:
+    """Write the tensors of each prompt's ``Text``."""
     weights = {f"{i}.{k}": v for i, tower in enumerate(base.towers) for k, v in tower.encoder.state_dict().items()}
     made_by = f"{digest(weights)} {[tower.penultimate for tower in base.towers]} {base.dtype}" if store else ""
 
@@ -128,7 +126,13 @@ def _read_prompts(base: UNetBase, prompts: Sequence[str], store: Store | None) -
         keys = [key_of("text", made_by, *(rows[i] for rows in tokens)) for i in range(len(chunk))]
         return remembered(store, keys, make)
 
-    return [entry for i in range(0, len(prompts), 256) for entry in read(prompts[i : i + 256])]
+    held: dict[str, Tensor] = {}
+    for first in range(0, len(prompts), 256):
+        for row, entry in enumerate(read(prompts[first : first + 256]), first):
+            for name, value in entry.items():
+                if name not in held:
+                    held[name] = writer.empty(f"{_TEXT}{name}", (len(prompts), *value.shape), value.dtype)
+                held[name][row] = value
 
 
 def _read_moments(base: UNetBase, made_by: str, store: Store | None, pictures: Sequence[np.ndarray]) -> Tensor:

@@ -14,6 +14,7 @@ itself has wrong. ``LAYOUTS`` is the order in which they are tried:
 """
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.errors import UserError, nearest, one_line
-from controlkit.hub import cache_dir
+from controlkit.hub import cache_dir, names_a_repository
 from controlkit.seeds import numpy_rng
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -134,10 +135,16 @@ class Listing:
     problems: list[Problem] = field(default_factory=list)
 
 
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Of what rows are called and say, in their order."""
+    text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in rows])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def folder_of(source: str) -> Path:
     """The folder of a data set, which may also be a hub's, ``owner/name``: fetched into the cache, whole, once."""
     path = Path(source)
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if path.exists() or not names_a_repository(source):
         return path
     target = cache_dir() / "datasets" / source.replace("/", "--")
     if (whole := target.with_name(f"{target.name}.whole")).is_file():
@@ -392,8 +399,9 @@ def _huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Ro
 
         if isinstance(table.features[column], datasets.Image):
             return Held(f"{folder}, row {place}, {column}", read)
-        beside = folder if saved else Path(tables[0]).parent
-        return _inside(beside, str(table[place][column]), problems)
+        name = str(table[place][column])
+        beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
+        return _inside(beside, name, problems)
 
     rows = []
     for place, said in enumerate(table[caption] if caption else [""] * len(table)):
@@ -513,10 +521,10 @@ def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
     if listing.suffix == ".jsonl":
         yield from _json_lines(listing, problems)
     elif listing.suffix == ".csv":
-        lines = csv.DictReader(io.StringIO(_text_of(listing, problems), newline=""), restkey="")
+        lines = csv.DictReader(io.StringIO(_text_of(listing, problems), newline=""))
         for values in lines:
             where = f"{listing}, line {lines.line_num}"
-            if "" in values:
+            if None in values:  # where the rest of a line goes
                 words = "has more fields than the first line: a caption with commas stands in quotes"
                 problems.append(Problem("unreadable line", where, words))
             else:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from controlkit import maps
 from controlkit.annotators import annotate, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import folder_of, read_listing
+from controlkit.data.layouts import folder_of, read_listing, rows_digest
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
@@ -244,9 +243,8 @@ class FolderPairs(Sequence[Pair]):
         return self._sizes[index] if self._sizes else (self._size, self._size)
 
     def digest(self) -> str:
-        """Of what the rows are called and say, in their order."""
-        text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in self._rows])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        """Of what its pictures are called and their prompts say, in their order."""
+        return rows_digest(self._rows)
 
     def mix(self) -> None:
         """Put the rows in an order that captions alone decide; those of one caption in the set's order."""

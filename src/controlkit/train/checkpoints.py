@@ -123,8 +123,8 @@ class Learner:
             self.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})
 
 
-_LAYOUT = "3"
-"""Of a checkpoint's tensors; raised when their names change."""
+_LAYOUT = "4"
+"""Raised when a run that an earlier version began could not be gone on with as it began."""
 
 
 def checkpoints_in(out: Path) -> list[Path]:
@@ -224,7 +224,9 @@ def check_folder(recipe: Recipe, out: Path) -> None:
     What changes no step that was made may differ: how long the run goes on (``_lasting``).
     """
     path = out / "recipe.yaml"
-    before, after = (_lasting(one) for one in (read_recipe(path) if path.is_file() else recipe, recipe))
+    both = (read_recipe(path) if path.is_file() else recipe, recipe)
+    endless = all(_endless(one) for one in both)
+    before, after = (_lasting(one, endless) for one in both)
     if changed := [key for key, value in after.items() if before[key] != value]:
         longer = " A run can be made longer where its rate does not come down (no cooldown, schedule: constant)."
         raise UserError(
@@ -235,11 +237,16 @@ def check_folder(recipe: Recipe, out: Path) -> None:
         raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
 
 
-def _lasting(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe a run keeps from its first step to its last."""
+def _endless(recipe: Recipe) -> bool:
+    """Whether the rate knows of no end of the run."""
+    return recipe.schedule in ("constant", "constant_with_warmup") and not recipe.cooldown
+
+
+def _lasting(recipe: Recipe, endless: bool) -> dict[str, Any]:
+    """What of a recipe a run keeps from its first step to its last; its length, unless it is ``endless``."""
     values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True,
                                         "evaluation": {"every", "patience", "target"}})  # fmt: skip
-    if recipe.schedule in ("constant", "constant_with_warmup") and not recipe.cooldown:  # the rate knows of no end
+    if endless:
         del values["steps"], values["budget"]
     return values
 
@@ -265,8 +272,8 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, rows: str = "") ->
     begun = json.loads(path.read_text()) if path.is_file() else None
     if begun and begun.get("rows", rows) != rows:
         raise UserError(
-            f"{recipe.data.source} is not what it was when the run in {out} began: put it back as it was, or give "
-            "another --out (control.start_from: what this one has learnt)."
+            f"{recipe.data.source} has other names or captions than when the run in {out} began: put them back as they "
+            "were, or give another --out (control.start_from: what this one has learnt)."
         )
     own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
     for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written

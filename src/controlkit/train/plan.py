@@ -28,6 +28,9 @@ from controlkit.recipe import Recipe
 from controlkit.train.checkpoints import Learner
 from controlkit.train.step import Batch, objective
 
+_MAPPED = "cached pairs"
+"""They are mapped from their file: held where there is room, and no hindrance where there is none."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,7 +115,7 @@ def foresee(
     parts["gradients"] = learning
     parts[f"optimizer ({recipe.optimizer})"] = state_bytes(learner.learning, recipe.optimizer)
     if base.device.type == "cpu":
-        parts["cached pairs"] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
+        parts[_MAPPED] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
     count = recipe.batch // recipe.draws // recipe.accumulate // processes
     work = partial(_micro_batch, recipe, learner, contracts)
     held = 0 if recipe.accumulate > 1 else learning  # of one part the most is held before there are gradients
@@ -120,7 +123,7 @@ def foresee(
     seconds = None
     with suppress(torch.OutOfMemoryError):  # the run will take more parts; a plan must not end it
         needed = peak_of(work, count) - held
-        if sum(parts.values()) - here + needed < free:
+        if sum(parts.values()) - parts.get(_MAPPED, 0) - here + needed < free:
             for _ in range(2):  # the first time kernels are chosen, and on some machines made
                 started = time.perf_counter()
                 work(count)

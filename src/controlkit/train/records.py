@@ -105,12 +105,12 @@ def found_step(evaluations: Sequence[Seen]) -> int | None:
 
 
 def best_of(evaluations: Sequence[Seen]) -> Seen | None:
-    """The first of those that count with the highest obedience, of those that kept the quality where any did; where
-    obedience is not measured, of all the one with the least loss relative to no control."""
+    """The first of those that count with the highest obedience, of those with control that kept the quality where there
+    are such; where obedience is not measured, of all the one with the least loss relative to no control."""
     if all(math.isnan(one.mean) for one in evaluations):
         return min(evaluations, key=lambda one: one.relative, default=None)
     counting = [one for one in evaluations if one.counts]
-    return max(counting, key=lambda one: (one.kept, one.mean), default=None)
+    return max(counting, key=lambda one: (one.kept and one.control, one.mean), default=None)
 
 
 def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
@@ -118,7 +118,7 @@ def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
     best = best_of(evaluations)
     if best is None:
         return False
-    if recipe.target is not None and any(one.counts and one.kept and one.low >= recipe.target for one in evaluations):
+    if recipe.target is not None and any(one.counts and one.low >= recipe.target for one in evaluations):
         return True
     return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
 

@@ -21,8 +21,8 @@ from controlkit.train.records import Record
 class Tracker(Protocol):
     """One of them, open for a run."""
 
-    def send(self, step: int, figures: Mapping[str, float], sheet: Path | None) -> None:
-        """The figures of a step by name, and the sheet of samples where there is one."""
+    def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
+        """The figures of a step by name, and sheets of samples where there are such."""
 
     def close(self) -> None:
         """Send what is left."""
@@ -34,11 +34,11 @@ class _TensorBoard:
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
-    def send(self, step: int, figures: Mapping[str, float], sheet: Path | None) -> None:
+    def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        if sheet:
-            self._writer.add_image("samples", read_picture(sheet), step, dataformats="HWC")
+        for name, sheet in sheets.items():
+            self._writer.add_image(name, read_picture(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -53,9 +53,9 @@ class _Hosted:
         settings = {"project": recipe.tracking.project, "config": recipe.model_dump(), "resume": "allow"}
         self._library.init(**settings, **more)
 
-    def send(self, step: int, figures: Mapping[str, float], sheet: Path | None) -> None:
+    def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
         if step > self._sent:
-            shown = {"samples": self._library.Image(read_picture(sheet))} if sheet else {}
+            shown = {name: self._library.Image(read_picture(sheet)) for name, sheet in sheets.items()}
             self._library.log({**figures, **shown}, step=step)
 
     def close(self) -> None:
@@ -92,10 +92,10 @@ def tracked(recipe: Recipe, out: Path, step: int, logged: int) -> Iterator[Calla
             opened.append(_Hosted(library, recipe, sent, name=f"{out.resolve().name}-{name}"))
 
     def track(record: Record, rate: float) -> None:
-        sheet = out / "samples" / f"step-{record.step:07d}.png"
+        made = {"samples": f"step-{record.step:07d}.png", "own samples": f"own-step-{record.step:07d}.png"}
+        sheets = {name: path for name, file in made.items() if (path := out / "samples" / file).is_file()}
         for tracker in opened:
-            figures = {**record.figures(), "rate": rate}
-            tracker.send(record.step, figures, sheet if record.evaluation and sheet.is_file() else None)
+            tracker.send(record.step, {**record.figures(), "rate": rate}, sheets if record.drift else {})
 
     try:
         yield track
