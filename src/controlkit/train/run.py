@@ -51,7 +51,7 @@ from controlkit.train.setup import (
     plan_of,
     training_pairs,
 )
-from controlkit.train.step import controlled, draw_batch, objective
+from controlkit.train.step import Batch, controlled, draw_batch, objective
 from controlkit.train.trackers import check_trackers, tracked
 
 DIFFERENCE = "base-difference.safetensors"
@@ -233,6 +233,7 @@ class _Gradients:
         self.together, self.on_stage, self.parts = together, on_stage, recipe.accumulate
         self.predict = torch.compile(controlled) if recipe.compile else controlled
         self.attention = partial(training_attention, learner.base.device.type)
+        self._trusted = not recipe.compile or bool(learner.shards)
 
     def of(self, step: int) -> torch.Tensor:
         """The batch's loss, on the device: nothing waits for it. Its gradients are at hand."""
@@ -263,12 +264,41 @@ class _Gradients:
         parts = self.parts * together.count
         for part in range(together.index * self.parts, (together.index + 1) * self.parts):
             batch = draw_batch(learner.base, self.cached[which], self.contracts, recipe, step, part, parts, turn)
+            if not self._trusted:
+                self._try_compiled(batch)
             with autocast(total.device.type), self.attention():
                 compute = partial(objective, learner.base, learner.branch, batch, self.predict)
                 loss = (learner.shards.within(compute) if learner.shards else compute()) / self.parts
             learner.backward(loss)
             total += loss.detach()
         return total
+
+    def _try_compiled(self, batch: Batch) -> None:
+        """Go on without compiling where that gives other gradients: torch 2.13's on a CPU can be zero behind an
+        upsampling, while the loss is right (docs/decisions.md)."""
+        found = []
+        for predict in (controlled, self.predict):
+            with autocast(self.learner.base.device.type), self.attention():
+                loss = objective(self.learner.base, self.learner.branch, batch, predict)
+            loss.backward()
+            grads = {
+                name: p.grad.detach().clone()
+                for name, p in self.learner.learning.named_parameters()
+                if p.grad is not None
+            }
+            found.append(grads)
+            self.learner.learning.zero_grad()
+        plain, compiled = found
+        lost = [name for name, grad in plain.items() if grad.any() and not (name in compiled and compiled[name].any())]
+        self._trusted = True
+        if self.together.any(bool(lost)):
+            self.predict = controlled
+            said = (
+                f"compiled, {len(lost)} of {len(plain)} weights have no gradient here ({lost[0]})"
+                if lost
+                else "elsewhere"
+            )
+            self.on_stage(f"not compiled: {said}; steps are slower and right", 0)
 
     def _take_more_parts(self, step: int, error: torch.OutOfMemoryError | None) -> None:
         """``error``: where it was this process that had not enough memory."""
