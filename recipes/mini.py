@@ -455,7 +455,6 @@ def train_unet(
     tokenizer: CLIPTokenizer,
     minutes: float,
     begin: Callable[[UNet2DConditionModel], None] | None = None,
-    compiled: bool = False,
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
     torch.manual_seed(1)
@@ -463,7 +462,6 @@ def train_unet(
     if begin:
         begin(unet)
     model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
-    denoiser = torch.compile(model.unet) if compiled else model.unet
     schedule = build_schedule()
     count = size.unet_batch
 
@@ -480,7 +478,7 @@ def train_unet(
         steps = (drawn if begin else np.sqrt(drawn)) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
         text = model.text(tokens_of(tokenizer, prompts, run.device)).last_hidden_state
-        out = denoiser(schedule.add_noise(x, noise, t), t, text).sample
+        out = model.unet(schedule.add_noise(x, noise, t), t, text).sample
         return F.mse_loss(out.float(), schedule.get_velocity(x, noise, t)), {}
 
     run.train("unet", model, loss_of, minutes, lr=1e-3, muon=True)
@@ -526,9 +524,6 @@ def main(
     start: Annotated[
         Path | None, typer.Option(help="What an earlier run of this recipe left: begin with its averaged weights.")
     ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the U-Net: a sixth faster, after a minute and a half.")
-    ] = False,
     toy: Annotated[bool, typer.Option("--toy", help="Every stage at 32 pixels in under a minute.")] = False,
 ) -> None:
     """Rebuild the embedded base `mini` from nothing, in one resumable run."""
@@ -561,7 +556,7 @@ def main(
         tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)
     begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else None
-    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin, compiled)
+    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin)
     save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")
 
