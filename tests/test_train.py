@@ -1237,7 +1237,7 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(toy_base, tmp_path)
 
 
 def test_what_compiling_gets_wrong_is_not_gone_on_with(toy_base, tmp_path, monkeypatch):
-    """The loss is right, and some joins' gradients are zero: as torch 2.13 compiles an upsampling on some CPUs."""
+    """The loss is right, and some joins' gradients are zero: as with torch 2.13 on some CPUs."""
 
     def cut(function):
         def wrong(base, branch, *rest):

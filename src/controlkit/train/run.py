@@ -274,8 +274,8 @@ class _Gradients:
         return total
 
     def _try_compiled(self, batch: Batch) -> None:
-        """Go on without compiling where that gives other gradients: torch 2.13's on a CPU can be zero behind an
-        upsampling, while the loss is right (docs/decisions.md)."""
+        """Go on without compiling where that loses gradients: with torch 2.13 on a CPU they were zero at all levels but
+        the finest, while the loss was right (docs/decisions.md)."""
         found = []
         for predict in (controlled, self.predict):
             with autocast(self.learner.base.device.type), self.attention():
