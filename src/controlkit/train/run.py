@@ -233,7 +233,8 @@ class _Gradients:
         self.together, self.on_stage, self.parts = together, on_stage, recipe.accumulate
         self.predict = torch.compile(controlled) if recipe.compile else controlled
         self.attention = partial(training_attention, learner.base.device.type)
-        self._trusted = not recipe.compile or bool(learner.shards)
+        # At birth what lies before zero joins has no gradient yet: the second step shows it.
+        self._untried = 2 if recipe.compile and not learner.shards else 0
 
     def of(self, step: int) -> torch.Tensor:
         """The batch's loss, on the device: nothing waits for it. Its gradients are at hand."""
@@ -264,8 +265,10 @@ class _Gradients:
         parts = self.parts * together.count
         for part in range(together.index * self.parts, (together.index + 1) * self.parts):
             batch = draw_batch(learner.base, self.cached[which], self.contracts, recipe, step, part, parts, turn)
-            if not self._trusted:
-                self._try_compiled(batch)
+            if part == together.index * self.parts and self.predict is not controlled:
+                self._untried += step == recipe.unlock and not learner.shards  # the base's weights are new to it
+                if self._untried:
+                    self._try_compiled(batch)
             with autocast(total.device.type), self.attention():
                 compute = partial(objective, learner.base, learner.branch, batch, self.predict)
                 loss = (learner.shards.within(compute) if learner.shards else compute()) / self.parts
@@ -290,15 +293,11 @@ class _Gradients:
             self.learner.learning.zero_grad()
         plain, compiled = found
         lost = [name for name, grad in plain.items() if grad.any() and not (name in compiled and compiled[name].any())]
-        self._trusted = True
-        if self.together.any(bool(lost)):
+        self._untried -= 1
+        if lost:  # each process by itself: their gradients are right either way
             self.predict = controlled
-            said = (
-                f"compiled, {len(lost)} of {len(plain)} weights have no gradient here ({lost[0]})"
-                if lost
-                else "elsewhere"
-            )
-            self.on_stage(f"not compiled: {said}; steps are slower and right", 0)
+            said = f"compiled, {len(lost)} of {len(plain)} weights have no gradient here ({lost[0]})"
+            self.on_stage(f"not compiled: {said}", 0)
 
     def _take_more_parts(self, step: int, error: torch.OutOfMemoryError | None) -> None:
         """``error``: where it was this process that had not enough memory."""
