@@ -455,8 +455,13 @@ def train_unet(
     tokenizer: CLIPTokenizer,
     minutes: float,
     begin: Callable[[UNet2DConditionModel], None] | None = None,
+    evenly: bool = False,
 ) -> Conditioned:
-    """The latent diffusion objective; one caption in ten is empty (classifier-free guidance)."""
+    """The latent diffusion objective; one caption in ten is empty (classifier-free guidance).
+
+    The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T), unless they are to
+    be drawn ``evenly``: where an earlier U-Net knows that already and the detail of new latents has to be learnt.
+    """
     torch.manual_seed(1)
     unet = build_unet(size)
     if begin:
@@ -471,11 +476,9 @@ def train_unet(
         prompts = ["" if rng.random() < 0.1 else words_for(tuple(texts[row]), rng) for row in rows]
         x = torch.from_numpy(latents[rows]).float().to(run.device)
         noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
-        # The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T), except where
-        # an earlier U-Net knows that already and the new latents' detail has to be learnt. And one is drawn from each
-        # of `count` equal shares, so that the batch's loss varies less than with free draws.
+        # One is drawn from each of `count` equal shares, so that the batch's loss varies less than with free draws.
         drawn = (np.arange(count) + rng.random(count)) / count
-        steps = (drawn if begin else np.sqrt(drawn)) * schedule.config.num_train_timesteps
+        steps = (drawn if evenly else np.sqrt(drawn)) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
         text = model.text(tokens_of(tokenizer, prompts, run.device)).last_hidden_state
         out = model.unet(schedule.add_noise(x, noise, t), t, text).sample
@@ -556,7 +559,7 @@ def main(
         tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)
     begin = partial(carry_unet, begun, vae, pictures=pictures) if begun else None
-    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin)
+    model = train_unet(run, chosen, latents, texts, text, tokenizer, minutes["unet"], begin, at_hand == "another")
     save_base(out / "mini", vae, model.text, tokenizer, model.unet)
     console.print(f"[bold green]done[/]: {out / 'mini'}")
 

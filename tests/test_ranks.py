@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -201,7 +202,7 @@ def test_an_optimizer_that_needs_whole_matrices_is_refused_where_weights_are_sha
 
 def in_threads(count, function):
     """What ``function`` of its rank gives in each of several threads that stand for processes."""
-    here, held, given = threading.Barrier(count, timeout=30), [None] * count, [None] * count
+    here, held = threading.Barrier(count, timeout=300), [None] * count
 
     class Thread(Ranks):
         def wait(self):
@@ -217,17 +218,17 @@ def in_threads(count, function):
     def run(rank):
         torch.set_num_threads(1)
         try:
-            given[rank.index] = function(rank)
+            return function(rank)
         except BaseException:
-            here.abort()
+            here.abort()  # the others wait for nothing then, and end with BrokenBarrierError
             raise
 
-    started = [threading.Thread(target=run, args=(Thread(index, count),)) for index in range(count)]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    return given
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(run, Thread(index, count)) for index in range(count)]
+    failed = [error for error in (future.exception() for future in running) if error]
+    for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # the one that broke it, not those it left waiting
+    return [future.result() for future in running]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -241,9 +242,9 @@ def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, m
     branch = drawn_joins(toy_base.new_branch())
 
     def figures(out, ranks):
-        gauge = Gauge(toy_base, pairs, contracts, recipe, out, ranks)
-        own = copy.deepcopy(branch)
-        evaluator = Evaluator(toy_base, pairs, contracts[""], recipe, out, ranks)
+        base, own = copy.deepcopy((toy_base, branch))  # processes share nothing
+        gauge = Gauge(base, pairs, contracts, recipe, out, ranks)
+        evaluator = Evaluator(base, pairs, contracts[""], recipe, out, ranks)
         work = []
         twice = [evaluator.measure(own, step, work.append) for step in (1, 2)]
         return gauge.measure(own), gauge.residuals(own), *twice, sum(work)
