@@ -73,6 +73,7 @@ SHARES = {  # of the budget, by what --start gives: nothing, a base of another s
 }
 VOCABULARY = 2048
 SHAPE_SHARE, SCENE_SHARE = 0.1, 0.25  # of the pictures in a batch
+EVERYDAY_SHARE = 0.45  # of what the U-Net learns from; drawn like all others, everyday concepts would be 6%
 
 
 def to_batch(drawn: Sequence[tuple[np.ndarray, Any]]) -> tuple[Tensor, list[Any]]:
@@ -434,6 +435,27 @@ def encode_views(run: Run, size: Size, pictures: Pictures, vae: AutoencoderKL) -
     return np.load(path), json.loads(texts_path.read_text())
 
 
+def everyday_rows(texts: list[Wordings]) -> np.ndarray:
+    """Which pictures, by their captions, show an everyday concept."""
+    names = {world.caption(concept, "any", "any").split(", ")[0] for concept in world.everyday_concepts()}
+    return np.array([row for row, wordings in enumerate(texts) if wordings[0].split(", ")[0] in names])
+
+
+def choose_rows(rng: np.random.Generator, count: int, total: int, everyday: np.ndarray) -> np.ndarray:
+    """``count`` of ``total`` pictures, everyday concepts in their share."""
+    often = rng.random(count) < EVERYDAY_SHARE
+    return np.where(often, rng.choice(everyday, size=count), rng.integers(total, size=count))
+
+
+def choose_times(rng: np.random.Generator, count: int, evenly: bool) -> np.ndarray:
+    """``count`` timesteps as shares of the schedule in [0, 1): of density 2t, towards noise, or evenly.
+
+    One is drawn from each of ``count`` equal shares, so that the batch's loss varies less than with free draws.
+    """
+    drawn = (np.arange(count) + rng.random(count)) / count
+    return drawn if evenly else np.sqrt(drawn)
+
+
 class Conditioned(nn.Module):
     """The U-Net and the text tower it listens to, trained together as in latent diffusion (Rombach et al., 2022).
 
@@ -459,6 +481,8 @@ def train_unet(
 ) -> Conditioned:
     """The latent diffusion objective; one caption in ten is empty (classifier-free guidance).
 
+    A network this small cannot keep some nine thousand pictures in mind: it learns the everyday ones oftener.
+
     The prompt decides what is drawn at high noise, so those timesteps come oftener (density 2t/T), unless they are to
     be drawn ``evenly``: where an earlier U-Net knows that already and the detail of new latents has to be learnt.
     """
@@ -469,16 +493,16 @@ def train_unet(
     model = Conditioned(unet, text_encoder.requires_grad_(True)).to(run.device)
     schedule = build_schedule()
     count = size.unet_batch
+    everyday = everyday_rows(texts)
+    start = digest(unet.state_dict())  # a run that goes on from another's weights draws anew
 
     def loss_of(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        rng = numpy_rng("unet", step)
-        rows = rng.integers(len(latents), size=count)
+        rng = numpy_rng("unet", start, step)
+        rows = choose_rows(rng, count, len(latents), everyday)
         prompts = ["" if rng.random() < 0.1 else words_for(tuple(texts[row]), rng) for row in rows]
         x = torch.from_numpy(latents[rows]).float().to(run.device)
-        noise = torch.randn(x.shape, generator=torch_rng("unet", step)).to(run.device)
-        # One is drawn from each of `count` equal shares, so that the batch's loss varies less than with free draws.
-        drawn = (np.arange(count) + rng.random(count)) / count
-        steps = (drawn if evenly else np.sqrt(drawn)) * schedule.config.num_train_timesteps
+        noise = torch.randn(x.shape, generator=torch_rng("unet", start, step)).to(run.device)
+        steps = choose_times(rng, count, evenly) * schedule.config.num_train_timesteps
         t = torch.from_numpy(steps.astype(np.int64)).to(run.device)
         text = model.text(tokens_of(tokenizer, prompts, run.device)).last_hidden_state
         out = model.unet(schedule.add_noise(x, noise, t), t, text).sample

@@ -171,6 +171,32 @@ def test_words_are_one_of_a_picture_s_wordings_mostly_the_fullest_and_rarely_pla
     assert said[PROMPT] > 700
 
 
+def test_everyday_concepts_come_in_their_share_of_what_the_u_net_learns_and_the_rest_as_often_as_each_other():
+    texts = [
+        ("a 3d cube, on a red floor", "a red heart, or so"),
+        (PROMPT,),
+        ("a red heart, flat style, on a teal background",),
+    ]
+    texts += [("a red heart exclamation, flat style, on a teal background",)] * 197
+    everyday = mini.everyday_rows(texts)
+    assert everyday.tolist() == [1, 2], "named first, and by its whole name"
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([mini.choose_rows(rng, 50, len(texts), everyday) for _ in range(400)])
+    assert np.isin(drawn, everyday).mean() == pytest.approx(mini.EVERYDAY_SHARE, abs=0.03)
+    counts = np.bincount(drawn, minlength=len(texts))
+    assert counts[1] == pytest.approx(counts[2], rel=0.1) and counts[3:].min() > 20
+
+
+def test_timesteps_lie_towards_noise_unless_drawn_evenly_and_each_batch_covers_all():
+    rng = np.random.default_rng(0)
+    for evenly, mean in ((True, 1 / 2), (False, 2 / 3)):
+        for _ in range(20):
+            drawn = mini.choose_times(rng, 48, evenly)
+            assert drawn.min() >= 0 and drawn.max() < 1 and drawn.mean() == pytest.approx(mean, abs=0.01)
+            gaps = np.diff(drawn if evenly else drawn**2)
+            assert gaps.max() < 2 / 48, "one of each share"
+
+
 @pytest.fixture
 def pictures(fake_packages):
     """A world with a dozen scenes in it."""

@@ -109,6 +109,12 @@ def test_the_held_out_lists_are_sorted_and_well_formed():
     assert all(picture.partition("/")[0] in world.STYLES and picture.count("/") == 1 for picture in pictures)
 
 
+def test_nothing_everyday_is_held_out_from_controls():
+    everyday = world.everyday_concepts()
+    assert len(everyday) > 100 and not everyday & world.heldout_concepts()
+    assert all(re.fullmatch(r"[a-z0-9-]+", concept) for concept in everyday)
+
+
 def test_splits_keep_what_is_held_out_apart(emoji):
     splits = {name: set(world.rows(emoji, name)) for name in ("all", "base", "control")}
     concepts, pictures = (set(world.rows(emoji, name)) for name in ("heldout_concepts", "heldout_pictures"))

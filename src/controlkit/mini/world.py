@@ -107,6 +107,12 @@ def heldout_concepts() -> frozenset[str]:
 
 
 @cache
+def everyday_concepts() -> frozenset[str]:
+    """Concepts that people ask for first, which the base learns oftener; none is held out."""
+    return _lines("everyday.txt")
+
+
+@cache
 def heldout_pictures() -> frozenset[str]:
     """Pictures nothing has seen, as ``style/concept``."""
     return _lines("heldout_pictures.txt")
