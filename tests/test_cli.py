@@ -87,12 +87,26 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
     assert load_control(tmp_path / "run", toy_base).trained["step"] == 2
 
 
+def test_train_takes_the_launcher_s_number_format_where_the_recipe_leaves_it_open(
+    run, toy_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"base: {toy_folder}\ndata: {{source: fill50k, count: 4}}\nsteps: 1\nbatch: 2\nevaluation: {{every: 0}}\n"
+    )
+    for asked, given in (("bf16", []), ("fp32", ["--set", "precision=fp32"])):
+        assert run("train", recipe, "--out", tmp_path / asked, *given)[0] == 0
+        assert f"precision: {asked}" in (tmp_path / asked / "recipe.yaml").read_text()
+
+
 def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tmp_path):
     list(make_fill50k(tmp_path / "set", 6, 32))
     flags = ["--pretrained_model_name_or_path", toy_folder, "--train_data_dir", tmp_path / "set"]
     flags += ["--train_batch_size", 2, "--output_dir", tmp_path / "run"]
     flags += ["--resolution", 32, "--report_to", "tensorboard", "--allow_tf32"]
-    code, _, err = run("train", *flags, "--set", "prompt_dropout=0.25")
+    code, out, err = run("train", *flags, "--set", "prompt_dropout=0.25")
+    assert "note: 2 pairs are held out to measure on" in out
     assert code == 0 and "--allow_tf32 is not needed" in err and list((tmp_path / "run" / "tensorboard").iterdir())
     trained = load_control(tmp_path / "run", toy_base).trained
     assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"

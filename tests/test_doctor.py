@@ -7,7 +7,11 @@ import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator
-from controlkit.data import add_up, doctor, examine, make_fill50k, read_listing, sheet_rows
+from controlkit.data import FolderPairs, add_up, doctor, examine, hint_of, make_fill50k, read_listing, sheet_rows
+from controlkit.errors import UserError
+from controlkit.recipe import ControlRecipe, Recipe
+from controlkit.train import train_control
+from controlkit.train.setup import training_pairs
 
 SIDE = 32
 
@@ -108,6 +112,29 @@ def test_dark_lines_on_light_are_refused_for_an_annotator_of_light_ones(tutorial
     report = report_of(tutorial, annotator("canny").hint())
     assert [p.kind for p in report.problems] == ["hints inverted"] and not report.may_train
     assert report_of(tutorial).may_train, "nobody said what the hints are"
+
+
+ALONE = [name for name, (*_, fatal) in BROKEN.items() if fatal and name != "another kind"]
+"""What is wrong with a pair by itself; beside others the cache refuses it."""
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_the_doctor_refuses_is_not_trained_on_unsaid(name, tutorial):
+    place, change, _, _ = BROKEN[name]
+    contract = annotator("canny").hint()
+    change(tutorial / place / "1.png")
+    with pytest.raises(UserError, match=r"1\.png|A hint|controlkit data doctor"):
+        [hint_of(pair, contract) for pair in FolderPairs(tutorial, SIDE)]
+
+
+def test_a_run_does_not_begin_with_lines_the_wrong_way_round(tutorial, toy_base, tmp_path):
+    for path in (tutorial / "source").glob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    recipe = Recipe(base="toy", control={"annotator": "canny"}, data={"source": str(tutorial)})
+    with pytest.raises(UserError, match=r"inverted: their mean grey is 0.9.: canny is light lines on black"):
+        next(train_control(recipe, tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+    training_pairs(recipe.model_copy(update={"control": ControlRecipe(annotator="")}), toy_base)
 
 
 def test_hints_that_training_will_make_are_on_the_sheet(tutorial):

@@ -1,9 +1,12 @@
 """What is watched besides obedience: colours and residuals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from controlkit.errors import UserError
 from controlkit.images import Hint
 from controlkit.measure import COLOURS, colours
 from controlkit.recipe import EvaluationRecipe, parse_recipe
@@ -75,7 +78,9 @@ def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, tmp_path, monk
     assert (fell.kept, poorer.kept) == (False, True)
     none = seen_in(line | {"step": 1, "obedience": 0.0, "obedience_interval": [-0.1, 0.1], "quality": {}})
     assert best_of([none, fell, poorer]) is poorer and best_of([none, fell]) is fell, "no control keeps any quality"
-    assert not enough(EvaluationRecipe(patience=1), [none, fell]) and enough(EvaluationRecipe(target=0.7), [fell])
+    assert not enough(EvaluationRecipe(patience=1), [none, fell])
+    reached = replace(fell, kept=True)
+    assert enough(EvaluationRecipe(target=0.7), [reached]) and not enough(EvaluationRecipe(target=0.7), [fell])
 
 
 def test_residuals_are_told_relative_to_what_they_are_added_to(toy_base, tmp_path):
@@ -96,3 +101,52 @@ def test_residuals_are_told_relative_to_what_they_are_added_to(toy_base, tmp_pat
     wanted = {name: number / squares[name] ** 0.5 for number, name in enumerate(names, 1)}
     assert gauge.residuals(branch) == pytest.approx(wanted, rel=1e-4)
     assert branch.training
+
+
+@pytest.fixture
+def little_memory(toy_base, monkeypatch):
+    """A base that holds so many rows at once; how many it was given."""
+    real, given = toy_base.predict, []
+
+    def predict(z, *inputs):
+        given.append(len(z))
+        if len(z) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(z, *inputs)
+
+    monkeypatch.setattr(toy_base, "predict", predict)
+    return given
+
+
+def test_where_memory_runs_out_the_loss_is_measured_of_fewer_pairs_at_once(toy_base, little_memory, tmp_path):
+    recipe = RECIPE.model_copy(update={"evaluation": RECIPE.evaluation.model_copy(update={"num": 4})})
+    pairs = training_pairs(recipe, toy_base)[1]
+    branch = toy_base.new_branch()
+    for join in branch.joins.values():
+        torch.nn.init.normal_(join.weight, std=0.2)
+    gauge = Gauge(toy_base, pairs, {"": CONTRACT}, recipe, tmp_path / "little")
+    few = gauge.measure(branch)
+    assert little_memory == [16, 16, 8, 8, 8, 8], (
+        "four pairs, four again, then two and two, without control and under it"
+    )
+    assert few[""] != [1.0] * 4
+    little_memory.clear()
+    gauge.measure(branch)
+    assert little_memory == [8, 8], "and so from then on; what is without control is known"
+    little = gauge.residuals(branch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(toy_base, "predict")
+        whole = Gauge(toy_base, pairs, {"": CONTRACT}, recipe, tmp_path / "much")
+        assert whole.measure(branch)[""] == pytest.approx(few[""], rel=1e-5) and len(whole.batches) == 1
+        assert whole.residuals(branch) == pytest.approx(little, rel=1e-5)
+
+
+def test_where_memory_does_not_hold_one_pair_it_says_what_to_set(toy_base, tmp_path, monkeypatch):
+    gauge = Gauge(toy_base, training_pairs(RECIPE, toy_base)[1], {"": CONTRACT}, RECIPE, tmp_path)
+
+    def full(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(toy_base, "predict", full)
+    with pytest.raises(UserError, match=r"evaluation\.every: 0"):
+        gauge.measure(toy_base.new_branch())

@@ -95,9 +95,12 @@ def test_a_batch_is_each_process_s_own(asked):
 def test_the_launcher_s_number_format_is_taken_where_the_script_s_is_left_out(asked, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert parse_recipe(asked().recipe).precision == "fp16"
-    assert parse_recipe(asked("--mixed_precision", "no").recipe).precision == "fp32"
+    told = asked("--mixed_precision", "no")
+    assert parse_recipe(told.recipe).precision == "fp32" and not any("float32" in note for note in told.notes)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert parse_recipe(asked().recipe).precision == "auto"
+    left = asked()
+    assert parse_recipe(left.recipe).precision == "auto" and any("float32" in note for note in left.notes)
+    assert any("tenth of the pairs" in note for note in left.notes)
 
 
 def test_trackers_that_nobody_asked_for_may_be_missing(asked, monkeypatch):
@@ -174,19 +177,24 @@ def test_what_cannot_be_done_is_refused_with_what_to_do(flags, words, asked):
 def test_a_hub_s_data_set_is_fetched_once_and_a_missing_base_or_folder_refused(tmp_path, monkeypatch):
     asked = []
 
-    def fetched(name, repo_type, local_dir):
-        asked.append((name, repo_type))
+    def fetched(name, repo_type, revision, local_dir):
+        asked.append((name, repo_type, revision))
         if "fill50k" not in name:
             raise OSError("no network")
         local_dir.mkdir(parents=True)
 
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    programs = {("fusing/fill50k", "fill50k.py")}
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda name, file, repo_type: (name, file) in programs)
     flags = ["--pretrained_model_name_or_path", "x", "--dataset_name"]
     for _ in range(2):
         found = read_flags([*flags, "fusing/fill50k"], lambda folder, columns: len(str(folder)))
         assert found.recipe["data"]["source"] == "fusing/fill50k" and found.recipe["steps"] > 1
-    assert asked == [("fusing/fill50k", "dataset")]
+    assert asked == [("fusing/fill50k", "dataset", "refs/convert/parquet")], "not the program, but what it made"
+    programs.clear()
+    read_flags([*flags, "other/fill50k"], lambda *given: 1000)
+    assert asked[1:] == [("other/fill50k", "dataset", None)]
     with pytest.raises(UserError, match=r"no folder photos/train, and no data set .* \(no network\)"):
         read_flags([*flags, "photos/train"], lambda *given: 1)
     with pytest.raises(UserError, match="There is no folder nowhere"):

@@ -125,6 +125,8 @@ WRITERS = {
     "DiffSynth, json": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".json")),
     "kohya": ("paired", kohya("image_dir", "conditioning_data_dir", ".caption")),
     "ai-toolkit": ("paired", kohya("images", "control", ".txt")),
+    "a kind of hint": ("paired", kohya("images", "canny", ".txt")),
+    "hints within": ("paired", kohya(".", "control-images", ".txt")),
     "WebDataset": ("webdataset", webdataset),
     "SimpleTuner": ("simpletuner", simpletuner),
 }
@@ -204,6 +206,68 @@ def test_what_is_wrong_with_a_listing_is_said_and_nothing_trains_on_it(
     assert problem.kind == kind and words in problem.where and problem.fatal
     with pytest.raises(UserError, match="controlkit data doctor"):
         FolderPairs(tmp_path / "set", SIDE)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"images": 3, "control": 0}, "control is named as a folder of hints and has none"),
+        ({"images": 3, "samples": 3, "control": 3}, "2 folders have pictures of the names in control"),
+        ({"images": 3, "control": 3, "control_depth": 3}, "control, control_depth may all be hints"),
+        ({"images": 3, "canny": 3, "depth": 3}, "canny, depth may all be hints"),
+        ({"images": -3, "control": 3}, "no folder has pictures of the names in control"),
+    ],
+)
+def test_hints_that_cannot_be_told_from_pictures_are_never_trained_on_as_pictures(more, words, tutorial, tmp_path):
+    for name, count in more.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(abs(count)):
+            copied(tmp_path / "set" / name, f"{i if count > 0 else i + 100}.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, listing.rows) == ("paired", [])
+    [problem] = listing.problems
+    assert problem.kind == "unclear folders" and problem.fatal and words in problem.words
+    with pytest.raises(UserError, match="controlkit data doctor"):
+        FolderPairs(tmp_path / "set", SIDE)
+
+
+def test_folders_of_pictures_whose_names_say_nothing_of_hints_are_pictures(tutorial, tmp_path):
+    for name in ("cats/1.png", "dogs/1.png", "masks/of venice.png", "masks/1.png", "masks/2.png"):
+        copied(tmp_path / "set", name, tutorial[0] / "target/0.png")
+    assert read_listing(tmp_path / "set").layout == "pictures"
+    shutil.rmtree(tmp_path / "set" / "dogs")
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, len(listing.rows)) == ("pictures", 4), "of the names in masks few are in cats"
+
+
+def test_a_folder_that_no_hint_belongs_to_is_left_alone_and_said(tutorial, tmp_path):
+    kohya("images", "control", ".txt")(tmp_path / "set", *tutorial)
+    copied(tmp_path / "set", "samples/old.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, len(listing.rows)) == ("paired", COUNT)
+    [problem] = listing.problems
+    assert problem.kind == "other folder" and "samples" in problem.where and not problem.fatal
+
+
+def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    picture = (tutorial[0] / tutorial[1][0]["target"]).read_bytes()
+    folder = tmp_path / "datasets" / "set"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(picture)
+    (tmp_path / "x.png").write_bytes(picture)
+    rows = [{"bytes": None, "path": "a.png"}, {"bytes": picture, "path": "b.png"}]
+    rows += [{"bytes": None, "path": path} for path in ("../../x.png", str(tmp_path / "x.png"))]
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b", "c", "d"]}, features)
+    pytest.importorskip("pyarrow.parquet").write_table(table.data.table, folder / "train.parquet")
+    own = read_listing(folder)
+    assert [row.picture.read() for row in own.rows] == [picture] * 4 and not own.problems, "a table of one's own"
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
+    listing = read_listing(folder)
+    assert [row.prompt for row in listing.rows] == ["a", "b"]
+    assert [row.picture.read() for row in listing.rows] == [picture] * 2
+    assert [problem.kind for problem in listing.problems] == ["path escapes"] * 2
 
 
 def pack(path):

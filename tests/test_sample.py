@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
 from conftest import draw_inputs, relative
+from controlkit import sample
 from controlkit.branch import ControlSpec
 from controlkit.errors import UserError
 from controlkit.images import Hint
@@ -148,6 +149,27 @@ def test_a_picture_does_not_depend_on_batch_or_order(toy_base, branches, jobs):
     assert [picture.job for picture in backwards] == jobs[::-1]
     for picture, expected in zip(backwards, alone[::-1], strict=True):
         assert torch.allclose(picture.latents, expected, atol=1e-5)
+
+
+def test_where_memory_runs_out_fewer_pictures_are_made_at_once(toy_base, branches, jobs, monkeypatch):
+    controls = [Control(branch, CONTRACT) for branch in branches]
+    alone = latents_of(toy_base, jobs, controls, Settings(2), batch=1)
+    real, given = sample.denoise, []
+
+    def denoise(base, noise, *more):
+        given.append(len(noise))
+        if len(noise) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(base, noise, *more)
+
+    monkeypatch.setattr(sample, "denoise", denoise)
+    most = 1
+    found = latents_of(toy_base, jobs, controls, Settings(2), batch=3)
+    assert given == [3, 1, 1, 1] and len(found) == len(jobs) == 3
+    assert all(torch.allclose(ours, expected, atol=1e-5) for ours, expected in zip(found, alone, strict=True))
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        latents_of(toy_base, jobs, controls, Settings(2))
 
 
 def test_the_global_generator_is_neither_read_nor_moved(toy_base, branches, jobs):

@@ -2,7 +2,7 @@
 people have goes on working.
 
 Every flag of these scripts is known here: it has a place in the recipe, or a reason why it is not needed, or is refused
-with what to do instead. What is left out has the script's default, not the recipe's.
+with what to do instead. What is left out has the script's default, not the recipe's, or a note says what is otherwise.
 """
 
 import importlib.util
@@ -174,6 +174,9 @@ def read_flags(
         recipe["precision"] = formats[asked]
     recipe["tracking"]["to"] = _trackers(values["report_to"], needed="report_to" in given)
     notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
+    notes.append("a tenth of the pairs, 2 to 512, is held out to measure on; the script trains on all")
+    if "precision" not in recipe:
+        notes.append("numbers are bfloat16 where that is faster; the script's are float32: --mixed_precision no")
     recipe["schedule"] = values["lr_scheduler"]
     recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values["lr_warmup_steps"]
     for name, (key, schedule) in OF_ONE_SCHEDULE.items():

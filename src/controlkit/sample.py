@@ -222,7 +222,7 @@ def generate(
     batch: int = 16,
     on_step: Callable[[int], None] = lambda pictures: None,
 ) -> Iterator[Picture]:
-    """Make the jobs' pictures, in order, ``batch`` at a time.
+    """Make the jobs' pictures, in order, ``batch`` at a time; half as many from then on where memory runs out.
 
     The starting noise of a job depends on its seed alone, as ``torch.Generator().manual_seed(seed)`` gives it.
     ``on_step(n)`` is called after each step with the number of pictures it advanced.
@@ -232,24 +232,40 @@ def generate(
     if not 1 <= settings.steps <= most:
         raise UserError(f'Sampling takes 1 to {most} steps on the base "{base.name}"; got {settings.steps}.')
     height, width = picture_size(base, settings)
-    channels = base.latent_channels
-    shape = (1, channels, height // base.stride, width // base.stride)
-    for first in range(0, len(jobs), batch):
+    first = 0
+    while first < len(jobs):
         chunk = jobs[first : first + batch]
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in chunk]
-        final = noise = torch.cat(draws).to(base.device)
-        prompts: list[str | None] = [job.prompt for job in chunk]
-        if settings.guidance != 1.0:
-            prompts = [job.negative for job in chunk] + prompts
-        text = base.encode_text(prompts, (height, width))
-        hints = [
-            _hint_tensors(base, control, [job.hints[i] for job in chunk], (height, width))
-            for i, control in enumerate(controls)
-        ]
-        for latents in denoise(base, noise, text, hints, controls, settings):
-            final = latents
-            on_step(len(chunk))
-        with base.autocast():
-            decoded = base.decode_latents(final)
-        for job, pixels, latents in zip(chunk, to_pictures(decoded), final, strict=True):
-            yield Picture(job, pixels, latents)
+        try:
+            made = _together(base, chunk, controls, settings, (height, width), on_step)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            batch = len(chunk) // 2
+            continue
+        yield from made
+        first += len(chunk)
+
+
+def _together(
+    base: UNetBase,
+    jobs: Sequence[Job],
+    controls: Sequence[Control],
+    settings: Settings,
+    size: tuple[int, int],
+    on_step: Callable[[int], None],
+) -> list[Picture]:
+    """The pictures of these jobs, made as one batch."""
+    shape = (1, base.latent_channels, size[0] // base.stride, size[1] // base.stride)
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs]
+    final = noise = torch.cat(draws).to(base.device)
+    prompts: list[str | None] = [job.prompt for job in jobs]
+    if settings.guidance != 1.0:
+        prompts = [job.negative for job in jobs] + prompts
+    text = base.encode_text(prompts, size)
+    hints = [_hint_tensors(base, control, [job.hints[i] for job in jobs], size) for i, control in enumerate(controls)]
+    for latents in denoise(base, noise, text, hints, controls, settings):
+        final = latents
+        on_step(len(jobs))
+    with base.autocast():
+        decoded = base.decode_latents(final)
+    return [Picture(*made) for made in zip(jobs, to_pictures(decoded), final, strict=True)]

@@ -1,9 +1,10 @@
 """Training runs: to start or go on, to watch, to measure what came of them."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +24,9 @@ from controlkit.cli.shared import (
     warn,
 )
 from controlkit.errors import UserError
+
+if TYPE_CHECKING:
+    from controlkit.recipe import Recipe
 
 app = typer.Typer()
 
@@ -74,7 +78,7 @@ def train(
     elif not given or not out:
         raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     else:
-        settings, notes = read_recipe(Path(given[0]), changes or []), []
+        settings, notes = _as_launched(read_recipe(Path(given[0]), changes or [])), []
     for note in notes if together.first else []:
         warn(note)
     base = loaded_base(settings.base, device, vae=settings.vae)
@@ -124,6 +128,13 @@ def train(
     if together.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
         say(f"{words + '. ' if words else ''}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+
+
+def _as_launched(recipe: "Recipe") -> "Recipe":
+    """With the number format that `accelerate launch --mixed_precision` asks for, where the recipe leaves it open."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    taken = recipe.precision == "auto" and asked in ("bf16", "fp16")
+    return recipe.model_copy(update={"precision": asked}) if taken else recipe
 
 
 @app.command(

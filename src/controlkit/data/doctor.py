@@ -17,15 +17,11 @@ from PIL import Image, UnidentifiedImageError
 
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.layouts import Held, Listing, Problem, Row
+from controlkit.data.pairs import LINES, MOST_PIXELS, out_of_place, turned_over
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, picture_error
 from controlkit.workers import ranges_of, spread
 
-MOST_PIXELS = 64_000_000
-"""Of a picture; a larger one is taken for a mistake, or for a trap."""
-LINES = ("canny", "scribble", "lineart", "softedge", "mlsd")
-"""Hints that are light lines on a black ground."""
-_SHARE = 0.02  # pictures' shapes may differ by so much before they count as different
 _SHOWN = 8  # rows on the sheet
 
 
@@ -175,14 +171,8 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
             report.problems.append(Problem("kinds differ", listing.layout, f"{said}; one run reads one"))
     if not report.rows and not report.problems:
         report.problems.append(Problem("empty", listing.layout, "there is nothing in it"))
-    if contract and contract.annotator in LINES and report.hint_light and np.mean(report.hint_light) > 0.5:
-        report.problems.append(
-            Problem(
-                "hints inverted",
-                listing.layout,
-                f"their mean grey is {np.mean(report.hint_light):.2f}: {contract.annotator} is light lines on black",
-            )
-        )
+    if contract and (words := turned_over(contract, report.hint_light)):
+        report.problems.append(Problem("hints inverted", listing.layout, words))
     return report
 
 
@@ -240,13 +230,13 @@ def _opened_array(held: Held, data: bytes, problems: list[Problem], is_hint: boo
 
 
 def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
-    """What is wrong with a hint beside its picture: both are cut to the same part only if they have one shape."""
-    (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
-    sides = f"is {wide}x{high}, its picture {width}x{height}"
-    if abs(width / height - wide / high) > _SHARE * width / height:
-        yield Problem("sizes differ", held.name, f"{sides}: not of one shape, so not in place")
-    elif (height, width) != (high, wide):
-        yield Problem("sizes differ", held.name, f"{sides}: it will be scaled", fatal=False)
+    """What is wrong with a hint's size beside its picture's."""
+    if words := out_of_place(picture, hint):
+        yield Problem("sizes differ", held.name, words)
+    elif picture.shape[:2] != hint.shape[:2]:
+        (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
+        words = f"is {wide}x{high}, its picture {width}x{height}: it will be scaled"
+        yield Problem("sizes differ", held.name, words, fatal=False)
 
 
 def _against(held: Held, hint: np.ndarray, contract: Hint) -> Iterator[Problem]:

@@ -83,8 +83,13 @@ class Names:
 
 COLUMNS = ("image", "hint", "caption")
 """What of a row may have a name of the set's own."""
-FOLDERS = ("conditioning", "control", "hint", "hints", "cond")
-"""What the name of a folder of hints is, or begins with before a ``_``."""
+FOLDERS = ("conditioning", "control", "controls", "hint", "hints", "cond")
+"""The first word of a name that says a folder holds hints."""
+KINDS = (
+    "canny", "depth", "edge", "edges", "hed", "lineart", "lines", "mask", "masks", "mlsd", "normal", "normals",
+    "openpose", "pose", "scribble", "seg", "segmentation", "sketch", "softedge", "tile",
+)  # fmt: skip
+"""First words that say so too, where most of a folder's names are those of pictures beside it."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +154,13 @@ def folder_of(source: str) -> Path:
     target = cache_dir() / "datasets" / source.replace("/", "--")
     if (whole := target.with_name(f"{target.name}.whole")).is_file():
         return target
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import file_exists, snapshot_download
 
     try:
-        snapshot_download(source, repo_type="dataset", local_dir=target)
+        # A program that makes the set is not run. The hub has made one of parquet files of it, on a branch of its own.
+        program = file_exists(source, f"{source.partition('/')[2]}.py", repo_type="dataset")
+        branch = "refs/convert/parquet" if program else None
+        snapshot_download(source, repo_type="dataset", revision=branch, local_dir=target)
     except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
         raise UserError(
             f"There is no folder {source}, and no data set of that name could be fetched from the hub "
@@ -282,8 +290,11 @@ def _pictures_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]
 def _paired(
     pictures: Path, hints: Sequence[Path], prompt_of: Callable[[Path], str | None], problems: list[Problem]
 ) -> list[Row]:
-    """Pictures and hints of the same names, whatever their suffixes, in two folders; or in more, of further hints."""
-    own = _by_name(pictures, problems)
+    """Pictures and hints of the same names, whatever their suffixes, in two folders; or in more, of further hints.
+
+    Folders of hints may lie within that of the pictures, whose other folders are left alone then.
+    """
+    own = _by_name(pictures, problems, deep=not any(hint.is_relative_to(pictures) for hint in hints))
     others = [_by_name(folder, problems, HINT_SUFFIXES) for folder in hints]
     rows = []
     for name, path in own.items():
@@ -301,13 +312,17 @@ def _paired(
     return rows
 
 
-def _by_name(folder: Path, problems: list[Problem], suffixes: Sequence[str] = SUFFIXES) -> dict[Path, Path]:
-    """A folder's pictures by what their names are without suffix."""
+def _by_name(
+    folder: Path, problems: list[Problem], suffixes: Sequence[str] = SUFFIXES, deep: bool = True
+) -> dict[Path, Path]:
+    """A folder's pictures by what their names are without suffix; those in its folders, too, where ``deep``."""
     if not folder.is_dir():
         problems.append(Problem("missing folder", str(folder), "is named by the data set and is not there"))
     found: dict[Path, Path] = {}
     for path in _pictures_in(folder, suffixes):
         name = path.relative_to(folder).with_suffix("")
+        if not deep and len(name.parts) > 1:
+            continue
         if name in found:
             problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
         found[name] = path
@@ -358,6 +373,16 @@ def _nulls(table: Any, column: str) -> set[int]:
     return {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
 
 
+def _linked(table: Any, column: str) -> dict[int, str]:
+    """The rows whose picture is a path instead of bytes, and that path; the bytes are not read for it."""
+    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    if not {"bytes", "path"} <= {field.name for field in getattr(values.type, "fields", ())}:
+        return {}
+    bare = [null for chunk in values.chunks for null in chunk.field("bytes").is_null().to_pylist()]
+    paths = [path for chunk in values.chunks for path in chunk.field("path").to_pylist()]
+    return {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
+
+
 def _huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
     """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
@@ -387,18 +412,18 @@ def _huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Ro
             table = table.cast_column(name, datasets.Image(decode=False))
 
     empty = {name: _nulls(table, name) for name in (picture, *hints)}
+    linked = {name: _linked(table, name) for name in (picture, *hints)}
 
     def held(place: int, column: str) -> Held | None:
         if place in empty[column]:
             problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
             return None
 
-        def read() -> bytes:
-            value = table[place][column]
-            return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-
         if isinstance(table.features[column], datasets.Image):
-            return Held(f"{folder}, row {place}, {column}", read)
+            if link := linked[column].get(place):  # people's own tables may name files anywhere, a hub's may not
+                fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
+                return _inside(folder, link, problems) if fetched else _file(folder / link)
+            return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
         name = str(table[place][column])
         beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
         return _inside(beside, name, problems)
@@ -603,17 +628,51 @@ def _bytes_at(path: Path, offset: int, size: int) -> bytes:
 
 
 def _two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
-    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``).
+    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``, ``KINDS``).
 
-    Further hints lie in folders of its name with ``_2``, ``_3`` ... after it.
+    The pictures may lie in the folder itself. Further hints lie in folders of its name with ``_2``, ``_3`` and so on.
+    Where a folder is named as one of hints and it cannot be told whose, that is a problem: taken as pictures, hints
+    would be trained on.
     """
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _pictures_in(path, HINT_SUFFIXES)]
-    hints = [path for path in inside if path.name.lower().split("_")[0] in FOLDERS]
-    pictures = [path for path in inside if path not in hints and _pictures_in(path)]
-    further = [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)] if hints else []
-    if not hints or [path.name for path in hints[1:]] != further or len(pictures) != 1:
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    held = {path: _names_in(path, HINT_SUFFIXES) for path in inside}
+    first = {path: re.split(r"[^a-z0-9]+", path.name.lower())[0] for path in inside}
+    hints = [path for path in inside if first[path] in FOLDERS]
+    pictures = {path: found for path in inside if path not in hints and (found := _names_in(path, SUFFIXES))}
+    if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
+        pictures[folder] = own
+    if not hints:
+        likely = [path for path in pictures if path != folder and first[path] in KINDS]
+        rest = [path for path in pictures if path not in likely]
+        if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
+            return None
+        hints, pictures = likely, {rest[0]: pictures[rest[0]]}
+    if not hints or not pictures:
         return None
-    return _paired(pictures[0], hints, lambda path: _caption_beside(path, problems), problems)
+
+    def unclear(words: str) -> list[Row]:
+        problems.append(Problem("unclear folders", str(folder), words))
+        return []
+
+    called = ", ".join(path.name for path in hints)
+    if empty := [path for path in hints if not held[path]]:
+        return unclear(f"{empty[0].name} is named as a folder of hints and has none: fill it, or take it out")
+    if [path.name for path in hints[1:]] != [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)]:
+        return unclear(
+            f"{called} may all be hints: name them control, control_2 and so on, in the order they are meant"
+        )
+    paired = [path for path, found in pictures.items() if found & held[hints[0]]]
+    if len(paired) != 1:
+        said = f"{len(paired)} folders have" if paired else "no folder has"
+        return unclear(f"{said} pictures of the names in {called}: expected one, beside it or around it")
+    for path in pictures.keys() - set(paired):
+        problems.append(Problem("other folder", str(path), f"has nothing to do with {called}: not read", fatal=False))
+    return _paired(paired[0], hints, lambda path: _caption_beside(path, problems), problems)
+
+
+def _names_in(folder: Path, suffixes: Sequence[str]) -> set[Path]:
+    """What a folder's pictures are called, without suffix."""
+    return {path.relative_to(folder).with_suffix("") for path in _pictures_in(folder, suffixes)}
 
 
 def _plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from controlkit import maps
 from controlkit.annotators import annotate, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import folder_of, read_listing, rows_digest
+from controlkit.data.layouts import Row, folder_of, read_listing, rows_digest
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
@@ -98,6 +98,27 @@ def _own_hint(pair: Pair, contract: Hint, parts: Sequence[Hint]) -> np.ndarray:
     if len({hint.dtype for hint in wide}) > 1:  # one array has one type
         wide = [contract.values(hint) for hint in wide]
     return np.concatenate(wide, 2)
+
+
+MOST_PIXELS = 64_000_000
+"""Of a picture that is trained on; a larger one is taken for a mistake, or for a trap."""
+LINES = ("canny", "scribble", "lineart", "softedge", "mlsd")
+"""Hints that are light lines on a black ground."""
+
+
+def out_of_place(picture: np.ndarray, hint: np.ndarray) -> str:
+    """Why a hint does not lie on its picture, or "": both are cut to the same part only if they have one shape."""
+    (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
+    if abs(width / height - wide / high) <= 0.02 * width / height:
+        return ""
+    return f"is {wide}x{high}, its picture {width}x{height}: not of one shape, so not in place"
+
+
+def turned_over(contract: Hint, greys: Sequence[float]) -> str:
+    """Why line hints of these mean greys (0 to 1) are dark on light; "" where they are not, or are no lines."""
+    if contract.annotator not in LINES or not greys or (mean := float(np.mean(greys))) <= 0.5:
+        return ""
+    return f"their mean grey is {mean:.2f}: {contract.annotator} is light lines on black"
 
 
 _EVALUATION_SEED = 2**31  # far from the seeds people give
@@ -256,9 +277,29 @@ class FolderPairs(Sequence[Pair]):
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self._rows[index]
         picture = decode_picture(row.picture.read(), row.picture.name)
-        hints = [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
+        height, width = picture.shape[:2]
+        if height * width > MOST_PIXELS:
+            raise UserError(f"{row.picture.name} is {width}x{height}: expected at most {MOST_PIXELS:,} pixels.")
+        hints = self._hints(row)
+        for held, hint in zip(row.hints, hints, strict=True):
+            if words := out_of_place(picture, hint):
+                raise UserError(f"{held.name} {words}. `controlkit data doctor` lists all such pairs.")
         fitted = fit(picture, self.size_of(index))
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
+
+    def _hints(self, row: Row) -> list[np.ndarray]:
+        return [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
+
+    def check_hints(self, contract: Hint) -> None:
+        """``UserError`` where a few hints, from all over the set, are lines the wrong way round."""
+        few = [self._rows[i] for i in np.linspace(0, len(self) - 1, min(len(self), 16)).astype(int)]
+        for place, rule in enumerate(parts_of(contract)[: self.hints]):
+            hints = [self._hints(row)[place] for row in few] if rule.annotator in LINES else []
+            greys = [rule.picture(hint).mean() / 255 for hint in hints if not rule.fault(hint)]
+            if words := turned_over(rule, greys):
+                raise UserError(
+                    f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet."
+                )
 
 
 def trained_count(pairs: int) -> int:

@@ -7,6 +7,7 @@ from controlkit.formats.control import (
     save_control,
     shipped_controls,
     shipped_folder,
+    write_tensors,
 )
 from controlkit.formats.convert import Converted, attach, convert, save_control_lora
 from controlkit.formats.describe import WEIGHTS, Description, describe
@@ -25,4 +26,5 @@ __all__ = [
     "save_control_lora",
     "shipped_controls",
     "shipped_folder",
+    "write_tensors",
 ]

@@ -14,13 +14,13 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from controlkit.adapter import Trained
 from controlkit.backbones import UNetBase
 from controlkit.errors import UserError
-from controlkit.formats import SavedControl, save_control
+from controlkit.formats import SavedControl, save_control, write_tensors
 from controlkit.images import SCRATCH, write_atomic
 from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import faster_format, settle_format
@@ -153,7 +153,7 @@ def save_checkpoint(
         for name, control in controls.items():
             save_control(scratch / "control" / name, control, base)
         facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest} | dict(more or {})
-        write_atomic(scratch / "state.safetensors", save(dict(state), facts))
+        write_tensors(scratch / "state.safetensors", state, facts)  # tensor by tensor: not all of it a second time
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
         if target.exists():

@@ -7,8 +7,10 @@ would have measured, but for rounding, which depends on how many pictures are ma
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +40,8 @@ from controlkit.ranks import Ranks
 from controlkit.recipe import Recipe
 from controlkit.sample import Control, Job, Settings, generate
 from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes, target_of
+
+Found = TypeVar("Found")
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
@@ -198,8 +202,9 @@ class Gauge:
         recipe: Recipe,
         out: Path,
         together: Ranks | None = None,
+        locked: UNetBase | None = None,
     ) -> None:
-        self.base, self.together = base, together or Ranks()
+        self.base, self.locked, self.together = base, locked or base, together or Ranks()
         path = out / f"heldout-{base.digest}.safetensors"
         if self.together.first:
             with open_store() if recipe.data.cache else nullcontext() as store:
@@ -207,11 +212,33 @@ class Gauge:
         self.together.wait()
         [cached] = Cached.read(path)
         fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
-        asked = recipe.model_copy(update=fixed)
-        parts = -(-len(cached) // 8)
-        own = self.together.share(parts)
-        self.batches = [draw_batch(base, cached, contracts, asked, 0, part, parts) for part in own]
-        self.without = [self._errors(batch, None) for batch in self.batches]
+        self._draw = partial(draw_batch, base, cached, contracts, recipe.model_copy(update=fixed), 0)
+        self._pairs, self._most = len(cached), 8  # held out; computed together
+        self._begin()
+
+    def _begin(self) -> None:
+        parts = -(-self._pairs // self._most)
+        self.batches = [self._draw(part, parts) for part in self.together.share(parts)]
+        self._without: dict[int, Tensor] = {}
+
+    def _each(self, compute: Callable[[int], Found]) -> list[Found]:
+        """Of each batch what is computed of it; where memory runs out, of batches half as large from then on."""
+        while True:
+            found: list[Found] = []
+            full: torch.OutOfMemoryError | None = None
+            try:
+                found = [compute(place) for place in range(len(self.batches))]
+            except torch.OutOfMemoryError as error:
+                full = error
+            if not self.together.any(full is not None):
+                return found
+            if self._most == 1:
+                raise UserError(
+                    "Memory does not hold a held-out pair's four draws beside what learns: set evaluation.every: 0, or "
+                    "take a smaller base or size."
+                ) from full
+            self._most //= 2
+            self._begin()
 
     def _noisy(self, batch: Batch) -> Tensor:
         return self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
@@ -222,7 +249,7 @@ class Gauge:
         z = self._noisy(batch)
         with autocast(self.base.device.type):
             if branch is None:
-                prediction = self.base.predict(z, batch.t, batch.text)
+                prediction = self.locked.predict(z, batch.t, batch.text)
             else:
                 prediction = controlled(self.base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
         off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
@@ -238,21 +265,31 @@ class Gauge:
 
     def measure(self, branch: Trained) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
-        branch.eval()
-        sums = []
-        for batch, without in zip(self.batches, self.without, strict=True):
+
+        def summed(place: int) -> dict[str, Tensor]:
+            batch = self.batches[place]
+            if place not in self._without:
+                self._without[place] = self._errors(batch, None)
             counts = [len(hint) for hint in batch.hints.values()]
-            parts = (errors.split(counts) for errors in (self._errors(batch, branch), without))
+            parts = (errors.split(counts) for errors in (self._errors(batch, branch), self._without[place]))
             kinds = zip(batch.hints, *parts, strict=True)
-            sums.append({kind: torch.stack([under.sum(0), plain.sum(0)]) for kind, under, plain in kinds})
+            return {kind: torch.stack([under.sum(0), plain.sum(0)]) for kind, under, plain in kinds}
+
+        branch.eval()
+        sums = self._each(summed)
         branch.train()
         return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
 
     def residuals(self, branch: Trained) -> dict[str, float]:
         """By tap, in order: the root mean square of its residual, relative to that of the feature it is added to, over
         the same draws."""
+
+        def sizes(place: int) -> dict[str, Tensor]:
+            batch = self.batches[place]
+            with autocast(self.base.device.type):
+                return residual_sizes(self.base, branch, self._noisy(batch), batch)
+
         branch.eval()
-        with autocast(self.base.device.type):
-            sums = [residual_sizes(self.base, branch, self._noisy(batch), batch) for batch in self.batches]
+        sums = self._each(sizes)
         branch.train()
         return {name: float((own / plain).sqrt()) for name, (own, plain) in self._summed(sums).items()}

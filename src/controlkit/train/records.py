@@ -118,7 +118,7 @@ def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
     best = best_of(evaluations)
     if best is None:
         return False
-    if recipe.target is not None and any(one.counts and one.low >= recipe.target for one in evaluations):
+    if recipe.target is not None and any(one.counts and one.kept and one.low >= recipe.target for one in evaluations):
         return True
     return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
 

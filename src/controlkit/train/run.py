@@ -56,6 +56,8 @@ from controlkit.train.trackers import check_trackers, tracked
 
 DIFFERENCE = "base-difference.safetensors"
 """What an unlocked base learnt, in the control's folder."""
+_TELLING = 8
+"""Held-out pairs of which fewer tell little."""
 
 
 def train_control(
@@ -93,6 +95,8 @@ def train_control(
         notes.append(f"obedience is not measured: {reason} What is best is told by the loss relative to no control")
         if recipe.evaluation.target is not None:
             raise UserError(f"evaluation.target is an obedience, and none is measured: {reason}")
+    if recipe.evaluation.every and len(heldout) < min(recipe.evaluation.num, _TELLING):
+        notes.append(f"{len(heldout)} pairs are held out to measure on: what they say of control is little")
     if "" in contracts:
         own_hints(recipe, contracts[""])  # files that cannot be read are said now
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
@@ -148,7 +152,7 @@ def _train(
     evaluates = recipe.evaluation.every > 0
     shows = evaluates and "" in contracts
     evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if shows else None
-    gauge = Gauge(base, heldout, contracts, recipe, out, together) if evaluates else None
+    gauge = Gauge(base, heldout, contracts, recipe, out, together, locked) if evaluates else None
     result = _Result(recipe, locked, base, contracts)
     gradients = _Gradients(recipe, learner, cached, contracts, together, on_stage)
     step = 0

@@ -76,6 +76,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
             f'"{unmade[0]}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
         )
     folder = folder.part(slice(data.count))
+    folder.check_hints(hints_of(recipe)[""])
     if data.buckets:
         folder = folder.bucketed(bucket_sizes(base.size, base.multiple))
     return folder, held.part(slice(-num, None))  # farthest from what is trained on, should the folder grow
