@@ -249,6 +249,18 @@ def test_a_folder_that_no_hint_belongs_to_is_left_alone_and_said(tutorial, tmp_p
     assert problem.kind == "other folder" and "samples" in problem.where and not problem.fatal
 
 
+@pytest.mark.parametrize("name", ["prompt.json", "imagefolder"])
+def test_pictures_that_a_listing_does_not_name_are_told(name, tutorial, tmp_path):
+    WRITERS[name][1](tmp_path / "set", *tutorial)
+    folder = tmp_path / "set" / ("train" if name == "imagefolder" else "")
+    for i in range(2):
+        copied(folder, f"more/{i}.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    [problem] = listing.problems
+    assert len(listing.rows) == COUNT and problem.kind == "extra file" and not problem.fatal
+    assert problem.where.endswith("more/0.png") and "and 1 more" in problem.words
+
+
 def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     picture = (tutorial[0] / tutorial[1][0]["target"]).read_bytes()

@@ -15,7 +15,8 @@ from controlkit.data.captions import (
 )
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import FILL50K_SIZE, make_fill50k, make_scenes
-from controlkit.data.layouts import LAYOUTS, Listing, Problem, Row, folder_of, read_listing
+from controlkit.data.layouts import LAYOUTS, folder_of, read_listing
+from controlkit.data.layouts.rows import Listing, Problem, Row
 from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import (
     SCENES_EVALUATED,

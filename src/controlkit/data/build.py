@@ -15,7 +15,8 @@ import numpy as np
 
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
-from controlkit.data.layouts import BUILT, Listing, Row, rows_digest
+from controlkit.data.layouts import BUILT
+from controlkit.data.layouts.rows import Listing, Row, rows_digest
 from controlkit.data.pairs import Pair, hint_of
 from controlkit.errors import UserError, nearest
 from controlkit.images import SCRATCH, Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic

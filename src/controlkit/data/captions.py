@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from controlkit.data.layouts import Listing, Row, caption_file
+from controlkit.data.layouts.folders import caption_file
+from controlkit.data.layouts.rows import Listing, Row
 from controlkit.errors import UserError, one_line
 from controlkit.images import decode_picture, write_atomic
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
-from controlkit.data.layouts import Held, Listing, Problem, Row
+from controlkit.data.layouts.rows import Held, Listing, Problem, Row
 from controlkit.data.pairs import LINES, MOST_PIXELS, out_of_place, turned_over
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, picture_error
@@ -171,8 +171,8 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None 
             report.problems.append(Problem("kinds differ", listing.layout, f"{said}; one run reads one"))
     if not report.rows and not report.problems:
         report.problems.append(Problem("empty", listing.layout, "there is nothing in it"))
-    if contract and (words := turned_over(contract, report.hint_light)):
-        report.problems.append(Problem("hints inverted", listing.layout, words))
+    if contract and (dark := turned_over(contract, report.hint_light)):
+        report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report
 
 

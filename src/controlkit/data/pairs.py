@@ -12,7 +12,8 @@ import numpy as np
 from controlkit import maps
 from controlkit.annotators import annotate, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import Row, folder_of, read_listing, rows_digest
+from controlkit.data.layouts import folder_of, read_listing
+from controlkit.data.layouts.rows import Row, rows_digest
 from controlkit.errors import UserError
 from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world

@@ -1,0 +1,97 @@
+"""Data sets as people have them: one reader a layout, told apart by what lies in the folder.
+
+A reader lists a set without opening its pictures: a ``Row`` for each pair, and a ``Problem`` for whatever the listing
+itself has wrong. ``LAYOUTS`` is the order in which they are tried:
+
+- ``huggingface``: what the datasets library saved, or parquet files, with columns for picture, hint and caption;
+- ``simpletuner``: ``multidatabackend.json``, a backend of pictures that names a backend of hints;
+- ``prompt.json``: the original repository's, JSON lines with ``source`` (hint), ``target`` (picture), ``prompt``;
+- ``metadata``: the datasets library's folder of pictures, ``metadata.jsonl`` or ``.csv`` (DiffSynth's columns too);
+- ``webdataset``: tar shards, whose members of one name belong together;
+- ``paired``: a folder of pictures beside a folder of hints of the same names (kohya, ai-toolkit), captions beside the
+  pictures;
+- ``pictures``: a plain folder; captions from ``NAME.txt`` or the file's name, hints by an annotator.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from controlkit.data.layouts.archives import webdataset
+from controlkit.data.layouts.folders import plain, two_folders
+from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
+from controlkit.data.layouts.rows import Listing, Names, Problem, Row
+from controlkit.data.layouts.tables import huggingface
+from controlkit.errors import UserError, one_line
+from controlkit.hub import cache_dir, names_a_repository
+
+BUILT = "built.json"
+"""What marks a folder that ``build`` writes, and says whether it is whole."""
+LAYOUTS: dict[str, Callable[[Path, list[Problem], Names], list[Row] | None]] = {
+    "huggingface": huggingface,
+    "simpletuner": simpletuner,
+    "prompt.json": prompt_json,
+    "metadata": metadata,
+    "webdataset": webdataset,
+    "paired": two_folders,
+    "pictures": plain,
+}
+
+
+def folder_of(source: str) -> Path:
+    """The folder of a data set, which may also be a hub's, ``owner/name``: fetched into the cache, whole, once."""
+    path = Path(source)
+    if path.exists() or not names_a_repository(source):
+        return path
+    target = cache_dir() / "datasets" / source.replace("/", "--")
+    if (whole := target.with_name(f"{target.name}.whole")).is_file():
+        return target
+    from huggingface_hub import file_exists, snapshot_download
+
+    try:
+        # A program that makes the set is not run. The hub has made one of parquet files of it, on a branch of its own.
+        program = file_exists(source, f"{source.partition('/')[2]}.py", repo_type="dataset")
+        branch = "refs/convert/parquet" if program else None
+        snapshot_download(source, repo_type="dataset", revision=branch, local_dir=target)
+    except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
+        raise UserError(
+            f"There is no folder {source}, and no data set of that name could be fetched from the hub "
+            f"({one_line(error)})."
+        ) from error
+    whole.touch()
+    return target
+
+
+def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:
+    """The rows of a data set, in the first layout that its folder shows; ``UserError`` if it shows none.
+
+    ``columns``: what its ``image``, ``hint`` or ``caption`` is called, where that is none of the usual names.
+    """
+    names = Names.of(columns or {})
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
+    if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
+        raise UserError(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
+    if _half_built(folder):
+        raise UserError(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
+    for name, reader in LAYOUTS.items():
+        problems: list[Problem] = []
+        rows = reader(folder, problems, names)
+        if rows is not None:
+            if names.given and name not in ("huggingface", "metadata"):
+                raise UserError(f"{folder} is read as {name}, which has no columns: give none.")
+            return Listing(name, rows, problems)
+    raise UserError(
+        f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
+        "tar files, a folder of pictures beside one of hints, or pictures."
+    )
+
+
+def _half_built(folder: Path) -> bool:
+    """Whether ``build`` began this folder and did not end; others' files of the marker's name say nothing."""
+    marker = folder / BUILT
+    try:
+        facts = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and {"layout", "hint"} <= facts.keys() and not facts.get("whole")

@@ -1,0 +1,160 @@
+"""Folders of pictures, by themselves or beside folders of hints; captions beside pictures, or in their names."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Names, Problem, Row, file_at, text_of
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".text")
+FOLDERS = ("conditioning", "control", "controls", "hint", "hints", "cond")
+"""The first word of a name that says a folder holds hints."""
+KINDS = (
+    "canny", "depth", "edge", "edges", "hed", "lineart", "lines", "mask", "masks", "mlsd", "normal", "normals",
+    "openpose", "pose", "scribble", "seg", "segmentation", "sketch", "softedge", "tile",
+)  # fmt: skip
+"""First words that say so too, where most of a folder's names are those of pictures beside it."""
+
+
+def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``, ``KINDS``).
+
+    The pictures may lie in the folder itself. Further hints lie in folders of its name with ``_2``, ``_3`` and so on.
+    Where a folder is named as one of hints and it cannot be told whose, that is a problem: taken as pictures, hints
+    would be trained on.
+    """
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    held = {path: _names_in(path, HINT_SUFFIXES) for path in inside}
+    first = {path: re.split(r"[^a-z0-9]+", path.name.lower())[0] for path in inside}
+    hints = [path for path in inside if first[path] in FOLDERS]
+    pictures = {path: found for path in inside if path not in hints and (found := _names_in(path, SUFFIXES))}
+    if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
+        pictures[folder] = own
+    if not hints:
+        likely = [path for path in pictures if path != folder and first[path] in KINDS]
+        rest = [path for path in pictures if path not in likely]
+        if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
+            return None
+        hints, pictures = likely, {rest[0]: pictures[rest[0]]}
+    if not hints or not pictures:
+        return None
+
+    def unclear(words: str) -> list[Row]:
+        problems.append(Problem("unclear folders", str(folder), words))
+        return []
+
+    called = ", ".join(path.name for path in hints)
+    if empty := [path for path in hints if not held[path]]:
+        return unclear(f"{empty[0].name} is named as a folder of hints and has none: fill it, or take it out")
+    if [path.name for path in hints[1:]] != [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)]:
+        return unclear(
+            f"{called} may all be hints: name them control, control_2 and so on, in the order they are meant"
+        )
+    whose = [path for path, found in pictures.items() if found & held[hints[0]]]
+    if len(whose) != 1:
+        said = f"{len(whose)} folders have" if whose else "no folder has"
+        return unclear(f"{said} pictures of the names in {called}: expected one, beside it or around it")
+    for path in pictures.keys() - set(whose):
+        problems.append(Problem("other folder", str(path), f"has nothing to do with {called}: not read", fatal=False))
+    return paired(whose[0], hints, lambda path: caption_beside(path, problems), problems)
+
+
+def plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+    """Pictures, at any depth."""
+    found = pictures_in(folder)
+    if not found:
+        return None
+    rows = []
+    for path in found:
+        said = caption_beside(path, problems)
+        rows.append(Row(file_at(path), words_of(path) if said is None else said, named=said is None))
+    return rows
+
+
+def paired(
+    pictures: Path, hints: Sequence[Path], prompt_of: Callable[[Path], str | None], problems: list[Problem]
+) -> list[Row]:
+    """Pictures and hints of the same names, whatever their suffixes, in two folders; or in more, of further hints.
+
+    Folders of hints may lie within that of the pictures, whose other folders are left alone then.
+    """
+    own = _by_name(pictures, problems, deep=not any(hint.is_relative_to(pictures) for hint in hints))
+    others = [_by_name(folder, problems, HINT_SUFFIXES) for folder in hints]
+    rows = []
+    for name, path in own.items():
+        if lacking := [folder for folder, held in zip(hints, others, strict=True) if name not in held]:
+            problems.append(Problem("missing hint", str(path), f"has no hint of its name in {lacking[0]}"))
+            continue
+        prompt = prompt_of(path)
+        if prompt is None:
+            problems.append(Problem("no caption", str(path), "has no caption beside it; none is taken", fatal=False))
+        first, *more = (file_at(held[name]) for held in others)
+        rows.append(Row(file_at(path), prompt or "", first, tuple(more)))
+    for held in others:
+        for name in sorted(held.keys() - own.keys()):
+            problems.append(Problem("extra hint", str(held[name]), f"has no picture of its name in {pictures}"))
+    return rows
+
+
+def _by_name(
+    folder: Path, problems: list[Problem], suffixes: Sequence[str] = SUFFIXES, deep: bool = True
+) -> dict[Path, Path]:
+    """A folder's pictures by what their names are without suffix; those in its folders, too, where ``deep``."""
+    if not folder.is_dir():
+        problems.append(Problem("missing folder", str(folder), "is named by the data set and is not there"))
+    found: dict[Path, Path] = {}
+    for path in pictures_in(folder, suffixes):
+        name = path.relative_to(folder).with_suffix("")
+        if not deep and len(name.parts) > 1:
+            continue
+        if name in found:
+            problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
+        found[name] = path
+    return found
+
+
+def _names_in(folder: Path, suffixes: Sequence[str]) -> set[Path]:
+    """What a folder's pictures are called, without suffix."""
+    return {path.relative_to(folder).with_suffix("") for path in pictures_in(folder, suffixes)}
+
+
+def pictures_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """A folder's pictures at any depth, by name."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+
+
+def caption_file(path: Path) -> Path | None:
+    """The caption file of a picture's name, if there is one."""
+    return next((beside for s in CAPTION_SUFFIXES if (beside := path.with_suffix(s)).is_file()), None)
+
+
+def caption_beside(path: Path, problems: list[Problem]) -> str | None:
+    """What stands in the caption file of a picture's name; None if there is none."""
+    beside = caption_file(path)
+    return None if beside is None else " ".join(text_of(beside, problems).split())
+
+
+_MACHINES = (
+    "img", "image", "photo", "picture", "pic", "dsc", "dscn", "dscf", "dji", "gopr", "mvi", "mg", "pxl", "sam", "vid",
+    "frame", "scan", "screenshot", "whatsapp", "signal", "telegram", "untitled", "unnamed", "file", "copy", "of", "at",
+    "am", "pm",
+)  # fmt: skip
+"""Words of names that cameras and programs give."""
+_SERIAL = re.compile(r"[0-9a-f]{8,}|[a-z]{0,2}\d{4,}|\d+")
+"""Numbers and digests: they count pictures, and say nothing of them."""
+
+
+def words_of(path: Path) -> str:
+    """What a file's name calls its picture: ``001_red-apple_3d (2).png`` -> ``red apple 3d``.
+
+    Numbers at either end are counters and are dropped. A name that a machine gave (``IMG_1234``) says nothing: "".
+    """
+    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", path.stem.lower())
+    while words and words[-1].isdigit():
+        words.pop()
+    while words and words[0].isdigit():
+        words.pop(0)
+    if words:
+        words[-1] = re.sub(r"(?<=[^\W\d_]{3})\d+$", "", words[-1])  # apple01, but not mp3
+    said = [word for word in words if word not in _MACHINES and not _SERIAL.fullmatch(word)]
+    return " ".join(words) if said else ""

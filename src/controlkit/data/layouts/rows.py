@@ -1,0 +1,163 @@
+"""What a data set's listing is made of: rows, with nothing opened, and what is wrong; and how readers make them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from controlkit.errors import UserError, nearest
+from controlkit.seeds import numpy_rng
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Of files that are taken for pictures."""
+HINT_SUFFIXES = (*SUFFIXES, ".npy")
+"""Of files that are taken for hints."""
+PICTURE_NAMES = ("image", "file_name", "image_file_name", "jpg", "picture")
+HINT_NAMES = (
+    "conditioning_image", "conditioning_image_file_name", "controlnet_image", "control_image", "conditioning",
+    "control", "hint",
+)  # fmt: skip
+CAPTION_NAMES = ("text", "prompt", "caption")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What picture, hint and caption are called in columns and keys; the first found counts.
+
+    A hint may also be called ``control_`` and something (ControlNet++), unless the name is ``given``. Further hints of
+    a row have that name with ``_2``, ``_3`` after it.
+    """
+
+    image: Sequence[str] = PICTURE_NAMES
+    hint: Sequence[str] = HINT_NAMES
+    caption: Sequence[str] = CAPTION_NAMES
+    given: frozenset[str] = frozenset()
+    """Which of the three are not usual names but a set's own."""
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str]) -> "Names":
+        """With a set's own names for ``image``, ``hint`` or ``caption``."""
+        if unknown := [kind for kind in columns if kind not in COLUMNS]:
+            raise UserError(f'A row has no "{unknown[0]}" to be named: {nearest(unknown[0], COLUMNS)}')
+        return cls(**{kind: (name,) for kind, name in columns.items()}, given=frozenset(columns))
+
+    def hints(self, names: Sequence[str]) -> list[str]:
+        """What of these is called a hint: the likeliest, and what has its name with ``_2`` and so on after it."""
+        likely = [name for name in self.hint if name in names]
+        likely += [name for name in names if name.startswith("control_") and "hint" not in self.given]
+        found = likely[:1]
+        while likely and (further := f"{likely[0]}_{len(found) + 1}") in names:
+            found.append(further)
+        return found
+
+    def check(self, names: Sequence[str], where: str) -> None:
+        """Refuse names that were given and are not there."""
+        for kind in sorted(self.given):
+            if getattr(self, kind)[0] not in names:
+                raise UserError(f"{where} has no {kind} column {getattr(self, kind)[0]!r}: it has {', '.join(names)}.")
+
+
+COLUMNS = ("image", "hint", "caption")
+"""What of a row may have a name of the set's own."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that lie somewhere: in a file, a tar, a table."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair as its data set lists it, with nothing opened."""
+
+    picture: Held
+    prompt: str
+    hint: Held | None = None
+    more: tuple[Held, ...] = ()
+    """Further hints, each of a kind of its own."""
+    named: bool = False
+    """The prompt is what the picture's file is called; nobody wrote a caption."""
+
+    @property
+    def hints(self) -> tuple[Held, ...]:
+        """All of its hints, in order."""
+        return (self.hint, *self.more) if self.hint else ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a data set: what kind, where, and what to do. Where ``fatal``, nothing trains on it."""
+
+    kind: str
+    where: str
+    words: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.words}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set's rows, by what layout they were read, and what is wrong with the listing."""
+
+    layout: str
+    rows: list[Row]
+    problems: list[Problem] = field(default_factory=list)
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Of what rows are called and say, in their order."""
+    text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in rows])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def file_at(path: Path) -> Held:
+    """A file's bytes, when they are asked for."""
+    return Held(str(path), path.read_bytes)
+
+
+def inside(folder: Path, name: str, problems: list[Problem]) -> Held | None:
+    """The file a listing names, if it is there and in the data set's own folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        problems.append(
+            Problem("path escapes", name, f"lies outside {folder}; a listing may name what is inside alone")
+        )
+        return None
+    if not path.is_file():
+        problems.append(Problem("missing file", name, f"is named by the listing and not in {folder}"))
+        return None
+    return file_at(path)
+
+
+def one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What stands under the first of these names that has something."""
+    return next((values[name] for name in names if values.get(name) not in (None, "")), None)
+
+
+def row_of(picture: Held, prompt: str, hints: Sequence[Held | None]) -> Row:
+    """A pair and its hints, if it has some."""
+    first, *more = hints or [None]
+    return Row(picture, prompt, first, tuple(held for held in more if held))
+
+
+def wording(captions: Any, place: int) -> str:
+    """One caption of those a row has; the same one each time it is read."""
+    if isinstance(captions, list):
+        return str(captions[int(numpy_rng("caption", place).integers(len(captions)))]) if captions else ""
+    return "" if captions is None else str(captions)
+
+
+def text_of(path: Path, problems: list[Problem]) -> str:
+    """A file's text; nothing, and a problem, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        problems.append(Problem("not UTF-8", str(path), f"{error.reason} at byte {error.start}: save it as UTF-8"))
+        return ""

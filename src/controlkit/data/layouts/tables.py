@@ -1,0 +1,89 @@
+"""Sets of the datasets library, and parquet files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, row_of, wording
+from controlkit.errors import UserError
+from controlkit.hub import cache_dir
+
+
+def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+    """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
+    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+    tables = _for_training(sorted(folder.rglob("*.parquet")), folder)
+    if not saved and not tables:
+        return None
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
+        ) from error
+    if saved:
+        table = datasets.load_from_disk(str(folder))
+    else:
+        table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+    if isinstance(table, datasets.DatasetDict):
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    columns = table.column_names
+    names.check(columns, str(folder))
+    picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
+    hints = names.hints(columns)
+    if picture is None:
+        raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
+    for name in (picture, *hints):
+        if isinstance(table.features[name], datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+
+    empty = {name: _nulls(table, name) for name in (picture, *hints)}
+    linked = {name: _linked(table, name) for name in (picture, *hints)}
+
+    def held(place: int, column: str) -> Held | None:
+        if place in empty[column]:
+            problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
+            return None
+
+        if isinstance(table.features[column], datasets.Image):
+            if link := linked[column].get(place):  # people's own tables may name files anywhere, a hub's may not
+                fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
+                return inside(folder, link, problems) if fetched else file_at(folder / link)
+            return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
+        name = str(table[place][column])
+        beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
+        return inside(beside, name, problems)
+
+    rows = []
+    for place, said in enumerate(table[caption] if caption else [""] * len(table)):
+        own, others = held(place, picture), [held(place, name) for name in hints]
+        if own and all(others):
+            rows.append(row_of(own, wording(said, place), others))
+    return rows
+
+
+_ASIDE = {"validation", "valid", "val", "dev", "test", "eval"}
+"""Words that files of a split have in their names that is not for training."""
+
+
+def _for_training(tables: Sequence[Path], folder: Path) -> list[str]:
+    """All tables of a folder but those of other splits, where there are such."""
+    split = [path for path in tables if not _ASIDE & set(re.findall("[a-z]+", str(path.relative_to(folder)).lower()))]
+    return [str(path) for path in split or tables]
+
+
+def _nulls(table: Any, column: str) -> set[int]:
+    """The rows of a table of the datasets library that have nothing in a column."""
+    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    return {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
+
+
+def _linked(table: Any, column: str) -> dict[int, str]:
+    """The rows whose picture is a path instead of bytes, and that path; the bytes are not read for it."""
+    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    if not {"bytes", "path"} <= {field.name for field in getattr(values.type, "fields", ())}:
+        return {}
+    bare = [null for chunk in values.chunks for null in chunk.field("bytes").is_null().to_pylist()]
+    paths = [path for chunk in values.chunks for path in chunk.field("path").to_pylist()]
+    return {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
