@@ -50,10 +50,15 @@ def psnr(pictures: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     return 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
 
 
-def quiz(emoji: world.Emoji, count: int, split: world.Split) -> tuple[list[int], list[str], list[list[str]]]:
-    """``count`` questions: picture rows, grounds, and 100 captions each, of its style and ground, the right first."""
+def quiz(
+    emoji: world.Emoji, count: int, split: world.Split, of: frozenset[str] | None = None
+) -> tuple[list[int], list[str], list[list[str]]]:
+    """``count`` questions: picture rows, grounds, and 100 captions each, of its style and ground, the right first.
+
+    ``of``: the concepts that are asked for, all of the split's by default; the wrong captions are always of all.
+    """
     rng = numpy_rng("quiz", split)
-    rows = world.rows(emoji, split)
+    rows = [row for row in world.rows(emoji, split) if of is None or emoji.concepts[row] in of]
     chosen = [int(row) for row in rng.choice(rows, size=count, replace=count > len(rows))]
     grounds = [list(world.GROUNDS)[rng.integers(len(world.GROUNDS))] for _ in chosen]
     captions = []
@@ -80,7 +85,7 @@ def main(
     emoji = world.load_emoji(model.size)
     with Progress() as progress:
         scenes = list(draw_scenes(model.size, SCENES_SEED, range(SCENES)))
-        count = num + len(CONCEPTS) * len(world.STYLES) + len(scenes)
+        count = 2 * num + len(CONCEPTS) * len(world.STYLES) + len(scenes)
         task = progress.add_task("generating", total=count * steps)
 
         def make(jobs: list[Job]) -> list[np.ndarray]:
@@ -94,6 +99,8 @@ def main(
         staged = make([Job(scene.captions[0], seed) for seed, scene in enumerate(scenes)])
         rows, grounds, captions = quiz(emoji, num, "base")
         made = make([Job(texts[0], seed) for seed, texts in enumerate(captions)])
+        everyday = quiz(emoji, num, "base", world.everyday_concepts())[2]
+        known = make([Job(texts[0], seed) for seed, texts in enumerate(everyday)])
     unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
     rebuilt = ceiling_pictures(model, unseen)
     seen = [world.draw_emoji(emoji, row, 0, ground=ground)[0] for row, ground in zip(rows, grounds, strict=True)]
@@ -103,6 +110,7 @@ def main(
     figures = {
         "vae_psnr_heldout": asdict(mean_figure(psnr(unseen, rebuilt))),
         "right_caption_generated": asdict(mean_figure((judge.choose(made, captions) == 0).astype(float))),
+        "right_caption_generated_everyday": asdict(mean_figure((judge.choose(known, everyday) == 0).astype(float))),
         "right_caption_real_seen": asdict(mean_figure((judge.choose(seen, captions) == 0).astype(float))),
         "right_caption_real_heldout": asdict(mean_figure((judge.choose(fresh, held_captions) == 0).astype(float))),
         "clip_score_generated": asdict(mean_figure(judge.clip_scores(made, [texts[0] for texts in captions]))),

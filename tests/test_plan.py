@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,6 +43,16 @@ def foreseen(toy_base):
         return foresee(recipe, toy_base, learner, hints_of(recipe), 4, meter), learner
 
     return foresee_of
+
+
+def test_a_meter_that_forgot_tells_what_came_after_alone(toy_base):
+    meter = Meter(toy_base)
+    before = meter.peak()
+    block = np.ones(50_000_000)  # 400 MB, given back to the system at once
+    assert meter.peak() - before > 3.5e8
+    del block
+    meter.forget()
+    assert meter.peak() - before < 2e8
 
 
 def test_what_is_held_for_the_backward_pass_is_counted_to_the_byte():

@@ -64,19 +64,23 @@ class Plan:
 
 
 class Meter:
-    """The most memory held on a device since it was made: what torch allocated on a GPU; on a CPU what the process grew
-    by, together with the base's weights, which were there before."""
+    """The most memory held on a device since it was made, or forgot: what torch allocated on a GPU; on a CPU what the
+    process grew by since it was made, together with the base's weights, which were there before."""
 
     def __init__(self, base: UNetBase) -> None:
         self._device = base.device
         self._held = _bytes(_networks(base))
+        self.forget()
+        if self._device.type != "cuda":
+            self._held -= psutil.Process().memory_info().rss
+
+    def forget(self) -> None:
+        """From now on."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            # Linux: forget the most that was held before. Elsewhere what loading needed may count as well.
+        else:  # Linux alone. Elsewhere what loading needed may count as well.
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            self._held -= psutil.Process().memory_info().rss
 
     def peak(self) -> int:
         """Bytes."""

@@ -115,6 +115,7 @@ def train_control(
             if meter and not together.sharded:  # all processes would have to take part
                 plan = foresee(recipe, base, learner, contracts, len(pairs), meter, together.count)
                 on_stage("\n".join(plan.lines()), 0)
+                meter.forget()  # or what the trial took would stand for what the run does
         run = _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
         with closing(run):
             for record in run:
