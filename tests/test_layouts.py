@@ -216,6 +216,8 @@ def test_what_is_wrong_with_a_listing_is_said_and_nothing_trains_on_it(
         ({"images": 3, "control": 3, "control_depth": 3}, "control, control_depth may all be hints"),
         ({"images": 3, "canny": 3, "depth": 3}, "canny, depth may all be hints"),
         ({"images": -3, "control": 3}, "no folder has pictures of the names in control"),
+        ({"train/images": 3, "train/control": 3}, "train/control is named as a folder of hints: give the folder"),
+        ({"control": 3}, "control is named as a folder of hints: give the folder"),
     ],
 )
 def test_hints_that_cannot_be_told_from_pictures_are_never_trained_on_as_pictures(more, words, tutorial, tmp_path):
@@ -224,7 +226,7 @@ def test_hints_that_cannot_be_told_from_pictures_are_never_trained_on_as_picture
         for i in range(abs(count)):
             copied(tmp_path / "set" / name, f"{i if count > 0 else i + 100}.png", tutorial[0] / "target/0.png")
     listing = read_listing(tmp_path / "set")
-    assert (listing.layout, listing.rows) == ("paired", [])
+    assert listing.rows == []
     [problem] = listing.problems
     assert problem.kind == "unclear folders" and problem.fatal and words in problem.words
     with pytest.raises(UserError, match="controlkit data doctor"):

@@ -25,13 +25,12 @@ def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row
     """
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     held = {path: _names_in(path, HINT_SUFFIXES) for path in inside}
-    first = {path: re.split(r"[^a-z0-9]+", path.name.lower())[0] for path in inside}
-    hints = [path for path in inside if first[path] in FOLDERS]
+    hints = [path for path in inside if _first_word(path.name) in FOLDERS]
     pictures = {path: found for path in inside if path not in hints and (found := _names_in(path, SUFFIXES))}
     if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
         pictures[folder] = own
     if not hints:
-        likely = [path for path in pictures if path != folder and first[path] in KINDS]
+        likely = [path for path in pictures if path != folder and _first_word(path.name) in KINDS]
         rest = [path for path in pictures if path not in likely]
         if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
             return None
@@ -64,6 +63,11 @@ def plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | No
     found = pictures_in(folder)
     if not found:
         return None
+    within = (path.relative_to(folder).parent for path in found)
+    if hints := next((path for path in within if any(_first_word(part) in FOLDERS for part in path.parts)), None):
+        words = f"{hints} is named as a folder of hints: give the folder that it and its pictures lie in, or rename it"
+        problems.append(Problem("unclear folders", str(folder), words))
+        return []
     rows = []
     for path in found:
         said = caption_beside(path, problems)
@@ -111,6 +115,10 @@ def _by_name(
             problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
         found[name] = path
     return found
+
+
+def _first_word(name: str) -> str:
+    return re.split(r"[^a-z0-9]+", name.lower())[0]
 
 
 def _names_in(folder: Path, suffixes: Sequence[str]) -> set[Path]:
