@@ -110,7 +110,7 @@ class EvaluationRecipe(_Strict):
     patience: int = Field(0, ge=0)
     """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
     target: float | None = None
-    """The run ends where the lower bound of obedience reaches this."""
+    """The run ends where the lower bound of obedience reaches this; on ``mini`` with the CLIP-score kept, too."""
 
     def own(self) -> list[tuple[str, str]]:
         """(prompt, file of a hint) of each that is looked at; of one of either with all of the other."""
