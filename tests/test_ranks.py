@@ -215,6 +215,9 @@ def in_threads(count, function):
             here.wait()
             return copied
 
+        def any(self, value):
+            return any(self.gathered(value))
+
     def run(rank):
         torch.set_num_threads(1)
         try:
@@ -257,6 +260,28 @@ def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, m
     for step in (1, 2):
         name = f"samples/step-{step:07d}.png"
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_where_one_has_not_enough_memory_all_measure_of_fewer_pairs_at_once(toy_base, drawn_joins, tmp_path):
+    recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
+    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": Hint("canny")}
+    branch = drawn_joins(toy_base.new_branch())
+
+    def measured(rank):
+        base, own = copy.deepcopy((toy_base, branch))
+        predict = base.predict
+
+        def little(z, *inputs):
+            if rank.index == 0 and len(z) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return predict(z, *inputs)
+
+        base.predict = little
+        return Gauge(base, pairs, contracts, recipe, tmp_path / "many", rank).measure(own)
+
+    one = Gauge(toy_base, pairs, contracts, recipe, tmp_path / "one").measure(branch)
+    for told in in_threads(2, measured):
+        assert told[""] == pytest.approx(one[""], rel=1e-5)
 
 
 def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):

@@ -851,7 +851,7 @@ def _full_disk(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["save_control", "write_atomic", "os.replace"])
+@pytest.mark.parametrize("call", ["save_control", "write_tensors", "os.replace"])
 def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_later(call, whole, toy_base, tmp_path, monkeypatch):
     run = train_control(tiny(), tmp_path, toy_base)
     list(itertools.islice(run, 3))
