@@ -233,6 +233,15 @@ def test_hints_that_cannot_be_told_from_pictures_are_never_trained_on_as_picture
         FolderPairs(tmp_path / "set", SIDE)
 
 
+def test_arrays_in_a_folder_called_by_a_kind_of_hint_are_hints(tutorial, tmp_path):
+    (tmp_path / "set" / "depth").mkdir(parents=True)
+    for i in range(COUNT):
+        copied(tmp_path / "set", f"images/{i}.png", tutorial[0] / "target/0.png")
+        np.save(tmp_path / "set" / "depth" / f"{i}.npy", np.full((SIDE, SIDE), i, np.float32))
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, [row.hint is not None for row in listing.rows]) == ("paired", [True] * COUNT)
+
+
 def test_folders_of_pictures_whose_names_say_nothing_of_hints_are_pictures(tutorial, tmp_path):
     for name in ("cats/1.png", "dogs/1.png", "masks/of venice.png", "masks/1.png", "masks/2.png"):
         copied(tmp_path / "set", name, tutorial[0] / "target/0.png")

@@ -30,7 +30,7 @@ def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row
     if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
         pictures[folder] = own
     if not hints:
-        likely = [path for path in pictures if path != folder and _first_word(path.name) in KINDS]
+        likely = [path for path in inside if held[path] and _first_word(path.name) in KINDS]
         rest = [path for path in pictures if path not in likely]
         if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
             return None
