@@ -198,6 +198,22 @@ def test_timesteps_lie_towards_noise_unless_drawn_evenly_and_each_batch_covers_a
             assert gaps.max() < 2 / 48, "one of each share"
 
 
+def test_a_run_that_goes_on_from_other_weights_draws_anew_and_one_from_the_same_alike(toy_base, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(mini, "torch_rng", lambda *key: drawn.append(key) or torch.Generator().manual_seed(0))
+    monkeypatch.setattr(mini.Run, "train", lambda run, name, model, loss_of, *more, **options: loss_of(0, 0.0))
+    size, tower = mini.SIZES["toy"], toy_base.towers[0]
+    latents = np.zeros((2, size.latent_channels, 8, 8), np.float16)
+    for scale in (1, 1, 2):
+
+        def begin(unet, scale=scale):
+            torch.nn.init.constant_(unet.conv_in.weight, 0.01 * scale)
+
+        run = mini.Run(tmp_path, "cpu")
+        mini.train_unet(run, size, latents, [(PROMPT,)] * 2, copy.deepcopy(tower.encoder), tower.tokenizer, 1.0, begin)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 @pytest.fixture
 def pictures(fake_packages):
     """A world with a dozen scenes in it."""
