@@ -20,13 +20,13 @@ from PIL import Image
 from rich.progress import Progress
 
 from controlkit.backbones import load_base
-from controlkit.data import Pair, evaluation_pairs, hint_of
+from controlkit.data import Pair, evaluation_pairs, hint_for_pair
 from controlkit.errors import UserError
 from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import evaluate
 from controlkit.mini import world
-from controlkit.sample import Control, Job, Settings, generate
+from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.seeds import numpy_rng
 
 COVER = (0.15, 0.9)  # share of its box a drawing must fill: neither thin strokes nor mere rectangles
@@ -71,7 +71,7 @@ def main(
     num: Annotated[int, typer.Option(help="Drawings to measure on.", min=2)] = 64,
 ) -> None:
     """Measure a control on drawings from elsewhere."""
-    model, settings = load_base(base), Settings()
+    model, settings = load_base(base), SamplingSettings()
     saved = load_control(name, model)
     control = Control.of(saved)
     pairs: Sequence[Pair] = drawings(folder, num, model.size)
@@ -80,7 +80,7 @@ def main(
         task = progress.add_task("measuring", total=3 * num * settings.steps)
         report = evaluate(model, control, pairs, real, settings, on_step=lambda n: progress.advance(task, n))
     shown = pairs[:10]
-    hints = [hint_of(pair, saved.hint) for pair in shown]
+    hints = [hint_for_pair(pair, saved.hint) for pair in shown]
     jobs = [Job(pair.prompt, seed, (hint,)) for seed, (pair, hint) in enumerate(zip(shown, hints, strict=True))]
     made = [picture.pixels for picture in generate(model, jobs, [control], settings)]
     write_png(out / "clipart.png", grid([[pair.picture for pair in shown], hints, made], cell=model.size))

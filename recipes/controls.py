@@ -20,11 +20,11 @@ import typer
 from rich.progress import Progress, TaskID
 
 from controlkit.backbones import UNetBase, load_base
-from controlkit.data import TRUTHS, Pair, evaluation_pairs, hint_of
+from controlkit.data import TRUTHS, Pair, evaluation_pairs, hint_for_pair
 from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, evaluate
-from controlkit.sample import Control, Job, Settings, generate
+from controlkit.sample import Control, Job, SamplingSettings, generate
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 SHOWN = 8  # pictures on a contact sheet
@@ -39,7 +39,7 @@ class Bench:
     without: list[np.ndarray]
 
 
-def bench(base: UNetBase, kind: str, num: int, settings: Settings, progress: Progress) -> Bench:
+def bench(base: UNetBase, kind: str, num: int, settings: SamplingSettings, progress: Progress) -> Bench:
     """What a kind of hint is measured on."""
     pairs, real = evaluation_pairs("scenes" if kind in TRUTHS else "emoji", base.size, num, person=kind == "pose")
     jobs = [Job(pair.prompt, seed) for seed, pair in enumerate(pairs)]
@@ -47,9 +47,9 @@ def bench(base: UNetBase, kind: str, num: int, settings: Settings, progress: Pro
     return Bench([pairs[i] for i in range(len(pairs))], real, [picture.pixels for picture in made])
 
 
-def sheet(base: UNetBase, control: Control, on: Bench, settings: Settings) -> np.ndarray:
-    """Hint, truth, controlled, without control: pairs from all over the bench with something in their hints."""
-    hints = [hint_of(pair, control.hint) for pair in on.pairs]
+def sheet(base: UNetBase, control: Control, on: Bench, settings: SamplingSettings) -> np.ndarray:
+    """HintSpec, truth, controlled, without control: pairs from all over the bench with something in their hints."""
+    hints = [hint_for_pair(pair, control.hint) for pair in on.pairs]
     chosen = [i for i in np.linspace(0, len(hints) - 1, 3 * SHOWN).astype(int) if hints[i].any()][::3][:SHOWN]
     jobs = [Job(on.pairs[i].prompt, int(i), (hints[i],)) for i in chosen]
     made = [picture.pixels for picture in generate(base, jobs, [control], settings)]
@@ -67,7 +67,7 @@ def line(name: str, report: dict[str, Any]) -> str:
     mean = {key: value["mean"] for key, value in report.items() if isinstance(value, dict) and "mean" in value}
     cells = [
         name,
-        f"{mean['obedience']:.2f} [{low:.2f}, {high:.2f}]" + ("" if report["counts"] else " (does not count)"),
+        f"{mean['obedience']:.2f} [{low:.2f}, {high:.2f}]" + ("" if report["is_meaningful"] else " (does not count)"),
         f"{mean['obedience_counted_once']:.2f}",
         f"{report['metric']} {mean['fidelity']:.3g}",
         f"{mean['floor_no_control']:.3g}, {mean['floor_shuffled']:.3g}",
@@ -96,7 +96,7 @@ def main(
     ] = None,
 ) -> None:
     """Measure controls, and draw what they do."""
-    model, referee, settings = load_base(base), Referee(), Settings()
+    model, referee, settings = load_base(base), Referee(), SamplingSettings()
     benches: dict[Sequence[bool], Bench] = {}
     reports = {}
     print(HEAD)

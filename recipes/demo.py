@@ -21,7 +21,7 @@ from controlkit.backbones import UNetBase, load_base
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, read_picture, write_png
 from controlkit.measure import Referee, fidelity
-from controlkit.sample import Control, Job, Settings, generate
+from controlkit.sample import Control, Job, SamplingSettings, generate
 from page import Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
@@ -67,7 +67,7 @@ class Shown:
     clip_score: tuple[float, float]
 
 
-def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, settings: Settings) -> Shown:
+def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, settings: SamplingSettings) -> Shown:
     """Make and score one scene: the same seeds with control and without."""
     drawing = read_picture(DRAWINGS / f"{scene.drawing}.png")
     sides = (base.size, base.size)
@@ -88,7 +88,7 @@ def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, 
     )
 
 
-def write_page(shown: Sequence[Shown], base: UNetBase, settings: Settings, out: Path, seconds: float) -> Path:
+def write_page(shown: Sequence[Shown], base: UNetBase, settings: SamplingSettings, out: Path, seconds: float) -> Path:
     """The demo as one HTML page with its pictures beside it."""
     page = Page(out, "ControlKit demo")
     means = np.mean([[*s.fidelity, *s.clip_score] for s in shown], axis=0)
@@ -117,7 +117,7 @@ def write_page(shown: Sequence[Shown], base: UNetBase, settings: Settings, out: 
 def main(out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("out/demo")) -> None:
     """Make the demo page from what is shipped."""
     started = time.perf_counter()
-    settings = Settings()
+    settings = SamplingSettings()
     base = load_base("mini")
     controls = {name: load_control(name, base) for name in {scene.control for scene in SCENES}}
     referee = Referee()

@@ -17,12 +17,12 @@ from rich.progress import Progress
 
 from controlkit.annotators import annotate, drawn_hint
 from controlkit.backbones import UNetBase, load_base
-from controlkit.data import Pair, hint_of
+from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, read_picture, write_png
 from controlkit.mini import world
 from controlkit.mini.scenes import Scene, draw_scene
-from controlkit.sample import Control, Job, Settings, generate
+from controlkit.sample import Control, Job, SamplingSettings, generate
 from controls import CONTROLS  # recipes/controls.py
 from page import Labelled, Page  # recipes/page.py
 
@@ -44,13 +44,13 @@ class Studio:
         """One picture a prompt and seed, under all the hints together."""
         used = [Control.of(self.controls[name]) for name in hints]
         jobs = [Job(prompt, seed, tuple(hints.values())) for prompt, seed in zip(prompts, seeds, strict=True)]
-        made = [picture.pixels for picture in generate(self.base, jobs, used, Settings())]
+        made = [picture.pixels for picture in generate(self.base, jobs, used, SamplingSettings())]
         self.progress.advance(self.task, len(made))
         return made
 
     def hint(self, name: str, scene: Scene) -> np.ndarray:
         """A scene's hint for a control: drawn from its truth, or annotated."""
-        return hint_of(Pair(scene.picture, scene.captions[0], truth=scene), self.controls[name].hint)
+        return hint_for_pair(Pair(scene.picture, scene.captions[0], truth=scene), self.controls[name].hint)
 
 
 def scene_with(size: int, figure: bool, solids: bool) -> Scene:

@@ -35,10 +35,10 @@ from controlkit.hub import digest
 from controlkit.mini import world
 from controlkit.mini.scenes import load_scenes
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
-from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import autocast, training_attention
 from controlkit.sample import PLAIN_PROMPT as PLAIN
 from controlkit.seeds import numpy_rng, torch_rng
+from controlkit.train.optimizers import EMA, Optimizer
 
 console = Console()
 
@@ -180,7 +180,7 @@ class Run:
         state_path.parent.mkdir(parents=True, exist_ok=True)
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = Optimizer(module, "muon" if muon else "adamw", betas=(0.9, 0.99))
-        average = Average(module, 0.999)
+        average = EMA(module, 0.999)
         step, used = 0, 0.0
         if state_path.exists():
             state = torch.load(state_path, map_location=self.device, weights_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from controlkit.measure import FOUND
-from controlkit.train import found_step, seen_in
+from controlkit.train import found_step, summary_of
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
 
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = [r for r in records if "obedience" in r]
-    found = found_step([seen for r in records if (seen := seen_in(r))])
+    found = found_step([seen for r in records if (seen := summary_of(r))])
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 4.6), layout="constrained")
     loss = np.array([r["loss"] for r in records])
     window = max(len(loss) // 50, 1)

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from controlkit.hub import where
+from controlkit.hub import shipped_path
 from controlkit.images import to_pictures, to_tensor
 from controlkit.mini import world
 from controlkit.mini.aesthetic import AestheticHead, damage, rank_correlation
@@ -145,7 +145,7 @@ def main(
     observer.config["accuracy"] = found["observer"]  # goes wherever it goes
     observer.save(out / "observer")
 
-    tower = ImageTextTower.load(out / "referee" if (out / "referee").exists() else where("referee"))
+    tower = ImageTextTower.load(out / "referee" if (out / "referee").exists() else shipped_path("referee"))
     head = train_aesthetic(run, tower, pictures, minutes["aesthetic"])
     head.save(out / "aesthetic")
     found["aesthetic"] = aesthetic_accuracy(head, tower, heldout_pictures(chosen.pixels, heldout))

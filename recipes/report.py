@@ -23,7 +23,7 @@ from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
 from controlkit.mini import world
 from controlkit.mini.scenes import draw_scenes
-from controlkit.sample import Job, Settings, generate
+from controlkit.sample import Job, SamplingSettings, generate
 from controlkit.seeds import numpy_rng
 
 CONCEPTS = (
@@ -81,7 +81,7 @@ def main(
     """Measure the embedded base and draw its contact sheet."""
     started = time.perf_counter()
     model, judge = load_base(base), Referee(referee)
-    settings = Settings(steps, guidance)
+    settings = SamplingSettings(steps, guidance)
     emoji = world.load_emoji(model.size)
     with Progress() as progress:
         scenes = list(draw_scenes(model.size, SCENES_SEED, range(SCENES)))

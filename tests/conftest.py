@@ -22,8 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlkit import cli, precision
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
+from controlkit.controls import new_union
 from controlkit.formats import SavedControl, save_control
-from controlkit.images import Hint
+from controlkit.images import HintSpec
 from controlkit.mini.tower import WINDOW, train_tokenizer
 from controlkit.mini.world import PACKAGES
 
@@ -271,7 +272,7 @@ def union_folder(toy_base, tmp_path_factory):
     """A Union of the toy base, with something learnt of each of five types; alone in its folder, as if shipped."""
     hints = {kind: contract(kind) for kind in ("canny", "scribble", "depth", "pose", "inpaint")}
     trained = {"base": toy_base.name, "base_digest": toy_base.digest, "data": "world"}
-    saved = SavedControl(randomised(toy_base.new_union()), Hint(""), trained, hints)
+    saved = SavedControl(randomised(new_union(toy_base)), HintSpec(""), trained, hints)
     folder = tmp_path_factory.mktemp("shipped") / "union"
     save_control(folder, saved, toy_base)
     return folder
@@ -282,7 +283,7 @@ def to_diffusers(toy_base, tmp_path):
     """``to_diffusers(branch)`` is the stock ``ControlNetModel`` read from the folder that we write."""
 
     def convert(branch, base=toy_base):
-        save_control(tmp_path / "peer", SavedControl(branch, Hint("canny")), base)
+        save_control(tmp_path / "peer", SavedControl(branch, HintSpec("canny")), base)
         return ControlNetModel.from_pretrained(tmp_path / "peer").eval()
 
     return convert

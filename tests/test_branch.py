@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import draw_inputs, relative
 from controlkit.branch import ControlledBlock, ControlSpec, HintEncoder, add_residuals, zero_conv
+from controlkit.controls import new_control
 
 SPECS = [ControlSpec(*words) for words in product(("copy", "conv"), ("zero", "gaussian"), ("all", "mid"))]
 SILENT = [spec for spec in SPECS if spec.join == "zero"]
@@ -154,7 +155,7 @@ def test_training_a_controlled_block_leaves_the_locked_one_as_it_was(block, x, c
 @pytest.mark.parametrize("spec", SILENT, ids=words)
 def test_a_branch_with_zero_joins_is_silent_at_birth(toy_base, spec):
     inputs = draw_inputs(toy_base)
-    branch = toy_base.new_branch(spec)
+    branch = new_control(toy_base, spec)
     for residual in residuals_of(branch, inputs).values():
         assert residual.count_nonzero() == 0
     assert torch.equal(*predictions(toy_base, branch, inputs))
@@ -164,7 +165,7 @@ def test_a_branch_with_zero_joins_is_silent_at_birth(toy_base, spec):
 def test_a_branch_with_gaussian_joins_speaks_at_birth(toy_base, spec):
     torch.manual_seed(0)
     inputs = draw_inputs(toy_base)
-    branch = toy_base.new_branch(spec)
+    branch = new_control(toy_base, spec)
     assert all(residual.all() for residual in residuals_of(branch, inputs).values())
     assert not torch.equal(*predictions(toy_base, branch, inputs))
 
@@ -172,7 +173,7 @@ def test_a_branch_with_gaussian_joins_speaks_at_birth(toy_base, spec):
 @pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 10.0), (torch.optim.AdamW, 1e-2)])
 def test_equations_6_to_8_the_joins_move_first_then_the_copy_then_the_hint_encoder(toy_base, optimizer, lr):
     inputs = draw_inputs(toy_base)
-    branch = toy_base.new_branch()
+    branch = new_control(toy_base)
     before = snapshot(branch)
     steps = optimizer(branch.parameters(), lr=lr, weight_decay=0)
     seen = []
@@ -195,7 +196,7 @@ def test_training_a_branch_leaves_no_trace_in_the_base(toy_base):
     parts = {"vae": toy_base.vae, "text": toy_base.towers[0].encoder, "unet": toy_base.unet}
     before = {name: snapshot(module) for name, module in parts.items()}
     inputs = draw_inputs(toy_base)
-    branch = toy_base.new_branch().train()
+    branch = new_control(toy_base).train()
     own = {p.data_ptr() for p in branch.parameters()}
     optimizer = torch.optim.AdamW(branch.parameters(), lr=1e-2)
     losses = []
@@ -215,7 +216,7 @@ def test_training_a_branch_leaves_no_trace_in_the_base(toy_base):
 def test_the_body_is_a_copy_that_knows_time_and_prompt_or_convolutions_that_know_neither(toy_base, drawn_joins):
     x, t, text, hint = draw_inputs(toy_base)
     for body, knows in (("copy", True), ("conv", False)):
-        branch = drawn_joins(toy_base.new_branch(ControlSpec(body=body)))
+        branch = drawn_joins(new_control(toy_base, ControlSpec(body=body)))
         features = branch.encode_hint(hint)
         plain = branch(x, t, text, features)["middle"]
         for changed in ((x, t - 100, text, features), (x, t, text[[1, 0]], features)):
@@ -229,7 +230,7 @@ def test_the_taps_are_all_of_them_or_the_middle_alone(toy_base):
     everywhere = {tap.name: (2, tap.channels, 32 // tap.stride, 32 // tap.stride) for tap in toy_base.branch_taps}
     for body in ("copy", "conv"):
         for taps, expected in (("all", everywhere), ("mid", {"middle": everywhere["middle"]})):
-            residuals = residuals_of(toy_base.new_branch(ControlSpec(body=body, taps=taps)), inputs)
+            residuals = residuals_of(new_control(toy_base, ControlSpec(body=body, taps=taps)), inputs)
             assert {name: tuple(residual.shape) for name, residual in residuals.items()} == expected
 
 

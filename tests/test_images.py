@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 from safetensors import SafetensorError
 
 from controlkit.errors import UserError
-from controlkit.images import Hint, fit, grid, read_picture, to_pictures, to_tensor, write_atomic, write_png
+from controlkit.images import HintSpec, fit, grid, read_picture, to_pictures, to_tensor, write_atomic, write_png
 
 
 def noise(height, width, seed=0):
@@ -74,18 +74,20 @@ def test_area_shrinks_by_averaging_and_nearest_keeps_labels():
 
 
 def test_a_contract_survives_json():
-    contract = Hint("scribble", {"width": 0.1}, channels=1, low=-1.0, high=2.0, colour_order="BGR", resize="nearest")
-    assert Hint.from_json(contract.to_json()) == contract
+    contract = HintSpec(
+        "scribble", {"width": 0.1}, channels=1, low=-1.0, high=2.0, colour_order="BGR", resize="nearest"
+    )
+    assert HintSpec.from_json(contract.to_json()) == contract
 
 
 def test_a_hint_is_read_as_its_contract_says():
     picture = noise(4, 6)
     expected = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
-    assert torch.allclose(Hint("canny").tensor(picture, (4, 6)), expected)
-    assert torch.allclose(Hint("canny", low=-1, high=3).tensor(picture, (4, 6)), expected * 4 - 1)
-    assert torch.allclose(Hint("canny", colour_order="BGR").tensor(picture, (4, 6)), expected.flip(1))
+    assert torch.allclose(HintSpec("canny").tensor(picture, (4, 6)), expected)
+    assert torch.allclose(HintSpec("canny", low=-1, high=3).tensor(picture, (4, 6)), expected * 4 - 1)
+    assert torch.allclose(HintSpec("canny", colour_order="BGR").tensor(picture, (4, 6)), expected.flip(1))
     grey = (expected * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    assert torch.allclose(Hint("canny", channels=1).tensor(picture, (4, 6)), grey, atol=1 / 255)
+    assert torch.allclose(HintSpec("canny", channels=1).tensor(picture, (4, 6)), grey, atol=1 / 255)
 
 
 def test_a_thin_line_does_not_fade_when_it_shrinks():
@@ -97,7 +99,7 @@ def test_a_thin_line_does_not_fade_when_it_shrinks():
 
 def test_the_resize_rule_is_part_of_the_contract():
     picture, size = noise(9, 9), (4, 4)
-    area, nearest = (Hint("canny", resize=how).tensor(picture, size) for how in ("area", "nearest"))
+    area, nearest = (HintSpec("canny", resize=how).tensor(picture, size) for how in ("area", "nearest"))
     assert area.shape == nearest.shape == (1, 3, 4, 4)
     assert not torch.equal(area, nearest)
 
@@ -106,7 +108,7 @@ def test_a_picture_from_a_file_becomes_a_hint_without_a_warning(tmp_path):
     write_png(tmp_path / "hint.png", noise(4, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Hint("canny").tensor(read_picture(tmp_path / "hint.png"), (4, 4))
+        HintSpec("canny").tensor(read_picture(tmp_path / "hint.png"), (4, 4))
 
 
 # --- reading ------------------------------------------------------------------------------------------------

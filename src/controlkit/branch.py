@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Site = Literal["encoder", "skip", "middle"]
+Site = Literal["encoder", "skip", "middle", "block"]
 
 
 @dataclass(frozen=True)
 class Tap:
     """One place where a backbone accepts control: a residual of ``channels`` at 1/``stride`` of the picture's size.
 
-    ``site`` says where it is added: inside the ``encoder``, to a ``skip`` connection, or to the ``middle`` block.
+    ``site`` says where it is added: inside the ``encoder``, to a ``skip`` connection, to the ``middle`` block, or to a
+    ``block`` of a transformer. A residual is a map (B, C, h, w); that of a ``block`` is tokens (B, h x w, C).
     """
 
     name: str
@@ -45,7 +46,8 @@ class ControlSpec:
 
     - ``body``: ``copy``, the trainable copy of the encoder; ``conv``, ControlNet-lite, one convolution a block; and of
       later work ``lora``, the copy again, of which only differences of low ``rank`` are trained (a Control-LoRA), and
-      ``xs``, ControlNet-XS, a thin encoder beside the base's, which has zero joins at all taps.
+      ``xs``, ControlNet-XS, a thin encoder beside the base's, which has zero joins at all taps; and ``adapter``, a
+      T2I-Adapter, which reads the hint alone and adds inside the base's encoder.
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
 
@@ -53,7 +55,7 @@ class ControlSpec:
     gives its colours and not its places (version 1.1's shuffle, "global pooling").
     """
 
-    body: Literal["copy", "conv", "lora", "xs"] = "copy"
+    body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
     pool: Literal["none", "mean"] = "none"
@@ -68,8 +70,61 @@ class ControlSpec:
                 raise ValueError(f'{field.name} is "{word}", expected one of {", ".join(known)}.')
         if (self.body == "lora") != (self.rank > 0):
             raise ValueError(f"rank is {self.rank} and body is {self.body}: a lora body has a rank, no other has.")
-        if self.body == "xs" and (self.join, self.taps, self.pool) != ("zero", "all", "none"):
-            raise ValueError("body xs has join zero, taps all and pool none, and no other.")
+        if self.body in ("xs", "adapter") and (self.join, self.taps, self.pool) != ("zero", "all", "none"):
+            raise ValueError(f"body {self.body} has join zero, taps all and pool none, and no other.")
+
+
+class ControlNetwork(nn.Module):
+    """Any control, as bases, the sampler and the trainer see it: a hint is read once, residuals are added at taps.
+
+    ``ControlBranch`` is the paper's; the other kinds are in ``controls``.
+
+    - ``kind``: its row in ``controls.KINDS``.  ``spec``: what it was built from; None where there is nothing to choose.
+    - ``taps``: where it adds residuals.
+    - ``walks``: whether it runs beside the base's encoder, place by place, and cannot run apart from it
+      (``backbones.Walker``).
+    - ``pools``: whether its residuals are averages over the picture, (B, C, 1, 1).
+    - ``hint_types``: the types of hint that it tells apart; empty where it reads hints of one kind.
+    """
+
+    kind: str
+    taps: tuple[Tap, ...]
+    spec: ControlSpec | None = None
+    walks: bool = False
+    hint_types: tuple[str, ...] = ()
+
+    @property
+    def pools(self) -> bool:
+        """Whether residuals are averages over the picture, (B, C, 1, 1)."""
+        return False
+
+    def encode_hint(self, hint: Any) -> Any:
+        """Features of a hint (B, channels, H, W), for every step; of several types, of hints by type.
+
+        Returns a tensor, or tensors by name, of B rows each.
+        """
+        raise NotImplementedError
+
+    def encode_rows(self, hints: Mapping[str, Tensor]) -> Any:
+        """Features of rows that have one hint each, as training has them: by type, or all of them under ""."""
+        return self.encode_hint(hints[""])
+
+    def parts(self) -> "dict[str, ControlNetwork]":
+        """The controls it is made of, each complete in itself, by name; itself under "" where it is one."""
+        return {"": self}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, as they act."""
+        return self.state_dict()
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Any) -> dict[str, Tensor]:
+        """The residual of each tap, by name.
+
+        Args:
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: what the base reads of B prompts.
+            hint_features: from ``encode_hint``.
+        """
+        raise NotImplementedError
 
 
 # --- Section 3.1: ControlNet --------------------------------------------------------------------------------
@@ -95,6 +150,16 @@ def gaussian_conv(channels_in: int, channels_out: int | None = None, kernel: int
 
 
 JOINS: dict[str, Callable[..., nn.Conv2d]] = {"zero": zero_conv, "gaussian": gaussian_conv}
+
+
+def token_join(conv: nn.Conv2d) -> nn.Linear:
+    """A 1x1 convolution as the same map of tokens (B, L, C): the join of a transformer's block."""
+    channels_out, channels_in = conv.weight.shape[:2]
+    linear = nn.Linear(channels_in, channels_out)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight[..., 0, 0])
+        linear.bias.copy_(conv.bias)  # type: ignore[arg-type]  # a join's convolution has a bias
+    return linear
 
 
 class ControlledBlock(nn.Module):
@@ -223,7 +288,7 @@ def gains(weight: Tensor, rank: int) -> bool:
     return rank * (len(weight) + weight[0].numel()) < weight.numel()
 
 
-class ControlBranch(nn.Module):
+class ControlBranch(ControlNetwork):
     """The trainable side of Figure 3: hint encoder, body, and one join a tap.
 
     ``body(x, t, text, hint)`` returns one feature a tap, in the order of ``taps``, with the hint's features added
@@ -231,11 +296,14 @@ class ControlBranch(nn.Module):
     backbone supplies it: a copy of its encoder and middle block.
 
     Args:
-        taps: the backbone's skip and middle taps, in order.
+        taps: the backbone's taps that a copy of its encoder has features for, in order.
         body: what ``spec.body`` asks for; see ``ConvBody`` for the lite one.
-        stride: the VAE's, pixels a latent.
-        hint_channels: channels of the hint.
+        stride: hint pixels a latent: the VAE's; 1 where the hint comes as latents.
+        hint_channels: channels of what the hint encoder reads.
     """
+
+    kind = "controlnet"
+    spec: ControlSpec
 
     def __init__(
         self,
@@ -252,7 +320,10 @@ class ControlBranch(nn.Module):
         join = JOINS[self.spec.join]
         self.hint_encoder = HintEncoder(hint_channels, taps[0].channels, stride, join)
         joined = [tap for tap in taps if self.spec.taps == "all" or tap.site == "middle"]
-        self.joins = nn.ModuleDict({tap.name: join(tap.channels) for tap in joined})
+        self.joins = nn.ModuleDict()
+        for tap in joined:
+            conv = join(tap.channels)
+            self.joins[tap.name] = token_join(conv) if tap.site == "block" else conv
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """c_f of equation (4), (B, C, h, w). It depends on the hint alone: one evaluation serves every step."""
@@ -303,37 +374,3 @@ def add_residuals(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tenso
             scaled = residual * strength[name]
             total[name] = total[name] + scaled if name in total else scaled
     return total
-
-
-class MultiBranch(nn.Module):
-    """Several branches that are trained as one: each reads its own channels of the hint, and residuals add up.
-
-    What it says is what they say when they are composed in use. Each remains an ordinary branch, in ``branches``.
-
-    Args:
-        branches: by name, in the order of their channels in the hint.
-    """
-
-    pools = False
-
-    def __init__(self, branches: Mapping[str, ControlBranch]) -> None:
-        super().__init__()
-        self.names = tuple(branches)
-        self.branches = nn.ModuleList(branches.values())  # a ModuleDict's names may not be any word
-        self.taps = next(iter(branches.values())).taps
-
-    def named(self) -> dict[str, ControlBranch]:
-        """The branches by name."""
-        return dict(zip(self.names, self.branches, strict=True))  # type: ignore[arg-type]
-
-    def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
-        """What each branch reads of its channels of hints (B, channels of all, H, W), by name."""
-        named = self.named()
-        channels = [branch.hint_encoder.convs[0].in_channels for branch in named.values()]
-        parts = zip(named.items(), hint.split(channels, 1), strict=True)
-        return {name: branch.encode_hint(own) for (name, branch), own in parts}
-
-    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of their residuals, by tap."""
-        said = [branch(x, t, text, hint_features[name]) for name, branch in self.named().items()]
-        return add_residuals([(residuals, dict.fromkeys(residuals, 1.0)) for residuals in said])

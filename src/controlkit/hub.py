@@ -42,7 +42,7 @@ def shipped_names() -> list[str]:
     return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
 
 
-def where(name: str) -> Path:
+def shipped_path(name: str) -> Path:
     """The folder of a shipped model; ``UserError`` for a name that is not shipped."""
     if name not in shipped_names():
         raise UserError(f'Nothing is shipped under the name "{name}": {nearest(name, shipped_names())}')

@@ -1,10 +1,10 @@
 """Pixels, their ranges, and the hint's contract.
 
 Pictures on this side of a file are uint8 arrays (H, W, 3), RGB, 0-255. Tensors of pictures are float (B, 3, H, W)
-in [-1, 1]; tensors of hints are in the range their ``Hint`` says. Conversions happen here and nowhere else.
+in [-1, 1]; tensors of hints are in the range their ``HintSpec`` says. Conversions happen here and nowhere else.
 
 Hints are pictures, too, or arrays (H, W, C) of any number of channels: uint8 and uint16 are shares of their type's
-largest value; float32 are values in the range of the ``Hint`` already.
+largest value; float32 are values in the range of the ``HintSpec`` already.
 """
 
 import errno
@@ -38,7 +38,7 @@ SCRATCH = ".writing-"
 
 
 @dataclass(frozen=True)
-class Hint:
+class HintSpec:
     """The contract of a hint: everything that must be equal in training and in generation.
 
     It is stored with the weights, and ``tensor`` is the one place where it is applied.
@@ -54,7 +54,7 @@ class Hint:
     high: float = 1.0
     """The range that 0-255, or 0-65535, is mapped to, and in which floats must lie."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
-    mark: float | None = None
+    mask_value: float | None = None
     """The value of what is masked (transparent in its picture), where hints have masks: -1 for inpainting."""
     resize: Resize = "area"
     """How a hint is brought to the picture's size: ``area`` for soft maps, ``lines`` (white on black; a thin one must
@@ -65,13 +65,15 @@ class Hint:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Hint":
+    def from_json(cls, text: str) -> "HintSpec":
         """The contract ``to_json`` wrote."""
         return cls(**json.loads(text))
 
-    def made_by(self, made: "Hint") -> "Hint":
+    def made_by(self, made: "HintSpec") -> "HintSpec":
         """This contract, of hints made as ``made`` says; what weights learnt stays: range, channels, colour order."""
-        return replace(self, annotator=made.annotator, options=made.options, mark=made.mark, resize=made.resize)
+        return replace(
+            self, annotator=made.annotator, options=made.options, mask_value=made.mask_value, resize=made.resize
+        )
 
     def fault(self, hint: np.ndarray) -> str | None:
         """What of a hint is not as this contract says, in words; None if nothing is."""
@@ -92,7 +94,7 @@ class Hint:
         return hint.shape[-1] == 4 and hint.dtype == np.uint8 and self.channels in (1, 3)
 
     def tensor(self, hint: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """A hint as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mark``.
+        """A hint as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mask_value``.
 
         The hint is a picture, uint8 (H, W, 3), or (H, W, 4) where hints have masks: what is transparent is masked; or
         an array (H, W, channels) of uint8, uint16 or float32. One channel serves a contract of three, repeated, and
@@ -111,8 +113,8 @@ class Hint:
         elif self.colour_order == "BGR" and self.channels == 3:
             pixels = pixels[..., ::-1]
         values = torch.from_numpy(self.values(pixels)).permute(2, 0, 1)[None]
-        if masked is not None and self.mark is not None:
-            values[:, :, masked] = self.mark
+        if masked is not None and self.mask_value is not None:
+            values[:, :, masked] = self.mask_value
         return values
 
     def values(self, hint: np.ndarray) -> np.ndarray:

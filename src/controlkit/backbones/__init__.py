@@ -2,17 +2,24 @@
 
 from controlkit.backbones.families import FAMILIES, Family
 from controlkit.backbones.load import load_base, save_difference
-from controlkit.backbones.unet import Part, Text, UNetBase, UNetEncoder, recomputed
-from controlkit.backbones.xs import XSBranch
+from controlkit.backbones.noise import Diffusion, Flow, NoiseProcess, Prediction, Sampler
+from controlkit.backbones.protocol import ActiveControl, Backbone, TextEmbedding, Walker
+from controlkit.backbones.unet import UNetBase, UNetEncoder, recomputed
 
 __all__ = [
     "FAMILIES",
+    "ActiveControl",
+    "Backbone",
+    "Diffusion",
     "Family",
-    "Part",
-    "Text",
+    "Flow",
+    "NoiseProcess",
+    "Prediction",
+    "Sampler",
+    "TextEmbedding",
     "UNetBase",
     "UNetEncoder",
-    "XSBranch",
+    "Walker",
     "load_base",
     "recomputed",
     "save_difference",

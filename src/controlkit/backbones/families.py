@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from controlkit.backbones.noise import Prediction
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-Prediction = Literal["eps", "v"]
-
-# Text towers: width, MLP width, layers, heads, activation, width of the pooled projection (0: none is used).
+# TextEmbedding towers: width, MLP width, layers, heads, activation, width of the pooled projection (0: none is used).
 _CLIP_L = (768, 3072, 12, 12, "quick_gelu", 0)
 _OPEN_CLIP_H = (1024, 4096, 23, 16, "gelu", 0)  # 24 in the original; the last is never read
 _OPEN_CLIP_BIG_G = (1280, 5120, 32, 20, "gelu", 1280)

@@ -18,14 +18,14 @@ from torch import nn
 from controlkit.backbones.families import (
     FAMILIES,
     Family,
-    Prediction,
     clip_tokenizer,
     family_of_width,
     pipeline_configs,
 )
-from controlkit.backbones.unet import PREDICTIONS, TextTower, UNetBase
+from controlkit.backbones.noise import Diffusion, Prediction
+from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.errors import UserError, nearest, one_line
-from controlkit.hub import names_a_repository, shipped_names, where
+from controlkit.hub import names_a_repository, shipped_names, shipped_path
 from controlkit.images import write_atomic
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
@@ -59,8 +59,8 @@ def load_base(
         vae: another VAE of the same anatomy in the place of the base's own: a diffusers folder, a file, a hub's name.
     """
     text, path = str(source), Path(source)
-    if text in shipped_names() and (where(text) / "model_index.json").is_file():
-        base = _from_folder(text, where(text), dtype)
+    if text in shipped_names() and (shipped_path(text) / "model_index.json").is_file():
+        base = _from_folder(text, shipped_path(text), dtype)
     elif path.is_file():
         base = _from_single_file(path, dtype, prediction)
     elif path.is_dir():
@@ -164,9 +164,9 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
 
 def _check_parts(origin: Path, vae: Any, unet: Any, scheduler: Any) -> None:
     """Refuse a base that ControlKit cannot run."""
-    if scheduler.config.prediction_type not in PREDICTIONS:
+    if scheduler.config.prediction_type not in Diffusion.PREDICTIONS:
         raise UserError(
-            f'{origin} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(PREDICTIONS)}.'
+            f'{origin} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(Diffusion.PREDICTIONS)}.'
         )
     _check_channels(origin, unet.config.in_channels, vae.config.latent_channels)
     odd = [key for key in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds") if unet.config[key]]

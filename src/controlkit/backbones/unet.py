@@ -7,59 +7,20 @@ Control comes in as an explicit argument, ``inject={tap name: residual}``. Leavi
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from controlkit.backbones.families import Prediction
-from controlkit.backbones.xs import Layer, XSBranch, new_xs, run_layer, run_plain
-from controlkit.branch import ControlBranch, ControlSpec, ConvBody, Tap, add_residuals, low_rank
+from controlkit.backbones.noise import Diffusion
+from controlkit.backbones.protocol import ActiveControl, HintSpace, Layer, TextEmbedding, Walker
+from controlkit.branch import ConvBody, Tap, add_residuals
 from controlkit.errors import UserError
 from controlkit.hub import digest
-from controlkit.precision import autocast
-from controlkit.union import UnionBranch
-
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
-"""Names in diffusers' scheduler configurations -> ours."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """What the U-Net reads of B prompts. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
-
-    tokens: Tensor
-    """(B, L, D), one vector a token: what the cross-attentions read."""
-    pooled: Tensor | None = None
-    """(B, P), one vector a prompt."""
-    sizes: Tensor | None = None
-    """(B, 6): the original height and width, the crop's top and left, the target's height and width, in pixels."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, rows: Any) -> "Text":
-        return Text(**{name: value[rows] for name, value in self.tensors().items()})
-
-    def of_size(self, size: tuple[int, int]) -> "Text":
-        """The same, of pictures of (height, width) pixels, none of them cut; where sizes are not read, itself."""
-        if self.sizes is None:
-            return self
-        height, width = size
-        return replace(self, sizes=self.sizes.new_tensor([height, width, 0, 0, height, width]).repeat(len(self), 1))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name; ``Text(**tensors)`` is the way back."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Text":
-        """The same elsewhere, or in another type (sizes keep theirs: they are pixels)."""
-        moved = {name: value.to(device) for name, value in self.tensors().items()}
-        return Text(**{name: v if name == "sizes" else v.to(dtype or v.dtype) for name, v in moved.items()})
+from controlkit.precision import autocast, number_format
 
 
 @dataclass(frozen=True)
@@ -69,37 +30,26 @@ class Encoded:
     skips: list[Tensor]  # (B, C, h, w) each
     middle: Tensor
     embedding: Tensor  # (B, D)
-    text: Text
+    text: TextEmbedding
     arriving: Mapping[str, Tensor] = field(default_factory=dict)
     """By skip: added to the decoder's feature where that skip arrives (ControlNet-XS)."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One control's part in a prediction: a branch, what it read of its hints, and how loud it speaks."""
+def run_layer(block: Any, i: int, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
+    """A block's resnet ``i`` and, where it has one, attention; as the block's own forward pass runs them."""
+    resnet = block.resnets[i]
+    if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
+        h = block._gradient_checkpointing_func(resnet, h, embedding)
+    else:
+        h = resnet(h, embedding)
+    if getattr(block, "attentions", None) is None:
+        return h
+    return block.attentions[i](h, encoder_hidden_states=text.tokens, return_dict=False)[0]
 
-    branch: Any
-    """A ``ControlBranch``, an ``Adapter``, a Union or one type of it, or an ``XSBranch``."""
-    features: Any
-    """What its ``encode_hint`` gave, for every row."""
-    strength: Mapping[str, Tensor | float] | None = None
-    """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
 
-    def scaled(self, residuals: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
-        """(residuals, the strength of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
-        return residuals, {name: self._at(name, residual) for name, residual in residuals.items()}
-
-    def _at(self, tap: str, residual: Tensor) -> Tensor | float:
-        value = 1.0 if self.strength is None else self.strength[tap]
-        if not isinstance(value, Tensor):
-            return value
-        value = value.to(residual.dtype)
-        return value if value.shape[-2:] == (1, 1) else F.interpolate(value, residual.shape[-2:], mode="area")
-
-    def heard(self) -> Tensor | float:
-        """1 where it speaks at all in the middle, 0 where it is silent, for each row (rows, 1)."""
-        value = 1.0 if self.strength is None else self.strength["middle"]
-        return value.ne(0).flatten(1).any(1, keepdim=True) if isinstance(value, Tensor) else float(value != 0)
+def run_plain(module: nn.Module, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
+    """A convolution or downsampler, which reads neither time nor text."""
+    return module(h)
 
 
 @contextmanager
@@ -140,7 +90,7 @@ class UNetEncoder(nn.Module):
         self.down_blocks = unet.down_blocks
         self.mid_block = unet.mid_block
 
-    def embed(self, t: Tensor, text: Text, dtype: torch.dtype) -> Tensor:
+    def embed(self, t: Tensor, text: TextEmbedding, dtype: torch.dtype) -> Tensor:
         """The time embedding (B, D), and with it SDXL's pooled prompt and picture sizes."""
         embedding = self.time_embedding(self.time_proj(t).to(dtype))
         if not hasattr(self, "add_embedding"):
@@ -153,11 +103,11 @@ class UNetEncoder(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: Text,
+        text: TextEmbedding,
         hint: Tensor | None = None,
         embedding: Tensor | None = None,
         inject: Mapping[str, Tensor] | None = None,
-        beside: Sequence[Part] = (),
+        beside: Sequence[ActiveControl] = (),
     ) -> Encoded:
         """Encode latents x (B, C, h, w) at timesteps t (B,).
 
@@ -170,28 +120,29 @@ class UNetEncoder(nn.Module):
         whole = self.embed(t, text, x.dtype)
         if embedding is not None:
             whole = whole + embedding
-        for part in beside:
-            shift = part.branch.shift(self.time_proj(t).to(x.dtype), self.time_embedding)
+        walkers = [cast("Walker", control.network) for control in beside]
+        for control, walker in zip(beside, walkers, strict=True):
+            shift = walker.shift(self.time_proj(t).to(x.dtype), self.time_embedding)
             if shift is not None:
-                whole = whole + shift * part.heard()
+                whole = whole + shift * control.is_heard()
         h = x
         features: list[Tensor] = []
         walked: list[list[Tensor]] = [[] for _ in beside]
-        stages = [part.branch.stages() for part in beside]
+        stages = [walker.stages() for walker in walkers]
         for place, (layer, tap) in enumerate(self._places()):
             before, h = h, layer(h, whole, text)
             if place == 0 and hint is not None:
                 h = h + hint
             if tap in inject:
                 h = h + inject[tap]
-            for part, own, stage in zip(beside, walked, stages, strict=True):
-                feature, said = stage[place](own[-1] if own else part.features, before, whole, text)
+            for control, walker, own, stage in zip(beside, walkers, walked, stages, strict=True):
+                feature, added = stage[place](own[-1] if own else control.features, before, whole, text)
                 own.append(feature)
-                name = part.branch.taps[place].name
-                h = h + add_residuals([part.scaled({name: said})])[name]
+                name = walker.taps[place].name
+                h = h + add_residuals([control.scaled({name: added})])[name]
             features.append(h)
-        parts = zip(beside, walked, strict=True)
-        arriving = add_residuals([part.scaled(part.branch.arriving(own[:-1])) for part, own in parts])
+        each = zip(beside, walkers, walked, strict=True)
+        arriving = add_residuals([control.scaled(walker.arriving(own[:-1])) for control, walker, own in each])
         return Encoded(features[:-1], features[-1], whole, text, arriving)
 
     def _places(self) -> Iterator[tuple[Layer, str]]:
@@ -206,12 +157,12 @@ class UNetEncoder(nn.Module):
             yield from ((layer, f"encoder_{level}" if i == end else "") for i, layer in enumerate(layers))
         yield self._middle, ""
 
-    def _middle(self, h: Tensor, embedding: Tensor, text: Text) -> Tensor:
+    def _middle(self, h: Tensor, embedding: Tensor, text: TextEmbedding) -> Tensor:
         attends = getattr(self.mid_block, "has_cross_attention", False)
         return self.mid_block(h, embedding, **({"encoder_hidden_states": text.tokens} if attends else {}))
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Text, hint: Tensor | None = None, embedding: Tensor | None = None
+        self, x: Tensor, t: Tensor, text: TextEmbedding, hint: Tensor | None = None, embedding: Tensor | None = None
     ) -> list[Tensor]:
         """One feature a tap of a branch: the skips, then the middle."""
         encoded = self.encode(x, t, text, hint, embedding)
@@ -245,11 +196,12 @@ class TextTower:
 class UNetBase:
     """A frozen text-to-image base: VAE, text towers, U-Net and noise schedule.
 
-    Attributes: ``name``, ``prediction`` (``eps`` or ``v``), ``size`` (the picture side it was trained at, pixels),
-    ``stride`` (pixels a latent), ``window`` (tokens it reads), ``taps``.
+    A ``Backbone``; what its members mean is said there.
 
     ``zeros_for_none``: no prompt at all is zeros, and not the encoding of an empty one (SDXL).
     """
+
+    hint_space: HintSpace = "pixels"
 
     def __init__(
         self,
@@ -263,16 +215,16 @@ class UNetBase:
         self.name = name
         self.vae, self.towers, self.unet, self.scheduler = vae, tuple(towers), unet, scheduler
         self.zeros_for_none = zeros_for_none
-        for module in self._modules().values():
+        for module in self.networks().values():
             module.eval().requires_grad_(False)
         self.encoder = UNetEncoder(unet)
-        self.prediction = PREDICTIONS[scheduler.config.prediction_type]
+        self.noise = Diffusion(scheduler)
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.stride
         self.window = towers[0].tokenizer.model_max_length
         self._vae_rows: int | None = None  # as many at once as memory was seen to hold; None: any number
 
-    def _modules(self) -> dict[str, Any]:
+    def networks(self) -> dict[str, nn.Module]:
         """Every network, by its name in a diffusers folder."""
         names = ["text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.towers) + 1))]
         towers = dict(zip(names, (tower.encoder for tower in self.towers), strict=True))
@@ -317,7 +269,7 @@ class UNetBase:
     @cached_property
     def digest(self) -> str:
         """A digest of all weights: which base exactly a control was trained on and latents were cached for."""
-        modules = self._modules()
+        modules = self.networks()
         return digest({f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()})
 
     # --- text and pictures ------------------------------------------------------------------------------
@@ -329,7 +281,7 @@ class UNetBase:
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> Text:
+    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
         """What the U-Net reads of prompts; None is no prompt at all, ``size`` the picture's (height, width)."""
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
         tokens = torch.cat([one for one, _ in read], -1)
@@ -342,7 +294,21 @@ class UNetBase:
             tokens[absent] = 0
             if pooled is not None:
                 pooled[absent] = 0
-        return Text(tokens, pooled, sizes).of_size(size or (self.size, self.size))
+        return TextEmbedding(tokens, pooled, sizes).of_size(size or (self.size, self.size))
+
+    def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
+        """Of each prompt its tokens, by all towers, with the towers' digest and number format."""
+        rows = [tower.tokenize(list(prompts)).cpu().numpy() for tower in self.towers]
+        return [b" ".join([self._text_key, *(tokens[i].tobytes() for tokens in rows)]) for i in range(len(prompts))]
+
+    @cached_property
+    def _text_key(self) -> bytes:
+        weights = {f"{i}.{k}": v for i, tower in enumerate(self.towers) for k, v in tower.encoder.state_dict().items()}
+        return f"{digest(weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
+
+    def moments_key(self) -> str:
+        """The VAE's digest and the number format it computes in."""
+        return f"{digest(self.vae.state_dict())} {self.vae.dtype} {number_format(self.device.type)}"
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
@@ -372,6 +338,10 @@ class UNetBase:
         mean, log_variance = moments.chunk(2, dim=1)
         return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * self.vae.config.scaling_factor
 
+    def mean_latents(self, moments: Tensor) -> Tensor:
+        """Latents (B, C, h, w) at the means of ``encode_moments``' Gaussians."""
+        return moments.chunk(2, dim=1)[0] * self.vae.config.scaling_factor
+
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
@@ -380,24 +350,48 @@ class UNetBase:
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
-    def predict(self, x: Tensor, t: Tensor, text: Text, parts: Sequence[Part] = ()) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
         """The prediction (B, C, h, w) under any number of controls: here they meet the base, and each other.
 
         Args:
             x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: of B prompts.
         """
-        beside = [part for part in parts if isinstance(part.branch, XSBranch)]
-        apart = [part for part in parts if not isinstance(part.branch, XSBranch)]
-        inject = add_residuals([part.scaled(part.branch(x, t, text, part.features)) for part in apart])
+        inject, beside = self._split(x, t, text, controls)
         return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
+
+    @staticmethod
+    def _split(
+        x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
+    ) -> tuple[dict[str, Tensor], list[ActiveControl]]:
+        """(the residuals of what runs apart from the encoder, by tap; what walks beside it)."""
+        beside = [control for control in controls if control.network.walks]
+        apart = [control for control in controls if not control.network.walks]
+        return add_residuals([one.scaled(one.network(x, t, text, one.features)) for one in apart]), beside
+
+    @torch.no_grad()
+    def control_effect(
+        self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By tap of a skip or the middle, (what the control adds to its feature, there or before; the feature without).
+
+        Shapes: x (B, C, h, w), t (B,); each feature (B, C, h, w) of its tap.
+        """
+        inject, beside = self._split(x, t, text, [control])
+        plain = self.encode_noise(x, t, text)
+        walked = self.encode_noise(x, t, text, inject, beside)
+        features = zip([*walked.skips, walked.middle], [*plain.skips, plain.middle], strict=True)
+        return {
+            tap.name: (under - without + inject.get(tap.name, 0), without)
+            for tap, (under, without) in zip(self.branch_taps, features, strict=True)
+        }
 
     def encode_noise(
         self,
         x: Tensor,
         t: Tensor,
-        text: Text,
+        text: TextEmbedding,
         inject: Mapping[str, Tensor] | None = None,
-        beside: Sequence[Part] = (),
+        beside: Sequence[ActiveControl] = (),
     ) -> Encoded:
         """The encoder and middle block, with ``inject`` at its encoder taps, and what walks ``beside`` it.
 
@@ -433,30 +427,6 @@ class UNetBase:
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
         return copy.deepcopy(self.encoder, memo)
 
-    def new_branch(
-        self, spec: ControlSpec | None = None, hint_channels: int = 3, size_ratio: float | None = None
-    ) -> ControlBranch | XSBranch:
-        """A fresh branch for this base, as ``spec`` says; ``size_ratio`` is an XS's width (``xs.adapter_config``)."""
-        spec = spec or ControlSpec()
-        if spec.body == "xs":
-            walker = new_xs(self.unet, self.branch_taps, self.stride, hint_channels, size_ratio)
-            return walker.to(self.device, self.dtype)
-        body: nn.Module = self.conv_body() if spec.body == "conv" else self.copy_encoder()
-        if spec.body == "lora":
-            body = low_rank(body, spec.rank)
-        return ControlBranch(self.branch_taps, body, self.stride, hint_channels, spec).to(self.device, self.dtype)
-
-    def new_union(self, types: int = 8, code_width: int = 32) -> UnionBranch:
-        """A fresh Union for this base; released ones have codes 256 wide, which is much for a small base.
-
-        Types are told by their code alone: the tokens' shift stays zero, so that each type can be taken out as an
-        ordinary ControlNet.
-        """
-        first, embedding = self.branch_taps[0].channels, self.unet.time_embedding.linear_2.out_features
-        shape = {"types": types, "width": first, "code_width": code_width, "embedding": embedding}
-        union = UnionBranch(self.branch_taps, self.copy_encoder(), self.stride, **shape).begin()
-        return union.to(self.device, self.dtype)
-
     def conv_body(self) -> ConvBody:
         """A fresh body of ControlNet-lite for this base's taps."""
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
@@ -469,10 +439,28 @@ class UNetBase:
         other.size = size
         return other
 
-    def with_own_unet(self) -> "UNetBase":
+    def with_own_denoiser(self) -> "UNetBase":
         """The same base with a copy of its U-Net, to be trained."""
         unet = copy.deepcopy(self.unet)
         return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none).of_size(self.size)
+
+    def hint_input(self, hint: Tensor) -> Tensor:
+        """The hint itself: its encoder reads pixels."""
+        return hint
+
+    def hint_shape(self, channels: int) -> tuple[int, int]:
+        """(channels, pixels a latent)."""
+        return channels, self.stride
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net."""
+        return self.unet
+
+    @property
+    def network_config(self) -> Mapping[str, Any]:
+        """The U-Net's diffusers configuration."""
+        return self.unet.config
 
     # --- placement --------------------------------------------------------------------------------------
 
@@ -480,6 +468,10 @@ class UNetBase:
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return self.unet.config.in_channels
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of pictures of ``size``, (height, width) in pixels."""
+        return self.latent_channels, size[0] // self.stride, size[1] // self.stride
 
     @property
     def device(self) -> torch.device:
@@ -497,6 +489,6 @@ class UNetBase:
 
     def to(self, device: str | torch.device) -> "UNetBase":
         """Move the weights; returns the base itself."""
-        for module in self._modules().values():
+        for module in self.networks().values():
             module.to(device)
         return self

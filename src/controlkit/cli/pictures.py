@@ -89,7 +89,6 @@ def generate(
     from controlkit.formats.convert import DTYPES
     from controlkit.images import grid, read_hint, read_picture, write_png
     from controlkit.precision import number_format
-    from controlkit.union import UnionBranch
 
     check_folder(out)
     asked = _grouped([_split_control(text) for text in control or []])
@@ -109,7 +108,7 @@ def generate(
             (read_hint if hint else read_picture)(path)
     added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
     model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
-    settings = sample.Settings(steps, guidance, parse_size(size))
+    settings = sample.SamplingSettings(steps, guidance, parse_size(size))
     sides = sample.picture_size(model, settings)
     prompt = sample.PLAIN_PROMPT if prompt is None else prompt
     for text in (prompt, negative or ""):
@@ -118,19 +117,19 @@ def generate(
     controls, hints, labels, shown = [], [], [], []
     for given, k, counted, made_by in zip(asked, scales, guidances, annotators, strict=True):
         saved = loaded_control(given.name, model, "" if given.typed else made_by)
-        if isinstance(saved.branch, UnionBranch) and not given.typed:
+        if saved.branch.hint_types and not given.typed:
             raise UserError(
                 f'"{given.name}" is a Union: say of which type the hint is, as {given.name}:TYPE=IMAGE. Types: '
-                f"{', '.join(saved.branch.types)}."
+                f"{', '.join(saved.branch.hint_types)}."
             )
-        if isinstance(saved.branch, UnionBranch):
+        if saved.branch.hint_types:
             saved.branch.check_types(given.pictures)
         elif given.typed:
             raise UserError(f'"{given.name}" is no Union and has no types: give it as {given.name}=IMAGE.')
         read = {}
         for kind, path in given.pictures.items():
             rule = saved.contract_of(kind) if kind else saved.hint  # a Union's types say what makes them
-            picture = (read_hint if hint else read_picture)(path, masked=rule.mark is not None)
+            picture = (read_hint if hint else read_picture)(path, masked=rule.mask_value is not None)
             read[kind] = (drawn_hint if hint else annotate)(picture, rule, sides)
             shown.append(rule.picture(read[kind]))
         controls.append(sample.Control.of(saved, k, guess, counted))
@@ -171,7 +170,7 @@ class _Asked:
 
 def _split_control(text: str) -> tuple[str, str, Path]:
     """NAME[:TYPE]=IMAGE as (name, type, path)."""
-    from controlkit.union import TYPES
+    from controlkit.controls.union import TYPES
 
     name, equals, path = text.partition("=")
     if not (name and equals and path):

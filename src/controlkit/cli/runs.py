@@ -26,7 +26,7 @@ from controlkit.cli.shared import (
 from controlkit.errors import UserError
 
 if TYPE_CHECKING:
-    from controlkit.recipe import Recipe
+    from controlkit.train.recipe import Recipe
 
 app = typer.Typer()
 
@@ -57,10 +57,10 @@ def train(
     `OUT/samples` pictures, `OUT/control` the result.
     """
     from controlkit.data import read_listing, trained_count
-    from controlkit.flags import read_flags
-    from controlkit.ranks import ranks
-    from controlkit.recipe import parse_recipe, put, read_recipe
     from controlkit.train import train_control
+    from controlkit.train.flags import read_flags
+    from controlkit.train.ranks import ranks
+    from controlkit.train.recipe import parse_recipe, put, read_recipe
 
     def pairs_of(folder: Path, columns: Mapping[str, str]) -> int:
         return trained_count(len(read_listing(folder, columns).rows))
@@ -123,7 +123,7 @@ def train(
             if seen := record.evaluation:
                 words = record.verdict or ""
                 range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
-                shown = f"obedience {seen.obedience}" if seen.counts else range_
+                shown = f"obedience {seen.obedience}" if seen.is_meaningful else range_
                 progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
     if together.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
@@ -158,7 +158,7 @@ def watch(
     from rich.text import Text
 
     from controlkit.images import read_picture, write_atomic
-    from controlkit.watch import blocks, lines, page, read_run
+    from controlkit.train.watch import blocks, lines, page, read_run
 
     seen = read_run(run)
     with Live(refresh_per_second=4) as live:
@@ -214,14 +214,13 @@ def evaluate(
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
     from controlkit.measure import metric_of
-    from controlkit.sample import Control, Settings
-    from controlkit.union import UnionBranch
+    from controlkit.sample import Control, SamplingSettings
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
     model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], vae=vae)
     saved = loaded_control(control, model, annotator)
-    if isinstance(saved.branch, UnionBranch):
+    if saved.branch.hint_types:
         raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
     metric_of(saved.hint)
     kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
@@ -230,7 +229,7 @@ def evaluate(
     recipe = saved.trained.get("recipe") or {}
     columns = {} if data else recipe.get("data", {}).get("columns", {})
     model = model.of_size(recipe["size"]) if recipe.get("size") else model
-    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mark is not None, columns)
+    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mask_value is not None, columns)
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(
@@ -238,7 +237,7 @@ def evaluate(
             Control.of(saved, scale, guidance=hint_guidance),
             pairs,
             real,
-            Settings(steps, guidance),
+            SamplingSettings(steps, guidance),
             on_step=lambda n: progress.advance(task, n),
         )
     used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
@@ -257,7 +256,7 @@ def evaluate(
         say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {told}.")
     if json_file:
         write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
-    if not report["counts"]:
+    if not report["is_meaningful"]:
         warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
     if not report["quality_kept"]:
         warn("quality fell: CLIP-score under 95%, or FID over 110%, of the same base without control")

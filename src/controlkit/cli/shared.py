@@ -14,7 +14,7 @@ from controlkit.errors import UserError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from controlkit.backbones import UNetBase
+    from controlkit.backbones import Backbone
     from controlkit.formats import SavedControl
 
 BaseOption = Annotated[
@@ -73,14 +73,14 @@ def ready(device: str) -> str:
     return device
 
 
-def loaded_base(name: str, device: str, **options: Any) -> "UNetBase":
+def loaded_base(name: str, device: str, **options: Any) -> "Backbone":
     """The base, on the device that is meant."""
     from controlkit.backbones import load_base
 
     return load_base(name, ready(device), **options)
 
 
-def loaded_control(name: str, base: "UNetBase", annotator: str | None = None) -> "SavedControl":
+def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":
     """The control; what is to be known about it, and whether it was trained on this base, as notes."""
     import torch
 

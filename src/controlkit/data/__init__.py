@@ -28,7 +28,7 @@ from controlkit.data.pairs import (
     ScenePairs,
     TypedPairs,
     evaluation_pairs,
-    hint_of,
+    hint_for_pair,
     split_folder,
     trained_count,
 )
@@ -64,7 +64,7 @@ __all__ = [
     "evaluation_pairs",
     "examine",
     "folder_of",
-    "hint_of",
+    "hint_for_pair",
     "key_of",
     "load_captioner",
     "make_fill50k",

@@ -17,10 +17,10 @@ from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
 from controlkit.data.layouts import BUILT
 from controlkit.data.layouts.rows import Listing, Row, rows_digest
-from controlkit.data.pairs import Pair, hint_of
+from controlkit.data.pairs import Pair, hint_for_pair
+from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError, nearest
-from controlkit.images import SCRATCH, Hint, decode_hint, decode_picture, fit, png_bytes, write_atomic
-from controlkit.workers import ranges_of, spread
+from controlkit.images import SCRATCH, HintSpec, decode_hint, decode_picture, fit, png_bytes, write_atomic
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -71,7 +71,7 @@ def build_set(
     listing: Listing,
     folder: Path,
     layout: str,
-    contract: Hint,
+    contract: HintSpec,
     size: tuple[int, int] | None = None,
     captioner: Captioner | None = None,
     over: Over = "nothing",
@@ -103,10 +103,10 @@ def build_set(
     writer, count = _Writer(listing.rows, folder, contract, size), len(listing.rows)
     if layout == "webdataset":
         shards = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
-        yield from spread(writer.shard, list(enumerate(shards)), workers, folder / _STOP)
+        yield from parallel_map(writer.shard, list(enumerate(shards)), workers, folder / _STOP)
     else:
         target = TARGETS[layout]
-        yield from spread(partial(writer.files, target), ranges_of(count), workers, folder / _STOP)
+        yield from parallel_map(partial(writer.files, target), ranges_of(count), workers, folder / _STOP)
         if target.listing:
             entries = [writer.entry(target, place) for place in range(count)]
             write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
@@ -144,7 +144,7 @@ class _Writer:
 
     rows: Sequence[Row]
     folder: Path
-    contract: Hint
+    contract: HintSpec
     size: tuple[int, int] | None
 
     def files(self, target: Target, places: range) -> Iterator[int]:
@@ -200,6 +200,6 @@ class _Writer:
         picture = fit(picture, self.size) if self.size else picture
         if row.hint is None:
             return picture, annotate(picture, self.contract)
-        masked = self.contract.mark is not None
+        masked = self.contract.mask_value is not None
         given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
-        return picture, hint_of(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)
+        return picture, hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)

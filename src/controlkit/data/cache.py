@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from controlkit.annotators import ANNOTATORS, edition, parts_of
-from controlkit.backbones import Text, UNetBase
+from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.data.buckets import Size
 from controlkit.data.mirror import mirrored
-from controlkit.data.pairs import FolderPairs, Pair, hint_of
+from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair
 from controlkit.data.store import Entry, Store, key_of, remembered
 from controlkit.errors import UserError
-from controlkit.hub import digest
-from controlkit.images import Hint, to_tensor, write_atomic
-from controlkit.precision import number_format
+from controlkit.images import HintSpec, to_tensor, write_atomic
 from controlkit.tensors import TensorWriter, read_filled
 
 
@@ -37,7 +35,7 @@ class Cached:
     moments: Tensor
     hints: Tensor
     kinds: Tensor
-    text: Text
+    text: TextEmbedding
     prompt_rows: Tensor
     mirrors: Tensor | None = None
 
@@ -54,7 +52,9 @@ class Cached:
     def read(cls, path: Path) -> "list[Cached]":
         """The cache that ``build_cache`` wrote: one for each size of picture."""
         held = read_filled(path)
-        text = Text(**{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)})
+        text = TextEmbedding(
+            **{name.removeprefix(_TEXT): held.pop(name) for name in list(held) if name.startswith(_TEXT)}
+        )
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in held.items():
             size, _, part = name.rpartition("/")
@@ -70,9 +70,9 @@ _TEXT = "text."  # what the names of the prompts' tensors begin with in a cache'
 
 
 def build_cache(
-    base: UNetBase,
+    base: Backbone,
     pairs: Sequence[Pair],
-    contracts: Mapping[str, Hint],
+    contracts: Mapping[str, HintSpec],
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
     batch: int = AT_ONCE,
@@ -90,7 +90,7 @@ def build_cache(
     rows_of: dict[Size, list[int]] = {}
     for i in range(len(pairs)):
         rows_of.setdefault(pairs.size_of(i) if isinstance(pairs, FolderPairs) else (0, 0), []).append(i)
-    made_by = f"{digest(base.vae.state_dict())} {base.vae.dtype} {number_format(base.device.type)}" if store else ""
+    made_by = base.moments_key() if store else ""
     encode = partial(_read_moments, base, made_by, store)
 
     def write(scratch: Path) -> None:
@@ -112,18 +112,15 @@ def build_cache(
     return Cached.read(path)
 
 
-def _read_prompts(writer: TensorWriter, base: UNetBase, prompts: Sequence[str], store: Store | None) -> None:
-    """Write the tensors of each prompt's ``Text``."""
-    weights = {f"{i}.{k}": v for i, tower in enumerate(base.towers) for k, v in tower.encoder.state_dict().items()}
-    made_by = f"{digest(weights)} {[tower.penultimate for tower in base.towers]} {base.dtype}" if store else ""
+def _read_prompts(writer: TensorWriter, base: Backbone, prompts: Sequence[str], store: Store | None) -> None:
+    """Write the tensors of each prompt's ``TextEmbedding``."""
 
     def read(chunk: Sequence[str]) -> list[Entry]:
         def make(absent: list[int]) -> list[Entry]:
             text = base.encode_text([chunk[i] for i in absent]).to(torch.device("cpu"), torch.half)
             return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
 
-        tokens = [tower.tokenize(list(chunk)).cpu().numpy() for tower in base.towers] if store else []
-        keys = [key_of("text", made_by, *(rows[i] for rows in tokens)) for i in range(len(chunk))]
+        keys = [key_of("text", key) for key in base.text_keys(chunk)] if store else [b""] * len(chunk)
         return remembered(store, keys, make)
 
     held: dict[str, Tensor] = {}
@@ -135,7 +132,7 @@ def _read_prompts(writer: TensorWriter, base: UNetBase, prompts: Sequence[str], 
                 held[name][row] = value
 
 
-def _read_moments(base: UNetBase, made_by: str, store: Store | None, pictures: Sequence[np.ndarray]) -> Tensor:
+def _read_moments(base: Backbone, made_by: str, store: Store | None, pictures: Sequence[np.ndarray]) -> Tensor:
     """Moments (B, 2C, h, w), half; ``made_by`` names the VAE and the format it computes in."""
 
     def make(absent: list[int]) -> list[Entry]:
@@ -147,7 +144,7 @@ def _read_moments(base: UNetBase, made_by: str, store: Store | None, pictures: S
     return torch.stack([entry["moments"] for entry in entries])
 
 
-def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, Hint], store: Store | None) -> list[np.ndarray]:
+def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, HintSpec], store: Store | None) -> list[np.ndarray]:
     """Each pair's hint; of those that an annotator makes of the picture alone, the store's."""
     hints: dict[int, np.ndarray] = {}
     keys: dict[int, bytes] = {}
@@ -157,11 +154,11 @@ def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, Hint], store: Sto
             options = json.dumps([contract.annotator, *sorted(contract.options.items())])
             keys[i] = key_of("hint", edition(), options, pair.picture)
         else:
-            hints[i] = hint_of(pair, contract)
+            hints[i] = hint_for_pair(pair, contract)
 
     def make(absent: list[int]) -> list[Entry]:
         made = [pairs[list(keys)[k]] for k in absent]
-        return [{"hint": torch.from_numpy(hint_of(pair, contracts[pair.kind]))} for pair in made]
+        return [{"hint": torch.from_numpy(hint_for_pair(pair, contracts[pair.kind]))} for pair in made]
 
     entries = remembered(store, list(keys.values()), make, dense=False) if keys else []
     hints |= {i: entry["hint"].numpy() for i, entry in zip(keys, entries, strict=True)}
@@ -174,7 +171,7 @@ def _read_pairs(
     encode: Callable[[Sequence[np.ndarray]], Tensor],
     pairs: Sequence[Pair],
     rows: Sequence[int],
-    contracts: Mapping[str, Hint],
+    contracts: Mapping[str, HintSpec],
     on_pair: Callable[[int], None],
     batch: int,
     mirrors: bool,
@@ -185,19 +182,19 @@ def _read_pairs(
     total = len(rows) * (1 + mirrors)
     moments, hints = torch.empty(0), np.empty(0, np.uint8)
     kinds, prompts = [], []
-    seen_in = torch.arange(len(rows))
+    summary_of = torch.arange(len(rows))
     for first in range(0, len(rows), batch):
         chunk = [pairs[i] for i in rows[first : first + batch]]
         shown = dict(enumerate(chunk, first))
         for place, pair in enumerate(chunk, first) if mirrors else ():
             if turned := mirrored(pair, contracts[pair.kind]):
-                seen_in[place] = len(rows) + place
+                summary_of[place] = len(rows) + place
                 shown[len(rows) + place] = turned
         latents = encode([t.picture for t in shown.values()])
         drawn = _read_hints(list(shown.values()), contracts, store)
         if not first:
             moments = writer.empty(f"{prefix}moments", (total, *latents.shape[1:]), torch.half)
-            masks = any(contract.mark is not None for contract in contracts.values())
+            masks = any(contract.mask_value is not None for contract in contracts.values())
             channels = 3 + masks if len(contracts) > 1 else drawn[0].shape[-1]
             kind = torch.from_numpy(drawn[0]).dtype
             hints = writer.empty(f"{prefix}hints", (total, *drawn[0].shape[:2], channels), kind).numpy()
@@ -215,5 +212,5 @@ def _read_pairs(
         on_pair(len(chunk))
     writer.add(f"{prefix}kinds", torch.tensor(kinds))
     if mirrors:
-        writer.add(f"{prefix}mirrors", seen_in)
+        writer.add(f"{prefix}mirrors", summary_of)
     return prompts

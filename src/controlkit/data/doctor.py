@@ -18,9 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from controlkit.annotators import ANNOTATORS, annotate, parts_of
 from controlkit.data.layouts.rows import Held, Listing, Problem, Row
 from controlkit.data.pairs import LINES, MOST_PIXELS, out_of_place, turned_over
+from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_hint, decode_picture, fit, picture_error
-from controlkit.workers import ranges_of, spread
+from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
 
 _SHOWN = 8  # rows on the sheet
 
@@ -60,7 +60,10 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values, without pictures."""
         sizes = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
-        words = {name: int(value) for name, value in zip(("least", "median", "most"), _spread(self.words), strict=True)}
+        words = {
+            name: int(value)
+            for name, value in zip(("least", "median", "most"), _least_median_most(self.words), strict=True)
+        }
         return {
             "layout": self.layout,
             "rows": self.rows,
@@ -73,28 +76,28 @@ class Report:
         }
 
 
-def _spread(values: Sequence[int]) -> tuple[float, float, float]:
+def _least_median_most(values: Sequence[int]) -> tuple[float, float, float]:
     return (min(values), float(np.median(values)), max(values)) if values else (0, 0, 0)
 
 
-def examine(listing: Listing, contract: Hint | None = None, workers: int = 1) -> Iterator[Finding]:
+def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1) -> Iterator[Finding]:
     """Open every row's pictures, by ``workers`` processes; findings in the set's order.
 
     ``contract``: what the hints should be.
     """
     rows = listing.rows
     shown = set(np.linspace(0, len(rows) - 1, _SHOWN).astype(int).tolist()) if rows else set()
-    yield from spread(partial(_findings, rows, contract, shown), ranges_of(len(rows)), workers)
+    yield from parallel_map(partial(_findings, rows, contract, shown), ranges_of(len(rows)), workers)
 
 
-def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], places: range) -> Iterator[Finding]:
+def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], places: range) -> Iterator[Finding]:
     """What the rows at these places are; those of ``shown`` with their pictures."""
     for place in places:
         row = rows[place]
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
         rules = _rules(row, contract, problems)
-        masked = contract is not None and contract.mark is not None
+        masked = contract is not None and contract.mask_value is not None
         read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
         hints = []  # as pictures
         for held, hint, rule in zip(row.hints, read, rules, strict=True):
@@ -102,7 +105,7 @@ def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], place
                 continue
             problems += _beside(held, picture, hint) if picture is not None else ()
             problems += _against(held, hint, rule) if rule else ()
-            hints.append((rule or Hint("")).picture(hint)[..., :3])
+            hints.append((rule or HintSpec("")).picture(hint)[..., :3])
         made = hints
         if picture is not None and not row.hints and place in shown and contract:
             made = [annotate(picture, part)[..., :3] for part in parts_of(contract) if part.annotator in ANNOTATORS]
@@ -118,7 +121,7 @@ def _findings(rows: Sequence[Row], contract: Hint | None, shown: set[int], place
         )
 
 
-def _rules(row: Row, contract: Hint | None, problems: list[Problem]) -> list[Hint | None]:
+def _rules(row: Row, contract: HintSpec | None, problems: list[Problem]) -> list[HintSpec | None]:
     """What each hint of a row is held against."""
     parts = parts_of(contract) if contract else []
     if contract and len(row.hints) > 1 and len(row.hints) != len(parts):
@@ -128,7 +131,7 @@ def _rules(row: Row, contract: Hint | None, problems: list[Problem]) -> list[Hin
     return [contract] * len(row.hints) if len(row.hints) < 2 else [*parts] or [None] * len(row.hints)
 
 
-def add_up(listing: Listing, findings: Iterator[Finding], contract: Hint | None = None) -> Report:
+def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | None = None) -> Report:
     """The report of a set, from ``examine``'s findings."""
     words = [len(row.prompt.split()) for row in listing.rows]
     report = Report(listing.layout, len(listing.rows), list(listing.problems), words, Counter())
@@ -239,7 +242,7 @@ def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Probl
         yield Problem("sizes differ", held.name, words, fatal=False)
 
 
-def _against(held: Held, hint: np.ndarray, contract: Hint) -> Iterator[Problem]:
+def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Problem]:
     """What of a hint is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)

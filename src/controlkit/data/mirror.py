@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from controlkit import maps
-from controlkit.annotators import parts_of
-from controlkit.data.pairs import Pair, hint_of
+from controlkit.annotators import maps, parts_of
+from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.errors import UserError
-from controlkit.images import DEEPEST, Hint
+from controlkit.images import DEEPEST, HintSpec
 
 POSES = ("pose", "openpose")
 """Hints whose colours tell left from right."""
@@ -17,7 +16,7 @@ SIDES = re.compile(r"\b(left|right|clockwise|counterclockwise|anticlockwise)", r
 """Words of prompts that would be wrong of a mirror image."""
 
 
-def mirrored(pair: Pair, contract: Hint) -> Pair | None:
+def mirrored(pair: Pair, contract: HintSpec) -> Pair | None:
     """The pair seen in a mirror; None where its prompt tells left from right, and would be wrong of it.
 
     What is known of the picture is mirrored, and a hint drawn from that; an annotation is that of the mirrored picture.
@@ -29,7 +28,7 @@ def mirrored(pair: Pair, contract: Hint) -> Pair | None:
         return None
     picture = np.ascontiguousarray(pair.picture[:, ::-1])
     if pair.hint is not None:
-        own, parts = hint_of(pair, contract), parts_of(contract)
+        own, parts = hint_for_pair(pair, contract), parts_of(contract)
         turned = [_mirrored_hint(*one) for one in zip(np.split(own, len(parts), 2), parts, strict=True)]
         return replace(pair, picture=picture, hint=np.concatenate(turned, 2), more=(), truth=None)
     if pair.truth is not None:
@@ -37,7 +36,7 @@ def mirrored(pair: Pair, contract: Hint) -> Pair | None:
     return replace(pair, picture=picture)
 
 
-def _mirrored_hint(hint: np.ndarray, contract: Hint) -> np.ndarray:
+def _mirrored_hint(hint: np.ndarray, contract: HintSpec) -> np.ndarray:
     if not contract.annotator:
         raise UserError(
             "data.flip mirrors hints, and nobody says what these are: of normals and poses more changes than places. "

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from controlkit import maps
-from controlkit.annotators import annotate, parts_of
+from controlkit.annotators import annotate, maps, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import folder_of, read_listing
 from controlkit.data.layouts.rows import Row, rows_digest
 from controlkit.errors import UserError
-from controlkit.images import Hint, decode_hint, decode_picture, fit, sides_of
+from controlkit.images import HintSpec, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -57,7 +56,7 @@ def _palette() -> np.ndarray:
     return PALETTE
 
 
-def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
+def hint_for_pair(pair: Pair, contract: HintSpec) -> np.ndarray:
     """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated.
 
     Several become channels of one, in the contract's order. ``UserError`` where its own is not as the contract says.
@@ -66,7 +65,7 @@ def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
     if pair.hint is not None:
         return _own_hint(pair, contract, parts)
     if len(parts) > 1:
-        return np.concatenate([hint_of(pair, part) for part in parts], 2)
+        return np.concatenate([hint_for_pair(pair, part) for part in parts], 2)
     if contract.annotator in TRUTHS:
         if pair.truth is None:
             raise UserError(
@@ -77,7 +76,7 @@ def hint_of(pair: Pair, contract: Hint) -> np.ndarray:
     return annotate(pair.picture, contract)
 
 
-def _own_hint(pair: Pair, contract: Hint, parts: Sequence[Hint]) -> np.ndarray:
+def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.ndarray:
     assert pair.hint is not None
     given, size = (pair.hint, *pair.more), pair.picture.shape[:2]
     if len(given) == 1:  # channels of several, side by side in one array, are one hint
@@ -115,7 +114,7 @@ def out_of_place(picture: np.ndarray, hint: np.ndarray) -> str:
     return f"is {wide}x{high}, its picture {width}x{height}: not of one shape, so not in place"
 
 
-def turned_over(contract: Hint, greys: Sequence[float]) -> str:
+def turned_over(contract: HintSpec, greys: Sequence[float]) -> str:
     """Why line hints of these mean greys (0 to 1) are dark on light; "" where they are not, or are no lines."""
     if contract.annotator not in LINES or not greys or (mean := float(np.mean(greys))) <= 0.5:
         return ""
@@ -291,7 +290,7 @@ class FolderPairs(Sequence[Pair]):
     def _hints(self, row: Row) -> list[np.ndarray]:
         return [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
 
-    def check_hints(self, contract: Hint) -> None:
+    def check_hints(self, contract: HintSpec) -> None:
         """``UserError`` where a few hints, from all over the set, are lines the wrong way round."""
         few = [self._rows[i] for i in np.linspace(0, len(self) - 1, min(len(self), 16)).astype(int)]
         for place, rule in enumerate(parts_of(contract)[: self.hints]):

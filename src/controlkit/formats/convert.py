@@ -14,32 +14,33 @@ import torch
 from torch import Tensor
 
 from controlkit.annotators import contract
-from controlkit.backbones import UNetBase
+from controlkit.backbones import Backbone
 from controlkit.branch import gains
+from controlkit.controls import KINDS, new_control
 from controlkit.errors import UserError, nearest
 from controlkit.formats.control import (
     SavedControl,
     control_weights,
-    hint_of,
     read_control,
     shipped_controls,
+    spec_of_weights,
     write_folder,
     write_tensors,
 )
 from controlkit.formats.describe import expected_shapes
-from controlkit.formats.names import PREFIX, Depth, controlnet_paths, rename
+from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
 from controlkit.formats.weights import (
     Weights,
     as_json,
     encoder_tensors,
     labelled,
     low_rank,
+    metadata_entry,
     product,
-    said,
     spectrum,
 )
 from controlkit.hub import shipped_names
-from controlkit.images import Hint
+from controlkit.images import HintSpec
 
 Layout = Literal["diffusers", "cldm", "control-lora", "union"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -63,9 +64,9 @@ def convert(
     target: Path,
     to: str,
     dtype: str | None = None,
-    base: UNetBase | None = None,
+    base: Backbone | None = None,
     rank: int | None = None,
-    transfer_to: UNetBase | None = None,
+    transfer_to: Backbone | None = None,
     annotator: str | None = None,
     on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> Converted:
@@ -82,7 +83,7 @@ def convert(
     """
     _check(target, to, dtype)
     _, weights, described = read_control(source, base)
-    hint = hint_of(source, weights, described, annotator)
+    hint = spec_of_weights(source, weights, described, annotator)
     weights = replace(weights, metadata={**weights.metadata, "controlkit.hint": hint.to_json()})
     if transfer_to is not None:
         weights = transferred(weights, base, transfer_to)
@@ -90,13 +91,13 @@ def convert(
 
 
 def attach(
-    base: UNetBase, target: Path, to: str, dtype: str | None = None, hint_channels: int = 3, annotator: str = ""
+    base: Backbone, target: Path, to: str, dtype: str | None = None, hint_channels: int = 3, annotator: str = ""
 ) -> Converted:
     """A fresh branch for a base, silent until it is trained: the original's ``tool_add_control``."""
     _check(target, to, dtype)
     hint = replace(contract(annotator), channels=hint_channels)
     facts = {"base": base.name, "base_digest": base.digest, "step": 0}
-    weights = control_weights(SavedControl(base.new_branch(hint_channels=hint_channels), hint, facts), base)
+    weights = control_weights(SavedControl(new_control(base, hint_channels=hint_channels), hint, facts), base)
     return write(weights, target, to, dtype, base)
 
 
@@ -122,7 +123,7 @@ def write(
     target: Path,
     to: str,
     dtype: str | None = None,
-    base: UNetBase | None = None,
+    base: Backbone | None = None,
     rank: int | None = None,
     on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> Converted:
@@ -130,9 +131,8 @@ def write(
     notes: list[str] = []
     if not weights.config:
         raise UserError("A branch with body: conv (ControlNet-lite) has no other layout than its own.")
-    others = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}
-    if weights.kind in others and to != "diffusers":
-        raise UserError(f"A {others[weights.kind]} is another network and cannot be {to}: only --to diffusers.")
+    if weights.kind in ("adapter", "xs") and to != "diffusers":
+        raise UserError(f"A {KINDS[weights.kind].title} is another network and cannot be {to}: only --to diffusers.")
     if weights.kind == "union" and to not in ("union", "diffusers"):
         raise UserError(
             f"A Union's types of hint cannot be told apart in {to}: only --to union, or one type of it, as NAME:TYPE."
@@ -159,7 +159,7 @@ def write(
     if to in ("diffusers", "union"):
         write_folder(target, replace(weights, tensors=tensors), number)
         return Converted(target, tuple(notes))
-    names = rename(tensors, controlnet_paths(Depth.of_diffusers(weights.tensors)))
+    names = rename(tensors, controlnet_paths(EncoderShape.of_diffusers(weights.tensors)))
     prefix = PREFIX if to == "cldm" else ""
     named = {prefix + names[name]: tensor for name, tensor in tensors.items()}
     if to == "control-lora":
@@ -168,7 +168,7 @@ def write(
     return Converted(target, tuple(notes))
 
 
-def save_control_lora(path: Path, control: SavedControl, base: UNetBase, rank: int) -> None:
+def save_control_lora(path: Path, control: SavedControl, base: Backbone, rank: int) -> None:
     """Write a control whose body was trained in differences of this rank as the Control-LoRA that it is."""
     write(control_weights(control, base), path, "control-lora", base=base, rank=rank)
 
@@ -178,7 +178,7 @@ def save_control_lora(path: Path, control: SavedControl, base: UNetBase, rank: i
 
 def control_lora(
     weights: Weights,
-    base: UNetBase,
+    base: Backbone,
     rank: int | None,
     on_tensor: Callable[[int, int], None] = lambda count, total: None,
 ) -> tuple[dict[str, Tensor], str]:
@@ -229,7 +229,9 @@ def as_rgb(weights: Weights) -> Weights:
     first = "controlnet_cond_embedding.conv_in.weight"
     metadata = dict(weights.metadata)
     if "controlkit.hint" in metadata:
-        metadata["controlkit.hint"] = replace(Hint.from_json(metadata["controlkit.hint"]), colour_order="RGB").to_json()
+        metadata["controlkit.hint"] = replace(
+            HintSpec.from_json(metadata["controlkit.hint"]), colour_order="RGB"
+        ).to_json()
     return replace(
         weights,
         tensors={**weights.tensors, first: weights.tensors[first].flip(1)},
@@ -258,7 +260,7 @@ def as_union(weights: Weights) -> Weights:
     return Weights("union", tensors, config, weights.metadata)
 
 
-def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weights:
+def transferred(weights: Weights, old: Backbone | None, new: Backbone) -> Weights:
     """The control moved from its base to another: each copied weight + (new base - old base).
 
     The original's ``tool_transfer_control``: the branch keeps what training added to the base it began as.
@@ -266,8 +268,9 @@ def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weight
     if old is None:
         raise UserError("Transferring needs both bases: name the one the control belongs to (--base).")
     if weights.kind in ("adapter", "xs"):
-        what = {"adapter": "T2I-Adapter", "xs": "ControlNet-XS"}[weights.kind]
-        raise UserError(f"A {what} holds no copy of its base: it runs on a fine-tuned base as it is.")
+        raise UserError(
+            f"A {KINDS[weights.kind].title} holds no copy of its base: it runs on a fine-tuned base as it is."
+        )
     before, after = encoder_tensors(old), encoder_tensors(new)
     _same_shapes(weights, before, old)
     _same_shapes(weights, after, new)
@@ -277,13 +280,13 @@ def transferred(weights: Weights, old: UNetBase | None, new: UNetBase) -> Weight
     }
     metadata = dict(weights.metadata)
     metadata["controlkit.trained"] = as_json(
-        said(weights, Path("the control"), "controlkit.trained", json.loads, {})
+        metadata_entry(weights, Path("the control"), "controlkit.trained", json.loads, {})
         | {"base": new.name, "base_digest": new.digest, "transferred_from": old.name}
     )
     return replace(weights, tensors=tensors, metadata=metadata)
 
 
-def _same_shapes(weights: Weights, of_base: Mapping[str, Tensor], base: UNetBase) -> None:
+def _same_shapes(weights: Weights, of_base: Mapping[str, Tensor], base: Backbone) -> None:
     for name, tensor in of_base.items():
         came = weights.tensors.get(name)
         if came is None or came.shape != tensor.shape:

@@ -16,23 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.backbones.families import FAMILIES, Family, family_of_width
-from controlkit.backbones.xs import new_adapter
+from controlkit.controls import KINDS
+from controlkit.controls.xs import new_adapter
 from controlkit.errors import UserError, one_line
-from controlkit.formats.names import PREFIX, Depth, adapter_paths, controlnet_paths, is_light_adapter, rename
+from controlkit.formats.names import PREFIX, EncoderShape, adapter_paths, controlnet_paths, is_light_adapter, rename
 from controlkit.tensors import Shape, TensorFile, open_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LONGEST_TEXT = 2**20
 """Letters of a metadata entry or a configuration that is read; a recipe has some 2**12."""
 WEIGHTS_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
-
-KINDS = {
-    "controlnet": "ControlNetModel",
-    "union": "ControlNetUnionModel",
-    "xs": "ControlNetXSAdapter",
-    "adapter": "T2IAdapter",
-}
-"""What ControlKit runs -> the diffusers class of the same network."""
 
 _TITLES = {
     "controlkit": "a control of ControlKit's own kind",
@@ -214,7 +207,7 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
     if mark == "cldm" and any(name.startswith(PREFIX) for name in shapes):  # the rest of a whole checkpoint is not ours
         shapes = {n: s for n, s in shapes.items() if n.startswith(PREFIX) or n == "difference"}
     parameters = sum(math.prod(s) for n, s in shapes.items() if n not in ("difference", "lora_controlnet"))
-    if mark == "diffusers" and _said(header, "controlkit.spec").get("body") == "conv":
+    if mark == "diffusers" and _metadata_object(header, "controlkit.spec").get("body") == "conv":
         first = shapes["controlnet_cond_embedding.conv_in.weight"]
         names = {name: name for name in shapes}
         channels = first[1] if len(first) == 4 else None
@@ -268,7 +261,7 @@ def _mark(shapes: Mapping[str, Shape]) -> str:
     return "unknown"
 
 
-def _said(header: TensorFile, key: str) -> dict[str, Any]:
+def _metadata_object(header: TensorFile, key: str) -> dict[str, Any]:
     """An entry of the metadata that should hold an object; empty if it does not."""
     try:
         return json_object(header.metadata.get(key, "{}"))
@@ -277,7 +270,7 @@ def _said(header: TensorFile, key: str) -> dict[str, Any]:
 
 
 def _trained_base(header: TensorFile) -> str | None:
-    base = _said(header, "controlkit.trained").get("base")
+    base = _metadata_object(header, "controlkit.trained").get("base")
     return base if isinstance(base, str) and len(base) < 100 and base.isprintable() else None
 
 
@@ -291,7 +284,7 @@ def _diffusers_names(shapes: Mapping[str, Shape], mark: str) -> dict[str, str]:
     if mark in ("diffusers", "union"):
         return {name: name.replace(".attn.in_proj.", ".attn.in_proj_") for name in shapes}  # as some write Unions
     bare = {name: name.removeprefix(PREFIX) for name in shapes}
-    renamed = rename(bare.values(), controlnet_paths(Depth.of_cldm(bare.values())), back=True)
+    renamed = rename(bare.values(), controlnet_paths(EncoderShape.of_cldm(bare.values())), back=True)
     return {name: renamed[short] for name, short in bare.items() if short in renamed}
 
 
@@ -321,7 +314,7 @@ def _config_of(shapes: Mapping[str, Shape], stored: Mapping[str, Any], union: bo
 
     What shapes cannot tell (heads, normalisation groups) comes from ``stored``, else from the family.
     """
-    depth = Depth.of_diffusers(shapes)
+    depth = EncoderShape.of_diffusers(shapes)
     try:
         if not (0 < depth.levels <= 8 and 0 < depth.layers <= 8 and depth.hint_blocks <= 16):
             return {}
@@ -383,7 +376,9 @@ def _settings(kind: str) -> frozenset[str]:
     """What the diffusers class of a kind can be configured with."""
     import diffusers
 
-    return frozenset(inspect.signature(getattr(diffusers, KINDS[kind]).__init__).parameters) - {"self"}
+    return frozenset(inspect.signature(getattr(diffusers, KINDS[kind].diffusers_class or "").__init__).parameters) - {
+        "self"
+    }
 
 
 def _transformers(shapes: Mapping[str, Shape], path: str) -> int:
@@ -402,7 +397,11 @@ def _expected(kind: str, config: str) -> Mapping[str, Shape]:
     import torch
 
     try:
-        build = new_adapter if kind == "xs" else lambda asked: getattr(diffusers, KINDS[kind])(**asked)
+        build = (
+            new_adapter
+            if kind == "xs"
+            else lambda asked: getattr(diffusers, KINDS[kind].diffusers_class or "")(**asked)
+        )
         with torch.device("meta"):
             network = build(json.loads(config))
     except Exception:  # no such network: what it stumbles over first says nothing of the file
@@ -443,7 +442,7 @@ _XS_TOLD = (
 
 def _xs_config(shapes: Mapping[str, Shape], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The ``ControlNetXSAdapter`` with these shapes, as ``xs.new_adapter`` takes it; empty if they are not one's."""
-    depth = Depth.of_diffusers(shapes)
+    depth = EncoderShape.of_diffusers(shapes)
     try:
         if not (0 < depth.levels <= 8 and 0 < depth.layers <= 2 and depth.hint_blocks <= 16):
             return {}

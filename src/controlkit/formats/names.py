@@ -24,7 +24,7 @@ _RESNET = {
 
 
 @dataclass(frozen=True)
-class Depth:
+class EncoderShape:
     """How many modules an encoder has of each kind: levels, resnets a level, stride-2 convolutions of the hint.
 
     Numbers of two digits count, which are more than any has: a longer one in a stranger's file is no module's.
@@ -35,7 +35,7 @@ class Depth:
     hint_blocks: int
 
     @classmethod
-    def of_diffusers(cls, names: Iterable[str]) -> "Depth":
+    def of_diffusers(cls, names: Iterable[str]) -> "EncoderShape":
         """Read from diffusers' names."""
         names = list(names)
         found = [re.match(r"down_blocks\.(\d{1,2})\.resnets\.(\d{1,2})\.", name) for name in names]
@@ -46,7 +46,7 @@ class Depth:
         return cls(1 + max(i for i, _ in places), 1 + max(j for _, j in places), len({m[1] for m in blocks if m}))
 
     @classmethod
-    def of_cldm(cls, names: Iterable[str]) -> "Depth":
+    def of_cldm(cls, names: Iterable[str]) -> "EncoderShape":
         """Read from the original's names, prefix removed."""
         names = list(names)
         inputs = {int(m[1]) for name in names if (m := re.match(r"input_blocks\.(\d{1,2})\.", name))}
@@ -59,7 +59,7 @@ class Depth:
         return cls(len(downs) + 1, step - 1, max(len(hints) - 2, 0))
 
 
-def controlnet_paths(depth: Depth) -> dict[str, str]:
+def controlnet_paths(depth: EncoderShape) -> dict[str, str]:
     """diffusers' module path -> the original's, for a ControlNet of this depth."""
     table = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     table |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from controlkit.backbones import UNetBase
+from controlkit.backbones import Backbone
 from controlkit.backbones.families import family_of_width
 from controlkit.errors import UserError, one_line
 from controlkit.formats.describe import (
@@ -42,7 +42,7 @@ class Weights:
     """The file's own, with ``controlkit.*`` entries where it has them, each a JSON object."""
 
 
-def read_weights(path: Path, base: UNetBase | None = None) -> tuple[Weights, Description]:
+def read_weights(path: Path, base: Backbone | None = None) -> tuple[Weights, Description]:
     """Any control that ControlKit runs, whole; ``UserError`` says what else a file is, or what it lacks.
 
     ``base``: the base it belongs to, for files that hold only a difference to it (Control-LoRA, ``difference``).
@@ -54,7 +54,7 @@ def read_weights(path: Path, base: UNetBase | None = None) -> tuple[Weights, Des
         raise UserError(f"{path}: {described.sentence()}")
     for key in header.metadata:
         if key.startswith("controlkit."):
-            said(header, path, key, json_object, {})
+            metadata_entry(header, path, key, json_object, {})
     if not described.runs:
         raise UserError(f"{path} is damaged or cut: {described.sentence()}")
     if described.format == "controlkit":
@@ -95,12 +95,12 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
         return False
 
 
-def encoder_tensors(base: UNetBase) -> dict[str, Tensor]:
+def encoder_tensors(base: Backbone) -> dict[str, Tensor]:
     """The base's encoder and middle block under diffusers' names, as the copy in a ControlNet has them."""
     return {name: tensor.detach().cpu().float() for name, tensor in base.encoder.state_dict().items()}
 
 
-def _rebuilt(path: Path, tensors: dict[str, Tensor], base: UNetBase, described: Description) -> dict[str, Tensor]:
+def _rebuilt(path: Path, tensors: dict[str, Tensor], base: Backbone, described: Description) -> dict[str, Tensor]:
     """Whole weights of a difference: added to the base's, and what the file leaves out taken from it."""
     of_base = encoder_tensors(base)
     whole = {}
@@ -184,7 +184,7 @@ def as_controlnet(weights: Weights, number: int) -> Weights:
     return Weights("controlnet", tensors, config | {"addition_time_embed_dim": None}, metadata)
 
 
-def said(weights: Weights | TensorFile, path: Path, key: str, parse: Any, default: Any) -> Any:
+def metadata_entry(weights: Weights | TensorFile, path: Path, key: str, parse: Any, default: Any) -> Any:
     """A metadata entry's value, ``default`` if it is not there; ``UserError`` if it cannot be read."""
     try:
         return parse(weights.metadata[key]) if key in weights.metadata else default

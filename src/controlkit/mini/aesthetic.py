@@ -1,6 +1,6 @@
 """How well-made a picture is, on 0 to 10: a small head on the features of the referee's image tower.
 
-Trained by ``recipes/referees.py``: the world's pictures against the same ones damaged by a known amount. It knows the
+ControlNetwork by ``recipes/referees.py``: the world's pictures against the same ones damaged by a known amount. It knows the
 damages of this file, not beauty.
 """
 

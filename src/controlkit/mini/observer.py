@@ -1,6 +1,6 @@
 """The referee that reads truth off a picture: depth, normals, classes and body joints, from one small network.
 
-Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
+ControlNetwork by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
 reads follows the conventions of ``scenes.Scene``, so that an ``Observation`` can stand wherever a scene's truth can.
 It needs nothing that drawing scenes needs.
 """
@@ -20,8 +20,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from controlkit.annotators.maps import depth_picture
 from controlkit.images import to_tensor
-from controlkit.maps import depth_picture
 from controlkit.precision import autocast
 
 JOINTS = 18

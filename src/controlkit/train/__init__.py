@@ -1,15 +1,15 @@
 """Training a control: what a recipe asks for, the objective, measuring on the way, checkpoints, the run."""
 
-from controlkit.train.records import Record, Seen, best_of, enough, found_step, seen_in, verdict
+from controlkit.train.records import EvaluationSummary, Record, best_of, found_step, should_stop, summary_of, verdict
 from controlkit.train.run import train_control
 from controlkit.train.schedule import learning_rate
 from controlkit.train.setup import hints_of, plan_of, training_pairs
-from controlkit.train.step import Batch, controlled, draw_batch, objective, target_of
+from controlkit.train.step import Batch, controlled, draw_batch, objective
 
 __all__ = [
     "Batch",
     "Record",
-    "Seen",
+    "EvaluationSummary",
     "best_of",
     "controlled",
     "draw_batch",
@@ -19,8 +19,7 @@ __all__ = [
     "learning_rate",
     "objective",
     "plan_of",
-    "seen_in",
-    "target_of",
+    "summary_of",
     "train_control",
     "training_pairs",
     "verdict",

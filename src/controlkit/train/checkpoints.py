@@ -17,43 +17,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from controlkit.adapter import Trained
-from controlkit.backbones import UNetBase
+from controlkit.backbones import Backbone
+from controlkit.branch import ControlNetwork
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, write_tensors
 from controlkit.images import SCRATCH, write_atomic
-from controlkit.optimizers import Average, Optimizer
 from controlkit.precision import faster_format, settle_format
-from controlkit.ranks import Ranks
-from controlkit.recipe import FORMATS, Recipe, read_recipe
-from controlkit.train.records import Seen, seen_in
+from controlkit.train.optimizers import EMA, Optimizer
+from controlkit.train.ranks import Ranks
+from controlkit.train.recipe import FORMATS, Recipe, read_recipe
+from controlkit.train.records import EvaluationSummary, summary_of
 
 if TYPE_CHECKING:
     from controlkit.train.sharding import Shards
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """All that a step changes. Where it is shared out (``shards``), all processes ask for ``result`` and ``state``."""
 
-    branch: Trained
-    base: UNetBase
+    branch: ControlNetwork
+    base: Backbone
     """What the branch learns on: the run's base, or one with a U-Net of its own that is unlocked sooner or later."""
     learning: nn.Module
     """What has parameters that learn: the branch, and such a U-Net."""
     optimizer: Optimizer
-    average: Average | None = None
+    average: EMA | None = None
     shards: "Shards | None" = None
     scaler: torch.amp.GradScaler | None = None
     """Scales the loss, so that float16 holds its gradients."""
 
     @classmethod
-    def of(cls, recipe: Recipe, branch: Trained, base: UNetBase, together: Ranks) -> "Learner":
+    def of(cls, recipe: Recipe, branch: ControlNetwork, base: Backbone, together: Ranks) -> "TrainState":
         """What a recipe asks for; ``UserError`` where the library of its optimizer is not installed."""
         learning: nn.Module = branch
-        if recipe.unlock:
-            learning = nn.ModuleDict({"branch": branch, "unet": base.unet.requires_grad_(True)})
-        average = Average(branch, recipe.ema) if recipe.ema else None
+        if recipe.unfreeze_after:
+            learning = nn.ModuleDict({"branch": branch, "unet": base.denoiser.requires_grad_(True)})
+        average = EMA(branch, recipe.ema) if recipe.ema else None
         shards = None
         if together.sharded:
             from controlkit.train.sharding import Shards
@@ -63,7 +63,7 @@ class Learner:
         scaler = torch.amp.GradScaler(base.device.type) if recipe.precision == "fp16" else None
         return cls(branch, base, learning, optimizer, average, shards, scaler)
 
-    def result(self) -> Trained:
+    def result(self) -> ControlNetwork:
         """The weights that are measured and saved, whole."""
         module = self.average.module if self.average else self.branch
         return self.shards.gathered(module) if self.shards else module  # type: ignore[return-value]
@@ -136,7 +136,7 @@ def save_checkpoint(
     out: Path,
     step: int,
     controls: Mapping[str, SavedControl],
-    base: UNetBase,
+    base: Backbone,
     state: Mapping[str, Tensor],
     keep: int | None,
     more: Mapping[str, str] | None = None,
@@ -170,7 +170,7 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)  # what somebody holds open goes another time
 
 
-def load_checkpoint(folder: Path, learner: Learner, base: UNetBase) -> dict[str, str]:
+def load_checkpoint(folder: Path, learner: TrainState, base: Backbone) -> dict[str, str]:
     """Put a checkpoint into ``learner``; returns its facts, ``step`` among them."""
     path = folder / "state.safetensors"
     try:
@@ -200,7 +200,7 @@ def logged_step(path: Path) -> int:
     return 0
 
 
-def cut_log(path: Path, step: int) -> list[Seen]:
+def cut_log(path: Path, step: int) -> list[EvaluationSummary]:
     """Cut the log back to a checkpoint's step; returns the evaluations that remain."""
     lines = []
     evaluations = []
@@ -212,7 +212,7 @@ def cut_log(path: Path, step: int) -> list[Seen]:
         if record["step"] > step:
             break
         lines.append(line)
-        if seen := seen_in(record):
+        if seen := summary_of(record):
             evaluations.append(seen)
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     return evaluations
@@ -231,7 +231,7 @@ def check_folder(recipe: Recipe, out: Path) -> None:
         longer = " A run can be made longer where its rate does not come down (no cooldown, schedule: constant)."
         raise UserError(
             f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
-            f"or run with the recipe as it was to go on.{longer if {'steps', 'budget'} & {*changed} else ''}"
+            f"or run with the recipe as it was to go on.{longer if {'steps', 'max_minutes'} & {*changed} else ''}"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder, or a name for a new one.")
@@ -247,7 +247,7 @@ def _lasting(recipe: Recipe, endless: bool) -> dict[str, Any]:
     values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True,
                                         "evaluation": {"every", "patience", "target"}})  # fmt: skip
     if endless:
-        del values["steps"], values["budget"]
+        del values["steps"], values["max_minutes"]
     return values
 
 

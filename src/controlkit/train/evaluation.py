@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.adapter import Trained
-from controlkit.backbones import UNetBase
-from controlkit.data import Cached, Pair, build_cache, hint_of, open_store
+from controlkit.backbones import Backbone
+from controlkit.branch import ControlNetwork
+from controlkit.data import Cached, Pair, build_cache, hint_for_pair, open_store
 from controlkit.errors import UserError
-from controlkit.images import Hint, fit, grid, read_hint, write_png
+from controlkit.images import HintSpec, fit, grid, read_hint, write_png
 from controlkit.measure import (
     COLOURS,
     WAYS,
@@ -36,10 +36,10 @@ from controlkit.measure import (
     unmeasurable,
 )
 from controlkit.precision import autocast
-from controlkit.ranks import Ranks
-from controlkit.recipe import Recipe
-from controlkit.sample import Control, Job, Settings, generate
-from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes, target_of
+from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.train.ranks import Ranks
+from controlkit.train.recipe import Recipe
+from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes
 
 Found = TypeVar("Found")
 
@@ -50,11 +50,11 @@ SEEDS = 4
 """Pictures of each hint of one's own."""
 
 
-def own_hints(recipe: Recipe, contract: Hint) -> list[tuple[str, np.ndarray]]:
+def own_hints(recipe: Recipe, contract: HintSpec) -> list[tuple[str, np.ndarray]]:
     """(prompt, hint) of each that a recipe names to be looked at; ``UserError`` where a file is no such hint."""
     found = []
     for prompt, path in recipe.evaluation.own():
-        hint = read_hint(Path(path), contract.mark is not None)
+        hint = read_hint(Path(path), contract.mask_value is not None)
         if words := contract.fault(hint):
             raise UserError(f"{path} {words}.")
         found.append((prompt, hint))
@@ -81,23 +81,23 @@ class Evaluator:
 
     def __init__(
         self,
-        base: UNetBase,
+        base: Backbone,
         pairs: Sequence[Pair],
-        contract: Hint,
+        contract: HintSpec,
         recipe: Recipe,
         out: Path,
         together: Ranks | None = None,
-        locked: UNetBase | None = None,
+        locked: Backbone | None = None,
     ) -> None:
         self.base, self.locked, self.contract, self.out = base, locked or base, contract, out
-        self.together = together or Ranks()
+        self.ranks = together or Ranks()
         self.pairs = [pairs[i] for i in range(len(pairs))]
-        self.own = self.together.share(len(self.pairs))
+        self.own = self.ranks.share(len(self.pairs))
         self.measures = not unmeasurable(contract, self.pairs)
-        self.hints = [hint_of(pair, contract) for pair in self.pairs]
-        self.settings = Settings(recipe.evaluation.steps, recipe.evaluation.guidance)
+        self.hints = [hint_for_pair(pair, contract) for pair in self.pairs]
+        self.settings = SamplingSettings(recipe.evaluation.steps, recipe.evaluation.guidance)
         self.guidance = recipe.control.guidance
-        self.shown = own_hints(recipe, contract) if self.together.first else []
+        self.shown = own_hints(recipe, contract) if self.ranks.first else []
         self.referee = Referee(device=base.device.type) if base.name == "mini" else None
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
@@ -116,7 +116,7 @@ class Evaluator:
         pictures = len(self.own) * len(self._wanted) + len(self.shown) * SEEDS
         return pictures * self.settings.steps
 
-    def measure(self, branch: Trained, step: int, on_advance: Callable[[int], None]) -> Measured:
+    def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
         """What comes of a branch; sheets of samples are written besides."""
         branch.eval()
         control = Control(branch, self.contract, guidance=self.guidance)
@@ -140,8 +140,8 @@ class Evaluator:
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
         quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
         seen = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
-        parts = self.together.gathered((scores, drift, quality, seen))
-        if self.together.first:
+        parts = self.ranks.gathered((scores, drift, quality, seen))
+        if self.ranks.first:
             self._write_sheet([two for *_, seen in parts for two in seen], step)
         measured = None
         if self.measures:
@@ -188,7 +188,7 @@ class Evaluator:
         write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
 
 
-class Gauge:
+class HeldoutLoss:
     """The loss on held-out pairs relative to the base without control, with the same noise each time; and how large
     the residuals are."""
 
@@ -196,29 +196,34 @@ class Gauge:
 
     def __init__(
         self,
-        base: UNetBase,
+        base: Backbone,
         pairs: Sequence[Pair],
-        contracts: Mapping[str, Hint],
+        contracts: Mapping[str, HintSpec],
         recipe: Recipe,
         out: Path,
         together: Ranks | None = None,
-        locked: UNetBase | None = None,
+        locked: Backbone | None = None,
     ) -> None:
-        self.base, self.locked, self.together = base, locked or base, together or Ranks()
+        self.base, self.locked, self.ranks = base, locked or base, together or Ranks()
         path = out / f"heldout-{base.digest}.safetensors"
-        if self.together.first:
+        if self.ranks.first:
             with open_store() if recipe.data.cache else nullcontext() as store:
                 build_cache(base, pairs, contracts, path, store=store)
-        self.together.wait()
+        self.ranks.wait()
         [cached] = Cached.read(path)
-        fixed = {"batch": self.QUARTERS * len(cached), "draws": self.QUARTERS, "accumulate": 1, "prompt_dropout": 0.0}
+        fixed = {
+            "batch": self.QUARTERS * len(cached),
+            "noises_per_pair": self.QUARTERS,
+            "gradient_accumulation": 1,
+            "prompt_dropout": 0.0,
+        }
         self._draw = partial(draw_batch, base, cached, contracts, recipe.model_copy(update=fixed), 0)
         self._pairs, self._most = len(cached), 8  # held out; computed together
         self._begin()
 
     def _begin(self) -> None:
         parts = -(-self._pairs // self._most)
-        self.batches = [self._draw(part, parts) for part in self.together.share(parts)]
+        self.batches = [self._draw(part, parts) for part in self.ranks.share(parts)]
         self._without: dict[int, Tensor] = {}
 
     def _each(self, compute: Callable[[int], Found]) -> list[Found]:
@@ -230,7 +235,7 @@ class Gauge:
                 found = [compute(place) for place in range(len(self.batches))]
             except torch.OutOfMemoryError as error:
                 full = error
-            if not self.together.any(full is not None):
+            if not self.ranks.any(full is not None):
                 return found
             if self._most == 1:
                 raise UserError(
@@ -241,29 +246,33 @@ class Gauge:
             self._begin()
 
     def _noisy(self, batch: Batch) -> Tensor:
-        return self.base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
+        return self.base.noise.add(batch.latents, batch.noise, batch.t)
 
     @torch.no_grad()
-    def _errors(self, batch: Batch, branch: Trained | None) -> Tensor:
+    def _errors(self, batch: Batch, branch: ControlNetwork | None) -> Tensor:
         """The squared error of each pair (P, quarters); ``branch`` None: without control."""
         z = self._noisy(batch)
         with autocast(self.base.device.type):
             if branch is None:
                 prediction = self.locked.predict(z, batch.t, batch.text)
             else:
-                prediction = controlled(self.base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
-        off = (prediction.float() - target_of(self.base, batch)).square().mean((1, 2, 3))
+                prediction = controlled(
+                    self.base, branch, z, batch.t, batch.text, hint_features_of(self.base, branch, batch)
+                )
+        off = (
+            (prediction.float() - self.base.noise.target(batch.latents, batch.noise, batch.t)).square().mean((1, 2, 3))
+        )
         return off.view(-1, self.QUARTERS).cpu()
 
     def _summed(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What the parts of all processes have by name, added up; in one order, however many processes there are."""
         held: dict[str, list[Tensor]] = {}
-        for part in (part for rank in self.together.gathered(list(parts)) for part in rank):
+        for part in (part for rank in self.ranks.gathered(list(parts)) for part in rank):
             for name, value in part.items():
                 held.setdefault(name, []).append(value)
         return {name: torch.stack(values).sum(0) for name, values in held.items()}
 
-    def measure(self, branch: Trained) -> dict[str, list[float]]:
+    def measure(self, branch: ControlNetwork) -> dict[str, list[float]]:
         """By type of hint: under control / without, in each quarter of the schedule."""
 
         def summed(place: int) -> dict[str, Tensor]:
@@ -280,7 +289,7 @@ class Gauge:
         branch.train()
         return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
 
-    def residuals(self, branch: Trained) -> dict[str, float]:
+    def residuals(self, branch: ControlNetwork) -> dict[str, float]:
         """By tap, in order: the root mean square of its residual, relative to that of the feature it is added to, over
         the same draws."""
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from controlkit.backbones import Text, UNetBase, recomputed
+from controlkit.backbones import Backbone, TextEmbedding, recomputed
 from controlkit.data.cache import AT_ONCE
-from controlkit.images import Hint
-from controlkit.optimizers import state_bytes
+from controlkit.images import HintSpec
 from controlkit.precision import autocast, training_attention
-from controlkit.recipe import Recipe
-from controlkit.train.checkpoints import Learner
+from controlkit.train.checkpoints import TrainState
+from controlkit.train.optimizers import state_bytes
+from controlkit.train.recipe import Recipe
 from controlkit.train.step import Batch, objective
 
 _MAPPED = "cached pairs"
@@ -51,13 +51,13 @@ class Plan:
     def lines(self) -> list[str]:
         """A table of the memory by part, and the time in words."""
         width = max(map(len, self.parts))
-        rows = [f"  {name:<{width}}  {told(size):>8}" for name, size in self.parts.items()]
-        lines = [f"memory foreseen: {told(self.peak)}; in a step", *rows]
+        rows = [f"  {name:<{width}}  {format_bytes(size):>8}" for name, size in self.parts.items()]
+        lines = [f"memory foreseen: {format_bytes(self.peak)}; in a step", *rows]
         if self.caching == self.peak:
-            lines.append(f"  and while latents are made, the most: {told(self.caching)}")
+            lines.append(f"  and while latents are made, the most: {format_bytes(self.caching)}")
         if self.seconds is None:
-            advice = "raise accumulate, or set checkpointing: true"
-            return [*lines, f"That does not fit in the {told(self.free)} left here: {advice}."]
+            advice = "raise gradient_accumulation, or set gradient_checkpointing: true"
+            return [*lines, f"That does not fit in the {format_bytes(self.free)} left here: {advice}."]
         whole = self.seconds * self.steps
         span = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
         return [*lines, f"time foreseen: {span}, {self.seconds:.2g} s a step; caching and evaluations come to it"]
@@ -67,7 +67,7 @@ class Meter:
     """The most memory held on a device since it was made, or forgot: what torch allocated on a GPU; on a CPU what the
     process grew by since it was made, together with the base's weights, which were there before."""
 
-    def __init__(self, base: UNetBase) -> None:
+    def __init__(self, base: Backbone) -> None:
         self._device = base.device
         self._held = _bytes(_networks(base))
         self.forget()
@@ -96,11 +96,11 @@ class Meter:
         return psutil.virtual_memory().available
 
 
-def foresee(
+def estimate(
     recipe: Recipe,
-    base: UNetBase,
-    learner: Learner,
-    contracts: Mapping[str, Hint],
+    base: Backbone,
+    learner: TrainState,
+    contracts: Mapping[str, HintSpec],
     pairs: int,
     meter: Meter,
     processes: int = 1,
@@ -111,7 +111,7 @@ def foresee(
     """
     parts = {"base": _bytes(_networks(base)), "branch": _bytes([learner.branch])}
     if learner.base is not base:
-        parts["base's copy that learns"] = _bytes([learner.base.unet])
+        parts["base's copy that learns"] = _bytes([learner.base.denoiser])
     if learner.average:
         parts["average of the weights"] = _bytes([learner.average.module])
     here = sum(parts.values())
@@ -120,9 +120,11 @@ def foresee(
     parts[f"optimizer ({recipe.optimizer})"] = state_bytes(learner.learning, recipe.optimizer)
     if base.device.type == "cpu":
         parts[_MAPPED] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
-    count = recipe.batch // recipe.draws // recipe.accumulate // processes
+    count = recipe.batch // recipe.noises_per_pair // recipe.gradient_accumulation // processes
     work = partial(_micro_batch, recipe, learner, contracts)
-    held = 0 if recipe.accumulate > 1 else learning  # of one part the most is held before there are gradients
+    held = (
+        0 if recipe.gradient_accumulation > 1 else learning
+    )  # of one part the most is held before there are gradients
     free = needed = meter.free()
     seconds = None
     with suppress(torch.OutOfMemoryError):  # the run will take more parts; a plan must not end it
@@ -133,7 +135,7 @@ def foresee(
                 work(count)
                 if base.device.type == "cuda":
                     torch.cuda.synchronize(base.device)
-                seconds = recipe.accumulate * (time.perf_counter() - started)
+                seconds = recipe.gradient_accumulation * (time.perf_counter() - started)
             needed = meter.peak() - here - held
     learner.learning.zero_grad()
     parts["micro-batch: features, libraries"] = max(needed, 0)
@@ -197,10 +199,10 @@ class _Held(TorchDispatchMode):
         self._now -= size
 
 
-def _micro_batch(recipe: Recipe, learner: Learner, contracts: Mapping[str, Hint], pairs: int) -> None:
+def _micro_batch(recipe: Recipe, learner: TrainState, contracts: Mapping[str, HintSpec], pairs: int) -> None:
     """Forward and backward pass of as many pairs as one part has, on zeros; of a Union its types in turn."""
     base, branch = learner.base, learner.branch
-    rows, side, device = pairs * recipe.draws, base.size // base.stride, base.device
+    rows, side, device = pairs * recipe.noises_per_pair, base.size // base.stride, base.device
     latents = torch.zeros(rows, base.latent_channels, side, side, device=device)
     text = base.encode_text([""]).to(device, torch.float32)
     kinds = list(contracts)
@@ -209,9 +211,9 @@ def _micro_batch(recipe: Recipe, learner: Learner, contracts: Mapping[str, Hint]
         if own := len(range(place, pairs, len(kinds))):
             hints[kind] = torch.zeros(own, contracts[kind].channels, base.size, base.size, device=device)
     times = torch.zeros(rows, dtype=torch.long, device=device)
-    batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, recipe.draws)
+    batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, recipe.noises_per_pair)
     attention = partial(training_attention, device.type)
-    short = recomputed(branch, base.unet, within=attention) if recipe.checkpointing else nullcontext()
+    short = recomputed(branch, base.denoiser, within=attention) if recipe.gradient_checkpointing else nullcontext()
     learner.learning.zero_grad()
     with short:
         with autocast(device.type), attention():
@@ -219,23 +221,23 @@ def _micro_batch(recipe: Recipe, learner: Learner, contracts: Mapping[str, Hint]
         loss.backward()
 
 
-def _encode(base: UNetBase, pictures: int) -> None:
+def _encode(base: Backbone, pictures: int) -> None:
     with base.autocast():
         base.encode_moments(torch.zeros(pictures, 3, base.size, base.size, device=base.device))
 
 
-def _cached_bytes(base: UNetBase, contracts: Mapping[str, Hint], pairs: int) -> int:
+def _cached_bytes(base: Backbone, contracts: Mapping[str, HintSpec], pairs: int) -> int:
     """Of the cache, as if no two pairs had the same prompt."""
     side = base.size // base.stride
-    marked = any(contract.mark is not None for contract in contracts.values())
+    marked = any(contract.mask_value is not None for contract in contracts.values())
     channels = max(3, *(contract.channels for contract in contracts.values())) + marked
-    text: Text = base.encode_text([""])
+    text: TextEmbedding = base.encode_text([""])
     words = sum(value.numel() for value in text.tensors().values())
     return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
 
 
-def _networks(base: UNetBase) -> list[nn.Module]:
-    return [base.vae, base.unet, *(tower.encoder for tower in base.towers)]
+def _networks(base: Backbone) -> list[nn.Module]:
+    return list(base.networks().values())
 
 
 def _bytes(modules: Sequence[nn.Module]) -> int:
@@ -248,6 +250,6 @@ def _high_water() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def told(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes in words."""
     return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.0f} MB"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlkit.measure import FOUND, KEPT, Obedience
-from controlkit.recipe import EvaluationRecipe
+from controlkit.train.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
 
@@ -56,7 +56,7 @@ class Record:
                 self.evaluation.obedience.low,
                 self.evaluation.obedience.high,
             ]
-            line["counts"] = self.evaluation.counts
+            line["is_meaningful"] = self.evaluation.is_meaningful
             line["verdict"] = self.verdict
         if self.drift:
             line["colour_drift"] = {name: round(x, 4) for name, x in self.drift.items()}
@@ -70,65 +70,69 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluationSummary:
     """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean; and the mean
-    loss relative to no control; NaN where something was not measured. ``kept``: the CLIP-score did not fall below 95%
+    loss relative to no control; NaN where something was not measured. ``quality_kept``: the CLIP-score did not fall below 95%
     of that without control."""
 
     step: int
     low: float = math.nan
-    counts: bool = False
+    is_meaningful: bool = False
     mean: float = math.nan
     relative: float = math.nan
-    kept: bool = True
+    quality_kept: bool = True
 
     @property
     def control(self) -> bool:
         """Whether control was seen."""
-        return self.counts and self.low >= FOUND
+        return self.is_meaningful and self.low >= FOUND
 
 
-def seen_in(line: Mapping[str, Any]) -> Seen | None:
+def summary_of(line: Mapping[str, Any]) -> EvaluationSummary | None:
     """What a line of the log says of control; None for a step without evaluation."""
     quarters = [loss for kind in line.get("relative_loss", {}).values() for loss in kind]
     relative = sum(quarters) / len(quarters) if quarters else math.nan
     if "obedience" in line:
         quality = line.get("quality")
         kept = not quality or quality["clip_score"] >= KEPT * quality["clip_score_no_control"]
-        return Seen(line["step"], line["obedience_interval"][0], line["counts"], line["obedience"], relative, kept)
-    return Seen(line["step"], relative=relative) if quarters else None
+        return EvaluationSummary(
+            line["step"], line["obedience_interval"][0], line["is_meaningful"], line["obedience"], relative, kept
+        )
+    return EvaluationSummary(line["step"], relative=relative) if quarters else None
 
 
-def found_step(evaluations: Sequence[Seen]) -> int | None:
+def found_step(evaluations: Sequence[EvaluationSummary]) -> int | None:
     """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
     return next((a.step for a, b in itertools.pairwise(evaluations) if a.control and b.control), None)
 
 
-def best_of(evaluations: Sequence[Seen]) -> Seen | None:
+def best_of(evaluations: Sequence[EvaluationSummary]) -> EvaluationSummary | None:
     """The first of those that count with the highest obedience, of those with control that kept the quality where there
     are such; where obedience is not measured, of all the one with the least loss relative to no control."""
     if all(math.isnan(one.mean) for one in evaluations):
         return min(evaluations, key=lambda one: one.relative, default=None)
-    counting = [one for one in evaluations if one.counts]
-    return max(counting, key=lambda one: (one.kept and one.control, one.mean), default=None)
+    counting = [one for one in evaluations if one.is_meaningful]
+    return max(counting, key=lambda one: (one.quality_kept and one.control, one.mean), default=None)
 
 
-def enough(recipe: EvaluationRecipe, evaluations: Sequence[Seen]) -> bool:
+def should_stop(recipe: EvaluationRecipe, evaluations: Sequence[EvaluationSummary]) -> bool:
     """Whether a run ends before its last step: it got where it should, or has not got better for long enough."""
     best = best_of(evaluations)
     if best is None:
         return False
-    if recipe.target is not None and any(one.counts and one.kept and one.low >= recipe.target for one in evaluations):
+    if recipe.target is not None and any(
+        one.is_meaningful and one.quality_kept and one.low >= recipe.target for one in evaluations
+    ):
         return True
     return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
 
 
-def verdict(evaluations: Sequence[Seen]) -> str:
+def verdict(evaluations: Sequence[EvaluationSummary]) -> str:
     """The state of the run in words (the paper's sudden convergence, Section 3.3 and Figure 4)."""
     if (step := found_step(evaluations)) is not None:
         return f"control found at step {step}"
     if evaluations and evaluations[-1].control:
         return f"control perhaps found at step {evaluations[-1].step}: the next evaluation will confirm"
-    if evaluations and not evaluations[-1].counts:
+    if evaluations and not evaluations[-1].is_meaningful:
         return "control cannot be told here: floor and ceiling are too close, or the ceiling too low"
     return "no control yet"

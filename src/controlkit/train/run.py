@@ -16,18 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controlkit.adapter import Branch, Trained
-from controlkit.backbones import UNetBase, load_base, recomputed, save_difference
+from controlkit.backbones import Backbone, load_base, recomputed, save_difference
+from controlkit.branch import ControlNetwork
 from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store, turn_at
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, save_control, save_control_lora
-from controlkit.images import Hint
+from controlkit.images import HintSpec
 from controlkit.measure import unmeasurable
 from controlkit.precision import autocast, training_attention
-from controlkit.ranks import Ranks, ranks
-from controlkit.recipe import Recipe
 from controlkit.train.checkpoints import (
-    Learner,
+    TrainState,
     begin_folder,
     check_folder,
     checkpoints_in,
@@ -38,14 +36,15 @@ from controlkit.train.checkpoints import (
     save_checkpoint,
     sole_owner,
 )
-from controlkit.train.evaluation import Evaluator, Gauge, own_hints
-from controlkit.train.plan import Meter, foresee, told
-from controlkit.train.records import Record, best_of, enough, seen_in, verdict
+from controlkit.train.evaluation import Evaluator, HeldoutLoss, own_hints
+from controlkit.train.plan import Meter, estimate, format_bytes
+from controlkit.train.ranks import Ranks, ranks
+from controlkit.train.recipe import Recipe
+from controlkit.train.records import Record, best_of, should_stop, summary_of, verdict
 from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import (
     buckets_in_words,
     hints_of,
-    named_branches,
     new_branch,
     own_contracts,
     plan_of,
@@ -63,7 +62,7 @@ _TELLING = 8
 def train_control(
     recipe: Recipe,
     out: Path,
-    base: UNetBase | None = None,
+    base: Backbone | None = None,
     on_stage: Callable[[str, int], None] = lambda name, total: None,
     on_advance: Callable[[int], None] = lambda count: None,
     foreseen: bool = False,
@@ -89,7 +88,7 @@ def train_control(
         base = base.of_size(recipe.size)
     meter = Meter(base) if foreseen else None
     together = ranks(cpu=base.device.type == "cpu")
-    _check_together(recipe, together)
+    _check_processes(recipe, together)
     pairs, heldout = training_pairs(recipe, base)
     if recipe.evaluation.every and (reason := _unmeasurable(contracts, heldout)):
         notes.append(f"obedience is not measured: {reason} What is best is told by the loss relative to no control")
@@ -100,7 +99,7 @@ def train_control(
     if "" in contracts:
         own_hints(recipe, contracts[""])  # files that cannot be read are said now
     branch = new_branch(recipe, base, contracts, not checkpoints_in(out), notes.append)
-    learner = Learner.of(recipe, branch, base.with_own_unet() if recipe.unlock else base, together)
+    learner = TrainState.of(recipe, branch, base.with_own_denoiser() if recipe.unfreeze_after else base, together)
     # Nothing is written before here: a recipe that cannot run leaves no folder behind.
     together.wait()
     out.mkdir(parents=True, exist_ok=True)
@@ -113,14 +112,14 @@ def train_control(
             for line in (*together.notes, sentence, *(f"note: {note}" for note in notes)):
                 on_stage(line, 0)
             if meter and not together.sharded:  # all processes would have to take part
-                plan = foresee(recipe, base, learner, contracts, len(pairs), meter, together.count)
+                plan = estimate(recipe, base, learner, contracts, len(pairs), meter, together.count)
                 on_stage("\n".join(plan.lines()), 0)
                 meter.forget()  # or what the trial took would stand for what the run does
         run = _train(recipe, out, base, learner, contracts, pairs, heldout, together, on_stage, on_advance)
         with closing(run):
             for record in run:
                 if meter and plan:
-                    on_stage(f"memory held at most, until after the first step: {told(meter.peak())}", 0)
+                    on_stage(f"memory held at most, until after the first step: {format_bytes(meter.peak())}", 0)
                     plan = None
                 yield record
 
@@ -128,16 +127,16 @@ def train_control(
 def _train(
     recipe: Recipe,
     out: Path,
-    locked: UNetBase,
-    learner: Learner,
-    contracts: Mapping[str, Hint],
+    locked: Backbone,
+    learner: TrainState,
+    contracts: Mapping[str, HintSpec],
     pairs: Sequence[Pair],
     heldout: Sequence[Pair],
     together: Ranks,
     on_stage: Callable[[str, int], None],
     on_advance: Callable[[int], None],
 ) -> Generator[Record, None, None]:
-    clock = Clock(recipe.budget)
+    clock = Clock(recipe.max_minutes)
     base, branch = learner.base, learner.branch
     path = out / f"pairs-{base.digest}.safetensors"
     if together.first:
@@ -153,24 +152,28 @@ def _train(
     evaluates = recipe.evaluation.every > 0
     shows = evaluates and "" in contracts
     evaluator = Evaluator(base, heldout, contracts[""], recipe, out, together, locked) if shows else None
-    gauge = Gauge(base, heldout, contracts, recipe, out, together, locked) if evaluates else None
+    gauge = HeldoutLoss(base, heldout, contracts, recipe, out, together, locked) if evaluates else None
     result = _Result(recipe, locked, base, contracts)
     gradients = _Gradients(recipe, learner, cached, contracts, together, on_stage)
     step = 0
     kept = checkpoints_in(out)
     if kept:
         facts = load_checkpoint(kept[-1], learner, locked)
-        step, clock = int(facts["step"]), Clock(recipe.budget, facts)
+        step, clock = int(facts["step"]), Clock(recipe.max_minutes, facts)
     logged = logged_step(out / "log.jsonl") if together.first else 0
-    evaluations = together.told(cut_log(out / "log.jsonl", step) if together.first else None)
-    short = recomputed(branch, base.unet, within=gradients.attention) if recipe.checkpointing else nullcontext()
-    over = bool(kept) and together.told(clock.over)  # there is always a first step, however long caching took
+    evaluations = together.broadcast(cut_log(out / "log.jsonl", step) if together.first else None)
+    short = (
+        recomputed(branch, base.denoiser, within=gradients.attention)
+        if recipe.gradient_checkpointing
+        else nullcontext()
+    )
+    over = bool(kept) and together.broadcast(clock.over)  # there is always a first step, however long caching took
     tracking = tracked(recipe, out, step, logged) if together.first else nullcontext()
     with (out / "log.jsonl").open("a" if together.first else "r") as log, short, tracking as track:
-        while step < recipe.steps and not enough(recipe.evaluation, evaluations) and not over:
+        while step < recipe.steps and not should_stop(recipe.evaluation, evaluations) and not over:
             started = time.perf_counter()
-            if recipe.unlock:
-                base.unet.requires_grad_(step >= recipe.unlock)
+            if recipe.unfreeze_after:
+                base.denoiser.requires_grad_(step >= recipe.unfreeze_after)
             loss = gradients.of(step)
             norm = learner.clip(recipe.max_grad_norm)
             # Where a step waits for the device, once: what is not finite must not reach the weights.
@@ -181,7 +184,7 @@ def _train(
                     f"(it is {recipe.lr}) and give another --out."
                 )
             step += 1
-            spent = together.told(clock.share) if recipe.budget else 0.0
+            spent = together.broadcast(clock.share) if recipe.max_minutes else 0.0
             rate = learning_rate(recipe, step - 1, spent)
             learner.step(rate, step)
             record = Record(step, value, clock.stepped(started))
@@ -192,17 +195,17 @@ def _train(
                     on_stage("evaluating", evaluator.work)
                     found = evaluator.measure(weights, step, on_advance)
                     record = replace(record, evaluation=found.obedience, drift=found.drift, quality=found.quality)
-                seen = seen_in(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
+                seen = summary_of(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
                 assert seen is not None
                 evaluations.append(seen)
                 if record.evaluation:
                     record = replace(record, verdict=verdict(evaluations))
                 if together.first and best_of(evaluations) is seen:
                     result.write(out / "best", step, weights)
-                evaluations = together.told(evaluations)
+                evaluations = together.broadcast(evaluations)
                 del weights
-            over = bool(recipe.budget) and together.told(clock.over)
-            last = step == recipe.steps or enough(recipe.evaluation, evaluations) or over
+            over = bool(recipe.max_minutes) and together.broadcast(clock.over)
+            last = step == recipe.steps or should_stop(recipe.evaluation, evaluations) or over
             if together.first:
                 log.write(record.to_json() + "\n")
                 log.flush()
@@ -228,14 +231,14 @@ class _Gradients:
     def __init__(
         self,
         recipe: Recipe,
-        learner: Learner,
+        learner: TrainState,
         cached: Sequence[Cached],
-        contracts: Mapping[str, Hint],
+        contracts: Mapping[str, HintSpec],
         together: Ranks,
         on_stage: Callable[[str, int], None],
     ) -> None:
         self.recipe, self.learner, self.cached, self.contracts = recipe, learner, cached, contracts
-        self.together, self.on_stage, self.parts = together, on_stage, recipe.accumulate
+        self.ranks, self.on_stage, self.parts = together, on_stage, recipe.gradient_accumulation
         self.predict = torch.compile(controlled) if recipe.compile else controlled
         self.attention = partial(training_attention, learner.base.device.type)
         # At birth what lies before zero joins has no gradient yet: the second step shows it.
@@ -251,27 +254,29 @@ class _Gradients:
             except torch.OutOfMemoryError as error:
                 if self.learner.shards:  # the others wait for this one's weights: there is no going on
                     raise UserError(
-                        f"Memory does not hold a part of the batch ({str(error).splitlines()[0]}). Set checkpointing: "
-                        f"true or a greater accumulate (it is {self.recipe.accumulate}), or take more processes."
+                        f"Memory does not hold a part of the batch ({str(error).splitlines()[0]}). Set gradient_checkpointing: "
+                        f"true or a greater gradient_accumulation (it is {self.recipe.gradient_accumulation}), or take more processes."
                     ) from error
                 full = error
-            if not self.together.any(full is not None):
+            if not self.ranks.any(full is not None):
                 break
             self._take_more_parts(step, full)
-        self.together.mean([loss])
-        self.together.mean_gradients(self.learner.learning)
+        self.ranks.mean([loss])
+        self.ranks.mean_gradients(self.learner.learning)
         return loss
 
     def _own(self, step: int) -> torch.Tensor:
-        recipe, learner, together = self.recipe, self.learner, self.together
+        recipe, learner, together = self.recipe, self.learner, self.ranks
         total = torch.zeros((), device=learner.base.device)
         sizes = [len(one) for one in self.cached]
-        which, turn = turn_at(sizes, recipe.batch // recipe.draws, step, recipe.seed)
+        which, turn = turn_at(sizes, recipe.batch // recipe.noises_per_pair, step, recipe.seed)
         parts = self.parts * together.count
         for part in range(together.index * self.parts, (together.index + 1) * self.parts):
             batch = draw_batch(learner.base, self.cached[which], self.contracts, recipe, step, part, parts, turn)
             if part == together.index * self.parts and self.predict is not controlled:
-                self._untried += step == recipe.unlock and not learner.shards  # the base's weights are new to it
+                self._untried += (
+                    step == recipe.unfreeze_after and not learner.shards
+                )  # the base's weights are new to it
                 if self._untried:
                     self._try_compiled(batch)
             with autocast(total.device.type), self.attention():
@@ -308,13 +313,13 @@ class _Gradients:
         """``error``: where it was this process that had not enough memory."""
         recipe = self.recipe
         self.learner.learning.zero_grad()
-        pairs = recipe.batch // recipe.draws // self.together.count
+        pairs = recipe.batch // recipe.noises_per_pair // self.ranks.count
         more = next((count for count in range(2 * self.parts, pairs + 1) if pairs % count == 0), None)
         if more is None:
             reason = str(error).splitlines()[0] if error else "of another process"
             raise UserError(
-                f"Memory does not hold even {pairs // self.parts} pair and its draws ({reason}). Set checkpointing: "
-                "true, draws: 1, or take a smaller base or size."
+                f"Memory does not hold even {pairs // self.parts} pair and its draws ({reason}). Set gradient_checkpointing: "
+                "true, noises_per_pair: 1, or take a smaller base or size."
             ) from error
         self.parts = more
         said = f"step {step + 1} and the rest in {more} parts, the batch is still {recipe.batch}"
@@ -326,24 +331,23 @@ class _Result:
     """What a run makes of weights: a control, and what belongs to it."""
 
     recipe: Recipe
-    locked: UNetBase
-    base: UNetBase
-    contracts: Mapping[str, Hint]
+    locked: Backbone
+    base: Backbone
+    contracts: Mapping[str, HintSpec]
 
-    def controls(self, step: int, weights: Trained) -> dict[str, SavedControl]:
+    def controls(self, step: int, weights: ControlNetwork) -> dict[str, SavedControl]:
         """The control of a step, with what it was trained on, under ""; of several branches each under its name."""
-        branches = named_branches(weights).items()
-        return {name: self._control(step, name, branch) for name, branch in branches}
+        return {name: self._control(step, name, branch) for name, branch in weights.parts().items()}
 
-    def _control(self, step: int, name: str, weights: Branch) -> SavedControl:
+    def _control(self, step: int, name: str, weights: ControlNetwork) -> SavedControl:
         recipe, contracts = self.recipe, own_contracts(self.contracts, name)
         facts = {"base": self.base.name, "base_digest": self.locked.digest, "step": step, "data": recipe.data.source}
         facts |= {"base_difference": f"../{DIFFERENCE}" if name else DIFFERENCE} if self._unlocked(step) else {}
         facts |= {"recipe": recipe.model_dump()}
         hints = contracts if recipe.control.types else {}
-        return SavedControl(weights, contracts.get("", Hint("")), facts, hints, recipe.control.guidance)
+        return SavedControl(weights, contracts.get("", HintSpec("")), facts, hints, recipe.control.guidance)
 
-    def write(self, folder: Path, step: int, weights: Trained) -> None:
+    def write(self, folder: Path, step: int, weights: ControlNetwork) -> None:
         """The control as a folder; in it what its base learnt, and itself as a Control-LoRA, where there is such.
 
         Of several branches each is such a folder within it; what their base learnt lies beside them.
@@ -357,28 +361,28 @@ class _Result:
             save_difference(folder / DIFFERENCE, self.locked, self.base)
 
     def _unlocked(self, step: int) -> bool:
-        return self.recipe.unlock is not None and step > self.recipe.unlock
+        return self.recipe.unfreeze_after is not None and step > self.recipe.unfreeze_after
 
 
-def _unmeasurable(contracts: Mapping[str, Hint], heldout: Sequence[Pair]) -> str:
+def _unmeasurable(contracts: Mapping[str, HintSpec], heldout: Sequence[Pair]) -> str:
     """Why a run cannot measure obedience, as a sentence; "" where it can."""
     return (
         unmeasurable(contracts[""], heldout) if "" in contracts else "A Union's is, type by type, when it is trained."
     )
 
 
-def _check_together(recipe: Recipe, together: Ranks) -> None:
+def _check_processes(recipe: Recipe, together: Ranks) -> None:
     """Refuse what several processes, or shared-out weights, cannot do."""
     if together.sharded and recipe.precision == "fp16":
         raise UserError("precision: fp16 scales its loss, which weights that are shared out cannot: take bf16.")
-    if together.sharded and (recipe.optimizer != "adamw" or recipe.unlock):
-        what = "unlock" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
+    if together.sharded and (recipe.optimizer != "adamw" or recipe.unfreeze_after):
+        what = "unfreeze_after" if recipe.optimizer == "adamw" else f"optimizer: {recipe.optimizer}"
         raise UserError(
             f"{what} is not made for weights that are shared out (--use_fsdp): "
             f"{'leave it out' if recipe.optimizer == 'adamw' else 'take adamw'}, or launch without it."
         )
-    if recipe.batch % (recipe.draws * recipe.accumulate * together.count):
+    if recipe.batch % (recipe.noises_per_pair * recipe.gradient_accumulation * together.count):
         raise UserError(
-            f"A batch of {recipe.batch} rows cannot be shared out in {recipe.draws} draws of each pair, "
-            f"{recipe.accumulate} equal parts and {together.count} processes: take another batch."
+            f"A batch of {recipe.batch} rows cannot be shared out in {recipe.noises_per_pair} draws of each pair, "
+            f"{recipe.gradient_accumulation} equal parts and {together.count} processes: take another batch."
         )

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from controlkit.recipe import POLYNOMIAL_END, Recipe
+from controlkit.train.recipe import POLYNOMIAL_END, Recipe
 
 
 def learning_rate(recipe: Recipe, step: int, spent: float = 0.0) -> float:
@@ -13,7 +13,7 @@ def learning_rate(recipe: Recipe, step: int, spent: float = 0.0) -> float:
     ``constant`` rises over ``warmup`` steps and falls over ``cooldown``, never to zero. The others are those of
     diffusers' ``get_scheduler`` to the number, the first step of whose warm-up has a rate of 0.
 
-    ``spent``: the share of the run's ``budget`` that has passed. Where that is further along than the steps are, what
+    ``spent``: the share of the run's ``max_minutes`` that has passed. Where that is further along than the steps are, what
     comes down at the end goes by it, so that it is down when time is; warm-up always goes by steps.
     """
     at = max(step, min(int(spent * recipe.steps), recipe.steps - 1))

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-from controlkit.adapter import Adapter, Branch, Trained
 from controlkit.annotators import ANNOTATORS, contract, joined, parts_of
-from controlkit.backbones import UNetBase, XSBranch
-from controlkit.branch import ControlBranch, ControlSpec, MultiBranch
+from controlkit.backbones import Backbone
+from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec
+from controlkit.controls import TYPES, MultiBranch, new_control, new_union, start_from
 from controlkit.data import (
     Cached,
     CirclePairs,
@@ -24,16 +24,15 @@ from controlkit.data import (
 )
 from controlkit.errors import UserError, nearest
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import Hint
+from controlkit.images import HintSpec
 from controlkit.precision import number_format
-from controlkit.recipe import ControlRecipe, Recipe
-from controlkit.union import TYPES
+from controlkit.train.recipe import ControlRecipe, Recipe
 
 DRAWN = ("emoji", "scenes", "world", "fill50k")
 """Sources that are no folders."""
 
 
-def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequence[Pair]]:
+def training_pairs(recipe: Recipe, base: Backbone) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs to train on, held-out pairs to measure obedience on)."""
     data, num = recipe.data, recipe.evaluation.num
     if data.buckets and data.source in DRAWN:
@@ -62,7 +61,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
         return CirclePairs(base.size, count, recipe.seed), CirclePairs(base.size, num, recipe.seed, first=count)
     if not (place := folder_of(data.source)).is_dir():
         raise UserError(f'data.source is "{data.source}", which is no folder: {nearest(data.source, DRAWN)}')
-    masked = hints_of(recipe)[""].mark is not None
+    masked = hints_of(recipe)[""].mask_value is not None
     folder, held = split_folder(place, base.size, masked, data.columns)
     names = recipe.control.annotators or [recipe.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
@@ -82,7 +81,7 @@ def training_pairs(recipe: Recipe, base: UNetBase) -> tuple[Sequence[Pair], Sequ
     return folder, held.part(slice(-num, None))  # farthest from what is trained on, should the folder grow
 
 
-def hints_of(recipe: Recipe) -> dict[str, Hint]:
+def hints_of(recipe: Recipe) -> dict[str, HintSpec]:
     """The contracts of a recipe's hints: by type for a Union, else one under ""."""
     control = recipe.control
     if not control.types:
@@ -107,90 +106,57 @@ def hints_of(recipe: Recipe) -> dict[str, Hint]:
 
 def new_branch(
     recipe: Recipe,
-    base: UNetBase,
-    contracts: Mapping[str, Hint],
+    base: Backbone,
+    contracts: Mapping[str, HintSpec],
     begin: bool = True,
     on_note: Callable[[str], None] = lambda note: None,
-) -> Trained:
+) -> ControlNetwork:
     """The branch a recipe asks for, with the weights it starts from; without them where ``begin`` is False.
 
     ``on_note`` is told where those were trained on another base or on other hints.
     """
     torch.manual_seed(recipe.seed)
     control = recipe.control
-    fresh: Trained
+    spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
+    fresh: ControlNetwork
     if control.types:
-        fresh = base.new_union()
-    elif control.body == "adapter":
-        fresh = Adapter.fresh(base, contracts[""].channels)
+        fresh = new_union(base)
+    elif control.hints_as == "branches":
+        each = {part.annotator: new_control(base, spec, part.channels) for part in parts_of(contracts[""])}
+        fresh = MultiBranch(cast("dict[str, ControlBranch]", each))  # the recipe has seen to it that all are such
     else:
-        spec = ControlSpec(control.body, control.join, control.taps, rank=control.rank if control.body == "lora" else 0)
-        if control.hints_as == "branches":
-            each = {part.annotator: base.new_branch(spec, part.channels) for part in parts_of(contracts[""])}
-            fresh = MultiBranch(cast("dict[str, ControlBranch]", each))  # the recipe has seen to it that none is an XS
-        else:
-            fresh = base.new_branch(spec, contracts[""].channels, control.size_ratio)
+        fresh = new_control(base, spec, contracts[""].channels, control.size_ratio)
     if control.start_from and begin:
-        for name, branch in named_branches(fresh).items():
+        for name, branch in fresh.parts().items():
             neighbour = str(Path(control.start_from) / name) if name else control.start_from
             saved = load_control(neighbour, base)
-            _begin_with(branch, neighbour, saved.branch)
+            start_from(branch, saved.branch, neighbour)
             rules = own_contracts(contracts, name)
             for note in _differences(neighbour, saved, base, rules):
                 on_note(note)
     return fresh.train()
 
 
-def named_branches(branch: Trained) -> dict[str, Branch]:
-    """The branches that a run trains: by their hints' names where there are several, else the one under ""."""
-    return dict(branch.named()) if isinstance(branch, MultiBranch) else {"": branch}
-
-
-def own_contracts(contracts: Mapping[str, Hint], name: str) -> Mapping[str, Hint]:
-    """The contracts of one of ``named_branches``."""
+def own_contracts(contracts: Mapping[str, HintSpec], name: str) -> Mapping[str, HintSpec]:
+    """The contracts of one of a run's controls (``ControlNetwork.parts``)."""
     if not name:
         return contracts
     [own] = [part for part in parts_of(contracts[""]) if part.annotator == name]
     return {"": own}
 
 
-def _begin_with(branch: Branch, name: str, neighbour: Any) -> None:
-    """Begin with the weights of a control of the same kind.
-
-    One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
-    """
-    if type(neighbour) is not type(branch):
-        raise UserError(
-            f'The control "{name}" is a {type(neighbour).__name__}; this recipe starts from a {type(branch).__name__}.'
-        )
-    if isinstance(branch, Adapter):
-        branch.load_state_dict(neighbour.state_dict())
-        return
-    assert isinstance(neighbour, ControlBranch | XSBranch)
-    reconnected = replace(neighbour.spec, taps="all") if branch.spec.join == "zero" else neighbour.spec
-    if branch.spec not in (neighbour.spec, reconnected):
-        raise UserError(
-            f'The control "{name}" is {neighbour.spec}; the recipe asks for {branch.spec}: they must be equal, but '
-            "that zero joins of the middle alone may become joins of all taps."
-        )
-    theirs, own = neighbour.state_dict(), branch.state_dict()
-    if any(name not in own or own[name].shape != tensor.shape for name, tensor in theirs.items()):
-        raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
-    branch.load_state_dict(own | theirs)
-
-
-def _differences(name: str, saved: SavedControl, base: UNetBase, contracts: Mapping[str, Hint]) -> Iterator[str]:
+def _differences(name: str, saved: SavedControl, base: Backbone, contracts: Mapping[str, HintSpec]) -> Iterator[str]:
     """Where a control that a run starts from was trained on another base, or on other hints, than the run."""
     trained_on = saved.trained.get("base_digest")
     if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:  # bfloat16's rounding gives another
         yield f'the control "{name}" was trained on other weights ({trained_on}) than "{base.name}" ({base.digest})'
     for kind, ours in contracts.items():
         theirs = saved.hints.get(kind, ours) if kind else saved.hint
-        if (before := _told(theirs)) != (now := _told(ours)):
+        if (before := _describe_spec(theirs)) != (now := _describe_spec(ours)):
             yield f'the control "{name}" was trained on hints of {before}; this run trains on hints of {now}'
 
 
-def _told(contract: Hint) -> str:
+def _describe_spec(contract: HintSpec) -> str:
     """What a contract's hints are, in words: their annotator and range, and their colours where those are not usual."""
     colours = f" {contract.colour_order}" if contract.colour_order != "RGB" else ""
     return f"{contract.annotator or 'no name'} [{contract.low:g}, {contract.high:g}]{colours}"
@@ -198,20 +164,22 @@ def _told(contract: Hint) -> str:
 
 def buckets_in_words(cached: Sequence[Cached], recipe: Recipe) -> str:
     """How many pictures are of which size, and which are too few to fill a batch each time round."""
-    batch = recipe.batch // recipe.draws
+    batch = recipe.batch // recipe.noises_per_pair
     sizes = ", ".join(f"{one.size[1]}x{one.size[0]} {len(one):,}" for one in cached)
     thin = sum(len(one) < batch for one in cached)
     often = f"; {thin} of them with fewer than a batch, which wait until one is full" if thin else ""
     return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
-def plan_of(recipe: Recipe, base: UNetBase, branch: Trained, contracts: Mapping[str, Hint], pairs: int) -> str:
+def plan_of(
+    recipe: Recipe, base: Backbone, branch: ControlNetwork, contracts: Mapping[str, HintSpec], pairs: int
+) -> str:
     """What a run is about to do, in one sentence: to be read before it is waited for."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     hints = ", ".join(
-        _told(replace(contract, annotator=kind or contract.annotator)) for kind, contract in contracts.items()
+        _describe_spec(replace(contract, annotator=kind or contract.annotator)) for kind, contract in contracts.items()
     )
-    often = recipe.steps * (recipe.batch // recipe.draws) / max(pairs, 1)
+    often = recipe.steps * (recipe.batch // recipe.noises_per_pair) / max(pairs, 1)
     return (
         f"{learning / 1e6:.2f}M parameters learn hints of {hints} for {base.name}: {pairs:,} pairs, {often:.1f} times "
         f"each, in {recipe.steps:,} steps of {recipe.batch} rows; {recipe.prompt_dropout:.0%} of prompts dropped; "

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from controlkit.adapter import Trained
+from controlkit.branch import ControlNetwork
 
 LAYERS = (ResnetBlock2D, Transformer2DModel, Downsample2D)
 """What the walk through an encoder calls: weights are gathered for what is called, and for nothing around it."""
@@ -28,7 +28,7 @@ class _Within(nn.Module):
     encoder is asked by itself.
     """
 
-    def __init__(self, branch: Trained) -> None:
+    def __init__(self, branch: ControlNetwork) -> None:
         super().__init__()
         self.branch = branch
 
@@ -42,7 +42,7 @@ class Shards:
     From then on their parameters are parts (``DTensor``), and the loss has to be computed ``within``.
     """
 
-    def __init__(self, branch: Trained, others: list[nn.Module], device: torch.device, count: int) -> None:
+    def __init__(self, branch: ControlNetwork, others: list[nn.Module], device: torch.device, count: int) -> None:
         self._mesh = init_device_mesh(device.type, (count,))
         self._device = device
         self._shape = copy.deepcopy(branch).to("meta")
@@ -75,7 +75,7 @@ class Shards:
             for name, value in state.items()
         }
 
-    def gathered(self, module: nn.Module) -> Trained:
+    def gathered(self, module: nn.Module) -> ControlNetwork:
         """An ordinary branch with the whole weights of ``module``, while it is needed. All processes have to ask."""
         branch = copy.deepcopy(self._shape).to_empty(device=self._device)
         branch.load_state_dict(self.whole(module.state_dict(), keep=True))

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.adapter import Trained
-from controlkit.backbones import Part, Text, UNetBase, XSBranch
+from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
+from controlkit.branch import ControlNetwork
 from controlkit.data import (
     Cached,
 )
-from controlkit.images import Hint
-from controlkit.recipe import Recipe
+from controlkit.images import HintSpec
 from controlkit.seeds import numpy_rng, torch_rng
-from controlkit.union import UnionBranch
+from controlkit.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,15 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
-    text: Text
+    text: TextEmbedding
     hints: Mapping[str, Tensor]  # by type, or under "": (pairs of that type, channels, H, W), in its contract's range
     draws: int = 1  # rows of a pair, one after the other
 
 
 def draw_batch(
-    base: UNetBase,
+    base: Backbone,
     cached: Cached,
-    contracts: Mapping[str, Hint],
+    contracts: Mapping[str, HintSpec],
     recipe: Recipe,
     step: int,
     part: int = 0,
@@ -50,7 +49,7 @@ def draw_batch(
     from a share of the schedule of its own.
     """
     names = list(contracts)
-    count = recipe.batch // recipe.draws
+    count = recipe.batch // recipe.noises_per_pair
     own = range(part * count // parts, (part + 1) * count // parts)
     order: dict[int, np.ndarray] = {}
     chosen = {}
@@ -62,8 +61,8 @@ def draw_batch(
         chosen[place] = int(order[epoch][visit])
     places = sorted(own, key=lambda place: int(cached.kinds[chosen[place]]))
 
-    total = base.scheduler.config.num_train_timesteps
-    shares = [total * draw // recipe.draws for draw in range(recipe.draws + 1)]
+    total = base.noise.count
+    shares = [total * draw // recipe.noises_per_pair for draw in range(recipe.noises_per_pair + 1)]
     latents, noise, times, rows = [], [], [], []
     hints: dict[str, list[Tensor]] = {}
     for place in places:
@@ -73,8 +72,8 @@ def draw_batch(
             row = int(cached.mirrors[index]) if turned else index
         moments = cached.moments[row].float()
         shape = (moments.shape[0] // 2, *moments.shape[1:])
-        for draw in range(recipe.draws):
-            generator = torch_rng("noise", recipe.seed, step, place * recipe.draws + draw)
+        for draw in range(recipe.noises_per_pair):
+            generator = torch_rng("noise", recipe.seed, step, place * recipe.noises_per_pair + draw)
             latents.append(base.draw_latents(moments[None], torch.randn(shape, generator=generator))[0])
             noise.append(torch.randn(shape, generator=generator))
             times.append(int(torch.randint(shares[draw], shares[draw + 1], (), generator=generator)))
@@ -87,9 +86,9 @@ def draw_batch(
         _sent(torch.stack(latents), base.device),
         _sent(torch.stack(noise), base.device),
         _sent(torch.tensor(times), base.device),
-        Text(**{name: _sent(value, base.device) for name, value in text.items()}),
+        TextEmbedding(**{name: _sent(value, base.device) for name, value in text.items()}),
         {name: _sent(torch.cat(of_type), base.device) for name, of_type in hints.items()},
-        recipe.draws,
+        recipe.noises_per_pair,
     )
 
 
@@ -98,48 +97,37 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
-def hint_features_of(branch: Trained, batch: Batch) -> Any:
-    """What the branch reads of a batch's hints, for row after row; a Union's types one after the other."""
-    read = branch.encode_each(batch.hints) if isinstance(branch, UnionBranch) else branch.encode_hint(batch.hints[""])
+def hint_features_of(base: Backbone, branch: ControlNetwork, batch: Batch) -> Any:
+    """The features of a batch's hints, row after row; a Union's types one after the other."""
+    read = branch.encode_rows({kind: base.hint_input(hint) for kind, hint in batch.hints.items()})
     if isinstance(read, Tensor):
         return read.repeat_interleave(batch.draws, 0)
     return {name: feature.repeat_interleave(batch.draws, 0) for name, feature in read.items()}
 
 
-def controlled(base: UNetBase, branch: Trained, z: Tensor, t: Tensor, text: Text, features: Any) -> Tensor:
+def controlled(
+    base: Backbone, branch: ControlNetwork, z: Tensor, t: Tensor, text: TextEmbedding, features: Any
+) -> Tensor:
     """The base's prediction under control: what a step spends its time on, apart from reading hints."""
-    return base.predict(z, t, text, [Part(branch, features)])
+    return base.predict(z, t, text, [ActiveControl(branch, features)])
 
 
 @torch.no_grad()
-def residual_sizes(base: UNetBase, branch: Trained, z: Tensor, batch: Batch) -> dict[str, Tensor]:
+def residual_sizes(base: Backbone, branch: ControlNetwork, z: Tensor, batch: Batch) -> dict[str, Tensor]:
     """By tap of a skip or the middle, the sums of squares of what the control adds to its feature, there or before, and
     of that feature, (2,) float64."""
-    part = Part(branch, hint_features_of(branch, batch))
-    beside = [part] if isinstance(branch, XSBranch) else []
-    inject = {} if beside else branch(z, batch.t, batch.text, part.features)
-    plain = base.encode_noise(z, batch.t, batch.text)
-    walked = base.encode_noise(z, batch.t, batch.text, inject, beside)
-    found = {}
-    features = zip([*walked.skips, walked.middle], [*plain.skips, plain.middle], strict=True)
-    for tap, (under, without) in zip(base.branch_taps, features, strict=True):
-        added = under - without + inject.get(tap.name, 0)
-        found[tap.name] = torch.stack([x.double().square().sum() for x in (added, without)]).cpu()
-    return found
+    control = ActiveControl(branch, hint_features_of(base, branch, batch))
+    effect = base.control_effect(z, batch.t, batch.text, control)
+    return {name: torch.stack([x.double().square().sum() for x in both]).cpu() for name, both in effect.items()}
 
 
-def objective(base: UNetBase, branch: Trained, batch: Batch, predict: Callable[..., Tensor] = controlled) -> Tensor:
+def objective(
+    base: Backbone, branch: ControlNetwork, batch: Batch, predict: Callable[..., Tensor] = controlled
+) -> Tensor:
     """Equation (5): the mean squared error of the prediction, given z_t, t, the prompt and the hint.
 
     ``predict`` is ``controlled``, or that compiled.
     """
-    z = base.scheduler.add_noise(batch.latents, batch.noise, batch.t)
-    prediction = predict(base, branch, z, batch.t, batch.text, hint_features_of(branch, batch))
-    return F.mse_loss(prediction.float(), target_of(base, batch))
-
-
-def target_of(base: UNetBase, batch: Batch) -> Tensor:
-    """What the base should predict of a batch: the noise (eps), or v = alpha eps - sigma x_0."""
-    if base.prediction == "v":
-        return base.scheduler.get_velocity(batch.latents, batch.noise, batch.t)
-    return batch.noise
+    z = base.noise.add(batch.latents, batch.noise, batch.t)
+    prediction = predict(base, branch, z, batch.t, batch.text, hint_features_of(base, branch, batch))
+    return F.mse_loss(prediction.float(), base.noise.target(batch.latents, batch.noise, batch.t))

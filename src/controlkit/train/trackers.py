@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from controlkit.errors import UserError
 from controlkit.images import read_picture, write_atomic
-from controlkit.recipe import Recipe
+from controlkit.train.recipe import Recipe
 from controlkit.train.records import Record
 
 

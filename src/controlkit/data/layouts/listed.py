@@ -152,7 +152,7 @@ def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row
         prompts: dict[str, Callable[[Path], str | None]] = {
             "filename": words_of,
             "textfile": lambda picture: caption_beside(picture, problems),
-            "instanceprompt": partial(_said, str(backend.get("instance_prompt", ""))),
+            "instanceprompt": partial(_fixed_prompt, str(backend.get("instance_prompt", ""))),
         }
         if strategy not in prompts:
             raise UserError(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
@@ -169,7 +169,7 @@ def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row
     return rows
 
 
-def _said(prompt: str, path: Path) -> str:
+def _fixed_prompt(prompt: str, path: Path) -> str:
     return prompt
 
 

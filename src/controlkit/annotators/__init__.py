@@ -1,0 +1,41 @@
+"""Annotators: pictures to hints, and the contracts of hints."""
+
+from controlkit.annotators.kinds import (
+    ANNOTATORS,
+    GIVEN,
+    METRIC_OF,
+    annotate,
+    annotator,
+    canny,
+    contract,
+    drawn_hint,
+    edition,
+    joined,
+    lineart,
+    mlsd,
+    parts_of,
+    scribble,
+    softedge,
+    tile,
+    white_on_black,
+)
+
+__all__ = [
+    "ANNOTATORS",
+    "GIVEN",
+    "METRIC_OF",
+    "annotate",
+    "annotator",
+    "canny",
+    "contract",
+    "drawn_hint",
+    "edition",
+    "joined",
+    "lineart",
+    "mlsd",
+    "parts_of",
+    "scribble",
+    "softedge",
+    "tile",
+    "white_on_black",
+]

@@ -1,0 +1,148 @@
+"""Truth as hint pictures, and read back: depth, normals, labels and poses in the conventions released controls expect.
+
+A hint picture is uint8 RGB (H, W, 3).
+"""
+
+import cv2
+import numpy as np
+
+from controlkit.errors import UserError
+
+FACING = (128, 128, 255)
+"""The colour of a normal that points at the camera, and of where there is nothing."""
+
+POSE_LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
+    (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+"""Pairs of joints that OpenPose joins, in the order it draws them. Joints are in its COCO-18 order: nose, neck,
+right shoulder, elbow, wrist, the left ones, right hip, knee, ankle, the left ones, eyes and ears, right before left."""
+
+POSE_COLOURS = (
+    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0),
+    (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
+    (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
+)  # fmt: skip
+"""OpenPose's colour (RGB) of each joint; a limb has the colour of its own number, darkened to 60%."""
+
+POSE_MIRROR = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
+"""Of each joint, the one on the other side: what a mirror makes of it."""
+
+
+def depth_picture(depth: np.ndarray) -> np.ndarray:
+    """Distances from the camera (H, W), in any unit, as light: near is light, as MiDaS draws it.
+
+    Inverse depth, stretched from 0 to 255 over what is there; ``inf`` is nothing and black. What all lies at one
+    distance is white.
+    """
+    there = np.isfinite(depth)
+    if (depth[there] <= 0).any():
+        raise UserError("Some depths are not above 0: expected distances from the camera, inf where nothing is.")
+    light = np.zeros(depth.shape)
+    if there.any():
+        inverse = 1.0 / depth[there]
+        low, high = inverse.min(), inverse.max()
+        light[there] = (inverse - low) / (high - low) if high > low else 1.0
+    return np.repeat((255 * light).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def normal_picture(normals: np.ndarray) -> np.ndarray:
+    """Unit normals (H, W, 3), x right, y up, z towards the camera, as colours (n + 1) x 127.5.
+
+    A zero vector is nothing, and ``FACING``.
+    """
+    picture = ((normals + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8)
+    picture[~normals.any(-1)] = FACING
+    return picture
+
+
+def normals_of(picture: np.ndarray) -> np.ndarray:
+    """Unit normals, float32 (H, W, 3), of a picture of normals; nothing reads as facing the camera."""
+    normals = picture.astype(np.float32) / 127.5 - 1.0
+    return normals / np.linalg.norm(normals, axis=-1, keepdims=True)  # no length is 0: 127.5 is no grey level
+
+
+def turn_normals(picture: np.ndarray) -> np.ndarray:
+    """A picture of normals with x, its red channel, the other way round; where there is nothing it stays ``FACING``."""
+    turned = picture.copy()
+    turned[..., 0] = 255 - picture[..., 0]
+    turned[(picture == FACING).all(-1)] = FACING
+    return turned
+
+
+def label_picture(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Labels (H, W), integers below K, in the colours of a palette, uint8 (K, 3)."""
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(palette):
+        raise UserError(f"Labels run from {labels.min()} to {labels.max()}: expected 0 to {len(palette) - 1}.")
+    return palette[labels]
+
+
+def labels_of(picture: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Labels (H, W) of a picture of labels: of each pixel, the colour of the palette (K, 3) nearest to it."""
+    colours = palette.astype(np.float32)
+    # The square of the pixel itself is the same for all colours. What remains is whole and below 2^24: exact.
+    return ((colours**2).sum(-1) - 2 * picture.astype(np.float32) @ colours.T).argmin(-1)
+
+
+def pose_picture(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Skeletons as OpenPose draws them, on black.
+
+    Limbs are sticks 1/64 of the short side thick; over them lies each joint, a disc of 1/80 radius in its own full
+    colour. Nothing is smoothed, so that colours tell which joint is which.
+
+    Args:
+        keypoints: (P, 18, 3), of each person and joint x and y in pixels, and 1 where it is visible, else 0.
+        size: height and width of the picture.
+    """
+    picture = np.zeros((*size, 3), np.uint8)
+    stick, radius = (max(round(share * min(size)), 1) for share in (1 / 64, 1 / 80))
+    for person in keypoints:
+        at = [(round(float(x)), round(float(y))) if visible else None for x, y, visible in person]
+        for number, (start, end) in enumerate(POSE_LIMBS):
+            if at[start] and at[end]:
+                cv2.line(picture, at[start], at[end], _limb_colour(number), stick)
+        for joint, colour in zip(at, POSE_COLOURS, strict=True):
+            if joint:
+                cv2.circle(picture, joint, radius, colour, -1)
+    return picture
+
+
+def _limb_colour(number: int) -> tuple[int, ...]:
+    return tuple(round(0.6 * value) for value in POSE_COLOURS[number])
+
+
+def swap_sides(picture: np.ndarray) -> np.ndarray:
+    """A picture of poses with the colours of left and right exchanged, for joints and limbs.
+
+    ``UserError`` where there are other colours than those: smoothed or blended ones do not say which limb is which.
+    """
+    number_of = {frozenset(limb): number for number, limb in enumerate(POSE_LIMBS)}
+    pairs: list[tuple[tuple[int, ...], ...]] = [
+        (POSE_COLOURS[joint], POSE_COLOURS[other]) for joint, other in enumerate(POSE_MIRROR)
+    ]
+    for number, (start, end) in enumerate(POSE_LIMBS):
+        other = number_of[frozenset((POSE_MIRROR[start], POSE_MIRROR[end]))]
+        pairs.append((_limb_colour(number), _limb_colour(other)))
+    swapped, known = np.zeros_like(picture), ~picture.any(-1)
+    for colour, other_side in pairs:
+        drawn = (picture == colour).all(-1)
+        swapped[drawn] = other_side
+        known |= drawn
+    if not known.all():
+        y, x = np.argwhere(~known)[0]
+        raise UserError(
+            f"A picture of poses cannot be mirrored exactly: the colour {tuple(map(int, picture[y, x]))} at x {x}, "
+            f"y {y} is that of no joint or limb (faces, hands and smoothed drawings have such). Set data.flip: 0, "
+            "or draw the poses as `controlkit.annotators.maps.pose_picture` does."
+        )
+    return swapped
+
+
+def keypoints_of(picture: np.ndarray) -> list[tuple[int, float, float]]:
+    """(joint, x, y) of every joint in a picture of poses: centroids of connected pixels of exactly its colour."""
+    found = []
+    for joint, colour in enumerate(POSE_COLOURS):
+        drawn = (picture == colour).all(-1).astype(np.uint8)
+        _, _, _, centroids = cv2.connectedComponentsWithStats(drawn, connectivity=8)
+        found += [(joint, float(x), float(y)) for x, y in centroids[1:]]  # the first is the background
+    return found

@@ -1,0 +1,124 @@
+"""How a base adds noise to latents, what it is trained to predict of them, and how it takes the noise away again.
+
+A base says which process is its own; training and sampling ask that and nothing else. Schedulers are diffusers'.
+"""
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from controlkit.errors import UserError
+
+Prediction = Literal["eps", "v", "flow"]
+"""The noise; v = alpha eps - sigma x_0 (Salimans and Ho, 2022); or the velocity eps - x_0 of a straight flow."""
+
+
+class Sampler(Protocol):
+    """One run through the timesteps, from noise to latents. It may remember earlier steps: make one for each run."""
+
+    timesteps: Tensor
+    """(steps,), the most noise first."""
+
+    def start(self, noise: Tensor) -> Tensor:
+        """What sampling starts from, given standard normal noise (B, C, h, w)."""
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the base reads of noisy latents x at a timestep."""
+
+    def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The latents after a step, given the base's prediction (B, C, h, w)."""
+
+
+class NoiseProcess(Protocol):
+    """Noise in training and in sampling. Timesteps in training are whole numbers, 0 to ``count`` - 1."""
+
+    prediction: Prediction
+    count: int
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy latents z_t (B, C, h, w) of latents z_0 and standard normal noise, at timesteps t (B,)."""
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the base should predict of them, (B, C, h, w)."""
+
+    def sampler(self, steps: int) -> Sampler:
+        """A run of so many steps, 1 to ``count``."""
+
+
+class Diffusion:
+    """The variance-preserving process of Stable Diffusion, by one of diffusers' schedulers.
+
+    Raises ``UserError`` where the scheduler's prediction is neither noise nor v.
+    """
+
+    PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}  # noqa: RUF012
+    """Names in diffusers' scheduler configurations -> ours."""
+
+    def __init__(self, scheduler: Any) -> None:
+        name = scheduler.config.prediction_type
+        if name not in self.PREDICTIONS:
+            raise UserError(f'The scheduler predicts "{name}"; expected one of {", ".join(self.PREDICTIONS)}.')
+        self.scheduler, self.prediction = scheduler, self.PREDICTIONS[name]
+        self.count: int = scheduler.config.num_train_timesteps
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy latents, sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps; see ``NoiseProcess.add``."""
+        return self.scheduler.add_noise(latents, noise, t)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise, or v; see ``NoiseProcess.target``."""
+        return noise if self.prediction == "eps" else self.scheduler.get_velocity(latents, noise, t)
+
+    def sampler(self, steps: int) -> "SchedulerRun":
+        """A run of the scheduler; see ``NoiseProcess.sampler``."""
+        return SchedulerRun(self.scheduler, steps)
+
+
+class SchedulerRun:
+    """A ``Sampler`` by one of diffusers' schedulers, of which it takes a fresh copy."""
+
+    def __init__(self, scheduler: Any, steps: int) -> None:
+        self._scheduler = type(scheduler).from_config(scheduler.config)
+        self._scheduler.set_timesteps(steps)
+        self.timesteps: Tensor = self._scheduler.timesteps
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The noise, as large as the scheduler begins with; a flow begins with the noise itself."""
+        return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """See ``Sampler.scaled``; a flow's latents are read as they are."""
+        scale = getattr(self._scheduler, "scale_model_input", None)
+        return scale(x, t) if scale else x
+
+    def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """See ``Sampler.step``."""
+        return self._scheduler.step(prediction, t, x).prev_sample
+
+
+class Flow:
+    """A straight flow between noise and latents (rectified flow, Liu et al., 2022): z_s = (1 - s) z_0 + s eps.
+
+    The base predicts the velocity eps - z_0. Timestep t stands for s = (t + 1) / ``count``.
+    """
+
+    prediction: Prediction = "flow"
+
+    def __init__(self, count: int = 1000, shift: float = 1.0) -> None:
+        self.count, self.shift = count, shift
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See ``NoiseProcess.add``."""
+        share = ((t + 1) / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
+        return torch.lerp(latents, noise, share)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity; see ``NoiseProcess.target``."""
+        return noise - latents
+
+    def sampler(self, steps: int) -> SchedulerRun:
+        """A run of diffusers' Euler scheduler for flows; see ``NoiseProcess.sampler``."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return SchedulerRun(FlowMatchEulerDiscreteScheduler(self.count, self.shift), steps)

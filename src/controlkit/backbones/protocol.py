@@ -1,0 +1,241 @@
+"""What the rest of ControlKit asks of a base model, and what a base asks of a control.
+
+``UNetBase`` is one kind of ``Backbone``. A new kind is a module beside it; nothing outside this package changes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from controlkit.backbones.noise import NoiseProcess
+from controlkit.branch import ControlNetwork, ConvBody, Tap
+
+HintSpace = Literal["pixels", "latents"]
+"""Where a hint enters: as pixels, through the branch's own hint encoder; or through the base's VAE, as its latents."""
+
+Layer = Callable[[Tensor, Tensor, Any], Tensor]
+"""(feature, time embedding, text) -> feature."""
+Stage = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+"""(own feature before a place, the base's, time embedding, text) -> (own feature there, what is added to the base's)."""
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """What a base reads of B prompts. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
+
+    tokens: Tensor
+    """(B, L, D), one vector a token: what the cross-attentions read."""
+    pooled: Tensor | None = None
+    """(B, P), one vector a prompt."""
+    sizes: Tensor | None = None
+    """(B, 6): the original height and width, the crop's top and left, the target's height and width, in pixels."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> "TextEmbedding":
+        return TextEmbedding(**{name: value[rows] for name, value in self.tensors().items()})
+
+    def of_size(self, size: tuple[int, int]) -> "TextEmbedding":
+        """The same, of pictures of (height, width) pixels, none of them cut; where sizes are not read, itself."""
+        if self.sizes is None:
+            return self
+        height, width = size
+        return replace(self, sizes=self.sizes.new_tensor([height, width, 0, 0, height, width]).repeat(len(self), 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name; ``TextEmbedding(**tensors)`` is the way back."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "TextEmbedding":
+        """The same elsewhere, or in another type (sizes keep theirs: they are pixels)."""
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        return TextEmbedding(**{name: v if name == "sizes" else v.to(dtype or v.dtype) for name, v in moved.items()})
+
+
+@dataclass(frozen=True)
+class ActiveControl:
+    """One control in a prediction: its network, the features of its hints, and its strength."""
+
+    network: ControlNetwork
+    features: Any
+    """What the network's ``encode_hint`` gave, for every row."""
+    strength: Mapping[str, Tensor | float] | None = None
+    """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
+
+    def scaled(self, residuals: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
+        """(residuals, the strength of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
+        return residuals, {name: self._strength_at(name, residual) for name, residual in residuals.items()}
+
+    def _strength_at(self, tap: str, residual: Tensor) -> Tensor | float:
+        value = 1.0 if self.strength is None else self.strength[tap]
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(residual.dtype)
+        if residual.dim() == 3:  # tokens (B, h x w, C)
+            return self._of_tokens(value, residual.shape[1])
+        return value if value.shape[-2:] == (1, 1) else F.interpolate(value, residual.shape[-2:], mode="area")
+
+    @staticmethod
+    def _of_tokens(value: Tensor, count: int) -> Tensor:
+        """A strength map (rows, 1, h, w) for ``count`` tokens of a grid of its shape, (rows, tokens, 1)."""
+        if value.shape[-2:] == (1, 1):
+            return value[..., 0]
+        height = max(round((count * value.shape[-2] / value.shape[-1]) ** 0.5), 1)
+        return F.interpolate(value, (height, count // height), mode="area").flatten(2).transpose(1, 2)
+
+    def is_heard(self) -> Tensor | float:
+        """1 where it is added at all in the middle, else 0, for each row (rows, 1)."""
+        value = 1.0 if self.strength is None else self.strength["middle"]
+        return value.ne(0).flatten(1).any(1, keepdim=True) if isinstance(value, Tensor) else float(value != 0)
+
+
+class Walker(Protocol):
+    """A control that runs beside the base's encoder (``ControlNetwork.walks``), place by place, both ways."""
+
+    taps: tuple[Tap, ...]
+
+    def shift(self, time: Tensor, embedding: nn.Module) -> Tensor | None:
+        """What is added to the base's time embedding (B, D), given the timesteps' sinusoids; None for nothing."""
+
+    def stages(self) -> Sequence[Stage]:
+        """One for each place of the encoder, in order."""
+
+    def arriving(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By skip, what is added to the decoder's feature where it arrives, given its own features at the skips."""
+
+
+class Backbone(Protocol):
+    """A frozen text-to-image base. It is never modified: control is an argument of ``predict``.
+
+    Sizes are in pixels, (height, width); pictures are tensors (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) with
+    h = H / ``stride``.
+    """
+
+    name: str
+    size: int
+    """The side of the pictures it was trained on."""
+    stride: int
+    """Pixels a latent."""
+    window: int
+    """Tokens of a prompt that it reads, start and end marks included."""
+    noise: NoiseProcess
+    hint_space: HintSpace
+    encoder: nn.Module
+    """What ``copy_encoder`` copies."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where control is accepted, in the order of the forward pass."""
+
+    @property
+    def branch_taps(self) -> tuple[Tap, ...]:
+        """The taps that a copy of its encoder has features for."""
+
+    @property
+    def multiple(self) -> int:
+        """Picture sides must be a multiple of this many pixels."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """What a control must match to run on this base; equal signatures mean equal shapes everywhere."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of all weights."""
+
+    @property
+    def network_config(self) -> Mapping[str, Any] | None:
+        """The denoiser's diffusers configuration, for controls that are diffusers' classes; None where it has none."""
+
+    # --- text and pictures
+
+    def cut_words(self, prompt: str) -> str:
+        """The end of a prompt that does not fit the window; empty if all of it fits."""
+
+    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> "TextEmbedding":
+        """What the denoiser reads of prompts; None is no prompt at all."""
+
+    def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
+        """Of each prompt, all that its embedding is computed from: equal ones have equal embeddings."""
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Mean and log-variance (B, 2C, h, w) of pictures' latents."""
+
+    def moments_key(self) -> str:
+        """All but the picture that ``encode_moments`` computes from."""
+
+    def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents drawn from ``encode_moments``' Gaussians with standard normal ``noise``."""
+
+    def mean_latents(self, moments: Tensor) -> Tensor:
+        """The means of ``encode_moments``' Gaussians, as latents."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures of latents."""
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents, and of the noise that sampling starts from."""
+
+    # --- the denoiser, and control of it
+
+    def predict(self, x: Tensor, t: Tensor, text: "TextEmbedding", controls: Sequence[ActiveControl] = ()) -> Tensor:
+        """The prediction (B, C, h, w) for noisy latents x at timesteps t (B,), under any number of controls."""
+
+    def control_effect(
+        self, x: Tensor, t: Tensor, text: "TextEmbedding", control: ActiveControl
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By tap, (what the control adds to its feature, there or before; the feature without control)."""
+
+    def hint_input(self, hint: Tensor) -> Tensor:
+        """What a branch's hint encoder reads of hints (B, channels, H, W): themselves, or their latents."""
+
+    def hint_shape(self, channels: int) -> tuple[int, int]:
+        """(channels, pixels a latent) of what ``hint_input`` gives of hints with so many channels."""
+
+    def copy_encoder(self) -> nn.Module:
+        """A trainable copy of its encoder (the paper's trainable copy, Section 3.1): the body of a branch."""
+
+    def empty_encoder(self) -> nn.Module:
+        """The same on the ``meta`` device, without memory."""
+
+    def conv_body(self) -> ConvBody:
+        """A fresh body of ControlNet-lite for this base's taps; ``UserError`` where its taps are no maps."""
+
+    # --- its weights
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network, by its name in a diffusers folder."""
+
+    def with_own_denoiser(self) -> Self:
+        """The same base with a copy of its denoiser, to be trained."""
+
+    def of_size(self, size: int) -> Self:
+        """The same base for pictures of another side; ``UserError`` where it cannot make them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the denoiser's weights."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The number format to compute in."""
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; returns the base itself."""

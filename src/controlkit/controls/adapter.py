@@ -1,0 +1,62 @@
+"""T2I-Adapter: control from the hint alone, added inside the base's encoder (Mou et al., 2023).
+
+On diffusers' own module. Its features depend on neither timestep nor prompt: once a picture is enough.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from controlkit.backbones import Backbone
+from controlkit.branch import ControlNetwork, ControlSpec, Tap
+from controlkit.errors import UserError
+
+
+class Adapter(ControlNetwork):
+    """A diffusers ``T2IAdapter`` behind a branch's two calls.
+
+    Its features go to the base's encoder taps in order; an SDXL one's last goes to the middle.
+    """
+
+    kind = "adapter"
+
+    def __init__(self, network: Any, taps: tuple[Tap, ...]) -> None:
+        super().__init__()
+        self.spec = ControlSpec(body="adapter")
+        self.network = network
+        places = [tap for tap in taps if tap.site == "encoder"] + [tap for tap in taps if tap.site == "middle"]
+        self.taps = tuple(places[: len(network.adapter.body)])
+
+    def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
+        """Features (B, C, h, w) by tap, of hints (B, channels, H, W)."""
+        multiple = self.network.downscale_factor
+        if hint.shape[-1] % multiple or hint.shape[-2] % multiple:
+            raise UserError(f"This T2I-Adapter reads sides that {multiple} divides; got {tuple(hint.shape[-2:])}.")
+        return {tap.name: feature for tap, feature in zip(self.taps, self.network(hint), strict=True)}
+
+    def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The features as they are."""
+        return hint_features
+
+
+def new_adapter(base: Backbone, spec: ControlSpec, hint_channels: int = 3, size_ratio: float | None = None) -> Adapter:
+    """A fresh T2I-Adapter, of the released shape whose features have the sizes of this base's encoder.
+
+    Raises ``UserError`` where no released shape has them.
+    """
+    from diffusers import T2IAdapter
+
+    inside = [tap for tap in base.taps if tap.site == "encoder"]
+    first = inside[0].stride if inside else base.stride
+    channels, steps = [tap.channels for tap in inside], [tap.stride // first for tap in inside]
+    if inside and steps == [2**level for level in range(len(inside))]:
+        kind = "full_adapter"
+    elif steps == [1, 1, 2]:  # as SDXL's, whose fourth feature goes to the middle
+        kind, channels = "full_adapter_xl", [*channels, channels[-1]]
+    else:
+        raise UserError(
+            f'No released shape of a T2I-Adapter has features of the sizes of "{base.name}": its encoder takes '
+            f"control at strides {[tap.stride for tap in inside]}. Train another body."
+        )
+    network = T2IAdapter(in_channels=hint_channels, channels=channels, downscale_factor=first, adapter_type=kind)
+    return Adapter(network, base.taps)

@@ -1,0 +1,2 @@
+from controlkit.measure.evaluate import *  # noqa
+from controlkit.measure.evaluate import fid, metric_of

@@ -1,0 +1,381 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import ControlNetModel
+from PIL import Image
+
+from controlkit.annotators import contract
+from controlkit.controls import new_control
+from controlkit.data import make_fill50k
+from controlkit.formats import SavedControl, load_control, save_control
+from controlkit.images import HintSpec, write_png
+from controlkit.train import recipe
+
+
+@pytest.fixture
+def control(toy_base, tmp_path):
+    save_control(
+        tmp_path / "edges",
+        SavedControl(new_control(toy_base), HintSpec("canny", resize="lines"), {"base": "toy"}),
+        toy_base,
+    )
+    return tmp_path / "edges"
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    picture = np.full((48, 40, 3), 250, np.uint8)
+    picture[10:30, 10:30] = (200, 20, 20)
+    write_png(tmp_path / "drawing.png", picture)
+    return tmp_path / "drawing.png"
+
+
+def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, control, drawing, tmp_path):
+    out = tmp_path / "out"
+    command = ["generate", "a red square", "--base", toy_folder, "--control", f"{control}={drawing}", "--out", out]
+    code, _, err = run(*command, "--num", 2, "--steps", 2, "--seed", 5)
+    assert code == 0, err
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "hint-0-edges.png", "picture-5.png", "picture-6.png"]
+    with Image.open(out / "picture-6.png") as picture:
+        facts = json.loads(picture.text["parameters"])
+        assert picture.size == (32, 32)
+    assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
+
+
+def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
+    for given, prompt in (([], "a high-quality, detailed, and professional image"), ([""], "")):
+        assert run("generate", *given, "--base", toy_folder, "--steps", 1, "--out", tmp_path)[0] == 0
+        with Image.open(tmp_path / "picture-0.png") as picture:
+            assert json.loads(picture.text["parameters"])["prompt"] == prompt
+
+
+def test_a_long_prompt_is_cut_with_a_warning(run, toy_folder, tmp_path):
+    code, _, err = run("generate", "apple " * 60 + "zebra", "--base", toy_folder, "--steps", 1, "--out", tmp_path)
+    assert code == 0
+    assert "cut off" in err and "zebra" in err
+
+
+def test_a_given_hint_is_not_annotated(run, toy_folder, control, drawing, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{control}={drawing}", "--steps", 1]
+    run(*command, "--out", tmp_path / "a")
+    run(*command, "--out", tmp_path / "b", "--hint")
+    hints = [np.asarray(Image.open(tmp_path / name / "hint-0-edges.png")) for name in "ab"]
+    assert set(np.unique(hints[0])) <= {0, 255}
+    assert not np.array_equal(hints[0], hints[1])
+    assert hints[1][0, 0, 0] < 10, "dark lines on light paper become white on black"
+
+
+def test_annotate_writes_a_hint_a_picture(run, drawing, tmp_path):
+    code, out, _ = run("annotate", "canny", drawing, "--out", tmp_path / "hints")
+    assert code == 0 and str(tmp_path / "hints" / "drawing.png") in out
+    assert np.asarray(Image.open(tmp_path / "hints" / "drawing.png")).shape == (48, 40, 3)
+
+
+def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"base: {toy_folder}\ndata: {{source: fill50k, count: 8}}\nsteps: 2\nbatch: 2\n"
+        "evaluation: {every: 2, num: 2, steps: 1}\n"
+    )
+    code, out, err = run("train", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "control cannot be told here" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"fidelity", "floor", "ceiling", "obedience"} <= set(lines[1])
+    assert load_control(tmp_path / "run", toy_base).trained["step"] == 2
+
+
+def test_train_takes_the_launcher_s_number_format_where_the_recipe_leaves_it_open(
+    run, toy_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"base: {toy_folder}\ndata: {{source: fill50k, count: 4}}\nsteps: 1\nbatch: 2\nevaluation: {{every: 0}}\n"
+    )
+    for asked, given in (("bf16", []), ("fp32", ["--set", "precision=fp32"])):
+        assert run("train", recipe, "--out", tmp_path / asked, *given)[0] == 0
+        assert f"precision: {asked}" in (tmp_path / asked / "recipe.yaml").read_text()
+
+
+def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tmp_path):
+    list(make_fill50k(tmp_path / "set", 6, 32))
+    flags = ["--pretrained_model_name_or_path", toy_folder, "--train_data_dir", tmp_path / "set"]
+    flags += ["--train_batch_size", 2, "--output_dir", tmp_path / "run"]
+    flags += ["--resolution", 32, "--report_to", "tensorboard", "--allow_tf32"]
+    code, out, err = run("train", *flags, "--set", "prompt_dropout=0.25")
+    assert "note: 2 pairs are held out to measure on" in out
+    assert code == 0 and "--allow_tf32 is not needed" in err and list((tmp_path / "run" / "tensorboard").iterdir())
+    trained = load_control(tmp_path / "run", toy_base).trained
+    assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"
+    code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")
+    assert code == 2 and '"--ouut" is no option of train' in err
+    assert run("train", "recipes/smoke.yaml")[0] == 2
+
+
+def test_watch_shows_a_run_and_writes_its_page(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 4\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 0.25, "seconds": 1.0}\n')
+    code, out, _ = run("watch", tmp_path, "--once", "--html", tmp_path / "run.html")
+    assert code == 0 and "step 2 of 4" in out and "<svg" in (tmp_path / "run.html").read_text()
+    (tmp_path / "control").mkdir()
+    assert run("watch", tmp_path)[0] == 0, "it ends with the run"
+
+
+def test_fill50k_is_drawn(run, tmp_path):
+    assert run("data", "make", "fill50k", "--count", 3, "--size", 32, "--out", tmp_path / "set")[0] == 0
+    assert len((tmp_path / "set" / "prompt.json").read_text().splitlines()) == 3
+
+
+def test_scenes_are_drawn_with_the_hints_asked_for(run, tmp_path):
+    out = tmp_path / "set"
+    assert run("data", "make", "scenes", "--count", 2, "--size", 32, "--hint", "seg", "--out", out)[0] == 0
+    lines = [json.loads(line) for line in (out / "prompt.json").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["seg/0.png", "seg/1.png"]
+    code, _, err = run("data", "make", "scenes", "--count", 1, "--hint", "deph", "--out", tmp_path / "other")
+    assert code == 2 and 'did you mean "depth"' in err
+
+
+def test_columns_of_unusual_names_are_told_to_the_doctor_and_to_build(run, tmp_path):
+    list(make_fill50k(tmp_path / "set", 3, 32))
+    rows = [json.loads(line) for line in (tmp_path / "set" / "prompt.json").read_text().splitlines()]
+    for name in ("prompt.json", "drawn.json"):
+        (tmp_path / "set" / name).unlink()
+    lines = [json.dumps({"photo": row["target"], "lines": row["source"], "said": row["prompt"]}) for row in rows]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    columns = [word for name in ("image=photo", "hint=lines", "caption=said") for word in ("--column", name)]
+    code, out, _ = run("data", "doctor", tmp_path / "set", *columns, "--out", tmp_path / "doctor")
+    assert code == 0 and "3 pairs (metadata), 3 with hints" in out and rows[0]["prompt"] in out
+    assert run("data", "doctor", tmp_path / "set", "--out", tmp_path / "doctor")[0] == 1
+    built = ["data", "build", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "out"]
+    assert run(*built, *columns)[0] == 0 and len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 3
+    code, _, err = run("data", "doctor", tmp_path / "set", "--column", "photo")
+    assert code == 2 and "expected KIND=NAME" in err
+
+
+def test_the_doctor_says_whether_training_may_start(run, tmp_path):
+    list(make_fill50k(tmp_path / "set", 3, 32))
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "told")
+    assert code == 0 and "Training may start" in out and "3 pairs (prompt.json)" in out
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json"}
+    (tmp_path / "set/source/1.png").write_bytes(b"")
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
+    assert code == 1 and "may not start" in out and "source/1.png" in out
+
+
+def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("red-apple_1", "IMG_7"):
+        (tmp_path / "set" / f"{name}.png").write_bytes(drawing.read_bytes())
+    code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
+    assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out
+
+
+def test_every_setting_of_a_recipe_is_documented():
+    text = Path(recipe.__file__).read_text()
+    assert all(f"    {name}: " in text for name in recipe.Recipe.model_fields)
+
+
+BAD = {
+    "a missing picture": (["--control", "{control}=nowhere.png"], "nowhere.png"),
+    "an unreadable picture": (["--control", "{control}={broken}"], "cannot be read"),
+    "an unknown control": (["--control", "kanny={drawing}"], 'no control "kanny"'),
+    "an unknown base": (["--base", "sd9"], 'no base "sd9"'),
+    "a size that is no multiple": (["--size", "50x50"], "48x48"),
+    "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
+    "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
+    "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
+    "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
+    "a seed torch cannot take": (["--seed", "99999999999999999999"], "--seed"),
+    "too many scales": (["--control", "{control}={drawing}", "--scale", "1", "--scale", "2"], "--scale"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_exit_code_2(run, case, toy_folder, control, drawing, tmp_path):
+    (tmp_path / "broken.png").write_bytes(drawing.read_bytes()[:60])
+    arguments, expected = BAD[case]
+    filled = [a.format(control=control, drawing=drawing, broken=tmp_path / "broken.png") for a in arguments]
+    if "--base" not in filled:
+        filled += ["--base", toy_folder]
+    code, _, err = run("generate", "x", "--steps", 1, *filled, "--out", tmp_path / "out")
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize("command", ["generate", "annotate", "evaluate", "fill50k"])
+def test_a_file_where_a_folder_should_be_and_the_reverse_are_refused(command, run, toy_folder, control, tmp_path):
+    write_png(drawing := tmp_path / "drawing.png", np.zeros((32, 32, 3), np.uint8))
+    (taken := tmp_path / "taken").write_text("mine")
+    arguments = {
+        "generate": ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", taken],
+        "annotate": ["annotate", "canny", drawing, "--out", taken],
+        "evaluate": ["evaluate", control, "--base", toy_folder, "--json", tmp_path],
+        "fill50k": ["data", "make", "fill50k", "--count", 1, "--out", taken],
+    }[command]
+    code, _, err = run(*arguments)
+    assert code == 2 and "Traceback" not in err
+    assert taken.read_text() == "mine"
+
+
+def test_a_control_of_other_weights_is_run_with_a_note(run, toy_folder, toy_base, drawing, tmp_path):
+    trained = {"base": "toy", "base_digest": "0123456789abcdef"}
+    save_control(tmp_path / "old", SavedControl(new_control(toy_base), HintSpec("canny"), trained), toy_base)
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'old'}={drawing}", "--steps", 1]
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert code == 0 and "0123456789abcdef" in err and toy_base.digest in err
+
+
+def test_a_recipe_with_an_unknown_key_names_the_nearest(run, tmp_path):
+    (tmp_path / "r.yaml").write_text("stepz: 3\n")
+    code, _, err = run("train", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert code == 2 and '"stepz"' in err and 'did you mean "steps"' in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_names_what_is_shipped_when_it_does_not_know(run):
+    code, _, err = run("where", "cany")
+    assert code == 2 and "cany" in err
+
+
+# --- files of weights ---------------------------------------------------------------------------------------
+
+
+def test_inspect_says_in_one_line_what_a_file_is_or_as_json(run, control):
+    code, out, _ = run("inspect", control)
+    assert code == 0 and out.count("\n") == 1
+    assert out.startswith("A ControlNet in diffusers' layout for toy, hints of 3 channels")
+    assert out.endswith("; runs.\n")
+    found = json.loads(run("inspect", control, "--json")[1])
+    assert list(found) == ["format", "base", "hint_channels", "parameters", "missing", "unexpected", "runs"]
+    assert (found["format"], found["base"], found["runs"]) == ("diffusers", "toy", True)
+
+
+def test_convert_goes_to_every_layout_and_back(run, toy_folder, control, tmp_path):
+    targets = {"cldm": "a.safetensors", "control-lora": "b.safetensors", "union": "c", "diffusers": "d"}
+    for to, name in targets.items():
+        code, out, err = run("convert", control, tmp_path / name, "--to", to, "--base", toy_folder)
+        assert code == 0 and f"{tmp_path / name}: A Control" in out, err
+        found = json.loads(run("inspect", tmp_path / name, "--json")[1])
+        assert (found["format"], found["missing"], found["runs"]) == (to, [], True)
+
+
+def test_convert_attaches_a_fresh_branch_and_transfers_one(run, toy_folder, toy_base, control, tmp_path):
+    assert run("convert", toy_folder, tmp_path / "fresh", "--to", "diffusers", "--attach")[0] == 0
+    assert load_control(tmp_path / "fresh", toy_base, "canny").trained["base"] == "toy"
+    both = ["--base", toy_folder, "--transfer-to", toy_folder]
+    assert run("convert", control, tmp_path / "moved", "--to", "diffusers", *both)[0] == 0
+    assert load_control(tmp_path / "moved", toy_base).trained["transferred_from"] == "toy"
+    code, _, err = run("convert", toy_folder, tmp_path / "x", "--to", "diffusers", "--attach", "--rank", 4)
+    assert code == 2 and "--attach makes a fresh branch" in err
+
+
+def test_a_union_takes_a_picture_for_each_of_its_types(run, xl_folder, xl_base, drawing, tmp_path):
+    save_control(tmp_path / "edges", SavedControl(new_control(xl_base), HintSpec("canny"), {}), xl_base)
+    assert run("convert", tmp_path / "edges", tmp_path / "union", "--to", "union")[0] == 0
+    command = ["generate", "x", "--base", xl_folder, "--steps", 1, "--out", tmp_path / "out"]
+    union = tmp_path / "union"
+    code, _, err = run(*command, "--control", f"{union}:canny={drawing}", "--control", f"{union}:depth={drawing}")
+    assert code == 0, err
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["grid.png", "hint-0-union-canny.png", "hint-1-union-depth.png", "picture-0.png"]
+    edges, depth = (np.asarray(Image.open(tmp_path / "out" / name)) for name in names[1:3])
+    assert set(np.unique(edges)) == {0, 255}, "of canny the edges are taken"
+    assert {20, 200} <= set(np.unique(depth)), "a depth map is given, and no edges are taken of it"
+    for given, message in ((f"{union}={drawing}", "of which type"), (f"{union}:cany={drawing}", 'no type "cany"')):
+        code, _, err = run(*command, "--control", given)
+        assert code == 2 and message in err
+    code, _, err = run(*command, "--control", f"{tmp_path / 'edges'}:canny={drawing}")
+    assert code == 2 and "is no Union" in err
+
+
+@pytest.fixture
+def shipped(union_folder, monkeypatch):
+    """As if nothing were shipped but a Union of the toy base."""
+    monkeypatch.setattr("controlkit.hub.SHIPPED", union_folder.parent)
+    return union_folder
+
+
+def test_a_shipped_union_s_types_are_found_by_their_own_names(run, shipped, toy_folder, toy_base, drawing, tmp_path):
+    assert {run("where", name)[1].strip() for name in ("canny", "depth", "union")} == {str(shipped)}
+    assert run("inspect", "depth")[1] == run("inspect", "union")[1] != ""
+    assert run("convert", "canny", tmp_path / "edges", "--to", "diffusers")[0] == 0
+    assert json.loads((tmp_path / "edges" / "config.json").read_text())["_class_name"] == "ControlNetModel"
+    assert load_control(tmp_path / "edges", toy_base).hint == load_control("canny", toy_base).hint == contract("canny")
+    command = ["generate", "x", "--base", toy_folder, "--steps", 2, "--control"]
+    for i, name in enumerate(("depth", "union:depth", "canny")):
+        assert run(*command, f"{name}={drawing}", "--hint", "--out", tmp_path / str(i))[0] == 0
+    pictures = [np.asarray(Image.open(tmp_path / str(i) / "picture-0.png")).astype(int) for i in range(3)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 < np.abs(pictures[0] - pictures[2]).max()
+
+
+def test_a_union_is_measured_by_its_types_and_their_names_are_not_written_over(
+    run, shipped, toy_folder, control, tmp_path, monkeypatch
+):
+    code, _, err = run("evaluate", "union", "--base", toy_folder)
+    assert code == 2 and "measure one of its types, as union:TYPE" in err
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("convert", control, "depth", "--to", "diffusers")
+    assert code == 2 and "name of a shipped model" in err and not (tmp_path / "depth").exists()
+
+
+def test_a_foreign_file_is_used_as_named_or_its_pictures_as_they_are(run, toy_folder, toy_base, drawing, tmp_path):
+    stock = ControlNetModel.from_unet(toy_base.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    stock.save_pretrained(tmp_path / "theirs")
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'theirs'}={drawing}", "--steps", 1]
+    code, _, err = run(*command, "--out", tmp_path / "a")
+    assert code == 0 and "does not say what its hints are" in err
+    code, _, err = run(*command, "--annotator", "canny", "--out", tmp_path / "b")
+    assert code == 0 and "note:" not in err
+    colours = [np.unique(np.asarray(Image.open(tmp_path / out / "hint-0-theirs.png"))) for out in "ab"]
+    assert 20 in colours[0] and set(colours[1]) <= {0, 255}
+
+
+def test_what_cannot_be_measured_is_said_before_any_sampling(run, xl_folder, xl_base, tmp_path):
+    stock = ControlNetModel.from_unet(xl_base.unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
+    stock.save_pretrained(tmp_path / "theirs")
+    code, _, err = run("evaluate", tmp_path / "theirs", "--base", xl_folder)
+    assert code == 2 and "No annotator of these hints is named" in err
+    assert run("convert", tmp_path / "theirs", tmp_path / "union", "--to", "union")[0] == 0
+    code, _, err = run("evaluate", tmp_path / "union", "--base", xl_folder)
+    assert code == 2 and "is a Union" in err
+
+
+def test_an_inpainting_picture_is_masked_where_it_is_transparent(run, toy_folder, toy_base, tmp_path, monkeypatch):
+    stock = ControlNetModel.from_unet(toy_base.unet, conditioning_embedding_out_channels=(16, 32, 96))
+    stock.save_pretrained(tmp_path / "theirs")
+    picture = np.full((40, 40, 4), 200, np.uint8)
+    picture[:, :20, 3] = 0
+    Image.fromarray(picture).save(tmp_path / "holed.png")
+    read = []
+    tensor = HintSpec.tensor
+    monkeypatch.setattr(HintSpec, "tensor", lambda *args: read.append(tensor(*args)) or read[-1])
+    command = ["generate", "x", "--base", toy_folder, "--control", f"{tmp_path / 'theirs'}={tmp_path / 'holed.png'}"]
+    code, _, err = run(*command, "--annotator", "inpaint", "--steps", 1, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (read[0][..., :16] == -1).all() and (read[0][..., 16:] > 0.7).all()
+
+
+def test_a_shipped_name_is_not_written_over_nor_shown_instead_of_what_was_written(run, control, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("convert", control, "canny", "--to", "diffusers")
+    assert code == 2 and "name of a shipped model" in err
+    assert not (tmp_path / "canny").exists()
+
+
+def test_inspect_knows_a_pipeline_s_folder_for_a_base(run, xl_folder):
+    code, out, _ = run("inspect", xl_folder)
+    assert code == 0 and "base and no control" in out
+
+
+def test_an_annotator_for_no_control_or_of_no_name_is_refused(run, toy_folder, control, drawing, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--annotator"]
+    code, _, err = run(*command, "canny")
+    assert code == 2 and "none was given" in err
+    code, _, err = run(*command, "cany", "--control", f"{control}={drawing}")
+    assert code == 2 and 'did you mean "canny"' in err

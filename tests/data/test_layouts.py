@@ -1,0 +1,392 @@
+"""Data sets as people have them: one set of pairs in every layout reads as the same tensors."""
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from controlkit.annotators import annotator
+from controlkit.data import CirclePairs, FolderPairs, hint_for_pair, make_fill50k, read_listing
+from controlkit.errors import UserError
+
+COUNT, SIDE = 3, 32
+
+
+@pytest.fixture
+def tutorial(tmp_path):
+    """The tutorial set in its own layout, and its rows."""
+    folder = tmp_path / "fill50k"
+    list(make_fill50k(folder, COUNT, SIDE))
+    return folder, [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+
+
+def copied(folder, name, source):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, folder / name)
+
+
+def metadata(spelling, suffix):
+    """The datasets library's folder of pictures, with these names of columns."""
+    picture, hint, text = spelling
+
+    def write(folder, tutorial, rows):
+        entries = []
+        for i, row in enumerate(rows):
+            copied(folder / "train", f"a/{i}.png", tutorial / row["target"])
+            copied(folder / "train", f"b/{i}.png", tutorial / row["source"])
+            entries.append({picture: f"a/{i}.png", hint: f"b/{i}.png", text: row["prompt"]})
+        listing = folder / "train" / f"metadata{suffix}"
+        if suffix == ".csv":
+            with listing.open("w", newline="") as file:
+                writer = csv.DictWriter(file, entries[0])
+                writer.writeheader()
+                writer.writerows(entries)
+        elif suffix == ".json":
+            listing.write_text(json.dumps(entries))
+        else:
+            listing.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    return write
+
+
+def kohya(pictures, hints, suffix):
+    def write(folder, tutorial, rows):
+        for i, row in enumerate(rows):
+            copied(folder / pictures, f"{i}.png", tutorial / row["target"])
+            copied(folder / hints, f"{i}.png", tutorial / row["source"])
+            (folder / pictures / f"{i}{suffix}").write_text(row["prompt"] + "\n")
+
+    return write
+
+
+def simpletuner(folder, tutorial, rows):
+    kohya("pictures", "edges", ".txt")(folder, tutorial, rows)
+    backends = [
+        {"id": "a", "dataset_type": "image", "instance_data_dir": "pictures", "caption_strategy": "textfile",
+         "conditioning_data": "b"},
+        {"id": "b", "dataset_type": "conditioning", "instance_data_dir": "edges"},
+        {"id": "text", "dataset_type": "text_embeds", "default": True},
+    ]  # fmt: skip
+    (folder / "multidatabackend.json").write_text(json.dumps(backends))
+
+
+def webdataset(folder, tutorial, rows):
+    folder.mkdir()
+    for shard, part in ((0, rows[:2]), (1, rows[2:])):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as archive:
+            for i, row in enumerate(part):
+                parts = {
+                    "png": (tutorial / row["target"]).read_bytes(),
+                    "conditioning_image.png": (tutorial / row["source"]).read_bytes(),
+                    "txt": row["prompt"].encode(),
+                }
+                for name, data in parts.items():
+                    member = tarfile.TarInfo(f"{shard}{i:04}.{name}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+def huggingface(saved, names=("image", "conditioning_image", "text")):
+    picture, hint, text = names
+
+    def write(folder, tutorial, rows):
+        datasets = pytest.importorskip("datasets")
+        columns = {
+            picture: [str(tutorial / row["target"]) for row in rows],
+            hint: [str(tutorial / row["source"]) for row in rows],
+            text: [row["prompt"] for row in rows],
+        }
+        table = datasets.Dataset.from_dict(columns)
+        for name in (picture, hint):
+            table = table.cast_column(name, datasets.Image())
+        if saved:
+            table.save_to_disk(folder)
+        else:
+            (folder / "data").mkdir(parents=True)
+            table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+
+    return write
+
+
+WRITERS = {
+    "prompt.json": ("prompt.json", lambda folder, tutorial, rows: shutil.copytree(tutorial, folder)),
+    "saved by datasets": ("huggingface", huggingface(saved=True)),
+    "parquet": ("huggingface", huggingface(saved=False)),
+    "ControlNet++": ("huggingface", huggingface(saved=False, names=("image", "control_canny", "text"))),
+    "imagefolder": ("metadata", metadata(("file_name", "conditioning_image_file_name", "text"), ".jsonl")),
+    "imagefolder, the other spelling": ("metadata", metadata(("image", "conditioning_image", "text"), ".jsonl")),
+    "DiffSynth": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".csv")),
+    "DiffSynth, json": ("metadata", metadata(("image", "controlnet_image", "prompt"), ".json")),
+    "kohya": ("paired", kohya("image_dir", "conditioning_data_dir", ".caption")),
+    "ai-toolkit": ("paired", kohya("images", "control", ".txt")),
+    "a kind of hint": ("paired", kohya("images", "canny", ".txt")),
+    "hints within": ("paired", kohya(".", "control-images", ".txt")),
+    "WebDataset": ("webdataset", webdataset),
+    "SimpleTuner": ("simpletuner", simpletuner),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_is_the_same_pairs_in_every_layout(name, tutorial, tmp_path):
+    layout, write = WRITERS[name]
+    write(tmp_path / "set", *tutorial)
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, listing.problems) == (layout, [])
+    contract = annotator("canny").hint()
+    read = FolderPairs(tmp_path / "set", SIDE)
+    assert len(read) == COUNT
+    for pair, drawn in zip(read, CirclePairs(SIDE, COUNT), strict=True):
+        assert pair.prompt == drawn.prompt
+        assert np.array_equal(pair.picture, drawn.picture) and np.array_equal(pair.hint, drawn.hint)
+        tensors = [contract.tensor(hint_for_pair(one, contract), (SIDE, SIDE)) for one in (pair, drawn)]
+        assert tensors[0].equal(tensors[1])
+
+
+def test_a_plain_folder_of_pictures_gets_its_captions_beside_them_or_from_their_names(tutorial, tmp_path):
+    folder = tmp_path / "set"
+    for name in ("red_apple-01.png", "deep/blue car.JPG", "c.png"):
+        copied(folder, name, tutorial[0] / "target/0.png")
+    (folder / "c.txt").write_text("a circle,\n  in caption")
+    pairs = FolderPairs(folder, SIDE)
+    assert read_listing(folder).layout == "pictures"
+    assert [pair.prompt for pair in pairs] == ["a circle, in caption", "blue car", "red apple"]
+    assert all(pair.hint is None for pair in pairs), "hints are for an annotator to make"
+
+
+def test_others_files_of_the_names_we_use_do_not_stand_in_the_way(tutorial, tmp_path):
+    folder = tmp_path / "set"
+    copied(folder, "a.png", tutorial[0] / "target/0.png")
+    for content in ("[1]", "{}", "no json"):
+        (folder / "built.json").write_text(content)
+        (folder / "metadata.json").write_text('{"licence": "CC0"}')
+        assert read_listing(folder).layout == "pictures"
+
+
+def test_one_of_several_captions_is_taken_and_always_the_same(tutorial, tmp_path):
+    folder, rows = tutorial
+    entries = [{"file_name": row["target"], "text": ["a", "b", "c"]} for row in rows * 20]
+    (folder / "prompt.json").rename(folder / "metadata.jsonl")
+    (folder / "drawn.json").unlink()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    prompts = [row.prompt for row in read_listing(folder).rows]
+    assert set(prompts) == {"a", "b", "c"} and prompts == [row.prompt for row in read_listing(folder).rows]
+
+
+@pytest.mark.parametrize(
+    ("layout", "break_it", "kind", "words"),
+    [
+        ("prompt.json", lambda folder: (folder / "source/1.png").unlink(), "missing file", "source/1.png"),
+        ("kohya", lambda folder: (folder / "conditioning_data_dir/1.png").unlink(), "missing hint", "1.png"),
+        ("kohya", lambda folder: (folder / "image_dir/1.png").unlink(), "extra hint", "1.png"),
+        ("kohya", lambda folder: (folder / "image_dir/1.caption").write_bytes(b"\xff\xfe"), "not UTF-8", "1.caption"),
+        ("WebDataset", lambda folder: (folder / "00000.tar").write_bytes(b"rubbish" * 99), "unreadable file", "00000"),
+        ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "a/0.png", "../../x.png"), "path escapes",
+         "../../x.png"),
+        ("SimpleTuner", lambda folder: (folder / "edges").rename(folder / "lines"), "missing folder", "edges"),
+        ("ai-toolkit", lambda folder: shutil.copy(folder / "images/1.png", folder / "images/1.webp"), "two of a name",
+         "1.webp"),
+        ("WebDataset", lambda folder: pack(folder / "00000.tar"), "unreadable file", "00000"),
+        ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "file_name", "fil_name"),
+         "unreadable line", "line 1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_listing_is_said_and_nothing_trains_on_it(
+    layout, break_it, kind, words, tutorial, tmp_path
+):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    WRITERS[layout][1](tmp_path / "set", *tutorial)
+    break_it(tmp_path / "set")
+    problem = read_listing(tmp_path / "set").problems[0]
+    assert problem.kind == kind and words in problem.where and problem.fatal
+    with pytest.raises(UserError, match="controlkit data doctor"):
+        FolderPairs(tmp_path / "set", SIDE)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"images": 3, "control": 0}, "control is named as a folder of hints and has none"),
+        ({"images": 3, "samples": 3, "control": 3}, "2 folders have pictures of the names in control"),
+        ({"images": 3, "control": 3, "control_depth": 3}, "control, control_depth may all be hints"),
+        ({"images": 3, "canny": 3, "depth": 3}, "canny, depth may all be hints"),
+        ({"images": -3, "control": 3}, "no folder has pictures of the names in control"),
+        ({"train/images": 3, "train/control": 3}, "train/control is named as a folder of hints: give the folder"),
+        ({"control": 3}, "control is named as a folder of hints: give the folder"),
+    ],
+)
+def test_hints_that_cannot_be_told_from_pictures_are_never_trained_on_as_pictures(more, words, tutorial, tmp_path):
+    for name, count in more.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(abs(count)):
+            copied(tmp_path / "set" / name, f"{i if count > 0 else i + 100}.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    assert listing.rows == []
+    [problem] = listing.problems
+    assert problem.kind == "unclear folders" and problem.fatal and words in problem.words
+    with pytest.raises(UserError, match="controlkit data doctor"):
+        FolderPairs(tmp_path / "set", SIDE)
+
+
+def test_arrays_in_a_folder_called_by_a_kind_of_hint_are_hints(tutorial, tmp_path):
+    (tmp_path / "set" / "depth").mkdir(parents=True)
+    for i in range(COUNT):
+        copied(tmp_path / "set", f"images/{i}.png", tutorial[0] / "target/0.png")
+        np.save(tmp_path / "set" / "depth" / f"{i}.npy", np.full((SIDE, SIDE), i, np.float32))
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, [row.hint is not None for row in listing.rows]) == ("paired", [True] * COUNT)
+
+
+def test_folders_of_pictures_whose_names_say_nothing_of_hints_are_pictures(tutorial, tmp_path):
+    for name in ("cats/1.png", "dogs/1.png", "masks/of venice.png", "masks/1.png", "masks/2.png"):
+        copied(tmp_path / "set", name, tutorial[0] / "target/0.png")
+    assert read_listing(tmp_path / "set").layout == "pictures"
+    shutil.rmtree(tmp_path / "set" / "dogs")
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, len(listing.rows)) == ("pictures", 4), "of the names in masks few are in cats"
+
+
+def test_a_folder_that_no_hint_belongs_to_is_left_alone_and_said(tutorial, tmp_path):
+    kohya("images", "control", ".txt")(tmp_path / "set", *tutorial)
+    copied(tmp_path / "set", "samples/old.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    assert (listing.layout, len(listing.rows)) == ("paired", COUNT)
+    [problem] = listing.problems
+    assert problem.kind == "other folder" and "samples" in problem.where and not problem.fatal
+
+
+@pytest.mark.parametrize("name", ["prompt.json", "imagefolder"])
+def test_pictures_that_a_listing_does_not_name_are_told(name, tutorial, tmp_path):
+    WRITERS[name][1](tmp_path / "set", *tutorial)
+    folder = tmp_path / "set" / ("train" if name == "imagefolder" else "")
+    for i in range(2):
+        copied(folder, f"more/{i}.png", tutorial[0] / "target/0.png")
+    listing = read_listing(tmp_path / "set")
+    [problem] = listing.problems
+    assert len(listing.rows) == COUNT and problem.kind == "extra file" and not problem.fatal
+    assert problem.where.endswith("more/0.png") and "and 1 more" in problem.words
+
+
+def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    picture = (tutorial[0] / tutorial[1][0]["target"]).read_bytes()
+    folder = tmp_path / "datasets" / "set"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(picture)
+    (tmp_path / "x.png").write_bytes(picture)
+    rows = [{"bytes": None, "path": "a.png"}, {"bytes": picture, "path": "b.png"}]
+    rows += [{"bytes": None, "path": path} for path in ("../../x.png", str(tmp_path / "x.png"))]
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b", "c", "d"]}, features)
+    pytest.importorskip("pyarrow.parquet").write_table(table.data.table, folder / "train.parquet")
+    own = read_listing(folder)
+    assert [row.picture.read() for row in own.rows] == [picture] * 4 and not own.problems, "a table of one's own"
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
+    listing = read_listing(folder)
+    assert [row.prompt for row in listing.rows] == ["a", "b"]
+    assert [row.picture.read() for row in listing.rows] == [picture] * 2
+    assert [problem.kind for problem in listing.problems] == ["path escapes"] * 2
+
+
+def pack(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def edit(path, before, after):
+    path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "DiffSynth", "parquet"])
+def test_columns_of_a_set_s_own_names_are_read_as_what_they_are_said_to_be(name, tutorial, tmp_path):
+    folder, own = tmp_path / "set", {"image": "photo", "hint": "lines", "caption": "said"}
+    if name == "parquet":
+        huggingface(saved=False, names=tuple(own.values()))(folder, *tutorial)
+    else:
+        metadata(tuple(own.values()), ".csv" if name == "DiffSynth" else ".jsonl")(folder, *tutorial)
+    for pair, drawn in zip(FolderPairs(folder, SIDE, columns=own), CirclePairs(SIDE, COUNT), strict=True):
+        assert pair.prompt == drawn.prompt
+        assert np.array_equal(pair.picture, drawn.picture) and np.array_equal(pair.hint, drawn.hint)
+    with pytest.raises(UserError, match="no hint column 'line'"):
+        read_listing(folder, own | {"hint": "line"})
+    with pytest.raises(UserError, match='no "hints" to be named: did you mean "hint"'):
+        read_listing(folder, {"hints": "lines"})
+    with pytest.raises(UserError, match=r"is read as prompt\.json, which has no columns"):
+        read_listing(tutorial[0], own)
+
+
+def test_a_name_that_is_given_comes_before_the_usual_ones(tutorial, tmp_path):
+    folder, rows = tutorial
+    (folder / "drawn.json").unlink()
+    (folder / "prompt.json").unlink()
+    entries = [{"file_name": row["target"], "text": "a", "prompt": "b", "control_x": row["source"]} for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert {row.prompt for row in read_listing(folder).rows} == {"a"}
+    assert {row.prompt for row in read_listing(folder, {"caption": "prompt"}).rows} == {"b"}
+
+
+def test_captions_may_hold_commas_and_ends_of_lines_and_what_is_cut_by_a_comma_is_said(tutorial, tmp_path):
+    folder, rows = tutorial
+    (folder / "drawn.json").unlink()
+    (folder / "prompt.json").unlink()
+    said = ["red, and\nblue", "a\u2028b\u0085c", "plain"]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *zip((row["target"] for row in rows), said, strict=True)])
+    assert [row.prompt for row in read_listing(folder).rows] == said
+    with (folder / "metadata.csv").open("a") as file:
+        file.write(f"{rows[0]['target']},unquoted, and cut\n")
+    [problem] = read_listing(folder).problems
+    assert problem.fatal and "stands in quotes" in problem.words and "line 6" in problem.where
+    (folder / "metadata.csv").write_text(f",file_name,text\n0,{rows[0]['target']},a\n")  # as pandas writes it
+    assert [row.prompt for row in read_listing(folder).rows] == ["a"]
+    assert not any(problem.fatal for problem in read_listing(folder).problems)
+    (folder / "metadata.csv").unlink()
+    entries = [{"file_name": row["target"], "text": words} for row, words in zip(rows, said, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in entries))
+    assert [row.prompt for row in read_listing(folder).rows] == said
+
+
+def test_of_a_table_s_splits_those_for_training_are_read_and_empty_cells_are_said(tutorial, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    huggingface(saved=False)(tmp_path / "set", *tutorial)
+    for name in ("test-00000-of-00001", "validation-00000-of-00001"):
+        shutil.copy(tmp_path / "set/data/train-00000-of-00001.parquet", tmp_path / f"set/data/{name}.parquet")
+    assert len(read_listing(tmp_path / "set").rows) == COUNT
+    picture = str(tutorial[0] / tutorial[1][0]["target"])
+    columns = {"image": [picture, picture], "conditioning_image": [picture, None], "text": ["a", "b"]}
+    table = datasets.Dataset.from_dict(columns)
+    for name in ("image", "conditioning_image"):
+        table = table.cast_column(name, datasets.Image())
+    (tmp_path / "bare" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "bare/data/only-validation.parquet")
+    listing = read_listing(tmp_path / "bare")
+    [problem] = listing.problems
+    assert len(listing.rows) == 1 and problem.fatal and "row 1" in problem.where
+
+
+def test_what_of_a_backend_is_not_read_is_said(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    path = tmp_path / "set" / "multidatabackend.json"
+    listed = json.loads(path.read_text())
+    listed[0] |= {"repeats": 3}
+    listed += [{"id": "far", "type": "aws"}, {"id": "words", "type": "local", "dataset_type": "text_embeds"}]
+    path.write_text(json.dumps(listed))
+    listing = read_listing(tmp_path / "set")
+    assert len(listing.rows) == COUNT and not any(problem.fatal for problem in listing.problems)
+    assert ["repeats is not read" in listing.problems[0].words, "left out" in listing.problems[1].words] == [True] * 2
+
+
+def test_a_backend_that_names_no_other_and_a_folder_that_shows_nothing_are_refused(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    edit(tmp_path / "set" / "multidatabackend.json", '"conditioning_data": "b"', '"conditioning_data": "bb"')
+    with pytest.raises(UserError, match='did you mean "b"'):
+        read_listing(tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="shows no layout known here"):
+        read_listing(tmp_path / "empty")
+    with pytest.raises(UserError, match="There is no folder"):
+        read_listing(tmp_path / "nowhere")

@@ -1,0 +1,333 @@
+"""A run that several processes do together is the run that one does alone."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from diffusers import ControlNetModel
+from safetensors.torch import load_file
+
+from conftest import relative
+from controlkit.controls import new_control
+from controlkit.errors import UserError
+from controlkit.formats import WEIGHTS, load_control
+from controlkit.images import HintSpec
+from controlkit.train import evaluation, train_control, training_pairs
+from controlkit.train.checkpoints import TrainState
+from controlkit.train.evaluation import Evaluator, HeldoutLoss
+from controlkit.train.ranks import Ranks, ranks
+from controlkit.train.recipe import parse_recipe
+
+RECIPE = {
+    "data": {"source": "fill50k", "count": 8},
+    "steps": 2,
+    "batch": 8,
+    "noises_per_pair": 2,
+    "lr": 1e-3,
+    "checkpoint_every": 1,
+    "evaluation": {"every": 1, "num": 2, "steps": 1},
+}
+
+FIRST = "checkpoints/step-0000001/state.safetensors"
+
+
+def together(recipe, out, count=2, before="pass", **more):
+    """Run the command line in several processes, as `accelerate launch` would start them.
+
+    ``before`` is code to run first, ``more`` belongs to the environment.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    code = f"{before}\nfrom controlkit.cli import main\nmain()"
+    command = [sys.executable, "-c", code, "train", recipe, "--out", out, "--device", "cpu"]
+    started = [
+        subprocess.Popen(
+            [*map(str, command)],
+            env=os.environ | shared | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = [process.communicate(timeout=200) for process in started]
+    return [process.returncode for process in started], said
+
+
+def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_base, tmp_path):
+    recipe = {"base": str(toy_folder)} | RECIPE
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "machine.json").write_text('{"threads": 1, "format": "float32"}')  # whatever pays here
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", ACCELERATE_USE_DEEPSPEED="true")
+    assert codes == [0, 0], said
+    assert "The control is in" in said[0][0] and said[1][0].strip() == ""
+    assert "DeepSpeed was asked for, which is accepted and untested" in " ".join(said[0][0].split())
+    list(train_control(parse_recipe(recipe), tmp_path / "one", toy_base))
+    assert (tmp_path / "two" / "control" / WEIGHTS).is_file()
+    # After one step AdamW's first moment is a tenth of the gradient.
+    one, two = (
+        {k: v for k, v in load_file(tmp_path / name / FIRST).items() if k.endswith("exp_avg")}
+        for name in ("one", "two")
+    )
+    apart, size = (torch.cat([v.flatten() for v in of]).norm() for of in ([one[k] - two[k] for k in one], one.values()))
+    assert len(one) > 20 and size > 0 and apart < 1e-5 * size
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[yaml.safe_load(line)["loss"] for line in log] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
+    drifts = [[yaml.safe_load(line)["colour_drift"] for line in log] for log in logs]
+    assert drifts[1] == [pytest.approx(drift, abs=1e-3) for drift in drifts[0]]
+
+
+def test_the_launcher_people_use_starts_them(toy_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": str(toy_folder)} | RECIPE))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command = [*launch, "--main_process_port", "0", "-m", "controlkit", "train", tmp_path / "r.yaml"]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "run"), "--device", "cpu"],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The control is in") == 1 and done.stdout.count("parameters learn hints") == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+KILLED = """
+import os, signal
+from controlkit.train import checkpoints
+step = checkpoints.TrainState.step
+def broadcast(self, rate, number):
+    if number == 3 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, rate, number)
+checkpoints.TrainState.step = told
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, toy_folder, tmp_path):
+    recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 5, "checkpoint_every": 2, "evaluation": {"every": 0}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert together(tmp_path / "r.yaml", tmp_path / "whole")[0] == [0, 0]
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "run", before=KILLED.format(rank=rank))
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2, "the other does not wait for it"
+    told = " ".join(said[1 - rank][1].split())
+    assert "Another process of the run has ended" in told and "Traceback" not in told
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert together(tmp_path / "r.yaml", tmp_path / "run")[0] == [0, 0]
+    whole, run = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
+    assert all(torch.equal(run[name], value) for name, value in whole.items())
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    whole, run = ([(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs)
+    assert whole == run and len(run) == 5
+
+
+SIZES = """
+from controlkit.train import checkpoints
+step, clip = checkpoints.TrainState.step, checkpoints.TrainState.clip
+checkpoints.TrainState.clip = lambda self, most: clip(self, 1e-3)
+def broadcast(self, *args):
+    step(self, *args)
+    whole = list(self.branch.parameters())
+    first = [state["exp_avg"] for part in self.optimizer._parts for state in part.state.values()]
+    local = [sum(p.to_local().numel() for p in of) / sum(p.numel() for p in of) for of in (whole, first)]
+    print("shares", *local, flush=True)
+checkpoints.TrainState.step = told
+"""
+
+
+def test_shared_out_weights_go_on_from_one_process_and_end_as_its_own(toy_folder, toy_base, tmp_path, monkeypatch):
+    clip = TrainState.clip
+    monkeypatch.setattr(TrainState, "clip", lambda self, most: clip(self, 1e-3))  # a toy's gradients are never large
+    recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 3, "ema": 0.5, "gradient_accumulation": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    run = train_control(parse_recipe(recipe), tmp_path / "one", toy_base)
+    next(run)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    list(run)
+    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", before=SIZES, ACCELERATE_USE_FSDP="true")
+    assert codes == [0, 0], said
+    assert "shared out over 2 processes" in " ".join(said[0][0].split())
+    shares = [
+        float(x) for out, _ in said for line in out.splitlines() if line.startswith("shares") for x in line.split()[1:]
+    ]
+    assert len(shares) == 8 and all(0.4 < share < 0.6 for share in shares), "each has its half, after each step"
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")
+    ]
+    for one, two in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["residuals"] == pytest.approx(one["residuals"], rel=1e-3, abs=1e-6)
+    states = [load_file(tmp_path / n / "checkpoints" / "step-0000003" / "state.safetensors") for n in ("one", "two")]
+    assert states[0].keys() == states[1].keys()
+    moments = [[v for k, v in state.items() if k.endswith("exp_avg")] for state in states]
+    assert relative(*moments) < 1e-5
+    saved = [load_file(tmp_path / n / "control" / WEIGHTS) for n in ("one", "two")]
+    assert relative(*(list(weights.values()) for weights in saved)) < 1e-5
+    stock = ControlNetModel.from_pretrained(tmp_path / "two" / "control").state_dict()
+    assert all(torch.equal(stock[name], value) for name, value in saved[1].items())
+    assert load_control(tmp_path / "two", toy_base).trained["step"] == 3
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_refused_where_weights_are_shared_out(
+    toy_base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 2, sharded=True))
+    with pytest.raises(UserError, match="optimizer: muon is not made for weights that are shared out"):
+        next(train_control(parse_recipe(RECIPE | {"optimizer": "muon"}), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+def in_threads(count, function):
+    """What ``function`` of its rank gives in each of several threads that stand for processes."""
+    here, held = threading.Barrier(count, timeout=300), [None] * count
+
+    class Thread(Ranks):
+        def wait(self):
+            here.wait()
+
+        def gathered(self, value):
+            held[self.index] = value
+            here.wait()
+            copied = list(held)
+            here.wait()
+            return copied
+
+        def any(self, value):
+            return any(self.gathered(value))
+
+    def run(rank):
+        torch.set_num_threads(1)
+        try:
+            return function(rank)
+        except BaseException:
+            here.abort()  # the others wait for nothing then, and end with BrokenBarrierError
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(run, Thread(index, count)) for index in range(count)]
+    failed = [error for error in (future.exception() for future in running) if error]
+    for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # the one that broke it, not those it left waiting
+    return [future.result() for future in running]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, monkeypatch):
+    """Pairs are dealt out; with five there are more processes than pairs, and only some have any."""
+    for name in ("three_ways", "ceiling_pictures"):  # rounding depends on how many pictures are made together
+        function = partial(getattr(evaluation, name), batch=1)
+        monkeypatch.setattr(evaluation, name, function)
+    recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
+    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": HintSpec("canny")}
+    branch = drawn_joins(new_control(toy_base))
+
+    def figures(out, ranks):
+        base, own = copy.deepcopy((toy_base, branch))  # processes share nothing
+        gauge = HeldoutLoss(base, pairs, contracts, recipe, out, ranks)
+        evaluator = Evaluator(base, pairs, contracts[""], recipe, out, ranks)
+        work = []
+        twice = [evaluator.measure(own, step, work.append) for step in (1, 2)]
+        return gauge.measure(own), gauge.residuals(own), *twice, sum(work)
+
+    one = figures(tmp_path / "one", Ranks())
+    told = in_threads(count, lambda rank: figures(tmp_path / "many", rank))
+    for figures_of_one in told:
+        assert figures_of_one[:-1] == one[:-1], "to the bit"
+    assert sum(work for *_, work in told) == one[-1]
+    for step in (1, 2):
+        name = f"samples/step-{step:07d}.png"
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_where_one_has_not_enough_memory_all_measure_of_fewer_pairs_at_once(toy_base, drawn_joins, tmp_path):
+    recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
+    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": HintSpec("canny")}
+    branch = drawn_joins(new_control(toy_base))
+
+    def measured(rank):
+        base, own = copy.deepcopy((toy_base, branch))
+        predict = base.predict
+
+        def little(z, *inputs):
+            if rank.index == 0 and len(z) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return predict(z, *inputs)
+
+        base.predict = little
+        return HeldoutLoss(base, pairs, contracts, recipe, tmp_path / "many", rank).measure(own)
+
+    one = HeldoutLoss(toy_base, pairs, contracts, recipe, tmp_path / "one").measure(branch)
+    for told in in_threads(2, measured):
+        assert told[""] == pytest.approx(one[""], rel=1e-5)
+
+
+def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    Ranks().mean(values)
+    assert [value.tolist() for value in values] == [[1.0, 2.0], [[3.0]]]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(torch.tensor([1.0, 0.0, 5.0])))
+    Ranks(0, 2).mean(values)
+    assert [value.tolist() for value in values] == [[1.0, 1.0], [[4.0]]]
+    assert ranks(cpu=True) == Ranks(0, 1) and Ranks().broadcast("x") == "x" and Ranks().any(True)
+
+
+def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch):
+    seen = []
+
+    class State:
+        process_index, num_processes = 1, 2
+
+        def __init__(self, cpu, timeout):
+            seen.append(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: backend)
+    for asked, count, sharded, notes in (("FSDP", "1", False, 0), ("FSDP", "2", True, 1), ("DEEPSPEED", "1", False, 1),
+                                         ("DEEPSPEED", "2", False, 1)):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{asked}", "true")
+            patch.setenv("WORLD_SIZE", count)
+            found = ranks(cpu=False)
+            assert (found.count, found.sharded, len(found.notes)) == (int(count), sharded, notes)
+            assert os.environ[f"ACCELERATE_USE_{asked}"] == "true"
+    assert seen == [None, None], "accelerate would look for DeepSpeed"
+
+
+def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 3))
+    with pytest.raises(UserError, match="2 draws of each pair, 1 equal parts and 3 processes"):
+        next(train_control(parse_recipe(RECIPE), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_are_refused_in_words(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPUs"):
+        ranks(cpu=False)
