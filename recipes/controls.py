@@ -91,7 +91,7 @@ def main(
     base: Annotated[str, typer.Option(help="The base they are used on.")] = "mini",
     union: Annotated[str, typer.Option(help="Take them from this Union instead of the shipped one.")] = "",
     num: Annotated[int, typer.Option(help="Pictures to measure each on.", min=2)] = 64,
-    hint_guidance: Annotated[
+    hint_cfg: Annotated[
         float | None, typer.Option(help="How many times guidance counts the hint; by default what the control says.")
     ] = None,
 ) -> None:
@@ -102,9 +102,11 @@ def main(
     print(HEAD)
     for name in names or CONTROLS:
         saved = load_control(f"{union}:{name}" if union else name, model)
-        control, kind = Control.of(saved, guidance=hint_guidance), saved.hint.annotator
-        ways = {once: replace(control, guidance=1.0 if once else control.guidance) for once in (False, True)}
-        if control.guidance == 1.0:
+        control, kind = Control.of(saved, hint_cfg_scale=hint_cfg), saved.hint.annotator
+        ways = {
+            once: replace(control, hint_cfg_scale=1.0 if once else control.hint_cfg_scale) for once in (False, True)
+        }
+        if control.hint_cfg_scale == 1.0:
             ways.pop(True)
         key = (kind in TRUTHS, kind == "pose")
         with Progress(transient=True) as progress:

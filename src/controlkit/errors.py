@@ -1,6 +1,7 @@
-"""The one error a user sees: a sentence that says what was expected, what came and what to do.
+"""The errors a user sees: a sentence that says what came, what was expected and what to do.
 
-The command line prints it without a traceback and exits with code 2; the library raises it.
+The library raises them; the command line prints them without a traceback and exits with code 2; a server maps their
+kinds to its status codes.
 """
 
 import difflib
@@ -8,7 +9,27 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what to do about it."""
+    """Something the user gave cannot be used; the message says what to do about it. Always one of the kinds below."""
+
+
+class NotFound(UserError):  # noqa: N818  # read as kinds of UserError
+    """A file, folder, name or package that is not there."""
+
+
+class Invalid(UserError):  # noqa: N818
+    """A value, file or setting that is not as it must be."""
+
+
+class Mismatch(UserError):  # noqa: N818
+    """Two things that do not belong together, such as a control and a base of another shape."""
+
+
+class Unsupported(UserError):  # noqa: N818
+    """Something recognised, or asked for, that cannot be done here."""
+
+
+class OutOfRoom(UserError):  # noqa: N818
+    """Memory, of the machine or its GPU, or disk that does not hold what was asked for."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

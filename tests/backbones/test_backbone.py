@@ -142,7 +142,7 @@ def test_every_prompt_becomes_a_window_of_tokens(toy_base):
 
 
 def test_a_loaded_base_is_frozen_float32(toy_base):
-    assert (toy_base.name, toy_base.prediction, toy_base.size, toy_base.stride) == ("toy", "v", 32, 4)
+    assert (toy_base.name, toy_base.noise.prediction, toy_base.size, toy_base.stride) == ("toy", "v", 32, 4)
     for module in (toy_base.vae, toy_base.towers[0].encoder, toy_base.unet):
         assert {p.dtype for p in module.parameters()} == {torch.float32}
         assert not any(p.requires_grad for p in module.parameters())

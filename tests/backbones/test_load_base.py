@@ -361,7 +361,7 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(stock, single_file, kind):
     assert_same_weights(base, pipe)
     assert_same_text(base, pipe)
     assert_same_prediction(base, pipe)
-    assert (base.name, base.prediction) == (kind, "v" if kind == "sd21" else "eps")
+    assert (base.name, base.noise.prediction) == (kind, "v" if kind == "sd21" else "eps")
     assert base.size == {"sd15": 512, "sd21": 768, "sdxl": 1024}[kind]
     assert [t.tokenizer.pad_token_id for t in base.towers] == {"sd15": [49407], "sd21": [0], "sdxl": [49407, 0]}[kind]
     assert base.unet.config.upcast_attention == pipe.unet.config.upcast_attention
@@ -455,18 +455,18 @@ SIGNS = {
 
 @pytest.mark.parametrize(("kind", "changes", "said", "expected"), SIGNS.values(), ids=SIGNS)
 def test_what_a_file_predicts_is_told_from(single_file, kind, changes, said, expected):
-    assert load_base(single_file(kind, changes), prediction=said).prediction == expected
+    assert load_base(single_file(kind, changes), prediction=said).noise.prediction == expected
 
 
 def test_a_file_marked_for_zero_terminal_snr_ends_in_pure_noise(single_file):
     base = load_base(single_file("sdxl", {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}))
-    assert base.prediction == "v"
+    assert base.noise.prediction == "v"
     assert base.scheduler.alphas_cumprod[-1] < 1e-6
 
 
 def test_an_sd2_file_that_predicts_noise_makes_pictures_of_512(single_file):
     base = load_base(single_file("sd21", {LAST_NORM: torch.linspace(-0.1, 0.1, 32)}))
-    assert (base.prediction, base.size) == ("eps", 512)
+    assert (base.noise.prediction, base.size) == ("eps", 512)
 
 
 @pytest.mark.parametrize(("kind", "vae"), [("sd15", torch.float16), ("sdxl", torch.float32)])
@@ -628,7 +628,7 @@ def test_a_folder_is_the_pipeline_it_was_saved_from(small, folders, kind):
     assert_same_weights(base, pipe)
     assert_same_text(base, pipe)
     assert_same_prediction(base, pipe)
-    assert base.prediction == ("v" if kind == "sd21" else "eps")
+    assert base.noise.prediction == ("v" if kind == "sd21" else "eps")
 
 
 @pytest.mark.parametrize("zeros", [True, False])

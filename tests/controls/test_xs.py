@@ -100,7 +100,10 @@ def test_the_prediction_is_that_of_diffusers_fused_network(base, scale):
 
 @torch.no_grad()
 def test_a_time_embedding_of_its_own_is_mixed_in_as_diffusers_does(xl_base):
-    config = adapter_config(xl_base.unet.config, xl_base.stride) | {"learn_time_embedding": True, "time_embedding_mix": 0.95}
+    config = adapter_config(xl_base.unet.config, xl_base.stride) | {
+        "learn_time_embedding": True,
+        "time_embedding_mix": 0.95,
+    }
     branch = drawn(XSBranch(new_adapter(config), xl_base.branch_taps), xl_base)
     inputs = draw_inputs(xl_base)
     rows, more = stock_inputs(inputs)
@@ -229,8 +232,7 @@ def test_it_is_as_wide_as_asked_for_and_unless_asked_32_channels_or_half_of_a_sm
 
     assert widths() == [8, 16, 16] and widths(size_ratio=0.25) == [4, 8, 8]
     config = dict(toy_base.unet.config) | {"block_out_channels": (320, 640, 1280), "attention_head_dim": 8}
-    large = type("U", (), {"config": type("C", (), config)})
-    assert adapter_config(large, 8)["block_out_channels"] == [32, 64, 128]
+    assert adapter_config(config, 8)["block_out_channels"] == [32, 64, 128]
     with pytest.raises(UserError, match=re.escape("[0, 1, 1] channels for attention of [1, 1, 1] heads")):
         widths(size_ratio=0.05)
 

@@ -104,18 +104,18 @@ def test_generation_reads_hints_as_the_saved_contract_says(toy_base, tmp_path, c
 
 @pytest.mark.parametrize("counted", [1.0, 2.5])
 def test_a_control_says_how_often_guidance_should_count_its_hint(toy_base, tmp_path, counted):
-    saved = SavedControl(new_control(toy_base), HintSpec("canny"), guidance=counted)
+    saved = SavedControl(new_control(toy_base), HintSpec("canny"), hint_cfg_scale=counted)
     save_control(tmp_path / "control", saved, toy_base)
     back = load_control(tmp_path / "control", toy_base)
-    assert back.guidance == Control.of(back).guidance == counted
-    assert Control.of(back, guidance=1.5).guidance == 1.5
+    assert back.hint_cfg_scale == Control.of(back).hint_cfg_scale == counted
+    assert Control.of(back, hint_cfg_scale=1.5).hint_cfg_scale == 1.5
     convert(tmp_path / "control", tmp_path / "other.safetensors", "cldm")
-    assert load_control(tmp_path / "other.safetensors", toy_base).guidance == counted
+    assert load_control(tmp_path / "other.safetensors", toy_base).hint_cfg_scale == counted
 
 
 @pytest.mark.parametrize("text", ["NaN", "-1", "1e999", '"much"', "null"])
 def test_a_count_that_is_none_is_refused(toy_base, tmp_path, text):
-    save_control(tmp_path, SavedControl(new_control(toy_base), HintSpec("canny"), guidance=2.0), toy_base)
+    save_control(tmp_path, SavedControl(new_control(toy_base), HintSpec("canny"), hint_cfg_scale=2.0), toy_base)
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = {**file.metadata(), "controlkit.use": f'{{"guidance": {text}}}'}

@@ -517,7 +517,7 @@ def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, refe
     assert report["floor"]["mean"] == max(report["floor_no_control"]["mean"], report["floor_shuffled"]["mean"])
     assert (report["metric"], report["num"]) == ("edge_f1", 4)
     assert report["settings"] == {
-        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "hint_guidance": 1.0, "seeds": "0-3", "base": "toy",
+        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "hint_cfg": 1.0, "seeds": "0-3", "base": "toy",
         "base_digest": toy_base.digest, "format": "float32",
     }  # fmt: skip
     assert report["seconds"] > 0 and json.loads(json.dumps(report)) == report

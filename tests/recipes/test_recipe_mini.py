@@ -56,7 +56,7 @@ def test_the_toy_recipe_makes_a_base_and_its_referee_once_and_other_runs_go_on_f
     assert counted.keys() == {"vae", "tower", "referee", "unet"} and all(counted.values())
 
     base = load_base(tmp_path / "mini")
-    assert (base.size, base.stride, base.prediction) == (32, 4, "v")
+    assert (base.size, base.stride, base.noise.prediction) == (32, 4, "v")
     assert base.encode_text([PROMPT, ""]).tokens.shape == (2, base.window, 32)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "mini")
     pipeline.set_progress_bar_config(disable=True)

@@ -284,18 +284,21 @@ def halves(control, guidance):
 def test_guidance_counts_a_hint_as_often_as_it_is_told(branches):
     for guidance in (1.5, 4.0, 7.5):
         for counted in (0.0, 1.0, 1.3, guidance):
-            unconditional, conditional = halves(Control(branches[0], CONTRACT, 0.5, guidance=counted), guidance)
+            unconditional, conditional = halves(Control(branches[0], CONTRACT, 0.5, hint_cfg_scale=counted), guidance)
             effect = unconditional + guidance * (conditional - unconditional)  # first order: as strength
             assert conditional == 0.5 and effect == pytest.approx(0.5 * counted, abs=1e-5)
     assert halves(Control(branches[0], CONTRACT), 4.0) == [1.0, 1.0]  # as released
-    assert halves(Control(branches[0], CONTRACT, guidance=9.0), 4.0) == [0.0, 1.0]  # no more than the prompt
-    assert halves(Control(branches[0], CONTRACT, guidance=9.0), 1.0) == [1.0, 1.0]  # no guidance: nothing to count
+    assert halves(Control(branches[0], CONTRACT, hint_cfg_scale=9.0), 4.0) == [0.0, 1.0]  # no more than the prompt
+    assert halves(Control(branches[0], CONTRACT, hint_cfg_scale=9.0), 1.0) == [
+        1.0,
+        1.0,
+    ]  # no guidance: nothing to count
 
 
 def test_guidance_by_the_hint_moves_pictures_between_both_ways_of_the_paper(toy_base, branches, jobs):
     def made(counted):
         return latents_of(
-            toy_base, jobs[:1], [Control(branches[0], CONTRACT, guidance=counted)], SamplingSettings(STEPS)
+            toy_base, jobs[:1], [Control(branches[0], CONTRACT, hint_cfg_scale=counted)], SamplingSettings(STEPS)
         )[0]
 
     released, between, conditional = made(1.0), made(2.5), made(4.0)

@@ -208,7 +208,7 @@ SETTINGS = [  # key, another value, what of the run it must change, and in what 
     ("control.join", "gaussian", "losses"),
     ("control.taps", "mid", "weights"),
     ("control.start_from", "neighbour", "losses"),
-    ("control.guidance", 3.0, "samples", {"lr": 0.01}),
+    ("control.hint_cfg_scale", 3.0, "samples", {"lr": 0.01}),
     ("data.source", "fill50k", "hints"),
     ("data.columns", {"caption": "said"}, "losses", {"data": {"source": "named"}}),
     ("data.count", 5, "pairs"),
@@ -553,7 +553,7 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind,
     from diffusers import ControlNetModel
 
     base = base_of(kind)
-    assert base.prediction == {"sdxl": "eps"}.get(kind, kind)
+    assert base.noise.prediction == {"sdxl": "eps"}.get(kind, kind)
     branch = drawn_joins(new_control(base), base=base)
     save_control(tmp_path / "control", SavedControl(branch, CONTRACT), base)
     reference = ControlNetModel.from_pretrained(tmp_path / "control")
@@ -569,7 +569,9 @@ def test_the_objective_and_its_gradient_are_those_of_the_field_s_reference(kind,
     down, middle = reference(*rows, controlnet_cond=hints, **more, return_dict=False)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
     predicted = base.unet(*rows, **residuals, **more).sample
-    expected = ((predicted - (noise if base.prediction == "eps" else alpha * noise - sigma * latents)) ** 2).mean()
+    expected = (
+        (predicted - (noise if base.noise.prediction == "eps" else alpha * noise - sigma * latents)) ** 2
+    ).mean()
     expected.backward()
 
     loss = objective(base, branch, batch)

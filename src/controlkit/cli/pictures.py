@@ -60,7 +60,7 @@ def generate(
     guess: Annotated[bool, typer.Option("--guess", help="Guess mode: control without a prompt.")] = False,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
-    hint_guidance: Annotated[
+    hint_cfg: Annotated[
         list[float] | None,
         typer.Option(
             help="How many times guidance counts each control's hint; one value serves all. 1 is as other tools do it; "
@@ -93,7 +93,7 @@ def generate(
     check_folder(out)
     asked = _grouped([_split_control(text) for text in control or []])
     scales = _one_each("--scale", scale or [1.0], len(asked))
-    guidances = _one_each("--hint-guidance", hint_guidance or [None], len(asked))
+    guidances = _one_each("--hint-cfg", hint_cfg or [None], len(asked))
     annotators = _one_each("--annotator", annotator or [None], len(asked))
     if annotator and not any(not given.typed for given in asked):
         raise UserError("--annotator says what makes a control's hints; none was given, or a Union's types say it.")
@@ -138,7 +138,7 @@ def generate(
     jobs = [sample.Job(prompt, seed + i, tuple(hints), negative) for i in range(num)]
     facts: dict[str, Any] = {"prompt": prompt, "negative": negative, "base": base, "steps": steps, "guidance": guidance}
     facts["controls"] = [
-        {"name": given.name, "scale": control.scale, "hint": hint, "hint_guidance": control.guidance}
+        {"name": given.name, "scale": control.scale, "hint": hint, "hint_cfg_scale": control.hint_cfg_scale}
         for given, control in zip(asked, controls, strict=True)
     ]
     facts |= {"width": sides[1], "height": sides[0], "format": number_format(model.device.type), "guess": guess}

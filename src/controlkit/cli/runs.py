@@ -196,7 +196,7 @@ def evaluate(
     vae: VaeOption = None,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
-    hint_guidance: Annotated[
+    hint_cfg: Annotated[
         float | None,
         typer.Option(help="How many times guidance counts the hint; by default what the control says, or 1."),
     ] = None,
@@ -234,7 +234,7 @@ def evaluate(
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(
             model,
-            Control.of(saved, scale, guidance=hint_guidance),
+            Control.of(saved, scale, hint_cfg_scale=hint_cfg),
             pairs,
             real,
             SamplingSettings(steps, guidance),

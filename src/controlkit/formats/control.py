@@ -48,8 +48,8 @@ class SavedControl:
     """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
     hints: Mapping[str, HintSpec] = field(default_factory=dict)
     """A Union's contracts by type, where it was trained here."""
-    guidance: float = 1.0
-    """How many times guidance should count the hint (``sample.Control.guidance``); 1 unless its recipe says more."""
+    hint_cfg_scale: float = 1.0
+    """How many times guidance should count the hint (``sample.Control.hint_cfg_scale``); 1 unless its recipe says more."""
 
     def contract_of(self, kind: str) -> HintSpec:
         """The contract of a Union's hints of a type: its own, or what that name means everywhere."""
@@ -70,8 +70,8 @@ def control_weights(control: SavedControl, base: Backbone) -> Weights:
     facts: dict[str, Any] = {"signature": base.signature, "trained": dict(control.trained)}
     if branch.spec is not None:
         facts["spec"] = asdict(stored_spec(branch.spec))
-    if control.guidance != 1.0:
-        facts["use"] = {"guidance": control.guidance}
+    if control.hint_cfg_scale != 1.0:
+        facts["use"] = {"guidance": control.hint_cfg_scale}
     if control.hints:
         facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}

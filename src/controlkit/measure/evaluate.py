@@ -507,7 +507,7 @@ def evaluate(
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {
         "scale": control.scale,
-        "hint_guidance": control.guidance,
+        "hint_cfg_scale": control.hint_cfg_scale,
         "seeds": f"0-{len(truths) - 1}",
         "base": base.name,
         "base_digest": base.digest,

@@ -48,11 +48,11 @@ class Control:
 
     @classmethod
     def of(
-        cls, saved: SavedControl, scale: float = 1.0, guess: bool = False, guidance: float | None = None
+        cls, saved: SavedControl, scale: float = 1.0, guess: bool = False, hint_cfg_scale: float | None = None
     ) -> "Control":
         """A control that was read, in use; counted by guidance as it says itself, unless told."""
-        counted = saved.guidance if guidance is None else guidance
-        return cls(saved.branch, saved.hint, scale, guess=guess, hints=saved.hints, guidance=counted)
+        counted = saved.hint_cfg_scale if hint_cfg_scale is None else hint_cfg_scale
+        return cls(saved.branch, saved.hint, scale, guess=guess, hints=saved.hints, hint_cfg_scale=counted)
 
     def unconditional_share(self, guidance: float) -> float:
         """The share of its strength that guidance's unconditional half hears.

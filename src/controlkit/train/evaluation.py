@@ -96,7 +96,7 @@ class Evaluator:
         self.measures = not unmeasurable(contract, self.pairs)
         self.hints = [hint_for_pair(pair, contract) for pair in self.pairs]
         self.settings = SamplingSettings(recipe.evaluation.steps, recipe.evaluation.guidance)
-        self.guidance = recipe.control.guidance
+        self.hint_cfg_scale = recipe.control.hint_cfg_scale
         self.shown = own_hints(recipe, contract) if self.ranks.first else []
         self.referee = Referee(device=base.device.type) if base.name == "mini" else None
         self._without: list[np.ndarray] | None = None
@@ -119,7 +119,7 @@ class Evaluator:
     def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
         """What comes of a branch; sheets of samples are written besides."""
         branch.eval()
-        control = Control(branch, self.contract, guidance=self.guidance)
+        control = Control(branch, self.contract, hint_cfg_scale=self.hint_cfg_scale)
         made = three_ways(
             self.base,
             control,

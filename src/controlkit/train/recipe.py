@@ -61,9 +61,9 @@ class ControlRecipe(_Strict):
     start_from: str | None = None
     """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
     recipe trains ``taps: mid`` first and then reconnects: start from that control with ``taps: all``)."""
-    guidance: float = Field(1.0, ge=0)
+    hint_cfg_scale: float = Field(1.0, ge=0)
     """How many times guidance counts the hint, where the control is measured and, unless told, used: 1 as released, up
-    to as often as the prompt (``sample.Control.guidance``)."""
+    to as often as the prompt (``sample.Control.hint_cfg_scale``)."""
 
 
 class DataRecipe(_Strict):

@@ -345,7 +345,7 @@ class _Result:
         facts |= {"base_difference": f"../{DIFFERENCE}" if name else DIFFERENCE} if self._unlocked(step) else {}
         facts |= {"recipe": recipe.model_dump()}
         hints = contracts if recipe.control.types else {}
-        return SavedControl(weights, contracts.get("", HintSpec("")), facts, hints, recipe.control.guidance)
+        return SavedControl(weights, contracts.get("", HintSpec("")), facts, hints, recipe.control.hint_cfg_scale)
 
     def write(self, folder: Path, step: int, weights: ControlNetwork) -> None:
         """The control as a folder; in it what its base learnt, and itself as a Control-LoRA, where there is such.
