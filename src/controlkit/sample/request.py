@@ -79,9 +79,7 @@ def _by_type(value: Any) -> Any:
     return {"": value} if isinstance(value, str | Path | np.ndarray) else value
 
 
-HintSource = Annotated[
-    Path | np.ndarray, PlainValidator(_read_source), PlainSerializer(_write_source, return_type=str)
-]
+HintSource = Annotated[Path | np.ndarray, PlainValidator(_read_source), PlainSerializer(_write_source, return_type=str)]
 """A file, or pixels in memory: a picture, uint8 (H, W, 3 or 4), or a hint (H, W, C) of uint8, uint16 or float32."""
 
 
@@ -133,8 +131,9 @@ class ControlRequest(_Checked):
 
     name: str = Field(min_length=1)
     """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
-    images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type), Field(min_length=1)]
-    """What it reads: under "" where it reads one kind of hint; of a Union, by type of hint."""
+    images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
+    """What it reads: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
+    as that under "". ``prepare`` asks for at least one; without any it is a template, for ``model_copy``."""
     ready: bool = False
     """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
     drawn dark on light is inverted; arrays are taken as they are."""
@@ -200,11 +199,11 @@ class Step:
     step: int
     steps: int
     count: int
-    decode: Callable[[], list[np.ndarray]]
+    draw: Callable[[], list[np.ndarray]]
 
     def preview(self) -> list[np.ndarray]:
-        """Rough pictures of what is coming, uint8 (h, w, 3), of the latents' size; computed by this call alone."""
-        return self.decode()
+        """A rough picture of each, uint8 (h, w, 3), at the latents' size; nothing is computed before this call."""
+        return self.draw()
 
 
 @dataclass(frozen=True, eq=False)
