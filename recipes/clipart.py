@@ -26,7 +26,7 @@ from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import evaluate
 from controlkit.mini import world
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, PreparedControl, Request, SamplingSettings, maker
 from controlkit.seeds import numpy_rng
 
 COVER = (0.15, 0.9)  # share of its box a drawing must fill: neither thin strokes nor mere rectangles
@@ -73,7 +73,7 @@ def main(
     """Measure a control on drawings from elsewhere."""
     model, settings = load_base(base), SamplingSettings()
     saved = load_control(name, model)
-    control = Control.of(saved)
+    control = PreparedControl.of(saved, ControlRequest(name=name), {})
     pairs: Sequence[Pair] = drawings(folder, num, model.size)
     _, real = evaluation_pairs("emoji", model.size, 2)
     with Progress() as progress:
@@ -81,8 +81,11 @@ def main(
         report = evaluate(model, control, pairs, real, settings, on_step=lambda n: progress.advance(task, n))
     shown = pairs[:10]
     hints = [hint_for_pair(pair, saved.hint) for pair in shown]
-    jobs = [Job(pair.prompt, seed, (hint,)) for seed, (pair, hint) in enumerate(zip(shown, hints, strict=True))]
-    made = [picture.pixels for picture in generate(model, jobs, [control], settings)]
+    asked = [
+        Request(prompt=pair.prompt, seed=seed, controls=(ControlRequest(name=name, images=hint, ready=True),))
+        for seed, (pair, hint) in enumerate(zip(shown, hints, strict=True))
+    ]
+    made = [picture.pixels for picture in maker(model, {name: saved})(asked)]
     write_png(out / "clipart.png", grid([[pair.picture for pair in shown], hints, made], cell=model.size))
     write_atomic(out / "clipart.json", (json.dumps(report, indent=2) + "\n").encode())
     figure = report["obedience"]

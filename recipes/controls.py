@@ -19,12 +19,12 @@ import numpy as np
 import typer
 from rich.progress import Progress, TaskID
 
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Backbone, load_base
 from controlkit.data import TRUTHS, Pair, evaluation_pairs, hint_for_pair
-from controlkit.formats import load_control
+from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, evaluate
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, PreparedControl, Request, SamplingSettings, maker
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 SHOWN = 8  # pictures on a contact sheet
@@ -39,20 +39,27 @@ class Bench:
     without: list[np.ndarray]
 
 
-def bench(base: UNetBase, kind: str, num: int, settings: SamplingSettings, progress: Progress) -> Bench:
+def bench(base: Backbone, kind: str, num: int, progress: Progress) -> Bench:
     """What a kind of hint is measured on."""
     pairs, real = evaluation_pairs("scenes" if kind in TRUTHS else "emoji", base.size, num, person=kind == "pose")
-    jobs = [Job(pair.prompt, seed) for seed, pair in enumerate(pairs)]
-    made = progress.track(generate(base, jobs, settings=settings), len(jobs), description="without control")
+    asked = [Request(prompt=pair.prompt, seed=seed) for seed, pair in enumerate(pairs)]
+    made = progress.track(maker(base)(asked), len(asked), description="without control")
     return Bench([pairs[i] for i in range(len(pairs))], real, [picture.pixels for picture in made])
 
 
-def sheet(base: UNetBase, control: Control, on: Bench, settings: SamplingSettings) -> np.ndarray:
-    """HintSpec, truth, controlled, without control: pairs from all over the bench with something in their hints."""
-    hints = [hint_for_pair(pair, control.hint) for pair in on.pairs]
+def sheet(base: Backbone, saved: SavedControl, asked: ControlRequest, on: Bench) -> np.ndarray:
+    """Hint, truth, controlled, without control: pairs from all over the bench with something in their hints."""
+    hints = [hint_for_pair(pair, saved.hint) for pair in on.pairs]
     chosen = [i for i in np.linspace(0, len(hints) - 1, 3 * SHOWN).astype(int) if hints[i].any()][::3][:SHOWN]
-    jobs = [Job(on.pairs[i].prompt, int(i), (hints[i],)) for i in chosen]
-    made = [picture.pixels for picture in generate(base, jobs, [control], settings)]
+    requests = [
+        Request(
+            prompt=on.pairs[i].prompt,
+            seed=int(i),
+            controls=(asked.model_copy(update={"images": {"": hints[i]}, "ready": True}),),
+        )
+        for i in chosen
+    ]
+    made = [picture.pixels for picture in maker(base, {asked.name: saved})(requests)]
     rows = [
         [hints[i][..., :3], on.pairs[i].picture, picture, on.without[i]]
         for i, picture in zip(chosen, made, strict=True)
@@ -102,7 +109,8 @@ def main(
     print(HEAD)
     for name in names or CONTROLS:
         saved = load_control(f"{union}:{name}" if union else name, model)
-        control, kind = Control.of(saved, hint_cfg_scale=hint_cfg), saved.hint.annotator
+        asked = ControlRequest(name=name, hint_cfg_scale=hint_cfg)
+        control, kind = PreparedControl.of(saved, asked, {}), saved.hint.annotator
         ways = {
             once: replace(control, hint_cfg_scale=1.0 if once else control.hint_cfg_scale) for once in (False, True)
         }
@@ -111,7 +119,7 @@ def main(
         key = (kind in TRUTHS, kind == "pose")
         with Progress(transient=True) as progress:
             if key not in benches:
-                benches[key] = bench(model, kind, num, settings, progress)
+                benches[key] = bench(model, kind, num, progress)
             on = benches[key]
             task = progress.add_task(name, total=2 * num * settings.steps * len(ways))
 
@@ -123,7 +131,7 @@ def main(
                 for once, way in ways.items()
             }
             reports[name] = measured[False] | {"obedience_counted_once": measured[True in ways]["obedience"]}
-            write_png(out / "controls" / f"{name}.png", sheet(model, control, on, settings), colours=256)
+            write_png(out / "controls" / f"{name}.png", sheet(model, saved, asked, on), colours=256)
         print(line(name, reports[name]), flush=True)
         table = "\n".join([HEAD, *(line(*one) for one in reports.items())])
         write_atomic(out / "controls.md", f"{table}\n".encode())

@@ -9,6 +9,7 @@ the base makes of their captions).
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
 from controlkit.mini import world
 from controlkit.mini.scenes import draw_scenes
-from controlkit.sample import Job, SamplingSettings, generate
+from controlkit.sample import Request, maker
 from controlkit.seeds import numpy_rng
 
 CONCEPTS = (
@@ -81,26 +82,29 @@ def main(
     """Measure the embedded base and draw its contact sheet."""
     started = time.perf_counter()
     model, judge = load_base(base), Referee(referee)
-    settings = SamplingSettings(steps, guidance)
     emoji = world.load_emoji(model.size)
     with Progress() as progress:
         scenes = list(draw_scenes(model.size, SCENES_SEED, range(SCENES)))
         count = 2 * num + len(CONCEPTS) * len(world.STYLES) + len(scenes)
         task = progress.add_task("generating", total=count * steps)
 
-        def make(jobs: list[Job]) -> list[np.ndarray]:
-            advance = generate(model, jobs, settings=settings, on_step=lambda n: progress.advance(task, n))
-            return [picture.pixels for picture in advance]
+        def make(prompts: Sequence[str], seed: int | None = None) -> list[np.ndarray]:
+            asked = [
+                Request(prompt=prompt, seed=i if seed is None else seed, steps=steps, guidance=guidance)
+                for i, prompt in enumerate(prompts)
+            ]
+            make_pictures = maker(model, on_step=lambda n: progress.advance(task, n))
+            return [picture.pixels for picture in make_pictures(asked)]
 
         sheet = [
-            make([Job(world.caption(concept, style, ground), 0) for style in world.STYLES])
+            make([world.caption(concept, style, ground) for style in world.STYLES], seed=0)
             for concept, ground in zip(CONCEPTS, world.GROUNDS, strict=True)
         ]
-        staged = make([Job(scene.captions[0], seed) for seed, scene in enumerate(scenes)])
+        staged = make([scene.captions[0] for scene in scenes])
         rows, grounds, captions = quiz(emoji, num, "base")
-        made = make([Job(texts[0], seed) for seed, texts in enumerate(captions)])
+        made = make([texts[0] for texts in captions])
         everyday = quiz(emoji, num, "base", world.everyday_concepts())[2]
-        known = make([Job(texts[0], seed) for seed, texts in enumerate(everyday)])
+        known = make([texts[0] for texts in everyday])
     unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
     rebuilt = ceiling_pictures(model, unseen)
     seen = [world.draw_emoji(emoji, row, 0, ground=ground)[0] for row, ground in zip(rows, grounds, strict=True)]
@@ -118,7 +122,7 @@ def main(
         "fid_generated": asdict(fid(judge.features(made), reference)),
         "fid_vae_reconstruction": asdict(fid(judge.features(rebuilt[:num]), reference)),
         "num": num,
-        "settings": asdict(settings),
+        "settings": {"steps": steps, "guidance": guidance, "size": None},
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())

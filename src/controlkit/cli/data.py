@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from controlkit.cli.shared import DeviceOption, OutOption, check_folder, parse_size, progress_bars, ready, say
-from controlkit.errors import UserError, nearest, one_line
+from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
     from controlkit.data import Finding, Over
@@ -40,7 +40,7 @@ def _over(replace: str) -> "Over":
     from controlkit.data import Over
 
     if replace not in get_args(Over):
-        raise UserError(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
+        raise Invalid(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
     return cast("Over", replace)
 
 
@@ -48,7 +48,7 @@ def _columns(given: list[str] | None) -> dict[str, str]:
     """What ``--column`` says."""
     pairs = [one.partition("=") for one in given or []]
     if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
-        raise UserError(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
+        raise Invalid(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
     return {kind: name for kind, _, name in pairs}
 
 
@@ -88,7 +88,7 @@ def doctor(
     if made_by:
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
-        raise UserError("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
+        raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
     listing = read_listing(path, _columns(column))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
@@ -185,7 +185,7 @@ def caption(
     over = _over(replace)
     listing = read_listing(path)
     if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     check_beside(listing)
     places = wanting(listing.rows, over)
     places = places if over == "all" else unwritten(listing, places)
@@ -240,10 +240,10 @@ def build(
     check_folder(out)
     over = _over(replace)
     if captions not in ("own", "blip"):
-        raise UserError(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
+        raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
     listing = read_listing(path, _columns(column))
     if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0

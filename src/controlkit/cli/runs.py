@@ -214,7 +214,7 @@ def evaluate(
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
     from controlkit.measure import metric_of
-    from controlkit.sample import Control, SamplingSettings
+    from controlkit.sample import ControlRequest, PreparedControl, SamplingSettings
 
     if json_file and json_file.is_dir():
         raise UserError(f"--json is {json_file}, which is a folder; expected a file to write.")
@@ -234,7 +234,7 @@ def evaluate(
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(
             model,
-            Control.of(saved, scale, hint_cfg_scale=hint_cfg),
+            PreparedControl.of(saved, ControlRequest(name=control, scale=scale, hint_cfg_scale=hint_cfg), {}),
             pairs,
             real,
             SamplingSettings(steps, guidance),

@@ -11,7 +11,7 @@ Intervals are 95%, from a paired bootstrap over the pictures.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,7 +32,7 @@ from controlkit.mini.aesthetic import AestheticHead
 from controlkit.mini.observer import Observer
 from controlkit.mini.tower import ImageTextTower
 from controlkit.precision import autocast, number_format
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import Prepared, PreparedControl, Request, SamplingSettings, generate, pictures
 from controlkit.seeds import numpy_rng
 
 RESAMPLES = 1000
@@ -461,7 +461,7 @@ def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
 
 def evaluate(
     base: Backbone,
-    control: Control,
+    control: PreparedControl,
     truths: Sequence[Pair],
     real: Sequence[np.ndarray],
     settings: SamplingSettings | None = None,
@@ -480,15 +480,15 @@ def evaluate(
     started = time.perf_counter()
     settings = settings or SamplingSettings()
     if look is None:
-        check_findable(control.hint, truths)
-    hints = [hint_for_pair(truth, control.hint) for truth in truths]
+        check_findable(control.specs[""], truths)
+    hints = [hint_for_pair(truth, control.specs[""]) for truth in truths]
     wanted = [way for way in WAYS if way != "no_control" or without is None]
     made = three_ways(base, control, truths, hints, settings, batch, on_step, wanted)
     if without is not None:
         made["no_control"] = list(without)
     shown = made | {"ceiling": ceiling_pictures(base, [truth.picture for truth in truths])}
-    scores = {name: fidelity(pictures, hints, control.hint, look) for name, pictures in shown.items()}
-    measured = obedience(**scores, metric=metric_of(control.hint).name)
+    scores = {name: fidelity(pictures, hints, control.specs[""], look) for name, pictures in shown.items()}
+    measured = obedience(**scores, metric=metric_of(control.specs[""]).name)
     referee = referee or Referee(device=base.device.type)
     prompts = [truth.prompt for truth in truths]
     reference = referee.features(real)
@@ -502,7 +502,7 @@ def evaluate(
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
     adheres = means["clip_score"] >= KEPT * means["clip_score_no_control"]
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
-    if look is None and control.hint.annotator in TRUTHS:
+    if look is None and control.specs[""].annotator in TRUTHS:
         report["observer"] = shipped_observer().config.get("accuracy")
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {
@@ -524,7 +524,7 @@ WAYS: tuple[Way, ...] = get_args(Way)
 
 def three_ways(
     base: Backbone,
-    control: Control,
+    control: PreparedControl,
     truths: Sequence[Pair],
     hints: Sequence[np.ndarray],
     settings: SamplingSettings,
@@ -540,7 +540,7 @@ def three_ways(
     """
     half = max(len(hints) // 2, 1)
     mixed = [*hints[half:], *hints[:half]]
-    ways: dict[Way, tuple[Sequence[np.ndarray] | None, Sequence[Control]]] = {
+    ways: dict[Way, tuple[Sequence[np.ndarray] | None, Sequence[PreparedControl]]] = {
         "controlled": (hints, [control]),
         "shuffled": (mixed, [control]),
         "no_control": (None, []),
@@ -549,7 +549,14 @@ def three_ways(
     for name in wanted:
         given, controls = ways[name]
         chosen = range(len(truths)) if rows is None else rows
-        jobs = [Job(truths[i].prompt, i, (given[i],) if given else ()) for i in chosen]
+        jobs = [
+            Prepared(
+                Request(prompt=truths[i].prompt, seed=i),
+                settings,
+                tuple(replace(one, hints={"": given[i]}) for one in controls if given),
+            )
+            for i in chosen
+        ]
         by = base if controls else plain or base
-        made[name] = [p.pixels for p in generate(by, jobs, controls, settings, batch, on_step)]
+        made[name] = [p.pixels for p in pictures(generate(by, jobs, batch), on_step)]
     return made

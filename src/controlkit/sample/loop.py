@@ -15,7 +15,7 @@ from torch import Tensor
 from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
 from controlkit.formats import SavedControl
 from controlkit.images import to_pictures
-from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, prepare
+from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
 from controlkit.sample.preview import Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
 from controlkit.sample.scales import scale_table
@@ -146,17 +146,17 @@ def _generate(base: Backbone, prepared: list[Prepared], batch: int) -> Generator
 
 def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) -> Generator[Step, None, list[Picture]]:
     settings = alike[0].settings
-    assert settings.size is not None  # as prepare sets it
-    shape = (1, *base.latent_shape(settings.size))
+    size = picture_size(base, settings.size)
+    shape = (1, *base.latent_shape(size))
     seeds = [one.request.seed for one in alike]
     final = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     final = noise = final.to(base.device)
     prompts: list[str | None] = [one.request.prompt for one in alike]
     if settings.guidance != 1.0:
         prompts = [one.request.negative_prompt for one in alike] + prompts
-    text = base.encode_text(prompts, settings.size)
+    text = base.encode_text(prompts, size)
     columns = zip(*(one.controls for one in alike), strict=True)
-    controls = [(column[0], _hint_tensors(base, column, settings.size)) for column in columns]
+    controls = [(column[0], _hint_tensors(base, column, size)) for column in columns]
     for done in denoise(base, noise, text, controls, settings):
 
         def preview(done: Denoised = done) -> list:

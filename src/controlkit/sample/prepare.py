@@ -67,6 +67,12 @@ class Prepared:
     notes: tuple[str, ...] = ()
     """What its author should know: the end of a prompt that is cut off, controls trained on other weights."""
 
+    def settled(self) -> Request:
+        """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
+        used = zip(self.request.controls, self.controls, strict=True)
+        controls = tuple(one.model_copy(update={"hint_cfg_scale": prepared.hint_cfg_scale}) for one, prepared in used)
+        return self.request.model_copy(update={"size": self.settings.size, "controls": controls})
+
     def is_like(self, other: "Prepared") -> bool:
         """Whether both can be sampled in one batch."""
         return (self.settings, self.controls) == (other.settings, other.controls)

@@ -6,7 +6,7 @@ would have measured, but for rounding, which depends on how many pictures are ma
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from controlkit.measure import (
     unmeasurable,
 )
 from controlkit.precision import autocast
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import Prepared, PreparedControl, Request, SamplingSettings, generate, pictures
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import Recipe
 from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes
@@ -119,7 +119,7 @@ class Evaluator:
     def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
         """What comes of a branch; sheets of samples are written besides."""
         branch.eval()
-        control = Control(branch, self.contract, hint_cfg_scale=self.hint_cfg_scale)
+        control = PreparedControl(branch, {"": self.contract}, hint_cfg_scale=self.hint_cfg_scale)
         made = three_ways(
             self.base,
             control,
@@ -168,9 +168,13 @@ class Evaluator:
             return np.empty(0)
         return self.referee.clip_scores(pictures, [self.pairs[i].prompt for i in self.own])
 
-    def _write_own(self, control: Control, step: int, on_advance: Callable[[int], None]) -> None:
-        jobs = [Job(prompt, seed, (hint,)) for prompt, hint in self.shown for seed in range(SEEDS)]
-        pixels = (p.pixels for p in generate(self.base, jobs, [control], self.settings, on_step=on_advance))
+    def _write_own(self, control: PreparedControl, step: int, on_advance: Callable[[int], None]) -> None:
+        jobs = [
+            Prepared(Request(prompt=prompt, seed=seed), self.settings, (replace(control, hints={"": hint}),))
+            for prompt, hint in self.shown
+            for seed in range(SEEDS)
+        ]
+        pixels = (p.pixels for p in pictures(generate(self.base, jobs), on_advance))
         size = (self.base.size, self.base.size)
         rows = [
             [fit(self.contract.picture(hint), size, self.contract.resize), *islice(pixels, SEEDS)]
