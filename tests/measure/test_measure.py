@@ -34,7 +34,7 @@ from controlkit.measure import (
     three_ways,
 )
 from controlkit.mini.tower import ImageTextTower
-from controlkit.sample import Control, SamplingSettings
+from controlkit.sample import PreparedControl, SamplingSettings
 
 # --- edges --------------------------------------------------------------------------------------------------
 
@@ -479,7 +479,7 @@ def test_the_referee_chooses_the_caption_that_fits(referee, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn(toy_base, drawn_joins):
-    return Control(drawn_joins(new_control(toy_base)).eval(), annotator("canny").hint())
+    return PreparedControl(drawn_joins(new_control(toy_base)).eval(), {"": annotator("canny").hint()})
 
 
 def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base):
