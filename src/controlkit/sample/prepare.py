@@ -11,7 +11,7 @@ import torch
 from controlkit.annotators import annotate, contract, drawn_hint
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.errors import Invalid, Mismatch
+from controlkit.errors import Invalid, Mismatch, nearest
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
 from controlkit.sample.request import ControlRequest, Request
@@ -192,8 +192,8 @@ class _Preparation:
             raise Invalid(f'"{name}" is a Union: say of which type the hint is, as {name}:TYPE=IMAGE. Types: {known}.')
         if types and not network.hint_types:
             raise Mismatch(f'"{name}" is no Union and has no types: give it as {name}=IMAGE.')
-        if network.hint_types:
-            network.check_types(types)
+        if unknown := [kind for kind in types if kind not in network.hint_types]:
+            raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
         hints = {kind: _hint(source, asked, spec_for(saved, kind), size) for kind, source in asked.images.items()}
         return PreparedControl.of(saved, asked, hints)
 
