@@ -71,6 +71,14 @@ def shown(hint: np.ndarray) -> np.ndarray:
     return np.where(hint[..., 3:] > 0, hint[..., :3], np.uint8(128))
 
 
+def in_one(sheets: list[list[Labelled]], side: int) -> np.ndarray:
+    """All pictures as one, ``WIDEST`` side by side."""
+    blank = np.full((side, side, 3), 255, np.uint8)
+    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
+    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
+    return grid(rows, cell=96)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("out/gallery"),
     base: Annotated[str, typer.Option(help="The base to draw with.")] = "mini",
@@ -130,10 +138,7 @@ def main(
         sheets.append(row)
         page.section(f"Every control: {scene.captions[0]}", [row[:12], row[12:]])
     page.text(f"<p>Made in {time.perf_counter() - started:.0f} s.</p>")
-    blank = np.full((*sides, 3), 255, np.uint8)
-    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
-    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
-    write_png(out / "gallery.png", grid(rows, cell=96), colours=256)
+    write_png(out / "gallery.png", in_one(sheets, model.size), colours=256)
     print(f"The page: {page.write()}\nAll pictures in one: {out / 'gallery.png'}")
 
 

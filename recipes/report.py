@@ -128,10 +128,9 @@ def main(
     write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())
     turned = [list(row) for row in zip(*sheet, strict=True)]  # styles down, concepts across
     write_png(out / "mini.png", grid(turned, [concept.replace("-", " ") for concept in CONCEPTS], cell=96), colours=256)
+    both = [[scene.picture for scene in scenes], staged]
     labels = [scene.captions[-1] for scene in scenes]
-    write_png(
-        out / "scenes.png", grid([[scene.picture for scene in scenes], staged], labels, cell=model.size), colours=256
-    )
+    write_png(out / "scenes.png", grid(both, labels, cell=model.size), colours=256)
     print(json.dumps(figures, indent=2))
 
 

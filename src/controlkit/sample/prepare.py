@@ -173,8 +173,12 @@ class _Preparation:
         return [f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads; cut off: "{cut}"']
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
-        if asked.name in self.loaded:
-            return self.loaded[asked.name], []
+        if saved := self.loaded.get(asked.name):
+            if asked.annotator not in (None, saved.hint.annotator):
+                raise Invalid(
+                    f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
+                )
+            return saved, []
         key = (asked.name, asked.annotator)
         if key not in self.controls:
             self.controls[key] = load(asked.name, self.base, asked.annotator)
