@@ -25,8 +25,7 @@ from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import EvaluationPlan, evaluate_base
 from controlkit.mini import world
-from controlkit.sample.interim import maker
-from controlkit.sample.request import ControlRequest
+from controlkit.sample import ControlRequest, maker
 from controlkit.seeds import numpy_rng
 
 COVER = (0.15, 0.9)  # share of its box a drawing must fill: neither thin strokes nor mere rectangles
@@ -78,7 +77,7 @@ def main(
     _, real = evaluation_pairs("emoji", model.size, 2)
     with Progress() as progress:
         task = progress.add_task("measuring", total=3 * num * plan.steps)
-        make = maker(model, {name: saved}, lambda n: progress.advance(task, n))
+        make = maker(model, {name: saved}, on_step=lambda n: progress.advance(task, n))
         report = evaluate_base(model, make, plan, real)
     shown = range(min(10, num))
     made = [picture.pixels for picture in maker(model, {name: saved})(plan.requests("controlled", shown))]

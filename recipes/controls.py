@@ -23,8 +23,7 @@ from controlkit.data import Pair
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, grid, write_atomic, write_png
 from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, truth_of
-from controlkit.sample.interim import maker
-from controlkit.sample.request import ControlRequest, Request
+from controlkit.sample import ControlRequest, Request, maker
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 SHOWN = 8  # pictures on a contact sheet
@@ -118,7 +117,7 @@ def main(
             def advance(count: int, progress: Progress = progress, task: TaskID = task) -> None:
                 progress.advance(task, count)
 
-            make = maker(model, {name: saved}, advance)
+            make = maker(model, {name: saved}, on_step=advance)
             plans = {
                 scale: EvaluationPlan(ControlRequest(name=name, hint_cfg_scale=scale), saved.hint, on.pairs)
                 for scale in scales

@@ -209,8 +209,7 @@ def evaluate(
     """
     from controlkit.images import write_atomic
     from controlkit.measure import EvaluationPlan, evaluate_base, heldout_for, metric_of
-    from controlkit.sample.interim import maker
-    from controlkit.sample.request import ControlRequest
+    from controlkit.sample import ControlRequest, maker
 
     if json_file and json_file.is_dir():
         raise Invalid(f"--json is {json_file}, which is a folder; expected a file to write.")
@@ -228,7 +227,7 @@ def evaluate(
     )
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
-        make = maker(model, {control: saved}, lambda n: progress.advance(task, n))
+        make = maker(model, {control: saved}, on_step=lambda n: progress.advance(task, n))
         report = evaluate_base(model, make, plan, real)
     if json_file:
         write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())

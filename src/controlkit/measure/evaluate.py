@@ -23,7 +23,7 @@ from controlkit.measure.obedience import obedience
 from controlkit.measure.quality import Quality, quality_kept
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
-from controlkit.sample.request import ControlRequest, Picture, Request
+from controlkit.sample import ControlRequest, Picture, Request
 
 Maker = Callable[[Sequence[Request]], Iterable[Picture]]
 """Makes the picture of each request, in order."""

@@ -39,8 +39,7 @@ from controlkit.measure import (
     world_of,
 )
 from controlkit.precision import autocast
-from controlkit.sample.interim import maker
-from controlkit.sample.request import ControlRequest, Request
+from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import Recipe
 from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes
@@ -130,7 +129,7 @@ class Evaluator:
     def _maker(self, branch: ControlNetwork, on_advance: Callable[[int], None]) -> Maker:
         """Makes pictures under control by the base that learns, and those without by the locked one."""
         loaded = {CONTROL: SavedControl(branch, self.plan.spec, hint_cfg_scale=self.hint_cfg_scale)}
-        controlled, plain = (maker(base, loaded, on_advance) for base in (self.base, self.locked))
+        controlled, plain = (maker(base, loaded, on_step=on_advance) for base in (self.base, self.locked))
         return lambda requests: (controlled if any(one.controls for one in requests) else plain)(requests)
 
     def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
