@@ -19,8 +19,9 @@ import numpy as np
 import typer
 from rich.progress import Progress, TaskID
 
+from controlkit.annotators import HintKind, kind_of
 from controlkit.backbones import UNetBase, load_base
-from controlkit.data import TRUTHS, Pair, evaluation_pairs, hint_for_pair
+from controlkit.data import Pair, evaluation_pairs, hint_for_pair
 from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import Referee, evaluate
@@ -39,9 +40,9 @@ class Bench:
     without: list[np.ndarray]
 
 
-def bench(base: UNetBase, kind: str, num: int, settings: SamplingSettings, progress: Progress) -> Bench:
+def bench(base: UNetBase, kind: HintKind, num: int, settings: SamplingSettings, progress: Progress) -> Bench:
     """What a kind of hint is measured on."""
-    pairs, real = evaluation_pairs("scenes" if kind in TRUTHS else "emoji", base.size, num, person=kind == "pose")
+    pairs, real = evaluation_pairs("scenes" if kind.truth else "emoji", base.size, num, kind.needs_person)
     jobs = [Job(pair.prompt, seed) for seed, pair in enumerate(pairs)]
     made = progress.track(generate(base, jobs, settings=settings), len(jobs), description="without control")
     return Bench([pairs[i] for i in range(len(pairs))], real, [picture.pixels for picture in made])
@@ -102,13 +103,13 @@ def main(
     print(HEAD)
     for name in names or CONTROLS:
         saved = load_control(f"{union}:{name}" if union else name, model)
-        control, kind = Control.of(saved, hint_cfg_scale=hint_cfg), saved.hint.annotator
+        control, kind = Control.of(saved, hint_cfg_scale=hint_cfg), kind_of(saved.hint.annotator)
         ways = {
             once: replace(control, hint_cfg_scale=1.0 if once else control.hint_cfg_scale) for once in (False, True)
         }
         if control.hint_cfg_scale == 1.0:
             ways.pop(True)
-        key = (kind in TRUTHS, kind == "pose")
+        key = (kind.truth is not None, kind.needs_person)
         with Progress(transient=True) as progress:
             if key not in benches:
                 benches[key] = bench(model, kind, num, settings, progress)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.annotators import METRIC_OF, annotate, annotator, canny, contract
+from controlkit.annotators import all_kinds, annotate, annotator, contract
+from controlkit.annotators.lines import canny
 from controlkit.annotators.maps import depth_picture, label_picture, normal_picture, pose_picture
 from controlkit.controls import new_control
 from controlkit.data import CirclePairs
@@ -80,10 +81,10 @@ def test_emptiness_on_one_side_is_failure_and_on_both_says_nothing():
 def test_fidelity_annotates_the_picture_as_the_contract_says():
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:, 32:] = 40  # fainter than 100/200 sees
-    faint = annotator("canny").hint(low=10, high=20)
+    faint = annotator("canny").spec(low=10, high=20)
     hint = canny(picture, 10, 20)
     assert fidelity([picture, picture], [hint, np.zeros_like(hint)], faint).tolist() == [1.0, 0.0]
-    assert fidelity([picture], [hint], annotator("canny").hint()).tolist() == [0.0]
+    assert fidelity([picture], [hint], annotator("canny").spec()).tolist() == [0.0]
 
 
 # --- the other conditions -----------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def truths(kind, side=64):
             hints.append(pose_picture(np.stack(at, -1)[None], (side, side)))
         else:
             shade = np.stack([230 - 100 * ball - 40 * y, 200 - 60 * y - 80 * ball, 90 + 60 * x * ball], -1)
-            hints.append(annotate(shade.astype(np.uint8), annotator(kind).hint()))
+            hints.append(annotate(shade.astype(np.uint8), annotator(kind).spec()))
     return hints
 
 
@@ -258,12 +259,12 @@ def test_a_picture_without_a_hole_is_measured_whole(holed):
 def test_an_output_for_inpainting_is_looked_at_as_it_is_and_a_tile_s_low_passed(holed):
     picture, hint = holed
     rough = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    rule = annotator("inpaint").hint()
+    rule = annotator("inpaint").spec()
     assert fidelity([picture, rough], [hint, hint], rule).tolist() == [
         inpaint_distance(picture, hint),
         inpaint_distance(rough, hint),
     ]
-    finer = annotator("tile").hint(shrink=4)
+    finer = annotator("tile").spec(shrink=4)
     noisy = picture + np.random.default_rng(0).integers(0, 20, picture.shape, np.uint8)
     small = annotate(picture, finer)
     assert fidelity([picture, noisy], [small, small], finer).tolist() == [
@@ -283,7 +284,7 @@ def test_what_nothing_here_finds_needs_a_look():
 
 
 def test_hints_that_prescribe_nothing_have_no_metric():
-    assert metric_of(contract("hed")) is METRICS["ms_ssim"] and set(METRIC_OF.values()) == set(METRICS)
+    assert metric_of(contract("hed")) is METRICS["ms_ssim"] and {kind.metric for kind in all_kinds()} - {""} == set(METRICS)
     with pytest.raises(UserError, match='hints named "shuffle" is not measured'):
         metric_of(contract("shuffle"))
 
@@ -479,7 +480,7 @@ def test_the_referee_chooses_the_caption_that_fits(referee, monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn(toy_base, drawn_joins):
-    return Control(drawn_joins(new_control(toy_base)).eval(), annotator("canny").hint())
+    return Control(drawn_joins(new_control(toy_base)).eval(), annotator("canny").spec())
 
 
 def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base):

@@ -210,7 +210,8 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from controlkit.data import TRUTHS, evaluation_pairs
+    from controlkit.annotators import kind_or_bare
+    from controlkit.data import evaluation_pairs
     from controlkit.images import write_atomic
     from controlkit.measure import evaluate as measure
     from controlkit.measure import metric_of
@@ -223,13 +224,15 @@ def evaluate(
     if saved.branch.hint_types:
         raise UserError(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
     metric_of(saved.hint)
-    kind, source = saved.hint.annotator, data or str(saved.trained.get("data", "emoji"))
+    kind, source = kind_or_bare(saved.hint.annotator), data or str(saved.trained.get("data", "emoji"))
     if source == "world":  # what is known of scenes alone is measured there, the rest on emoji
-        source = "scenes" if kind in TRUTHS else "emoji"
+        source = "scenes" if kind.truth else "emoji"
     recipe = saved.trained.get("recipe") or {}
     columns = {} if data else recipe.get("data", {}).get("columns", {})
     model = model.of_size(recipe["size"]) if recipe.get("size") else model
-    pairs, real = evaluation_pairs(source, model.size, num, kind == "pose", saved.hint.mask_value is not None, columns)
+    pairs, real = evaluation_pairs(
+        source, model.size, num, kind.needs_person, saved.hint.mask_value is not None, columns
+    )
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
         report = measure(

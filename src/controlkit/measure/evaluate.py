@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from controlkit.annotators import ANNOTATORS, METRIC_OF, annotate, parts_of
+from controlkit.annotators import annotate, kind_or_bare, names_of, parts_of
 from controlkit.annotators.maps import FACING, keypoints_of, labels_of, normals_of
 from controlkit.backbones import Backbone
-from controlkit.data import TRUTHS, Pair, hint_for_pair
+from controlkit.data import Pair, hint_for_pair
 from controlkit.errors import UserError, nearest
 from controlkit.hub import shipped_path
 from controlkit.images import HintSpec, to_pictures, to_tensor
@@ -222,14 +222,13 @@ def metric_of(contract: HintSpec) -> Metric:
 
     Of several hints that are channels of one it is the first's, here and in ``look_of``.
     """
-    contract = parts_of(contract)[0]
-    if not contract.annotator:
-        raise UserError(f"No annotator of these hints is named: expected one of {', '.join(METRIC_OF)}.")
-    if contract.annotator not in METRIC_OF:
-        raise UserError(
-            f'Obedience to hints named "{contract.annotator}" is not measured: {nearest(contract.annotator, METRIC_OF)}'
-        )
-    return METRICS[METRIC_OF[contract.annotator]]
+    name = parts_of(contract)[0].annotator
+    measured = names_of(lambda kind: kind.metric)
+    if not name:
+        raise UserError(f"No annotator of these hints is named: expected one of {', '.join(measured)}.")
+    if not (metric := kind_or_bare(name).metric):
+        raise UserError(f'Obedience to hints named "{name}" is not measured: {nearest(name, measured)}')
+    return METRICS[metric]
 
 
 Look = Callable[[np.ndarray], np.ndarray]
@@ -244,10 +243,11 @@ def look_of(contract: HintSpec) -> Look:
     contract = parts_of(contract)[0]
     if not metric_of(contract).looks_again:
         return lambda picture: picture
-    if contract.annotator in TRUTHS:
+    kind = kind_or_bare(contract.annotator)
+    if truth := kind.truth:
         observer = shipped_observer()
-        return lambda picture: TRUTHS[contract.annotator](observer.observe([picture])[0])
-    if contract.annotator not in ANNOTATORS:
+        return lambda picture: truth(observer.observe([picture])[0])
+    if not kind.makes:
         raise UserError(
             f'Nothing here finds "{contract.annotator}" in a picture: give a `look`, a function from a picture to it.'
         )
@@ -263,7 +263,7 @@ def shipped_observer() -> Observer:
 def check_findable(contract: HintSpec, truths: Iterable[Pair]) -> None:
     """Refuse to look with the shipped observer at pictures of anything but the embedded scenes."""
     contract = parts_of(contract)[0]
-    if contract.annotator in TRUTHS and any(truth.truth is None for truth in truths):
+    if kind_or_bare(contract.annotator).truth and any(truth.truth is None for truth in truths):
         raise UserError(f'"{contract.annotator}" can be found again in the embedded scenes alone: measure on scenes.')
 
 
@@ -502,7 +502,7 @@ def evaluate(
     means = {name: figure["mean"] for name, figure in report.items() if isinstance(figure, dict)}
     adheres = means["clip_score"] >= KEPT * means["clip_score_no_control"]
     report["quality_kept"] = adheres and means["fid"] <= 1.1 * means["fid_no_control"]
-    if look is None and control.hint.annotator in TRUTHS:
+    if look is None and kind_or_bare(control.hint.annotator).truth:
         report["observer"] = shipped_observer().config.get("accuracy")
     report["num"] = len(truths)
     report["settings"] = asdict(settings) | {

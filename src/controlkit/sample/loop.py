@@ -206,7 +206,10 @@ def _hint_tensors(base: Backbone, control: Control, given: Sequence, size: tuple
     if any(one.keys() != given[0].keys() for one in given):
         raise UserError("The pictures of one batch have hints of different types: expected the same types for all.")
     return {
-        name: read([one[name] for one in given], control.hints.get(name) or control.hint.made_by(contract(name)))
+        name: read(
+            [one[name] for one in given],
+            control.hints.get(name) or control.hint.made_by(contract(name, foreign=True)),
+        )
         for name in given[0]
     }
 
