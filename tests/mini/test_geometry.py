@@ -198,7 +198,7 @@ def test_the_hint_of_a_mirrored_pair_is_the_annotation_of_the_mirrored_picture()
         contract = annotator(name).spec()
         turned = mirrored(plain, contract)
         assert np.array_equal(turned.picture, flipped(plain.picture))
-        assert np.array_equal(hint_for_pair(turned, contract), annotator(name).function(flipped(plain.picture)))
+        assert np.array_equal(hint_for_pair(turned, contract), annotator(name).make([flipped(plain.picture)])[0])
     assert not np.array_equal(hint_for_pair(mirrored(plain, CANNY), CANNY), hint_for_pair(plain, CANNY))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click import Context, HelpFormatter
 from typer.core import TyperCommand
 
 from controlkit.errors import UserError
@@ -44,7 +43,7 @@ class KindsCommand(TyperCommand):
     They are filled in when help is asked for, and not before, as reading the table takes seconds.
     """
 
-    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, or typer's own copy of it
         """Write the help, kinds of hints filled in."""
         self.name_kinds()
         super().format_help(ctx, formatter)
@@ -63,9 +62,10 @@ class KindsCommand(TyperCommand):
             "{kinds}": ", ".join(f"`{kind.name}`" for kind in all_kinds()),
             "{truths}": ", ".join(f"`{kind.name}`" for kind in all_kinds() if kind.truth),
         }
-        for parameter in self.params:
+        parameters: list[Any] = self.params
+        for parameter in parameters:
             for place, text in names.items():
-                parameter.help = (getattr(parameter, "help", None) or "").replace(place, text)
+                parameter.help = (parameter.help or "").replace(place, text)
 
 
 @contextmanager

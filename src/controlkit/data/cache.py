@@ -181,7 +181,7 @@ class _Builder:
         """Room for so many hints like the first one; of several types, with a mask where any has one."""
         masks = any(contract.mask_value is not None for contract in self.contracts.values())
         channels = 3 + masks if len(self.contracts) > 1 else first.shape[-1]
-        return self.writer.empty(name, (total, *first.shape[:2], channels), torch.from_numpy(first).dtype).numpy()
+        return self.writer.empty(name, (total, *first.shape[:2], channels), getattr(torch, first.dtype.name)).numpy()
 
     def _moments(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Moments (B, 2C, h, w), half."""
