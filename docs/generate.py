@@ -13,6 +13,8 @@ TARGET = Path(__file__).parent / "cli.md"
 def _section(command: Any, name: str) -> str:
     if hasattr(command, "commands"):
         return "".join(_section(command.commands[sub], f"{name} {sub}") for sub in sorted(command.commands))
+    if hasattr(command, "name_kinds"):
+        command.name_kinds()
     lines = [f"## {name}", "", (command.help or "").strip(), "", "| option | meaning |", "| --- | --- |"]
     for parameter in command.params:
         if "--help" in parameter.opts:

@@ -23,9 +23,10 @@ from torchmetrics.functional import spearman_corrcoef
 
 from controlkit.hub import shipped_path
 from controlkit.images import to_pictures, to_tensor
+from controlkit.measure.accuracy import accuracy
 from controlkit.mini import world
 from controlkit.mini.aesthetic import AestheticHead, damage
-from controlkit.mini.observer import Maps, Observer, accuracy, maps_of, mirrored
+from controlkit.mini.observer import Maps, Observer, maps_of, mirrored
 from controlkit.mini.scenes import CLASSES, Scene, load_scenes
 from controlkit.mini.tower import ImageTextTower
 from controlkit.seeds import numpy_rng

@@ -299,7 +299,7 @@ def test_several_annotators_are_channels_of_one_hint():
     both, picture = joined(BOTH), CirclePairs(SIDE, 1)[0].picture
     assert (both.annotator, both.channels) == ("canny+scribble", 6) and contract("canny+scribble") == both
     assert [part.annotator for part in parts_of(both)] == BOTH and parts_of(HintSpec("canny")) == [HintSpec("canny")]
-    apart = [annotator(name).function(picture) for name in BOTH]
+    apart = [annotator(name).make([picture])[0] for name in BOTH]
     assert np.array_equal(annotate(picture, both), np.concatenate(apart, 2))
     assert np.array_equal(hint_for_pair(Pair(picture, ""), both), np.concatenate(apart, 2))
     with pytest.raises(
@@ -350,8 +350,8 @@ def test_of_two_hints_both_are_named_or_the_set_is_refused(toy_base, tmp_path):
 def test_obedience_to_two_hints_is_that_to_the_first(toy_base, tmp_path):
     both, picture = joined(BOTH), CirclePairs(64, 2)[0].picture
     hint, other = annotate(picture, both), CirclePairs(64, 2)[1].picture
-    canny = annotator("canny").function
-    assert fidelity([other], [hint], both)[0] == edge_f1(canny(other), canny(picture))
+    (found,), (wanted,) = (annotator("canny").make([one]) for one in (other, picture))
+    assert fidelity([other], [hint], both)[0] == edge_f1(found, wanted)
 
 
 def test_a_run_on_two_hints_measures_shows_and_saves_what_it_learnt(toy_base, fake_packages, tmp_path):

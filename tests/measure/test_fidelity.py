@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from controlkit.annotators import METRIC_OF, annotate, annotator, canny, contract
+from controlkit.annotators import all_kinds, annotate, annotator, contract
+from controlkit.annotators.lines import canny
 from controlkit.data import CirclePairs
 from controlkit.errors import Unsupported, UserError
 from controlkit.measure import (
@@ -21,21 +22,21 @@ from controlkit.measure import (
 def test_fidelity_annotates_the_picture_as_the_contract_says():
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:, 32:] = 40  # fainter than 100/200 sees
-    faint = annotator("canny").hint(low=10, high=20)
+    faint = annotator("canny").spec(low=10, high=20)
     hint = canny(picture, 10, 20)
     assert fidelity([picture, picture], [hint, np.zeros_like(hint)], faint).tolist() == [1.0, 0.0]
-    assert fidelity([picture], [hint], annotator("canny").hint()).tolist() == [0.0]
+    assert fidelity([picture], [hint], annotator("canny").spec()).tolist() == [0.0]
 
 
 def test_an_output_for_inpainting_is_compared_as_it_is_and_a_tile_s_low_passed(holed):
     picture, hint = holed
     rough = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    rule = annotator("inpaint").hint()
+    rule = annotator("inpaint").spec()
     assert fidelity([picture, rough], [hint, hint], rule).tolist() == [
         inpaint_distance(picture, hint),
         inpaint_distance(rough, hint),
     ]
-    finer = annotator("tile").hint(shrink=4)
+    finer = annotator("tile").spec(shrink=4)
     noisy = picture + np.random.default_rng(0).integers(0, 20, picture.shape, np.uint8)
     small = annotate(picture, finer)
     assert fidelity([picture, noisy], [small, small], finer).tolist() == [
@@ -55,7 +56,7 @@ def test_what_nothing_here_finds_needs_a_finder():
 
 
 def test_hints_that_prescribe_nothing_have_no_metric():
-    assert metric_of(contract("hed")) is METRICS["ms_ssim"] and set(METRIC_OF.values()) == set(METRICS)
+    assert metric_of(contract("hed")) is METRICS["ms_ssim"] and {kind.metric for kind in all_kinds() if kind.metric} == set(METRICS)
     with pytest.raises(UserError, match='hints named "shuffle" is not measured'):
         metric_of(contract("shuffle"))
 

@@ -86,7 +86,7 @@ def truths(kind, side=64):
             hints.append(pose_picture(np.stack(at, -1)[None], (side, side)))
         else:
             shade = np.stack([230 - 100 * ball - 40 * y, 200 - 60 * y - 80 * ball, 90 + 60 * x * ball], -1)
-            hints.append(annotate(shade.astype(np.uint8), annotator(kind).hint()))
+            hints.append(annotate(shade.astype(np.uint8), annotator(kind).spec()))
     return hints
 
 

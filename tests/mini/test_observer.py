@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from controlkit.images import to_tensor
+from controlkit.measure.accuracy import accuracy, score
 from controlkit.mini.aesthetic import DAMAGES, AestheticHead, damage
 from controlkit.mini.observer import (
     MIRRORED,
     Observer,
-    accuracy,
     heatmaps,
     maps_of,
     mirrored,
     peaks,
     persons,
-    score,
 )
 from controlkit.mini.scenes import CLASSES, draw_scene, draw_scenes, load_scenes
 from controlkit.mini.tower import ImageTextTower

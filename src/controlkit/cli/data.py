@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from controlkit.cli.shared import DeviceOption, OutOption, check_folder, parse_size, progress_bars, ready, say
+from controlkit.cli.shared import (
+    DeviceOption,
+    KindsCommand,
+    OutOption,
+    check_folder,
+    parse_size,
+    progress_bars,
+    ready,
+    say,
+)
 from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
@@ -53,15 +62,17 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 
 
 @app.command(
+    cls=KindsCommand,
     epilog="Examples:\n\n    controlkit data doctor fill50k --annotator canny\n\n"
-    "    controlkit data doctor photos && controlkit train canny.yaml --out runs/canny"
+    "    controlkit data doctor photos && controlkit train canny.yaml --out runs/canny",
 )
 def doctor(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     annotator: Annotated[
         str | None,
         typer.Option(
-            help="What the hints are, or what will make them: they are held against it. Of several, `canny+depth`."
+            help="The kind of the hints, to compare them with, or to show what will be made: {kinds}. Of several, "
+            "`canny+depth`."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
@@ -146,15 +157,15 @@ def fill50k(
     say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
 
 
-@make_app.command(epilog="Example:\n\n    controlkit data make scenes --count 100 --hint depth --out scenes")
+@make_app.command(
+    cls=KindsCommand, epilog="Example:\n\n    controlkit data make scenes --count 100 --hint depth --out scenes"
+)
 def scenes(
     out: OutOption,
     count: Annotated[int, typer.Option(help="Scenes to draw.", min=1)] = 1000,
     size: Annotated[int, typer.Option(help="Side in pixels.", min=32)] = 256,
     seed: Annotated[int, typer.Option(help="Another seed draws another set.")] = 0,
-    hint: Annotated[
-        str, typer.Option(help="`depth`, `normal`, `seg`, `pose` or `edges`: the hints that `prompt.json` names.")
-    ] = "depth",
+    hint: Annotated[str, typer.Option(help="The hints that `prompt.json` names: {truths} or `edges`.")] = "depth",
 ) -> None:
     """Draw scenes about which everything is known: solids and figures, with depth, normals, labels, poses, edges.
 
@@ -211,14 +222,15 @@ def caption(
 
 
 @app.command(
+    cls=KindsCommand,
     epilog="Examples:\n\n    controlkit data build photos --annotator canny --size 512 --out photos-canny\n\n"
     "    controlkit data build fill50k --annotator canny --layout webdataset --out shards\n\n"
-    "    controlkit data build photos --annotator canny --captions blip --out photos-canny"
+    "    controlkit data build photos --annotator canny --captions blip --out photos-canny",
 )
 def build(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     out: OutOption,
-    annotator: Annotated[str, typer.Option(help="What the hints are, or, where there are none, what makes them.")],
+    annotator: Annotated[str, typer.Option(help="The kind of the hints, made where there are none: {kinds}.")],
     layout: Annotated[
         str, typer.Option(help="`metadata` (the datasets library), `prompt.json`, `paired` (kohya), `webdataset`.")
     ] = "metadata",
@@ -239,7 +251,7 @@ def build(
     Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
     """
     from controlkit.annotators import contract
-    from controlkit.data import build_set, load_captioner, read_listing, wanting
+    from controlkit.data import Captioning, build_set, load_captioner, read_listing, wanting
 
     check_folder(out)
     over = _over(replace)
@@ -257,7 +269,7 @@ def build(
         def captioned(count: int) -> None:
             progress.advance(side, count)
 
-        sized = parse_size(size)
-        for done in build_set(listing, out, layout, contract(annotator), sized, model, over, captioned, workers):
+        captioning = Captioning(model, over, captioned) if model else None
+        for done in build_set(listing, out, layout, contract(annotator), parse_size(size), captioning, workers):
             progress.update(task, completed=done)
     say(f"{len(listing.rows)} pairs in {out} ({layout})")

@@ -11,6 +11,7 @@ from controlkit.cli.shared import (
     BaseOption,
     DeviceOption,
     GuidanceOption,
+    KindsCommand,
     LoraOption,
     OutOption,
     StepsOption,
@@ -245,18 +246,24 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     return (file, kind, Path(path), settings) if typed else (name, "", Path(path), settings)
 
 
-@app.command(epilog="Example:\n\n    controlkit annotate canny photo.png drawing.jpg --out hints")
+@app.command(
+    cls=KindsCommand,
+    epilog="Examples:\n\n    controlkit annotate canny photo.png drawing.jpg --out hints\n\n"
+    "    controlkit annotate canny photo.png --option low=50 --option high=100 --out hints",
+)
 def annotate(
     annotator: Annotated[
         str,
-        typer.Argument(
-            metavar="ANNOTATOR", help="`canny`, `softedge`, `scribble`, `lineart`, `mlsd`, `tile` or `inpaint`."
-        ),
+        typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}."),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
     out: OutOption = Path("out"),
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Annotate at this size; the picture's by default.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable."),
     ] = None,
 ) -> None:
     """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
@@ -264,7 +271,7 @@ def annotate(
     from controlkit.annotators import annotator as find
     from controlkit.images import read_picture, write_png
 
-    contract = find(annotator).hint()
+    contract = find(annotator).spec(**_options(option or []))
     sides = parse_size(size)
     check_folder(out)
     if len({path.stem for path in images}) < len(images):
@@ -275,5 +282,14 @@ def annotate(
         raise Invalid(f"A hint would overwrite the picture {clash}: give another --out.")
     pictures = [read_picture(path) for path in images]
     for target, picture in zip(targets, pictures, strict=True):
-        write_png(target, annotate_picture(picture, contract, sides), {"annotator": annotator})
+        made_by = {"annotator": annotator, "options": contract.options}
+        write_png(target, annotate_picture(picture, contract, sides), made_by)
         say(str(target))
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    """The values of ``--option``, by key."""
+    pairs = [one.partition("=") for one in given]
+    if wrong := [one for one, (key, _, value) in zip(given, pairs, strict=True) if not (key and value)]:
+        raise Invalid(f'--option is "{wrong[0]}"; expected KEY=VALUE, such as low=50.')
+    return {key: value for key, _, value in pairs}

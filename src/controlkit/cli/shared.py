@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from controlkit.errors import Invalid
 
@@ -33,6 +34,37 @@ VaeOption = Annotated[
     str | None, typer.Option(help="Another VAE than the base's: a diffusers folder, a file, a hub's name.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
+
+
+class KindsCommand(TyperCommand):
+    """A command whose help names kinds of hints: ``{annotators}`` and so on stand for what their table has.
+
+    They are filled in when help is asked for, and not before, as reading the table takes seconds.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, or typer's own copy of it
+        """Write the help, kinds of hints filled in."""
+        self.name_kinds()
+        super().format_help(ctx, formatter)
+
+    def name_kinds(self) -> None:
+        """Fill the kinds of hints into the options' help."""
+        from controlkit.annotators import all_kinds
+
+        makers = [kind for kind in all_kinds() if kind.makes]
+        options = [
+            f"{', '.join(kind.options.model_fields)} ({kind.name})" for kind in makers if kind.options.model_fields
+        ]
+        names = {
+            "{annotators}": ", ".join(f"`{kind.name}`" for kind in makers),
+            "{options}": "; ".join(options),
+            "{kinds}": ", ".join(f"`{kind.name}`" for kind in all_kinds()),
+            "{truths}": ", ".join(f"`{kind.name}`" for kind in all_kinds() if kind.truth),
+        }
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            for place, text in names.items():
+                parameter.help = (parameter.help or "").replace(place, text)
 
 
 @contextmanager

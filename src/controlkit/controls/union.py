@@ -4,26 +4,32 @@ A type is told in two places: a token for each hint, which shifts that hint's fe
 beside the time embedding. The features of several hints are added up.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from controlkit.annotators import union_types
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, Tap
 from controlkit.errors import UserError, nearest
 
-TYPES = {
-    **dict.fromkeys(("openpose", "pose"), 0),
-    "depth": 1,
-    **dict.fromkeys(("softedge", "hed", "pidi", "scribble", "ted"), 2),
-    **dict.fromkeys(("canny", "lineart", "mlsd"), 3),
-    "normal": 4,
-    "seg": 5,
-    "tile": 6,
-    **dict.fromkeys(("inpaint", "repaint"), 7),
-}
+
+class _Types(Mapping[str, int]):
+    """A view of the table of kinds of hints, so that a kind registered later is a type too."""
+
+    def __getitem__(self, name: str) -> int:
+        return union_types()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(union_types())
+
+    def __len__(self) -> int:
+        return len(union_types())
+
+
+TYPES: Mapping[str, int] = _Types()
 """Names of hint types -> the released weights' numbers. The first release has 0-5, ProMax all."""
 
 

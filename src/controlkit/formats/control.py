@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.annotators import contract
+from controlkit.annotators import contract, kind_or_bare
 from controlkit.backbones import Backbone
 from controlkit.backbones.families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
@@ -53,7 +53,7 @@ class SavedControl:
 
     def contract_of(self, kind: str) -> HintSpec:
         """The contract of a Union's hints of a type: its own, or what that name means everywhere."""
-        return self.hints.get(kind) or self.hint.made_by(contract(kind))
+        return self.hints.get(kind) or self.hint.made_by(contract(kind, foreign=True))
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def read_control(name: str | Path, base: Backbone | None) -> tuple[Path, Weights
     if tells_types_by_code(weights):
         hints = metadata_entry(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
         weights = as_controlnet(weights, TYPES[kind])
-        own = {"controlkit.hint": (hints.get(kind) or contract(kind)).to_json()}
+        own = {"controlkit.hint": (hints.get(kind) or contract(kind, foreign=True)).to_json()}
         weights = replace(weights, metadata={**weights.metadata, **own})
         described = replace(described, kind="controlnet")
     return path, weights, described
@@ -280,11 +280,11 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
     order = next((str(weights.config[key]).upper() for key in said_order if key in weights.config), "RGB")
     foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
     hint = metadata_entry(weights, Path(name), "controlkit.hint", _hint, foreign)
-    if not annotator or annotator == hint.annotator:
+    if not annotator or kind_or_bare(annotator).name == hint.annotator:
         return hint
     if hint.annotator:
         raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
-    return hint.made_by(contract(annotator))
+    return hint.made_by(contract(annotator, foreign=True))
 
 
 def _check_family(name: str | Path, described: Description, base: Backbone) -> None:

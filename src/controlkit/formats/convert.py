@@ -95,7 +95,7 @@ def attach(
 ) -> Converted:
     """A fresh branch for a base, silent until it is trained: the original's ``tool_add_control``."""
     _check(target, to, dtype)
-    hint = replace(contract(annotator), channels=hint_channels)
+    hint = replace(contract(annotator, foreign=True), channels=hint_channels)
     facts = {"base": base.name, "base_digest": base.digest, "step": 0}
     weights = control_weights(SavedControl(new_control(base, hint_channels=hint_channels), hint, facts), base)
     return write(weights, target, to, dtype, base)

@@ -7,29 +7,33 @@ from collections.abc import Callable
 
 import numpy as np
 
-from controlkit.annotators import ANNOTATORS, METRIC_OF, parts_of
-from controlkit.data import TRUTHS
+from controlkit.annotators import HintKind, kind_or_bare, names_of, parts_of
 from controlkit.errors import Unsupported, nearest
 from controlkit.images import HintSpec
 from controlkit.measure.metrics import METRICS, Metric
-from controlkit.mini.observer import Truth
+from controlkit.mini.truth import Truth
+
+
+def kind_of_hint(spec: HintSpec) -> HintKind:
+    """The kind that decides how such hints are measured."""
+    return kind_or_bare(parts_of(spec)[0].annotator)
 
 
 def metric_of(spec: HintSpec) -> Metric:
     """The metric of fidelity to such hints, whether or not anything here makes them; ``Unsupported`` if none."""
-    name = parts_of(spec)[0].annotator
-    if not name:
-        raise Unsupported(f"No annotator of these hints is named: expected one of {', '.join(METRIC_OF)}.")
-    if name not in METRIC_OF:
-        raise Unsupported(f'Obedience to hints named "{name}" is not measured: {nearest(name, METRIC_OF)}')
-    return METRICS[METRIC_OF[name]]
+    kind, measured = kind_of_hint(spec), names_of(lambda kind: kind.metric)
+    if not kind.name:
+        raise Unsupported(f"No annotator of these hints is named: expected one of {', '.join(measured)}.")
+    if not kind.metric:
+        raise Unsupported(f'Obedience to hints named "{kind.name}" is not measured: {nearest(kind.name, measured)}')
+    return METRICS[kind.metric]
 
 
 def truth_of(spec: HintSpec) -> Callable[[Truth], np.ndarray] | None:
     """The function that draws such hints from the truth about a picture; None for hints made of the picture itself."""
-    return TRUTHS.get(parts_of(spec)[0].annotator)
+    return kind_of_hint(spec).truth
 
 
 def is_made_here(spec: HintSpec) -> bool:
     """Whether an annotator here makes such hints of a picture."""
-    return parts_of(spec)[0].annotator in ANNOTATORS
+    return kind_of_hint(spec).makes
