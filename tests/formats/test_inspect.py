@@ -5,16 +5,15 @@ The files are whole headers over holes: their data takes no room on disk and is 
 
 import json
 import struct
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import T2IAdapter
 
 from controlkit.backbones.families import FAMILIES, unet_config
-from controlkit.controls.xs import adapter_config
+from controlkit.controls.xs import xs_settings
 from controlkit.formats import describe
-from controlkit.formats.describe import expected_shapes
+from controlkit.formats.configs import expected_shapes
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
 
 
@@ -79,8 +78,7 @@ def adapter(channels, layers, factor, kind, hint_channels=3, original=False):
 
 def walker(name):
     """A ControlNet-XS a tenth as wide as the base, as diffusers makes them."""
-    unet = SimpleNamespace(config=SimpleNamespace(**{"norm_num_groups": 32} | unet_config(FAMILIES[name])))
-    return expected_shapes("xs", adapter_config(unet, 8))
+    return expected_shapes("xs", xs_settings({"norm_num_groups": 32} | unet_config(FAMILIES[name]), 8))
 
 
 WIDTHS = [320, 640, 1280, 1280]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from controlkit.controls import new_control
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, SavedControl, convert, describe, load_control, save_control
+from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, describe, load_control, save_control
 from controlkit.images import HintSpec
 from controlkit.tensors import open_tensors
 
@@ -43,7 +43,7 @@ def layouts(toy_base, drawn_joins, tmp_path_factory):
     files = {"diffusers": root / "control" / WEIGHTS}
     for layout in ("cldm", "control-lora", "union"):
         target = root / layout if layout == "union" else root / f"{layout}.safetensors"
-        convert(root / "control", target, layout, base=toy_base, rank=2)
+        convert(root / "control", target, layout, base=toy_base, options=WriteOptions(rank=2))
         files[layout] = target / WEIGHTS if layout == "union" else target
     tensors = open_tensors(files["cldm"]).read()
     files["cldm without prefix"] = root / "bare.safetensors"
