@@ -194,3 +194,30 @@ def test_an_sd21_file_is_not_read_with_an_sd15_configuration(tmp_path):
     assert found.config["use_linear_projection"] and found.config["upcast_attention"]
     assert found.config["cross_attention_dim"] == 1024
     assert describe(write_holes(tmp_path / "b.safetensors", cldm("sd15", ""))).config["attention_head_dim"] == [8] * 4
+
+
+@pytest.mark.parametrize("make", [lambda: controlnet("sd15"), lambda: walker("sd15")], ids=["ControlNet", "XS"])
+def test_a_mistake_of_our_own_is_raised_and_not_taken_for_a_damaged_file(make, tmp_path, monkeypatch):
+    path = write_holes(tmp_path / "a.safetensors", make())
+
+    def mistaken(names):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(EncoderShape, "of_diffusers", mistaken)
+    with pytest.raises(KeyError, match="ours"):
+        describe(path)
+
+
+@pytest.mark.parametrize("make", [lambda: controlnet("sd15"), lambda: walker("sd15")], ids=["ControlNet", "XS"])
+def test_shapes_that_no_network_has_are_described_as_one_that_does_not_run(make, tmp_path):
+    for name, shape in [
+        ("down_blocks.0.resnets.0.conv1.weight", ()),
+        ("down_blocks.0.resnets.0.conv1.weight", None),
+        ("controlnet_cond_embedding.conv_in.weight", (16,)),
+        ("conv_in.weight", (2**20, 4, 3, 3)),
+        ("down_blocks.1.resnets.0.conv1.weight", (2**15, 320, 3, 3)),
+        ("down_blocks.99.resnets.0.conv1.weight", (1,)),
+    ]:
+        shapes = {**make(), name: shape}
+        found = describe(write_holes(tmp_path / "a.safetensors", {n: s for n, s in shapes.items() if s is not None}))
+        assert not found.runs and found.format in ("diffusers", "controlnet-xs"), name
