@@ -115,9 +115,9 @@ def aesthetic_accuracy(head: AestheticHead, tower: ImageTextTower, pictures: Seq
     """Of pictures the head has not seen: how ratings and amounts of damage rank, and how far ratings are off."""
     damaged, ratings = damaged_batch(pictures, "heldout")
     device = next(head.parameters()).device
-    read = np.concatenate([head(tower.features(x.to(device))).cpu().numpy() for x in to_tensor(damaged).split(64)])
-    ranks = spearman_corrcoef(torch.from_numpy(read).double(), torch.from_numpy(ratings))
-    return {"rank_correlation": float(ranks), "off_by": float(np.abs(read - ratings).mean())}
+    read = torch.cat([head(tower.features(x.to(device))).cpu() for x in to_tensor(damaged).split(64)]).double()
+    true = torch.from_numpy(ratings).double()
+    return {"rank_correlation": spearman_corrcoef(read, true).item(), "off_by": (read - true).abs().mean().item()}
 
 
 def heldout_pictures(size: int, scenes: Sequence[Scene]) -> list[np.ndarray]:

@@ -66,7 +66,8 @@ def convert(
     if attach:
         if rank is not None or transfer_to is not None or base is not None:
             raise Invalid("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
-        done = formats.attach(loaded_base(source, "cpu"), target, to, dtype, annotator=annotator or "")
+        options = formats.WriteOptions(dtype)
+        done = formats.attach(loaded_base(source, "cpu"), target, to, annotator=annotator or "", options=options)
     else:
         models = {name: loaded_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}
         own, other = (models.get(name) if name else None for name in (base, transfer_to))
@@ -76,7 +77,8 @@ def convert(
             def on_tensor(count: int, total: int) -> None:
                 progress.update(task, completed=count, total=total, visible=True)
 
-            done = formats.convert(source, target, to, dtype, own, rank, other, annotator, on_tensor)
+            options = formats.WriteOptions(dtype, rank, on_tensor)
+            done = formats.convert(source, target, to, own, other, annotator, options)
     for note in done.notes:
         warn(note)
     say(f"{done.path}: {formats.describe(done.path).sentence()}")

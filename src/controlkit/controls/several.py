@@ -1,4 +1,4 @@
-"""Several controls at once, trained as one."""
+"""Several controls at once, trained as one; each stays complete in itself."""
 
 from collections.abc import Mapping
 from typing import Any

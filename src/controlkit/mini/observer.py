@@ -1,8 +1,8 @@
 """The referee that reads truth off a picture: depth, normals, classes and body joints, from one small network.
 
-Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
-reads follows the conventions of ``scenes.Scene``, so that an ``Observation`` can stand wherever a scene's truth can.
-It needs nothing that drawing scenes needs.
+Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. An
+``Observation`` follows the conventions of ``scenes.Scene`` and can take the place of a scene's truth. Nothing that
+draws scenes is imported here.
 """
 
 import itertools
@@ -30,14 +30,14 @@ _THRESHOLD = 0.3  # of a heatmap's peak, to be a joint
 _FEWEST = 3  # joints that make a person
 
 Maps = dict[str, Tensor]
-"""What is to be seen in pictures (B, 3, H, W), true or read: ``depth`` (B, 1, H, W), 1/m, 0 for sky; ``normals`` (B, 3,
+"""Maps of pictures (B, 3, H, W), true or read: ``depth`` (B, 1, H, W), 1/m, 0 for sky; ``normals`` (B, 3,
 H, W), zero for sky; ``labels``, int64 (B, H, W), or, read, their logits (B, classes, H, W); ``joints`` (B, 18, h, w),
 heatmaps in [0, 1], or, read, their logits."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was read off a picture (H, W), in the conventions of ``scenes.Scene``.
+    """The maps read off a picture (H, W), in the conventions of ``scenes.Scene``.
 
     depth: float32 (H, W), metres along the view; infinite where the label says sky.
     normals: float32 (H, W, 3), unit, camera space (x right, y up, z towards the camera); zero where there is sky.
@@ -67,7 +67,7 @@ class Stored(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """What was saved in ``folder``, float32, frozen."""
+        """Read a module that was saved in ``folder``, float32, frozen."""
         module = cls(json.loads((folder / "config.json").read_text()))
         module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return module.eval().requires_grad_(False)
@@ -117,7 +117,7 @@ class Observer(Stored):
         return {"depth": F.softplus(depth - 2), "normals": normals, "labels": labels, "joints": joints}
 
     def loss(self, pixels: Tensor, truth: Maps) -> tuple[Tensor, dict[str, float]]:
-        """How far what is read off pictures of its own side lies from ``maps_of`` them: a balanced sum, and its terms.
+        """The distance of maps read off pictures of its own side from ``maps_of`` them: a balanced sum, and its terms.
 
         Mean error of inverse depth (x 10), 1 - cosine of normals where there are any, cross-entropy of classes, and
         of heatmaps a cross-entropy per pixel that is joint.
@@ -137,7 +137,7 @@ class Observer(Stored):
 
     @torch.no_grad()
     def observe(self, pictures: Sequence[np.ndarray], batch: int = 32) -> list[Observation]:
-        """What is to be seen in pictures, uint8 (H, W, 3), of any sizes."""
+        """Read the maps off pictures, uint8 (H, W, 3), of any sizes."""
         found = []
         device = self.conv_in.weight.device
         for start in range(0, len(pictures), batch):
@@ -173,7 +173,7 @@ class Observer(Stored):
 
 
 class _Block(ResnetBlock2D):
-    """GroupNorm, SiLU and convolution, twice, and what came in added; no timestep."""
+    """GroupNorm, SiLU and convolution, twice, with the input added; no timestep."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(in_channels=channels, temb_channels=None, groups=8)
