@@ -25,7 +25,6 @@ from controlkit.train.recipe import FORMATS, Recipe, read_recipe
 from controlkit.train.records import EvaluationSummary, summary_of
 from controlkit.train.state import TrainState
 
-
 _LAYOUT = "5"
 """Raised when a run that an earlier version began could not be resumed exactly."""
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
 from controlkit.data import Pair, hint_for_pair
@@ -41,7 +42,7 @@ SEEDS = 4
 
 
 def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndarray]]:
-    """Read (prompt, hint) of each of the user's own hints. Raises ``NotFound`` or ``Invalid`` for a file that is none."""
+    """Read (prompt, hint) of each of the user's own hints. Raises ``NotFound``, or ``Invalid`` for another file."""
     found = []
     for prompt, path in plan.own():
         hint = read_hint(Path(path), spec.mask_value is not None)

@@ -113,8 +113,8 @@ class HeldoutLoss:
         return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
 
     def residuals(self, branch: ControlNetwork) -> dict[str, float]:
-        """Measure by tap, in order: the root mean square of its residual relative to that of the feature it is added to,
-        with the same noise."""
+        """Measure by tap, in order: the root mean square of its residual relative to that of the feature it is added
+        to, with the same noise."""
 
         def sizes(place: int) -> dict[str, Tensor]:
             batch = self.batches[place]

@@ -176,7 +176,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Add the weights after ``step`` steps; the decay is at most (1 + step) / (10 + step), so the start is forgotten."""
+        """Add the weights after ``step`` steps; the decay is at most (1 + step) / (10 + step), to forget the start."""
         keep = min(self.decay, (1 + step) / (10 + step))
         state = self.module.state_dict()
         for name, value in module.state_dict().items():

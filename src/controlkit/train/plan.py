@@ -137,7 +137,7 @@ def estimate(plan: Resolved, base: Backbone, state: TrainState, pairs: int, mete
 
 
 def peak_of(work: Callable[[int], Any], count: int) -> int:
-    """Estimate the most bytes of tensors that ``work(count)`` makes and holds at once, from ``work(2)`` and ``work(4)``.
+    """Estimate the most bytes of tensors that ``work(count)`` makes and holds, from ``work(2)`` and ``work(4)``.
 
     After each operation the held bytes grow linearly with the count. Memory inside kernels is not measured.
     """

@@ -46,7 +46,7 @@ class Ranks:
     notes: tuple[str, ...] = ()
     """Sentences for the user on how they were started."""
     talk: Any = None
-    """The group for messages between CPUs, where a killed process is noticed at once; a GPU's collectives would wait."""
+    """The group for messages between CPUs, which notice a killed process at once; a GPU's collectives would wait."""
 
     @property
     def first(self) -> bool:

@@ -176,7 +176,7 @@ class Recipe(_Strict):
     gradient_accumulation: int = Field(1, gt=0)
     """Parts a batch is computed in, one after the other, to save memory: the gradients are the whole batch's."""
     gradient_checkpointing: bool = False
-    """Compute features of branch and decoder again in the backward pass instead of keeping them: less memory, slower."""
+    """Compute features again in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
     """``muon``: Muon for weight matrices, AdamW for the rest; ``adamw8bit``, ``adafactor``: less memory; ``prodigy``:
     finds the learning rate itself (set ``lr: 1``). Details: ``optimizers.Optimizer``."""

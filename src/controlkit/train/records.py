@@ -70,8 +70,9 @@ class Record:
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """An evaluation in short: the lower bound and mean of obedience, whether it is meaningful, and the mean loss relative
-    to no control; NaN where not measured. ``quality_kept``: the CLIP-score is at least 95% of that without control."""
+    """An evaluation in short: the lower bound and mean of obedience, whether it is meaningful, and the mean loss
+    relative to no control; NaN where not measured. ``quality_kept``: the CLIP-score is at least 95% of that without
+    control."""
 
     step: int
     low: float = math.nan

@@ -166,9 +166,7 @@ class Run:
         self._evaluator = self._loss = None
         if recipe.evaluation.every:
             if "" in specs:
-                self._evaluator = Evaluator(
-                    base, self.heldout, specs[""], recipe, self.out, self.ranks, self.frozen
-                )
+                self._evaluator = Evaluator(base, self.heldout, specs[""], recipe, self.out, self.ranks, self.frozen)
             [heldout] = self._cached("heldout", self.heldout)
             self._loss = HeldoutLoss(base, heldout, self.plan.batches, self.ranks, self.frozen)
         self._gradients = Gradients(

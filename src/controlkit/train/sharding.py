@@ -65,7 +65,7 @@ class Shards:
         return gathered
 
     def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut this process's parts out of a whole ``state``, along the first dimension as FSDP does; scalars stay whole."""
+        """Cut this process's parts out of a whole ``state``, along the first dimension as FSDP does; not of scalars."""
         return {
             name: distribute_tensor(value, self._mesh, [Shard(0)], src_data_rank=None) if value.ndim else value
             for name, value in state.items()
