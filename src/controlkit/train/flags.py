@@ -113,16 +113,13 @@ def parser() -> argparse.ArgumentParser:
     add("--output_dir", default="controlnet-model")
     add("--annotator", default="")
     add("--tracker_project_name", default="train_controlnet")
-    switches = ("allow_tf32", "set_grads_to_none", "enable_xformers_memory_efficient_attention",
-                "enable_npu_flash_attention")  # fmt: skip
     for name in NEEDLESS:
-        add(f"--{name}", nargs=0 if name in switches else None, action=_Given)
+        add(f"--{name}", nargs="?", const="")
     for name, allowed in (("hub_token", ""), ("hub_model_id", ""), ("revision", ""), ("variant", ""),
-                          ("dataset_config_name", ""), ("resume_from_checkpoint", "latest"),
+                          ("dataset_config_name", ""), ("push_to_hub", ""), ("resume_from_checkpoint", "latest"),
                           ("crops_coords_top_left_h", "0"), ("crops_coords_top_left_w", "0"),
                           ("image_interpolation_mode", "lanczos")):  # fmt: skip
-        add(f"--{name}", type=partial(_only, allowed))  # a run resumes from its newest checkpoint by itself
-    add("--push_to_hub", nargs=0, action=_Refuse)
+        add(f"--{name}", nargs="?", const="true", type=partial(_only, allowed))  # runs resume by themselves
     return made
 
 
@@ -231,20 +228,6 @@ def _only(allowed: str, text: str) -> str:
         return text
     instead = f'give "{allowed}", or leave it out' if allowed else "leave it out"
     raise argparse.ArgumentTypeError(f'"{text}" was given, which training here cannot do; {instead}')
-
-
-class _Given(argparse.Action):
-    """A flag of which it matters only that it is there."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, True)
-
-
-class _Refuse(argparse.Action):
-    """A switch that training here cannot obey."""
-
-    def __call__(self, *given: Any, **more: Any) -> NoReturn:
-        raise argparse.ArgumentError(self, "training here cannot do that; leave it out")
 
 
 def _trackers(name: str | None) -> list[str]:
