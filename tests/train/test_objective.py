@@ -128,7 +128,7 @@ def test_several_draws_of_a_pair_share_its_hint_and_nothing_else(tiny_recipe, to
     ), "an epoch is every pair once"
 
 
-@pytest.mark.parametrize("noises_per_pair", [1, 2])
+@pytest.mark.parametrize("draws", [1, 2])
 def test_the_parts_of_a_batch_are_its_rows(tiny_recipe, draws, toy_base, cached):
     recipe = tiny_recipe(batch=8, noises_per_pair=draws)
     whole = draw_batch(toy_base, cached, BatchPlan.of(recipe, {"": CANNY}), 3)

@@ -1,6 +1,17 @@
 """Recipes: what is refused, and the pairs that a recipe describes."""
 
-IMPORTS
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_runs import UNION
+
+from controlkit.data import make_fill50k
+from controlkit.errors import UserError
+from controlkit.mini import world
+from controlkit.train import resolve, train_control, training_pairs
+from controlkit.train.recipe import ControlRecipe, Recipe, parse_recipe, read_recipe
+from controlkit.train.setup import hint_specs
 
 
 @pytest.mark.parametrize(

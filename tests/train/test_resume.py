@@ -1,6 +1,32 @@
 """Exact resume: a run interrupted anywhere ends as if it never was."""
 
-IMPORTS
+import dataclasses
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from filelock import FileLock
+from tiny_runs import CANNY, UNION, assert_like, ended, equal, leftovers, log_of
+
+from controlkit import precision, train
+from controlkit.backbones import load_base
+from controlkit.branch import ControlSpec
+from controlkit.controls import new_control, new_union
+from controlkit.controls.union import UnionBranch
+from controlkit.data import make_fill50k
+from controlkit.errors import UserError
+from controlkit.formats import SavedControl, load_control, save_control
+from controlkit.measure import Figure, obedience
+from controlkit.train import train_control
+from controlkit.train.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

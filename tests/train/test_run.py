@@ -1,6 +1,23 @@
 """A run: what it writes, reports and refuses."""
 
-IMPORTS
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import CANNY, ended, equal, leftovers, log_of
+
+from controlkit.branch import ControlSpec
+from controlkit.controls import new_control
+from controlkit.data import Cached, make_fill50k
+from controlkit.errors import UserError
+from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
+from controlkit.images import HintSpec
+from controlkit.measure import COLOURS, Figure, obedience
+from controlkit.train import BatchPlan, draw_batch, objective, train_control
+from controlkit.train.recipe import EvaluationRecipe, Recipe, read_recipe
 
 
 def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(tiny_recipe, toy_base, tmp_path):

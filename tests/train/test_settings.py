@@ -1,7 +1,30 @@
 """Every setting of a recipe changes the run, and in the way it should."""
 
-IMPORTS
+import copy
+import dataclasses
+import itertools
+import json
+import sys
+from contextlib import nullcontext
 
+import pytest
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file
+from tiny_runs import CANNY, PLAIN, ended, equal, far, log_of, weights_of
+
+from conftest import StandIn
+from controlkit import train
+from controlkit.backbones import load_base
+from controlkit.controls import new_control
+from controlkit.data import Cached, CirclePairs
+from controlkit.errors import UserError
+from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
+from controlkit.images import write_png
+from controlkit.measure import Figure, obedience
+from controlkit.train import objective, resolve, train_control
+from controlkit.train.recipe import FORMATS, Recipe, parse_recipe, read_recipe
+from controlkit.train.setup import new_branch
 
 PROBED = {
     "base": "toy",
