@@ -28,6 +28,7 @@ from controlkit.images import HintSpec
 from controlkit.mini.tower import WINDOW, train_tokenizer
 from controlkit.mini.world import PACKAGES
 from controlkit.sample import ControlRequest, Request, maker
+from controlkit.train.recipe import parse_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 recipe = importlib.import_module("recipes.mini")
@@ -351,3 +352,24 @@ def fake_packages(_packages_folder, monkeypatch):
     """A cache in which the five picture packages lie unpacked, a dozen tiny pictures each; the cache's folder."""
     monkeypatch.setenv("CONTROLKIT_CACHE", str(_packages_folder))
     return _packages_folder
+
+
+TINY = {
+    "data": {"source": "fill50k", "count": 8},
+    "steps": 6,
+    "batch": 2,
+    "lr": 1e-3,
+    "checkpoint_every": 2,
+    "evaluation": {"every": 3, "num": 2, "steps": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe():
+    """``tiny_recipe(**changes)``: a run of six steps; a section's changes are merged into its values."""
+
+    def make(**changes):
+        merged = {key: TINY.get(key, {}) | new if isinstance(new, dict) else new for key, new in changes.items()}
+        return parse_recipe(TINY | merged)
+
+    return make

@@ -14,7 +14,7 @@ from controlkit.data import CirclePairs
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control
 from controlkit.images import write_png
-from controlkit.train import hints_of, train_control
+from controlkit.train import hint_specs, train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import new_branch
 
@@ -81,7 +81,7 @@ def trained(photos, toy_base, tmp_path_factory):
 
 def test_each_becomes_a_control_by_itself_that_stock_diffusers_reads(trained, photos, toy_base):
     out, records = trained
-    born = new_branch(recipe_of(photos), toy_base, hints_of(recipe_of(photos)), begin=True).parts()
+    born = new_branch(recipe_of(photos).control, hint_specs(recipe_of(photos).control), toy_base).parts()
     for name in BOTH:
         saved = load_control(out / "control" / name, toy_base)
         assert saved.hint == contract(name), "what its own hints are, not what both are"
@@ -128,13 +128,13 @@ def test_a_run_stopped_and_gone_on_with_ends_as_the_whole_one(trained, photos, t
 def test_both_can_start_from_a_folder_of_both(trained, photos, toy_base, tmp_path):
     out, _ = trained
     recipe = recipe_of(photos, BRANCHES | {"start_from": str(out / "control")})
-    begun = new_branch(recipe, toy_base, hints_of(recipe)).parts()
+    begun = new_branch(recipe.control, hint_specs(recipe.control), toy_base).parts()
     for name in BOTH:
         before = load_control(out / "control" / name, toy_base).branch.state_dict()
         assert all(torch.equal(before[key], value) for key, value in begun[name].state_dict().items())
     nowhere = recipe_of(photos, BRANCHES | {"start_from": str(tmp_path)})
     with pytest.raises(UserError, match=r'There is no control ".*/canny"'):
-        new_branch(nowhere, toy_base, hints_of(nowhere))
+        new_branch(nowhere.control, hint_specs(nowhere.control), toy_base)
 
 
 def test_bodies_of_low_rank_are_saved_as_what_they_are_and_an_unlocked_base_once(photos, toy_base, tmp_path):

@@ -29,7 +29,7 @@ from controlkit.errors import UserError
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, decode_hint, fit, png_bytes, read_hint, read_picture, write_png
 from controlkit.measure import edge_f1, fidelity
-from controlkit.train import train_control
+from controlkit.train import resolve, train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import training_pairs
 
@@ -339,8 +339,8 @@ def test_two_hints_of_a_row_become_channels_in_their_order(layout, tmp_path):
 def test_of_two_hints_both_are_named_or_the_set_is_refused(toy_base, tmp_path):
     folder = two_hints(tmp_path / "set", "paired")
     with pytest.raises(UserError, match="has 2 hints a row, and the recipe names depth: list as many"):
-        training_pairs(recipe_of(folder, {"annotator": "depth"}), toy_base)
-    assert training_pairs(recipe_of(folder, {"annotators": ["depth", "seg"]}), toy_base)[0].hints == 2
+        training_pairs(resolve(recipe_of(folder, {"annotator": "depth"})).data, toy_base)
+    assert training_pairs(resolve(recipe_of(folder, {"annotators": ["depth", "seg"]})).data, toy_base)[0].hints == 2
     assert report_of(folder, contract("depth+seg")).problems == []
     assert {p.kind for p in report_of(folder, HintSpec("depth")).problems} == {"other hints"}
     (folder / "conditioning_2/3.png").unlink()

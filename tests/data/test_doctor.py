@@ -9,7 +9,7 @@ from PIL import Image
 from controlkit.annotators import annotator
 from controlkit.data import FolderPairs, add_up, doctor, examine, hint_for_pair, make_fill50k, read_listing, sheet_rows
 from controlkit.errors import UserError
-from controlkit.train import train_control
+from controlkit.train import resolve, train_control
 from controlkit.train.recipe import ControlRecipe, Recipe
 from controlkit.train.setup import training_pairs
 
@@ -134,7 +134,7 @@ def test_a_run_does_not_begin_with_lines_the_wrong_way_round(tutorial, toy_base,
     with pytest.raises(UserError, match=r"inverted: their mean grey is 0.9.: canny is light lines on black"):
         next(train_control(recipe, tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
-    training_pairs(recipe.model_copy(update={"control": ControlRecipe(annotator="")}), toy_base)
+    training_pairs(resolve(recipe.model_copy(update={"control": ControlRecipe(annotator="")})).data, toy_base)
 
 
 def test_hints_that_training_will_make_are_on_the_sheet(tutorial):

@@ -28,9 +28,9 @@ from controlkit.data import (
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, decode_picture, sides_of, write_png
 from controlkit.mini.truth import MIRRORED
-from controlkit.train import draw_batch, train_control
+from controlkit.train import BatchPlan, draw_batch, resolve, train_control
 from controlkit.train.recipe import parse_recipe
-from controlkit.train.setup import buckets_in_words, training_pairs
+from controlkit.train.setup import describe_buckets, training_pairs
 
 CANNY = annotator("canny").spec()
 
@@ -99,13 +99,13 @@ def hinted(batch):
 
 
 def test_batches_are_of_one_bucket_and_an_epoch_of_buckets_is_every_pair_once(toy_base):
-    buckets, recipe = [cached_of(4, 32, 32), cached_of(6, 24, 40, start=50)], recipe_of()
+    buckets, plan = [cached_of(4, 32, 32), cached_of(6, 24, 40, start=50)], BatchPlan.of(recipe_of(), {"": CANNY})
     seen, steps = [], []
     for step in range(10):
-        which, turn = turn_at([4, 6], 2, step, recipe.seed)
-        batch = draw_batch(toy_base, buckets[which], {"": CANNY}, recipe, step, turn=turn)
+        which, turn = turn_at([4, 6], 2, step, plan.seed)
+        batch = draw_batch(toy_base, buckets[which], plan, step, turn=turn)
         assert batch.latents.shape[-2:] == ((8, 8), (6, 10))[which]
-        halves = [draw_batch(toy_base, buckets[which], {"": CANNY}, recipe, step, k, 2, turn) for k in (0, 1)]
+        halves = [draw_batch(toy_base, buckets[which], plan, step, k, 2, turn) for k in (0, 1)]
         assert torch.equal(torch.cat([half.noise for half in halves]), batch.noise), "parts of it are of the same"
         seen += hinted(batch)
         steps.append(batch.noise.flatten()[:8])
@@ -159,7 +159,7 @@ def test_a_cache_of_buckets_reads_back_and_tells_sdxl_each_picture_s_size(xl_bas
         assert np.array_equal(one.hints, [pairs[i].picture for i in rows])
         assert torch.equal(one.hints, again.hints) and torch.equal(one.moments, again.moments)
         assert one.moments.shape[-2:] == (one.size[0] // 8, one.size[1] // 8)
-        sizes = draw_batch(xl_base, again, {"": HintSpec("tile")}, recipe_of(), 0).text.sizes
+        sizes = draw_batch(xl_base, again, BatchPlan.of(recipe_of(), {"": HintSpec("tile")}), 0).text.sizes
         assert sizes.tolist() == [[*one.size, 0, 0, *one.size]] * 2
 
 
@@ -170,12 +170,13 @@ def test_a_run_in_buckets_says_so_and_goes_on_where_it_stopped(toy_base, shaped,
     rest = list(train_control(recipe, tmp_path / "stopped", toy_base))
     assert [record.loss for record in whole[2:]] == [record.loss for record in rest]
     assert ("pictures in 2 sizes: 48x16 4, 32x32 4", 0) in stages
-    assert "1 of them with fewer than a batch" in buckets_in_words([cached_of(1, 32, 32), cached_of(2, 24, 40)], recipe)
+    sizes = [cached_of(1, 32, 32), cached_of(2, 24, 40)]
+    assert "1 of them with fewer than a batch" in describe_buckets(sizes, recipe.batch)
 
 
 def test_buckets_of_what_is_square_are_refused(toy_base):
     with pytest.raises(UserError, match="those of fill50k are square"):
-        training_pairs(recipe_of(data={"source": "fill50k", "buckets": True}), toy_base)
+        training_pairs(resolve(recipe_of(data={"source": "fill50k", "buckets": True})).data, toy_base)
 
 
 # --- mirrors ------------------------------------------------------------------------------------------------
@@ -268,9 +269,9 @@ def test_a_truth_s_lines_and_edges_are_mirrored_with_it(figure):
 def test_a_share_of_visits_sees_latents_and_hint_of_the_mirror_image(toy_base):
     cached = cached_of(10, 32, 32, mirrors=True)
     for share in (0.0, 0.4, 1.0):
-        turned = []
+        plan, turned = BatchPlan.of(recipe_of(batch=10, data={"flip": share}), {"": CANNY}), []
         for step in range(40):
-            batch = draw_batch(toy_base, cached, {"": CANNY}, recipe_of(batch=10, data={"flip": share}), step)
+            batch = draw_batch(toy_base, cached, plan, step)
             latents = (batch.latents.mean((1, 2, 3)) / toy_base.vae.config.scaling_factor).round().int().tolist()
             assert latents == hinted(batch), "both or none"
             assert sorted(value % 100 for value in latents) == list(range(10)), "every pair once, either way"

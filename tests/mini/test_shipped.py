@@ -17,7 +17,7 @@ from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import convert, load_control, shipped_controls
 from controlkit.hub import shipped_path
 from controlkit.mini.scenes import draw_scene
-from controlkit.train import hints_of
+from controlkit.train import hint_specs
 from controlkit.train.recipe import Recipe
 
 PROMPT = "a red apple, 3d style, on a teal background"
@@ -86,7 +86,7 @@ def test_every_type_is_shipped_and_says_what_it_is(mini):
     assert {name for name, (folder, kind) in shipped_controls().items() if kind} == set(TYPES)
     for name in TYPES:
         saved = load_control(name, mini)
-        assert saved.hint == hints_of(Recipe(**saved.trained["recipe"]))[name]
+        assert saved.hint == hint_specs(Recipe(**saved.trained["recipe"]).control)[name]
         assert saved.trained["base_digest"] == mini.digest
         assert saved.trained["recipe"]["prompt_dropout"] == 0.5
 

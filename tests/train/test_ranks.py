@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,17 +16,18 @@ import torch
 import yaml
 from diffusers import ControlNetModel
 from safetensors.torch import load_file
+from tiny_runs import heldout_loss
 
 from conftest import relative
 from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, load_control
 from controlkit.images import HintSpec
-from controlkit.train import evaluation, train_control, training_pairs
-from controlkit.train.checkpoints import TrainState
-from controlkit.train.evaluation import Evaluator, HeldoutLoss
-from controlkit.train.ranks import Ranks, ranks
+from controlkit.train import evaluation, resolve, train_control, training_pairs
+from controlkit.train.evaluation import Evaluator
+from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import parse_recipe
+from controlkit.train.state import TrainState
 
 RECIPE = {
     "data": {"source": "fill50k", "count": 8},
@@ -42,15 +42,14 @@ RECIPE = {
 FIRST = "checkpoints/step-0000001/state.safetensors"
 
 
-def together(recipe, out, count=2, before="pass", **more):
+def launch(recipe, out, count=2, before="pass", **more):
     """Run the command line in several processes, as `accelerate launch` would start them.
 
     ``before`` is code to run first, ``more`` belongs to the environment.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port it finds
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
     code = f"{before}\nfrom controlkit.cli import main\nmain()"
     command = [sys.executable, "-c", code, "train", recipe, "--out", out, "--device", "cpu"]
     started = [
@@ -72,7 +71,7 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "machine.json").write_text('{"threads": 1, "format": "float32"}')  # whatever pays here
-    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", ACCELERATE_USE_DEEPSPEED="true")
+    codes, said = launch(tmp_path / "r.yaml", tmp_path / "two", ACCELERATE_USE_DEEPSPEED="true")
     assert codes == [0, 0], said
     assert "The control is in" in said[0][0] and said[1][0].strip() == ""
     assert "DeepSpeed was asked for, which is accepted and untested" in " ".join(said[0][0].split())
@@ -117,13 +116,13 @@ def test_the_launcher_people_use_starts_them(toy_folder, tmp_path):
 
 KILLED = """
 import os, signal
-from controlkit.train import checkpoints
-step = checkpoints.TrainState.step
-def broadcast(self, rate, number):
+from controlkit.train.state import TrainState
+step = TrainState.step
+def dying(self, rate, number):
     if number == 3 and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, rate, number)
-checkpoints.TrainState.step = told
+TrainState.step = dying
 """
 
 
@@ -131,13 +130,13 @@ checkpoints.TrainState.step = told
 def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, toy_folder, tmp_path):
     recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 5, "checkpoint_every": 2, "evaluation": {"every": 0}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    assert together(tmp_path / "r.yaml", tmp_path / "whole")[0] == [0, 0]
-    codes, said = together(tmp_path / "r.yaml", tmp_path / "run", before=KILLED.format(rank=rank))
+    assert launch(tmp_path / "r.yaml", tmp_path / "whole")[0] == [0, 0]
+    codes, said = launch(tmp_path / "r.yaml", tmp_path / "run", before=KILLED.format(rank=rank))
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2, "the other does not wait for it"
     told = " ".join(said[1 - rank][1].split())
     assert "Another process of the run has ended" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
-    assert together(tmp_path / "r.yaml", tmp_path / "run")[0] == [0, 0]
+    assert launch(tmp_path / "r.yaml", tmp_path / "run")[0] == [0, 0]
     whole, run = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
     assert all(torch.equal(run[name], value) for name, value in whole.items())
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
@@ -146,16 +145,16 @@ def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoi
 
 
 SIZES = """
-from controlkit.train import checkpoints
-step, clip = checkpoints.TrainState.step, checkpoints.TrainState.clip
-checkpoints.TrainState.clip = lambda self, most: clip(self, 1e-3)
-def broadcast(self, *args):
+from controlkit.train.state import TrainState
+step, clip = TrainState.step, TrainState.clip
+TrainState.clip = lambda self, most: clip(self, 1e-3)
+def counted(self, *args):
     step(self, *args)
     whole = list(self.branch.parameters())
     first = [state["exp_avg"] for part in self.optimizer._parts for state in part.state.values()]
     local = [sum(p.to_local().numel() for p in of) / sum(p.numel() for p in of) for of in (whole, first)]
     print("shares", *local, flush=True)
-checkpoints.TrainState.step = told
+TrainState.step = counted
 """
 
 
@@ -168,9 +167,9 @@ def test_shared_out_weights_go_on_from_one_process_and_end_as_its_own(toy_folder
     next(run)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     list(run)
-    codes, said = together(tmp_path / "r.yaml", tmp_path / "two", before=SIZES, ACCELERATE_USE_FSDP="true")
+    codes, said = launch(tmp_path / "r.yaml", tmp_path / "two", before=SIZES, ACCELERATE_USE_FSDP="true")
     assert codes == [0, 0], said
-    assert "shared out over 2 processes" in " ".join(said[0][0].split())
+    assert "sharded over 2 processes" in " ".join(said[0][0].split())
     shares = [
         float(x) for out, _ in said for line in out.splitlines() if line.startswith("shares") for x in line.split()[1:]
     ]
@@ -195,8 +194,8 @@ def test_shared_out_weights_go_on_from_one_process_and_end_as_its_own(toy_folder
 def test_an_optimizer_that_needs_whole_matrices_is_refused_where_weights_are_shared_out(
     toy_base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 2, sharded=True))
-    with pytest.raises(UserError, match="optimizer: muon is not made for weights that are shared out"):
+    monkeypatch.setattr("controlkit.train.run.connect_ranks", lambda cpu: Ranks(0, 2, sharded=True))
+    with pytest.raises(UserError, match="optimizer: muon does not work with sharded weights"):
         next(train_control(parse_recipe(RECIPE | {"optimizer": "muon"}), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
 
@@ -209,7 +208,7 @@ def in_threads(count, function):
         def wait(self):
             here.wait()
 
-        def gathered(self, value):
+        def gather(self, value):
             held[self.index] = value
             here.wait()
             copied = list(held)
@@ -217,7 +216,7 @@ def in_threads(count, function):
             return copied
 
         def any(self, value):
-            return any(self.gathered(value))
+            return any(self.gather(value))
 
     def run(rank):
         torch.set_num_threads(1)
@@ -242,16 +241,16 @@ def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, m
         function = partial(getattr(evaluation, name), batch=1)
         monkeypatch.setattr(evaluation, name, function)
     recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
-    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": HintSpec("canny")}
+    pairs = training_pairs(resolve(recipe).data, toy_base)[1]
     branch = drawn_joins(new_control(toy_base))
 
     def figures(out, ranks):
         base, own = copy.deepcopy((toy_base, branch))  # processes share nothing
-        gauge = HeldoutLoss(base, pairs, contracts, recipe, out, ranks)
-        evaluator = Evaluator(base, pairs, contracts[""], recipe, out, ranks)
+        loss = heldout_loss(recipe, base, pairs, out, ranks)
+        evaluator = Evaluator(base, pairs, HintSpec("canny"), recipe, out, ranks)
         work = []
         twice = [evaluator.measure(own, step, work.append) for step in (1, 2)]
-        return gauge.measure(own), gauge.residuals(own), *twice, sum(work)
+        return loss.measure(own), loss.residuals(own), *twice, sum(work)
 
     one = figures(tmp_path / "one", Ranks())
     told = in_threads(count, lambda rank: figures(tmp_path / "many", rank))
@@ -265,7 +264,7 @@ def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, m
 
 def test_where_one_has_not_enough_memory_all_measure_of_fewer_pairs_at_once(toy_base, drawn_joins, tmp_path):
     recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
-    pairs, contracts = training_pairs(recipe, toy_base)[1], {"": HintSpec("canny")}
+    pairs = training_pairs(resolve(recipe).data, toy_base)[1]
     branch = drawn_joins(new_control(toy_base))
 
     def measured(rank):
@@ -278,9 +277,9 @@ def test_where_one_has_not_enough_memory_all_measure_of_fewer_pairs_at_once(toy_
             return predict(z, *inputs)
 
         base.predict = little
-        return HeldoutLoss(base, pairs, contracts, recipe, tmp_path / "many", rank).measure(own)
+        return heldout_loss(recipe, base, pairs, tmp_path / "many", rank).measure(own)
 
-    one = HeldoutLoss(toy_base, pairs, contracts, recipe, tmp_path / "one").measure(branch)
+    one = heldout_loss(recipe, toy_base, pairs, tmp_path / "one").measure(branch)
     for told in in_threads(2, measured):
         assert told[""] == pytest.approx(one[""], rel=1e-5)
 
@@ -292,7 +291,7 @@ def test_means_are_over_all_and_alone_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(torch.tensor([1.0, 0.0, 5.0])))
     Ranks(0, 2).mean(values)
     assert [value.tolist() for value in values] == [[1.0, 1.0], [[4.0]]]
-    assert ranks(cpu=True) == Ranks(0, 1) and Ranks().broadcast("x") == "x" and Ranks().any(True)
+    assert connect_ranks(cpu=True) == Ranks(0, 1) and Ranks().broadcast("x") == "x" and Ranks().any(True)
 
 
 def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch):
@@ -311,15 +310,15 @@ def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch)
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{asked}", "true")
             patch.setenv("WORLD_SIZE", count)
-            found = ranks(cpu=False)
+            found = connect_ranks(cpu=False)
             assert (found.count, found.sharded, len(found.notes)) == (int(count), sharded, notes)
             assert os.environ[f"ACCELERATE_USE_{asked}"] == "true"
     assert seen == [None, None], "accelerate would look for DeepSpeed"
 
 
 def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("controlkit.train.run.ranks", lambda cpu: Ranks(0, 3))
-    with pytest.raises(UserError, match="2 draws of each pair, 1 equal parts and 3 processes"):
+    monkeypatch.setattr("controlkit.train.run.connect_ranks", lambda cpu: Ranks(0, 3))
+    with pytest.raises(UserError, match="pairs of 2 noises, 1 equal parts and 3 processes"):
         next(train_control(parse_recipe(RECIPE), tmp_path / "run", toy_base))
     assert not (tmp_path / "run").exists()
 
@@ -330,4 +329,4 @@ def test_more_processes_than_gpus_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPUs"):
-        ranks(cpu=False)
+        connect_ranks(cpu=False)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import StandIn
 from controlkit.errors import UserError
 from controlkit.images import write_png
-from controlkit.train import learning_rate, train_control
+from controlkit.train import learning_rate, resolve, train_control
 from controlkit.train.recipe import parse_recipe
 
 RECIPE = {
@@ -45,7 +45,7 @@ def test_tensorboard_has_every_figure_of_every_step_once(toy_base, tmp_path):
     assert [(one.step, one.value) for one in read.Scalars("loss")] == [
         (line["step"], pytest.approx(line["loss"])) for line in log
     ]
-    rates = [learning_rate(recipe, step) for step in range(6)]
+    rates = [learning_rate(resolve(recipe).rates, step) for step in range(6)]
     assert [one.value for one in read.Scalars("rate")] == pytest.approx(rates) and rates[0] < rates[3]
     measured = [line for line in log if "residuals" in line]
     several = ("colour_drift", "residuals")

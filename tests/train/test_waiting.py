@@ -43,7 +43,7 @@ def test_a_step_of_several_parts_reads_off_the_device_once(optimizer, toy_base, 
     }
     run = train_control(parse_recipe(content | {"optimizer": optimizer, "ema": 0.9}), tmp_path, toy_base)
     next(run)
-    monkeypatch.setattr("controlkit.train.run.draw_batch", drawn)
+    monkeypatch.setattr("controlkit.train.gradients.draw_batch", drawn)
     monkeypatch.setattr(torch.Tensor, "tolist", listed)
     with reads:
         assert next(run).loss > 0

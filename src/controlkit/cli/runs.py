@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +23,10 @@ from controlkit.cli.shared import (
     split_lora,
     warn,
 )
-from controlkit.errors import Invalid, Unsupported, UserError
+from controlkit.errors import Invalid, Unsupported
 
 if TYPE_CHECKING:
+    from controlkit.train import Record
     from controlkit.train.recipe import Recipe
 
 app = typer.Typer()
@@ -37,61 +38,44 @@ app = typer.Typer()
     "    controlkit train --pretrained_model_name_or_path mini --train_data_dir photos --annotator canny "
     "--resolution 128 --output_dir runs/photos\n\n"
     "    controlkit train recipes/canny.yaml --set data.source=photos --set batch=16 --out runs/photos\n\n"
-    "    controlkit train recipes/canny.yaml --out runs/canny     # again, to go on after an interruption",
+    "    controlkit train recipes/canny.yaml --out runs/canny     # again, to resume after an interruption",
 )
 def train(
     context: typer.Context,
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe: YAML; see `recipes/`. Or, instead, train_controlnet.py's flags.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; give the same one to go on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; give the same one to resume.")] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a control, and say in words whether control was found.
+    """Train a control, and report whether control was found.
 
-    Run the same command again to go on from the last checkpoint. `OUT/log.jsonl` holds a record a line,
+    Run the same command again to resume from the last checkpoint. `OUT/log.jsonl` holds a record a line,
     `OUT/samples` pictures, `OUT/control` the result.
     """
-    from controlkit.data import read_listing, trained_count
     from controlkit.train import train_control
-    from controlkit.train.flags import read_flags
-    from controlkit.train.ranks import ranks
-    from controlkit.train.recipe import parse_recipe, put, read_recipe
-
-    def pairs_of(folder: Path, columns: Mapping[str, str]) -> int:
-        return trained_count(len(read_listing(folder, columns).rows))
+    from controlkit.train.ranks import connect_ranks
 
     given = [*([str(recipe)] if recipe else []), *context.args]
-    together = ranks(cpu=not on_cuda(device))
-    if given and given[0].startswith("--"):
-        asked = read_flags(given, pairs_of, together.count)
-        for change in changes or []:
-            put(asked.recipe, change)
-        settings, out = parse_recipe(asked.recipe, "What the flags ask for"), out or asked.out
-        notes = asked.notes
-    elif context.args:
-        raise UserError(f'"{context.args[0]}" is no option of train: see `controlkit train --help`.')
-    elif not given or not out:
-        raise UserError("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
-    else:
-        settings, notes = _as_launched(read_recipe(Path(given[0]), changes or [])), []
-    for note in notes if together.first else []:
+    ranks = connect_ranks(cpu=not on_cuda(device))
+    settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
+    for note in notes if ranks.first else []:
         warn(note)
     base = loaded_base(settings.base, device, vae=settings.vae)
-    if settings.size == base.size:  # flags always say it
+    if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    with progress_bars(disable=not together.first) as progress:
+    with progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
-            if not together.first:  # rich prints beside bars that are not shown, too
+            if not ranks.first:  # rich prints beside bars that are not shown, too
                 return
-            if not total:  # no work, but something to know
+            if not total:  # no work, but a sentence
                 progress.print(name, highlight=False)
                 return
             progress.reset(side, total=total, description=name, visible=True)
@@ -100,38 +84,68 @@ def train(
             progress.advance(side, count)
 
         mean = 0.0
-        words = ""
-        for record in train_control(settings, out, base, stage, advance, foreseen=True):
-            if not together.first:
+        verdict = ""
+        for record in train_control(settings, out, base, stage, advance, estimate_first=True):
+            if not ranks.first:
                 continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
-            if record.relative:
-                means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
-                told = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
-                progress.print(f"step {record.step}: loss relative to no control {told}", highlight=False)
-            if record.residuals:
-                low, high = min(record.residuals.values()), max(record.residuals.values())
-                told = f"residuals {low:.3g} to {high:.3g} of what they are added to"
-                if record.drift:
-                    told += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
-                if record.quality:
-                    told += "; CLIP-score {clip_score:.3f} ({clip_score_no_control:.3f})".format(**record.quality)
-                progress.print(f"step {record.step}: {told}", highlight=False)
-            if seen := record.evaluation:
-                words = record.verdict or ""
-                range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
-                shown = f"obedience {seen.obedience}" if seen.is_meaningful else range_
-                progress.print(f"step {record.step}: {shown} - {words}", highlight=False)
-    if together.first:
+            verdict = record.verdict or verdict
+            for line in _describe_record(record):
+                progress.print(f"step {record.step}: {line}", highlight=False)
+    if ranks.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
-        say(f"{words + '. ' if words else ''}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+        verdict = f"{verdict}. " if verdict else ""
+        say(f"{verdict}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+
+
+def _asked_for(
+    given: Sequence[str], changes: Sequence[str], out: Path | None, processes: int
+) -> "tuple[Recipe, Path, list[str]]":
+    """The recipe, the run's folder and notes that a command line asks for: a recipe's file, or flags."""
+    from controlkit.data import read_listing, trained_count
+    from controlkit.train.flags import read_flags
+    from controlkit.train.recipe import parse_recipe, put, read_recipe
+
+    def pairs_of(folder: Path, columns: Mapping[str, str]) -> int:
+        return trained_count(len(read_listing(folder, columns).rows))
+
+    if given and given[0].startswith("--"):
+        asked = read_flags(given, pairs_of, processes)
+        for change in changes:
+            put(asked.recipe, change)
+        return parse_recipe(asked.recipe, "The recipe of these flags"), out or asked.out, asked.notes
+    if len(given) > 1:
+        raise Invalid(f'"{given[1]}" is no option of train: see `controlkit train --help`.')
+    if not given or not out:
+        raise Invalid("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
+    return _as_launched(read_recipe(Path(given[0]), changes)), out, []
+
+
+def _describe_record(record: "Record") -> Iterator[str]:
+    """Lines on what a step's evaluation found."""
+    if record.relative:
+        means = {kind: sum(quarters) / len(quarters) for kind, quarters in record.relative.items()}
+        losses = ", ".join(f"{kind} {mean:.3f}".strip() for kind, mean in means.items())
+        yield f"loss relative to no control {losses}"
+    if record.residuals:
+        low, high = min(record.residuals.values()), max(record.residuals.values())
+        line = f"residuals {low:.3g} to {high:.3g} of what they are added to"
+        if record.drift:
+            line += "; colours " + ", ".join(f"{name} {value:+.3f}" for name, value in record.drift.items())
+        if record.quality:
+            line += "; CLIP-score {clip_score:.3f} ({clip_score_no_control:.3f})".format(**record.quality)
+        yield line
+    if seen := record.evaluation:
+        range_ = f"fidelity {seen.fidelity.mean:.3f} between {seen.floor.mean:.3f} and {seen.ceiling.mean:.3f}"
+        shown = f"obedience {seen.obedience}" if seen.is_meaningful else range_
+        yield f"{shown} - {record.verdict or ''}"
 
 
 def _as_launched(recipe: "Recipe") -> "Recipe":
-    """With the number format that `accelerate launch --mixed_precision` asks for, where the recipe leaves it open."""
+    """The recipe with the number format of `accelerate launch --mixed_precision`, where it has none of its own."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
     taken = recipe.precision == "auto" and asked in ("bf16", "fp16")
     return recipe.model_copy(update={"precision": asked}) if taken else recipe

@@ -1,25 +1,20 @@
-"""What is measured while a run goes on: the loss relative to no control, obedience, colours, and residuals' sizes.
+"""Obedience and colours on held-out pairs while a run goes on, and sheets of samples.
 
-Where several processes run together each measures its share of the held-out pairs, and all are told all of it: what one
-would have measured, but for rounding, which depends on how many pictures are made together.
+With several processes each measures its share of the pairs, and all get the whole result: that of a single process but
+for rounding, which depends on how many pictures are made at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.data import Cached, Pair, build_cache, open_store
-from controlkit.errors import UserError
+from controlkit.data import Pair
+from controlkit.errors import Invalid
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec, fit, grid, read_hint, write_png
 from controlkit.measure import (
@@ -38,13 +33,9 @@ from controlkit.measure import (
     unmeasurable,
     world_of,
 )
-from controlkit.precision import autocast
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.ranks import Ranks
-from controlkit.train.recipe import Recipe
-from controlkit.train.step import Batch, controlled, draw_batch, hint_features_of, residual_sizes
-
-Found = TypeVar("Found")
+from controlkit.train.recipe import EvaluationRecipe, Recipe
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
@@ -55,13 +46,13 @@ CONTROL = "trained"
 """The name of the control that learns, in requests."""
 
 
-def own_hints(recipe: Recipe, contract: HintSpec) -> list[tuple[str, np.ndarray]]:
-    """(prompt, hint) of each that a recipe names to be looked at; ``UserError`` where a file is no such hint."""
+def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndarray]]:
+    """Read (prompt, hint) of each of the user's own hints. Raises ``NotFound``, or ``Invalid`` for another file."""
     found = []
-    for prompt, path in recipe.evaluation.own():
-        hint = read_hint(Path(path), contract.mask_value is not None)
-        if words := contract.fault(hint):
-            raise UserError(f"{path} {words}.")
+    for prompt, path in plan.own():
+        hint = read_hint(Path(path), spec.mask_value is not None)
+        if words := spec.fault(hint):
+            raise Invalid(f"{path} {words}.")
         found.append((prompt, hint))
     return found
 
@@ -106,7 +97,7 @@ class Evaluator:
         self.own = self.ranks.share(len(heldout))
         self.measures = not unmeasurable(contract, heldout)
         self.hint_cfg_scale = recipe.control.hint_cfg_scale
-        self.shown = own_hints(recipe, contract) if self.ranks.first else []
+        self.shown = own_hints(recipe.evaluation, contract) if self.ranks.first else []
         world = world_of(base)
         self.referee = world.referee(base.device.type) if world else None
         self._without: list[np.ndarray] | None = None
@@ -146,7 +137,7 @@ class Evaluator:
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
         quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
         sheet = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
-        parts = self.ranks.gathered((scores, drift, quality, sheet))
+        parts = self.ranks.gather((scores, drift, quality, sheet))
         if self.ranks.first:
             self._write_sheet([two for *_, sheet in parts for two in sheet], step)
         measured = None
@@ -195,119 +186,3 @@ class Evaluator:
         ]
         sheet = grid(rows, ["hint", "truth", "controlled", "no control"])
         write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
-
-
-class HeldoutLoss:
-    """The loss on held-out pairs relative to the base without control, with the same noise each time; and how large
-    the residuals are."""
-
-    QUARTERS = 4
-
-    def __init__(
-        self,
-        base: Backbone,
-        pairs: Sequence[Pair],
-        contracts: Mapping[str, HintSpec],
-        recipe: Recipe,
-        out: Path,
-        together: Ranks | None = None,
-        locked: Backbone | None = None,
-    ) -> None:
-        self.base, self.locked, self.ranks = base, locked or base, together or Ranks()
-        path = out / f"heldout-{base.digest}.safetensors"
-        if self.ranks.first:
-            with open_store() if recipe.data.cache else nullcontext() as store:
-                build_cache(base, pairs, contracts, path, store=store)
-        self.ranks.wait()
-        [cached] = Cached.read(path)
-        fixed = {
-            "batch": self.QUARTERS * len(cached),
-            "noises_per_pair": self.QUARTERS,
-            "gradient_accumulation": 1,
-            "prompt_dropout": 0.0,
-        }
-        self._draw = partial(draw_batch, base, cached, contracts, recipe.model_copy(update=fixed), 0)
-        self._pairs, self._most = len(cached), 8  # held out; computed together
-        self._begin()
-
-    def _begin(self) -> None:
-        parts = -(-self._pairs // self._most)
-        self.batches = [self._draw(part, parts) for part in self.ranks.share(parts)]
-        self._without: dict[int, Tensor] = {}
-
-    def _each(self, compute: Callable[[int], Found]) -> list[Found]:
-        """Of each batch what is computed of it; where memory runs out, of batches half as large from then on."""
-        while True:
-            found: list[Found] = []
-            full: torch.OutOfMemoryError | None = None
-            try:
-                found = [compute(place) for place in range(len(self.batches))]
-            except torch.OutOfMemoryError as error:
-                full = error
-            if not self.ranks.any(full is not None):
-                return found
-            if self._most == 1:
-                raise UserError(
-                    "Memory does not hold a held-out pair's four draws beside what learns: set evaluation.every: 0, or "
-                    "take a smaller base or size."
-                ) from full
-            self._most //= 2
-            self._begin()
-
-    def _noisy(self, batch: Batch) -> Tensor:
-        return self.base.noise.add(batch.latents, batch.noise, batch.t)
-
-    @torch.no_grad()
-    def _errors(self, batch: Batch, branch: ControlNetwork | None) -> Tensor:
-        """The squared error of each pair (P, quarters); ``branch`` None: without control."""
-        z = self._noisy(batch)
-        with autocast(self.base.device.type):
-            if branch is None:
-                prediction = self.locked.predict(z, batch.t, batch.text)
-            else:
-                prediction = controlled(
-                    self.base, branch, z, batch.t, batch.text, hint_features_of(self.base, branch, batch)
-                )
-        off = (
-            (prediction.float() - self.base.noise.target(batch.latents, batch.noise, batch.t)).square().mean((1, 2, 3))
-        )
-        return off.view(-1, self.QUARTERS).cpu()
-
-    def _summed(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """What the parts of all processes have by name, added up; in one order, however many processes there are."""
-        held: dict[str, list[Tensor]] = {}
-        for part in (part for rank in self.ranks.gathered(list(parts)) for part in rank):
-            for name, value in part.items():
-                held.setdefault(name, []).append(value)
-        return {name: torch.stack(values).sum(0) for name, values in held.items()}
-
-    def measure(self, branch: ControlNetwork) -> dict[str, list[float]]:
-        """By type of hint: under control / without, in each quarter of the schedule."""
-
-        def summed(place: int) -> dict[str, Tensor]:
-            batch = self.batches[place]
-            if place not in self._without:
-                self._without[place] = self._errors(batch, None)
-            counts = [len(hint) for hint in batch.hints.values()]
-            parts = (errors.split(counts) for errors in (self._errors(batch, branch), self._without[place]))
-            kinds = zip(batch.hints, *parts, strict=True)
-            return {kind: torch.stack([under.sum(0), plain.sum(0)]) for kind, under, plain in kinds}
-
-        branch.eval()
-        sums = self._each(summed)
-        branch.train()
-        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
-
-    def residuals(self, branch: ControlNetwork) -> dict[str, float]:
-        """By tap, in order: the root mean square of its residual, relative to that of the feature it is added to, over
-        the same draws."""
-
-        def sizes(place: int) -> dict[str, Tensor]:
-            batch = self.batches[place]
-            with autocast(self.base.device.type):
-                return residual_sizes(self.base, branch, self._noisy(batch), batch)
-
-        branch.eval()
-        sums = self._each(sizes)
-        branch.train()
-        return {name: float((own / plain).sqrt()) for name, (own, plain) in self._summed(sums).items()}

@@ -1,21 +1,20 @@
-"""The flags of diffusers' ``train_controlnet.py`` and ``train_controlnet_sdxl.py``, read as a recipe, so that a command
-people have goes on working.
+"""The flags of diffusers' ``train_controlnet.py`` and ``train_controlnet_sdxl.py``, read as a recipe.
 
-Every flag of these scripts is known here: it has a place in the recipe, or a reason why it is not needed, or is refused
-with what to do instead. What is left out has the script's default, not the recipe's, or a note says what is otherwise.
+Every flag of these scripts is known: it has a place in the recipe, or a reason why it is not needed, or is refused with
+what to do instead. A flag left out has the script's default, not the recipe's, or a note says where it differs.
 """
 
+import argparse
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import Any, NoReturn, get_args
 
 from controlkit.data.layouts import folder_of
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, NotFound, nearest
 from controlkit.train.recipe import ScheduleName, TrackerName
 
 PLACES = {
@@ -27,6 +26,7 @@ PLACES = {
     "max_train_samples": "data.count",
     "max_train_steps": "steps",
     "learning_rate": "lr",
+    "lr_scheduler": "schedule",
     "adam_weight_decay": "weight_decay",
     "adam_epsilon": "epsilon",
     "max_grad_norm": "max_grad_norm",
@@ -41,208 +41,202 @@ PLACES = {
     "validation_prompt": "evaluation.prompts",
     "validation_image": "evaluation.hints",
 }
-"""Where in a recipe a flag's value goes as it is. ``annotator`` is ours: what the hints are, or what makes them."""
-
-WORKED_OUT = (
-    "output_dir", "train_batch_size", "num_train_epochs", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
-    "lr_power", "scale_lr", "validation_steps", "adam_beta1", "adam_beta2", "use_8bit_adam", "report_to",
-    "mixed_precision", "checkpoints_total_limit", "image_column", "conditioning_image_column", "caption_column",
-)  # fmt: skip
-"""Flags of which something is computed."""
+"""Where a flag's value goes in a recipe as it is. ``annotator`` is ours: what the hints are, or what makes them."""
 
 NEEDLESS = {
-    "allow_tf32": "networks are computed in the format that pays on this machine, bfloat16 where there is a choice",
+    "allow_tf32": "networks are computed in the format that is fastest on this machine",
     "set_grads_to_none": "it is always so",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used",
     "enable_npu_flash_attention": "torch's own attention is used",
     "dataloader_num_workers": "latents, text and hints are cached before the first step",
-    "cache_dir": "the cache lies in $CONTROLKIT_CACHE",
+    "cache_dir": "the cache is in $CONTROLKIT_CACHE",
     "tokenizer_name": "the base brings its own",
     "num_validation_images": "four pictures are made of each --validation_image, and obedience is measured besides",
     "logging_dir": "the log is OUT/log.jsonl, and TensorBoard's files are in OUT/tensorboard",
 }
 """Flags that change nothing here, and why."""
 
-FIXED: dict[str, tuple[Any, ...]] = {
-    "push_to_hub": (False,),
-    "hub_token": (None,),
-    "hub_model_id": (None,),
-    "revision": (None,),
-    "variant": (None,),
-    "dataset_config_name": (None,),
-    "resume_from_checkpoint": ("latest",),
-    "crops_coords_top_left_h": (0,),
-    "crops_coords_top_left_w": (0,),
-    "image_interpolation_mode": ("lanczos",),
+_COLUMNS = {
+    "image_column": ("image", "image"),
+    "conditioning_image_column": ("hint", "conditioning_image"),
+    "caption_column": ("caption", "text"),
 }
-"""Flags that may have these values alone. A run that is started again goes on from its newest checkpoint by itself."""
+"""Flags that name a column -> the recipe's key, and the script's default, for which the usual names are tried."""
 
-COLUMNS = {"image_column": "image", "conditioning_image_column": "hint", "caption_column": "caption"}
-"""Flags that say what a column is called. Left out, or as the script has it, the usual names are looked for."""
+_ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power": ("power", "polynomial")}
+"""Flags that a single schedule reads -> the recipe's key, and that schedule."""
 
-OF_ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power": ("power", "polynomial")}
-"""Flags that one scheduler alone reads: the recipe's key, and which. Its ``constant`` does not read the warm-up."""
-
-SWITCHES = ("gradient_checkpointing", "scale_lr", "allow_tf32", "set_grads_to_none", "use_8bit_adam", "push_to_hub",
-            "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")  # fmt: skip
-WHOLE = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_warmup_steps", "lr_num_cycles",
-         "resolution", "max_train_steps", "max_train_samples", "validation_steps")  # fmt: skip
-TEXT = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path",
-        "train_data_dir", "dataset_name", "output_dir", "annotator", "report_to", "tracker_project_name",
-        "mixed_precision", "image_column", "conditioning_image_column", "caption_column",
-        "resume_from_checkpoint", "image_interpolation_mode")  # fmt: skip
-SEVERAL = ("validation_prompt", "validation_image")
-
-_OWN = {"image_column": "image", "conditioning_image_column": "conditioning_image", "caption_column": "text"}
-
-DEFAULTS: dict[str, Any] = {
-    "train_batch_size": 4,
-    "num_train_epochs": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-6,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "proportion_empty_prompts": 0.0,
-    "checkpointing_steps": 500,
-    "adam_weight_decay": 1e-2,
-    "output_dir": "controlnet-model",
-    "resolution": 512,
-    "annotator": "",
-    "report_to": "tensorboard",
-    "tracker_project_name": "train_controlnet",
-}
-"""The script's own, where the recipe's differ or something is computed of them."""
+_FORMATS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line of flags asks for: a recipe's values, the run's folder, what to say."""
+    """A recipe's values, the run's folder, and notes for the user, from a command line of flags."""
 
     recipe: dict[str, Any]
     out: Path
     notes: list[str] = field(default_factory=list)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises ``Invalid`` where argparse would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Invalid(f"{message.removeprefix('argument ')}.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the scripts' flags; defaults are the scripts'."""
+    made = _Parser(allow_abbrev=False, add_help=False, argument_default=None)
+    add = made.add_argument
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path",
+                 "train_data_dir", "dataset_name", "report_to", *_COLUMNS):  # fmt: skip
+        add(f"--{name}")
+    for name in ("max_train_steps", "max_train_samples", "validation_steps", "checkpoints_total_limit"):
+        add(f"--{name}", type=_whole)
+    for name, count in (("train_batch_size", 4), ("num_train_epochs", 1), ("gradient_accumulation_steps", 1),
+                        ("lr_warmup_steps", 500), ("checkpointing_steps", 500), ("resolution", 512)):  # fmt: skip
+        add(f"--{name}", type=_whole, default=count)
+    for name, number in (("learning_rate", 5e-6), ("proportion_empty_prompts", 0.0), ("adam_beta1", 0.9),
+                         ("adam_beta2", 0.999), ("adam_weight_decay", 1e-2)):  # fmt: skip
+        add(f"--{name}", type=_number, default=number)
+    for name in ("adam_epsilon", "max_grad_norm", "lr_power"):
+        add(f"--{name}", type=_number)
+    for name in ("gradient_checkpointing", "scale_lr", "use_8bit_adam"):
+        add(f"--{name}", action="store_true")
+    for name in ("validation_prompt", "validation_image"):
+        add(f"--{name}", nargs="*")
+    add("--seed", type=partial(_number, kind=int))
+    add("--lr_num_cycles", type=_whole)
+    add("--lr_scheduler", type=_one_of(get_args(ScheduleName)), default="constant")
+    add("--mixed_precision", type=_one_of(_FORMATS))
+    add("--output_dir", default="controlnet-model")
+    add("--annotator", default="")
+    add("--tracker_project_name", default="train_controlnet")
+    for name in NEEDLESS:
+        add(f"--{name}", nargs="?", const="")
+    for name, allowed in (("hub_token", ""), ("hub_model_id", ""), ("revision", ""), ("variant", ""),
+                          ("dataset_config_name", ""), ("push_to_hub", ""), ("resume_from_checkpoint", "latest"),
+                          ("crops_coords_top_left_h", "0"), ("crops_coords_top_left_w", "0"),
+                          ("image_interpolation_mode", "lanczos")):  # fmt: skip
+        add(f"--{name}", nargs="?", const="true", type=partial(_only, allowed))  # runs resume by themselves
+    return made
+
+
 def read_flags(
     arguments: Sequence[str], count_pairs: Callable[[Path, Mapping[str, str]], int], processes: int = 1
 ) -> Asked:
-    """The recipe that flags ask for.
+    """Read the recipe that flags ask for.
 
-    ``count_pairs``: how many pairs a folder has, with what its columns are called, where epochs are asked for.
-    ``processes``: how many train together: the script's batch is each one's.
+    ``count_pairs(folder, columns)``: the pairs in a folder, for flags that ask for epochs. ``processes``: how many
+    train together: the script's batch is that of each.
+
+    Raises ``Invalid`` for a flag or value that cannot be used, ``NotFound`` for a folder that is missing.
     """
-    given = _split(arguments)
-    for name, allowed in FIXED.items():
-        if name in given and given[name] not in allowed:
-            words = " or ".join(str(value) for value in allowed if value is not None) or "nothing"
-            raise UserError(f"--{name} is {given[name]}; training here takes {words}. Leave it out, or change that.")
-    if given.get("lr_scheduler", "constant") not in (schedules := get_args(ScheduleName)):
-        raise UserError(
-            f'--lr_scheduler is "{given["lr_scheduler"]}": {nearest(str(given["lr_scheduler"]), schedules)}'
-        )
-    if "pretrained_model_name_or_path" not in given:
-        raise UserError("--pretrained_model_name_or_path is missing: expected `mini`, a diffusers folder or a file.")
-    if ("train_data_dir" in given) == ("dataset_name" in given):
-        raise UserError("Expected one of --train_data_dir and --dataset_name, a folder with training data.")
-    values = DEFAULTS | given
+    values, rest = parser().parse_known_args(arguments)
+    _check(values, rest)
+    given = vars(values)
     recipe: dict[str, Any] = {"evaluation": {}}
     for name, place in PLACES.items():
-        if values.get(name) is not None:
+        if given[name] is not None:
             section, _, key = place.rpartition(".")
-            (recipe.setdefault(section, {}) if section else recipe)[key] = values[name]
+            (recipe.setdefault(section, {}) if section else recipe)[key] = given[name]
     source = folder_of(recipe["data"]["source"])
     if not source.is_dir():
-        raise UserError(f"There is no folder {source}: expected one, or a hub's data set (owner/name).")
-    columns = {kind: given[name] for name, kind in COLUMNS.items() if given.get(name, _OWN[name]) != _OWN[name]}
+        raise NotFound(f"There is no folder {source}: expected one, or a hub's data set (owner/name).")
+    columns = {key: given[name] for name, (key, usual) in _COLUMNS.items() if given[name] not in (None, usual)}
     recipe["data"]["columns"] = columns
-    recipe["batch"] = values["train_batch_size"] * values["gradient_accumulation_steps"] * processes
-    recipe["keep"] = given.get("checkpoints_total_limit")
-    if "max_train_steps" not in given:
-        pairs = min(count_pairs(source, columns), given.get("max_train_samples", 2**62))
-        recipe["steps"] = -(-pairs // recipe["batch"]) * values["num_train_epochs"]
-    if values.get("scale_lr"):
+    recipe["batch"] = values.train_batch_size * values.gradient_accumulation_steps * processes
+    recipe["keep"] = values.checkpoints_total_limit
+    if values.max_train_steps is None:
+        pairs = min(count_pairs(source, columns), values.max_train_samples or 2**62)
+        recipe["steps"] = -(-pairs // recipe["batch"]) * values.num_train_epochs
+    if values.scale_lr:
         recipe["lr"] *= recipe["batch"]
-    recipe["betas"] = [values["adam_beta1"], values["adam_beta2"]]
-    recipe["optimizer"] = "adamw8bit" if values.get("use_8bit_adam") else "adamw"
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which is "no" where nobody asked for anything
-    if "mixed_precision" in given or launched != "no":
-        asked, formats = given.get("mixed_precision", launched), {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
-        if asked not in formats:
-            raise UserError(f'--mixed_precision is "{asked}": {nearest(asked, formats)}')
-        recipe["precision"] = formats[asked]
-    recipe["tracking"]["to"] = _trackers(values["report_to"], needed="report_to" in given)
-    notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if name in given]
+    recipe["betas"] = [values.adam_beta1, values.adam_beta2]
+    recipe["optimizer"] = "adamw8bit" if values.use_8bit_adam else "adamw"
+    recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values.lr_warmup_steps
+    for name, (key, schedule) in _ONE_SCHEDULE.items():
+        if given[name] is not None and recipe["schedule"] == schedule:
+            recipe[key] = given[name]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" where nobody asked for anything
+    if values.mixed_precision or launched != "no":
+        recipe["precision"] = _FORMATS.get(values.mixed_precision or launched, "auto")
+    recipe["tracking"]["to"] = _trackers(values.report_to)
+    # At least at the end: a run should show whether it worked.
+    often = recipe["steps"] if values.validation_image is None else 100
+    recipe["evaluation"]["every"] = often if values.validation_steps is None else values.validation_steps
+    return Asked(recipe, Path(values.output_dir), _notes(given, recipe, processes))
+
+
+def _check(values: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuse unknown flags, and a command line without a base or data."""
+    if rest and not rest[0].startswith("--"):
+        raise Invalid(f'"{rest[0]}" stands where a flag was expected, such as --train_data_dir.')
+    if rest:
+        name = rest[0][2:].partition("=")[0]
+        raise Invalid(f"--{name} is no flag of train_controlnet.py: {nearest(name, vars(values))}")
+    if values.pretrained_model_name_or_path is None:
+        raise Invalid("--pretrained_model_name_or_path is missing: expected `mini`, a diffusers folder or a file.")
+    if (values.train_data_dir is None) == (values.dataset_name is None):
+        raise Invalid("Expected one of --train_data_dir and --dataset_name, a folder with training data.")
+
+
+def _notes(given: Mapping[str, Any], recipe: Mapping[str, Any], processes: int) -> list[str]:
+    """Sentences on flags that change nothing, and on what differs from the script."""
+    notes = [f"--{name} is not needed: {reason}" for name, reason in NEEDLESS.items() if given[name] is not None]
     notes.append("a tenth of the pairs, 2 to 512, is held out to measure on; the script trains on all")
     if "precision" not in recipe:
         notes.append("numbers are bfloat16 where that is faster; the script's are float32: --mixed_precision no")
-    recipe["schedule"] = values["lr_scheduler"]
-    recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values["lr_warmup_steps"]
-    for name, (key, schedule) in OF_ONE_SCHEDULE.items():
-        if name in given and recipe["schedule"] == schedule:
-            recipe[key] = given[name]
-        elif name in given:
-            notes.append(f"--{name} is not needed: --lr_scheduler {schedule} alone reads it")
-    # At least in the end: a run should say whether it worked.
-    often = 100 if "validation_image" in given else recipe["steps"]
-    recipe["evaluation"]["every"] = given.get("validation_steps", often)
-    if not values["annotator"]:
+    for name, (_, schedule) in _ONE_SCHEDULE.items():
+        if given[name] is not None and recipe["schedule"] != schedule:
+            notes.append(f"--{name} is not needed: only --lr_scheduler {schedule} reads it")
+    if not given["annotator"]:
         notes.append("--annotator, a flag of its own, says what the hints are, so that obedience can be measured")
     if processes > 1:
         notes.append(f"a batch of {recipe['batch']}: --train_batch_size is that of each of {processes} processes")
     if not recipe["prompt_dropout"]:
         notes.append("no prompts are dropped, as in the script; the paper drops half: --proportion_empty_prompts 0.5")
-    return Asked(recipe, Path(values["output_dir"]), notes)
+    return notes
 
 
-def _split(arguments: Sequence[str]) -> dict[str, Any]:
-    """Flags and their values, as YAML reads them; switches are True."""
-    known = [*PLACES, *WORKED_OUT, *NEEDLESS, *FIXED]
-    given: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f'"{word}" stands where a flag was expected, such as --train_data_dir.')
-        name, equals, value = word[2:].partition("=")
-        if name not in known:
-            raise UserError(f"--{name} is no flag of train_controlnet.py: {nearest(name, known)}")
-        if name in SWITCHES:
-            given[name] = True
-        elif name in SEVERAL:
-            given[name] = [value] if equals else []
-            while rest and not rest[0].startswith("--"):
-                given[name].append(rest.pop(0))
-        elif equals or (rest and not rest[0].startswith("--")):
-            text = value if equals else rest.pop(0)
-            given[name] = text if name in TEXT else _number(text)
-            if name in WHOLE and not (isinstance(given[name], int) and given[name] >= 0):
-                raise UserError(f"--{name} is {text}; expected a whole number.")
-        else:
-            raise UserError(f"--{name} has no value.")
-    return given
-
-
-def _number(text: str) -> Any:
-    """A number where it is one (1e-5 too, which YAML takes for words), else as YAML has it."""
+def _number(text: str, kind: type = float) -> Any:
     try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f'"{text}" was given; expected {wanted}') from None
+
+
+def _whole(text: str) -> int:
+    if text.isdecimal():
         return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return yaml.safe_load(text)
+    raise argparse.ArgumentTypeError(f'"{text}" was given; expected a whole number, 0 or more')
 
 
-def _trackers(name: str, needed: bool) -> list[str]:
-    """Trackers by diffusers' name for them; ``all`` is those that are installed, and so is one not ``needed``."""
+def _one_of(names: Sequence[str] | Mapping[str, str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text in names:
+            return text
+        raise argparse.ArgumentTypeError(f'"{text}" was given; {nearest(text, names).removesuffix(".")}')
+
+    return check
+
+
+def _only(allowed: str, text: str) -> str:
+    if text == allowed:
+        return text
+    instead = f'give "{allowed}", or leave it out' if allowed else "leave it out"
+    raise argparse.ArgumentTypeError(f'"{text}" was given, which training here cannot do; {instead}')
+
+
+def _trackers(name: str | None) -> list[str]:
+    """Trackers by diffusers' name; ``all`` are those installed. None: tensorboard, where it is installed."""
     known = list(get_args(TrackerName))
-    if not needed and not importlib.util.find_spec(name):
-        return []
+    if name is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     if name in ("all", "none"):
         return [one for one in known if name == "all" and importlib.util.find_spec(one)]
     if name not in known:
-        raise UserError(f'--report_to is "{name}": {nearest(name, [*known, "all", "none"])}')
+        raise Invalid(f'--report_to is "{name}": {nearest(name, [*known, "all", "none"])}')
     return [name]

@@ -1,4 +1,4 @@
-"""How weights are moved: AdamW, Muon, AdamW in 8 bits, Adafactor, Prodigy; and their average over steps."""
+"""Optimizers: AdamW, Muon, AdamW in 8 bits, Adafactor, Prodigy; and the weights' average over steps (EMA)."""
 
 import copy
 from collections.abc import Mapping
@@ -8,35 +8,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from controlkit.errors import UserError
+from controlkit.errors import NotFound
 
 OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy"]
 
 _EDGES = ("embed", "conv_in", "conv_out.")
-"""In names of what meets tokens, timesteps, latents and types: not Muon's, which is for the matrices in between."""
+"""Parts of the names of first and last layers, which AdamW updates: Muon is for the matrices in between."""
 
 _ESTIMATE = ("d", "d_max", "d_numerator", "k")
-"""What Prodigy keeps of all weights together: its estimate of the distance to go, how it came by it, and the step."""
+"""Prodigy's state of all weights together: its estimate of the distance to the solution, and the step."""
 
 _CONSTANT = ("qmap1", "qmap2")
-"""The levels of 8-bit numbers, which bitsandbytes shares among all weights."""
+"""The levels of 8-bit numbers, one tensor that bitsandbytes shares among all weights."""
 
 
 class Optimizer:
-    """One of five, by name:
+    """One of five optimizers, by name:
 
     - ``adamw``: torch's, fused.
-    - ``muon``: Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k). What meets
-      tokens, timesteps and latents (embeddings, first and last convolution) stays with AdamW, as do vectors. Rates are
-      AdamW's: Muon's updates are scaled to the same root mean square.
+    - ``muon``: Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k). Embeddings,
+      first and last convolution stay with AdamW, as do vectors. Rates are AdamW's: Muon's updates are scaled to the
+      same root mean square.
     - ``adamw8bit``: bitsandbytes' AdamW, two bytes of state a weight instead of eight (Dettmers et al., 2021).
     - ``adafactor``: torch's (Shazeer and Stern, 2018), a row and a column of state a matrix, convolutions taken as
-      Muon's. A rate is relative to a weight's size (torch's own is 1e-2), and falls as one over the root of the step
-      where that is less.
-    - ``prodigy``: Prodigy (Mishchenko and Defazio, 2023), which finds the rate itself: ours is a factor, usually 1.
+      for Muon. A rate is relative to a weight's size (torch's default is 1e-2), and falls as one over the root of the
+      step where that is less.
+    - ``prodigy``: Prodigy (Mishchenko and Defazio, 2023), which finds the rate itself: the given one is a factor,
+      usually 1.
 
     ``betas`` and ``epsilon`` are AdamW's and Prodigy's; Adafactor has none, Muon's momentum is torch's own.
-    ``UserError`` where the library of an optimizer is not installed.
+    Raises ``NotFound`` where the library of an optimizer is not installed.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class Optimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameters whose gradients ``step`` uses, as torch's own optimizers tell them."""
+        """The parameters whose gradients ``step`` uses, in the form of torch's optimizers."""
         return [{"params": self._all}]
 
     def step(self, rate: float) -> None:
-        """One step at this learning rate; gradients are used up."""
+        """Make a step at this learning rate; the gradients are then None."""
         for parameter, view in self._views:
             view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
             parameter.grad = None
@@ -88,7 +89,7 @@ class Optimizer:
             part.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """All it remembers, as tensors by name; ``restore`` takes it. Whole numbers are int64 without a shape."""
+        """The optimizer's state as tensors by name, for ``restore``. Whole numbers are int64 tensors of shape ()."""
         kept: dict[str, Tensor] = {}
         for number, part in enumerate(self._parts):
             for index, parameter in enumerate(_parameters(part)):
@@ -104,7 +105,7 @@ class Optimizer:
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state``."""
+        """Set the state to what ``state()`` returned."""
         held: list[dict[int, dict[str, Any]]] = [{} for _ in self._parts]
         for key, value in state.items():
             number, index, name = key.split(".", 2)
@@ -119,11 +120,11 @@ class Optimizer:
 
 
 _ALL = "all"
-"""Stands in a state's names where what is remembered is of no one weight."""
+"""Stands in the names of a state's values that belong to no single weight."""
 
 
 def _matrices(module: nn.Module, name: OptimizerName) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """What is trained, by name; and the names of what this optimizer takes as matrices."""
+    """The trained parameters by name; and the names of those this optimizer takes as matrices."""
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if name == "muon":
         return named, [n for n, p in named.items() if p.ndim >= 2 and not any(e in n for e in _EDGES)]
@@ -131,8 +132,8 @@ def _matrices(module: nn.Module, name: OptimizerName) -> tuple[dict[str, nn.Para
 
 
 def state_bytes(module: nn.Module, name: OptimizerName) -> int:
-    """The memory that an optimizer of a module's weights will take, without one being made; what is kept per weight, a
-    few bytes a tensor apart."""
+    """Estimate an optimizer's memory in bytes from a module's weights, without making it; a few bytes a tensor are left
+    out."""
     named, matrices = _matrices(module, name)
     total = 0
     for n, p in named.items():
@@ -156,14 +157,18 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(
+        raise NotFound(
             f"This optimizer is {name}'s. Install it with: pip install 'controlkit[optimizers]', or take optimizer: "
             "adamw."
         ) from error
 
 
 class EMA:
-    """An exponential average of a module's weights over steps (EMA), as a module of its own."""
+    """An exponential average of a module's weights over steps, as a module of its own.
+
+    torch's ``AveragedModel`` is not used: it forgets the first weights, and its decay is computed from a counter on the
+    device, in float32.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
@@ -171,7 +176,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after ``step`` steps; the first steps weigh more, so that the start is forgotten."""
+        """Add the weights after ``step`` steps; the decay is at most (1 + step) / (10 + step), to forget the start."""
         keep = min(self.decay, (1 + step) / (10 + step))
         state = self.module.state_dict()
         for name, value in module.state_dict().items():

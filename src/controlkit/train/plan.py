@@ -1,7 +1,7 @@
-"""What a run will need, said before it starts: memory by part, and the time of a step.
+"""An estimate of what a run will need, made before it starts: memory by part, and the time of a step.
 
-Weights, gradients, optimizer and data are counted. What a micro-batch needs beside them is tried out on zeros: first
-with 2 and 4 pairs, which tells what the whole would take, then with all of them, where that fits.
+Weights, gradients, optimizer and data are counted. What a part of a batch needs beside them is measured on zeros: first
+with 2 and 4 pairs, from which the whole is estimated, then with all of them, where that fits.
 """
 
 import time
@@ -21,21 +21,20 @@ from torch.utils._pytree import tree_leaves
 
 from controlkit.backbones import Backbone, TextEmbedding, recomputed
 from controlkit.data.cache import AT_ONCE
-from controlkit.images import HintSpec
 from controlkit.precision import autocast, training_attention
-from controlkit.train.checkpoints import TrainState
 from controlkit.train.optimizers import state_bytes
-from controlkit.train.recipe import Recipe
+from controlkit.train.parts import BatchPlan, Resolved
+from controlkit.train.state import TrainState
 from controlkit.train.step import Batch, objective
 
 _MAPPED = "cached pairs"
-"""They are mapped from their file: held where there is room, and no hindrance where there is none."""
+"""Mapped from their file: in memory only where there is room."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``parts``: bytes of memory of the device in a step, by what they are for. ``caching``: the most while latents are
-    made. ``free``: bytes the device had left. ``seconds``: of a step; None where its parts do not fit."""
+    """An estimate. ``parts``: bytes of the device's memory in a step, by what they are for. ``caching``: the most while
+    latents are made. ``free``: bytes the device had left. ``seconds``: of a step; None where its parts do not fit."""
 
     parts: Mapping[str, int]
     caching: int
@@ -45,14 +44,14 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most memory that will be held at once, evaluations apart."""
+        """The most bytes that will be held at once, without evaluations."""
         return max(sum(self.parts.values()), self.caching)
 
     def lines(self) -> list[str]:
-        """A table of the memory by part, and the time in words."""
+        """Describe it for the user: a table of the memory by part, and the time."""
         width = max(map(len, self.parts))
         rows = [f"  {name:<{width}}  {format_bytes(size):>8}" for name, size in self.parts.items()]
-        lines = [f"memory foreseen: {format_bytes(self.peak)}; in a step", *rows]
+        lines = [f"estimated memory: {format_bytes(self.peak)}; in a step", *rows]
         if self.caching == self.peak:
             lines.append(f"  and while latents are made, the most: {format_bytes(self.caching)}")
         if self.seconds is None:
@@ -60,74 +59,68 @@ class Plan:
             return [*lines, f"That does not fit in the {format_bytes(self.free)} left here: {advice}."]
         whole = self.seconds * self.steps
         span = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
-        return [*lines, f"time foreseen: {span}, {self.seconds:.2g} s a step; caching and evaluations come to it"]
+        return [*lines, f"estimated time: {span}, {self.seconds:.2g} s a step; caching and evaluations take more"]
 
 
 class Meter:
-    """The most memory held on a device since it was made, or forgot: what torch allocated on a GPU; on a CPU what the
-    process grew by since it was made, together with the base's weights, which were there before."""
+    """The most memory held on a device since the meter was made, or reset.
+
+    On a GPU: bytes that torch allocated. On a CPU: the growth of the process, and the base's weights, which were there
+    before.
+    """
 
     def __init__(self, base: Backbone) -> None:
         self._device = base.device
         self._held = _bytes(_networks(base))
-        self.forget()
+        self.reset()
         if self._device.type != "cuda":
             self._held -= psutil.Process().memory_info().rss
 
-    def forget(self) -> None:
-        """From now on."""
+    def reset(self) -> None:
+        """Measure from now on."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:  # Linux alone. Elsewhere what loading needed may count as well.
+        else:  # on Linux only; elsewhere the memory that loading needed may count too
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Bytes."""
+        """The most bytes held."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return self._held + _high_water()
 
     def free(self) -> int:
-        """Bytes that are left now."""
+        """Bytes that are free now."""
         if self._device.type == "cuda":
             unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             return torch.cuda.mem_get_info(self._device)[0] + unused
         return psutil.virtual_memory().available
 
 
-def estimate(
-    recipe: Recipe,
-    base: Backbone,
-    learner: TrainState,
-    contracts: Mapping[str, HintSpec],
-    pairs: int,
-    meter: Meter,
-    processes: int = 1,
-) -> Plan:
-    """The plan of a run on ``pairs`` pairs; ``meter`` is older than the learner. Leaves no gradients.
+def estimate(plan: Resolved, base: Backbone, state: TrainState, pairs: int, meter: Meter, processes: int = 1) -> Plan:
+    """Estimate what a run on ``pairs`` pairs needs; ``meter`` was made before ``state``. Leaves no gradients.
 
-    Where the base is unlocked later on, of the steps from then on.
+    Where the base is unfrozen at some step, the estimate is of the steps after it.
     """
-    parts = {"base": _bytes(_networks(base)), "branch": _bytes([learner.branch])}
-    if learner.base is not base:
-        parts["base's copy that learns"] = _bytes([learner.base.denoiser])
-    if learner.average:
-        parts["average of the weights"] = _bytes([learner.average.module])
+    batches, compute = plan.batches, plan.compute
+    parts = {"base": _bytes(_networks(base)), "branch": _bytes([state.branch])}
+    if state.base is not base:
+        parts["base's copy that learns"] = _bytes([state.base.denoiser])
+    if state.average:
+        parts["average of the weights"] = _bytes([state.average.module])
     here = sum(parts.values())
-    learning = sum(p.numel() * p.element_size() for p in learner.learning.parameters() if p.requires_grad)
+    learning = sum(p.numel() * p.element_size() for p in state.learning.parameters() if p.requires_grad)
     parts["gradients"] = learning
-    parts[f"optimizer ({recipe.optimizer})"] = state_bytes(learner.learning, recipe.optimizer)
+    parts[f"optimizer ({plan.learning.optimizer})"] = state_bytes(state.learning, plan.learning.optimizer)
     if base.device.type == "cpu":
-        parts[_MAPPED] = _cached_bytes(base, contracts, pairs) * (2 if recipe.data.flip else 1)
-    count = recipe.batch // recipe.noises_per_pair // recipe.gradient_accumulation // processes
-    work = partial(_micro_batch, recipe, learner, contracts)
-    held = (
-        0 if recipe.gradient_accumulation > 1 else learning
-    )  # of one part the most is held before there are gradients
+        parts[_MAPPED] = _cached_bytes(base, batches, pairs)
+    count = batches.pairs // compute.gradient_accumulation // processes
+    work = partial(_micro_batch, batches, compute.gradient_checkpointing, state)
+    held = 0 if compute.gradient_accumulation > 1 else learning  # of one part: the most is held before gradients are
     free = needed = meter.free()
     seconds = None
-    with suppress(torch.OutOfMemoryError):  # the run will take more parts; a plan must not end it
+    with suppress(torch.OutOfMemoryError):  # the run will take more parts; an estimate must not end it
         needed = peak_of(work, count) - held
         if sum(parts.values()) - parts.get(_MAPPED, 0) - here + needed < free:
             for _ in range(2):  # the first time kernels are chosen, and on some machines made
@@ -135,18 +128,18 @@ def estimate(
                 work(count)
                 if base.device.type == "cuda":
                     torch.cuda.synchronize(base.device)
-                seconds = recipe.gradient_accumulation * (time.perf_counter() - started)
+                seconds = compute.gradient_accumulation * (time.perf_counter() - started)
             needed = meter.peak() - here - held
-    learner.learning.zero_grad()
+    state.learning.zero_grad()
     parts["micro-batch: features, libraries"] = max(needed, 0)
     caching = here + peak_of(partial(_encode, base), min(AT_ONCE, pairs))
-    return Plan(parts, caching, free, seconds, recipe.steps)
+    return Plan(parts, caching, free, seconds, plan.rates.steps)
 
 
 def peak_of(work: Callable[[int], Any], count: int) -> int:
-    """The most bytes of tensors that ``work(count)`` makes and holds at once, known from ``work(2)`` and ``work(4)``.
+    """Estimate the most bytes of tensors that ``work(count)`` makes and holds, from ``work(2)`` and ``work(4)``.
 
-    Operation by operation what is held grows linearly with the count. What kernels need for themselves is not seen.
+    After each operation the held bytes grow linearly with the count. Memory inside kernels is not measured.
     """
     few = _held_bytes(work, min(count, 2))
     if count <= 2:
@@ -155,7 +148,7 @@ def peak_of(work: Callable[[int], Any], count: int) -> int:
     if count <= 4:
         return max(more)
     steps = (count - 2) / 2
-    if len(few) != len(more):  # not the same operations: by their maxima
+    if len(few) != len(more):  # other operations: from their maxima
         few, more = [max(few)], [max(more)]
     return int(max(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
 
@@ -199,23 +192,22 @@ class _Held(TorchDispatchMode):
         self._now -= size
 
 
-def _micro_batch(recipe: Recipe, learner: TrainState, contracts: Mapping[str, HintSpec], pairs: int) -> None:
-    """Forward and backward pass of as many pairs as one part has, on zeros; of a Union its types in turn."""
-    base, branch = learner.base, learner.branch
-    rows, side, device = pairs * recipe.noises_per_pair, base.size // base.stride, base.device
+def _micro_batch(plan: BatchPlan, checkpointing: bool, state: TrainState, pairs: int) -> None:
+    """Run forward and backward pass of ``pairs`` pairs of zeros; of a Union its types in turn."""
+    base, branch = state.base, state.branch
+    rows, side, device = pairs * plan.noises_per_pair, base.size // base.stride, base.device
     latents = torch.zeros(rows, base.latent_channels, side, side, device=device)
     text = base.encode_text([""]).to(device, torch.float32)
-    kinds = list(contracts)
+    kinds = list(plan.specs)
     hints = {}
     for place, kind in enumerate(kinds):
         if own := len(range(place, pairs, len(kinds))):
-            hints[kind] = torch.zeros(own, contracts[kind].channels, base.size, base.size, device=device)
+            hints[kind] = torch.zeros(own, plan.specs[kind].channels, base.size, base.size, device=device)
     times = torch.zeros(rows, dtype=torch.long, device=device)
-    batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, recipe.noises_per_pair)
+    batch = Batch(latents, torch.zeros_like(latents), times, text[[0] * rows], hints, plan.noises_per_pair)
     attention = partial(training_attention, device.type)
-    short = recomputed(branch, base.denoiser, within=attention) if recipe.gradient_checkpointing else nullcontext()
-    learner.learning.zero_grad()
-    with short:
+    state.learning.zero_grad()
+    with recomputed(branch, base.denoiser, within=attention) if checkpointing else nullcontext():
         with autocast(device.type), attention():
             loss = objective(base, branch, batch)
         loss.backward()
@@ -226,11 +218,12 @@ def _encode(base: Backbone, pictures: int) -> None:
         base.encode_moments(torch.zeros(pictures, 3, base.size, base.size, device=base.device))
 
 
-def _cached_bytes(base: Backbone, contracts: Mapping[str, HintSpec], pairs: int) -> int:
-    """Of the cache, as if no two pairs had the same prompt."""
+def _cached_bytes(base: Backbone, plan: BatchPlan, pairs: int) -> int:
+    """Estimate the cache's bytes, as if no two pairs had the same prompt."""
     side = base.size // base.stride
-    marked = any(contract.mask_value is not None for contract in contracts.values())
-    channels = max(3, *(contract.channels for contract in contracts.values())) + marked
+    pairs *= 2 if plan.flip else 1
+    masked = any(spec.mask_value is not None for spec in plan.specs.values())
+    channels = max(3, *(spec.channels for spec in plan.specs.values())) + masked
     text: TextEmbedding = base.encode_text([""])
     words = sum(value.numel() for value in text.tensors().values())
     return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
@@ -251,5 +244,5 @@ def _high_water() -> int:
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes in words."""
+    """Write a number of bytes in MB or GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.0f} MB"

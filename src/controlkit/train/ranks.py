@@ -1,7 +1,10 @@
-"""The processes of a run that several do together (``accelerate launch``, ``torchrun``), of which this is one.
+"""The processes of a run (``accelerate launch``, ``torchrun``), of which this is one.
 
 Each computes its own part of every batch; gradients are the mean over all, so that two processes with a batch of B do
 what one does with 2B. Each evaluates its share of the held-out pairs. The first writes files.
+
+Gradients are averaged here and not by ``DistributedDataParallel``: it would have to wrap the branch, whose hint encoder
+is called by itself, and a process that runs out of memory in a backward pass would leave the others waiting in it.
 """
 
 import os
@@ -14,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported
 
 _PATIENCE = timedelta(hours=6)
-"""How long the others wait while the first builds a cache; the usual ten minutes are too short."""
+"""How long the others wait while the first builds a cache; torch's ten minutes are too short."""
 
 
 @contextmanager
 def _among_all() -> Iterator[None]:
-    """Where all have to be there. One that was killed closes its connections, and the others' next word finds none."""
+    """Around what all processes take part in: ``Unsupported`` where one of them has ended."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
+        raise Unsupported(
             f"Another process of the run has ended, or cannot be reached ({str(error).splitlines()[0]}). Nothing up to "
             "the last checkpoint is lost: run the same command to go on from there."
         ) from error
@@ -34,25 +37,24 @@ def _among_all() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """The place of this process among those of the run."""
 
     index: int = 0
     count: int = 1
     sharded: bool = False
-    """Whether weights, gradients and what the optimizer remembers are shared out over them (FSDP2)."""
+    """Whether weights, gradients and optimizer state are sharded over them (FSDP2)."""
     notes: tuple[str, ...] = ()
-    """What there is to know of how they were started."""
+    """Sentences for the user on how they were started."""
     talk: Any = None
-    """The group in which words are passed, by the CPU: one that was killed is missed there at once, where a GPU's
-    collectives would wait for it."""
+    """The group for messages between CPUs, which notice a killed process at once; a GPU's collectives would wait."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and says."""
+        """Whether this is the process that writes files and prints."""
         return self.index == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             with _among_all():
                 torch.distributed.barrier(self.talk)
@@ -69,12 +71,12 @@ class Ranks:
                 value.copy_(mean.view_as(value))
 
     def mean_gradients(self, module: nn.Module) -> None:
-        """Replace the gradients by their mean over the processes, in one message; of sharded ones that is done."""
+        """Replace the gradients by their mean over the processes, in one message; FSDP has averaged sharded ones."""
         if not self.sharded:
             self.mean(p.grad for p in module.parameters() if p.grad is not None)
 
     def any(self, value: bool) -> bool:
-        """Whether it is so for any of them."""
+        """Whether ``value`` is true in any process."""
         if self.count == 1:
             return value
         flag = torch.tensor(float(value))
@@ -83,7 +85,7 @@ class Ranks:
         return bool(flag.item())
 
     def broadcast(self, value: Any) -> Any:
-        """What the first has, to all."""
+        """Give the first process's ``value`` to all."""
         if self.count == 1:
             return value
         held = [value]
@@ -91,8 +93,8 @@ class Ranks:
             torch.distributed.broadcast_object_list(held, group=self.talk)
         return held[0]
 
-    def gathered(self, value: Any) -> list[Any]:
-        """What each has, in the processes' order, to all."""
+    def gather(self, value: Any) -> list[Any]:
+        """Give every process's ``value``, in their order, to all."""
         held = [value] * self.count
         if self.count > 1:
             with _among_all():
@@ -100,7 +102,7 @@ class Ranks:
         return held
 
     def share(self, count: int) -> range:
-        """Which of ``count`` things are this one's: as many in a row as the others', give or take one, or none."""
+        """This process's share of ``count`` things: a range as long as the others', give or take one; perhaps empty."""
         return range(self.index * count // self.count, (self.index + 1) * count // self.count)
 
 
@@ -108,13 +110,16 @@ _DEEPSPEED, _FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
 """What ``accelerate launch --use_deepspeed`` and ``--use_fsdp`` set."""
 
 
-def ranks(cpu: bool) -> Ranks:
-    """The processes that were started together; one, alone, where nothing started several."""
+def connect_ranks(cpu: bool) -> Ranks:
+    """Connect the processes that a launcher started; a single one where none did.
+
+    Raises ``Unsupported`` where there are more processes than GPUs.
+    """
     notes = []
     if deepspeed := _asked(_DEEPSPEED):
         notes.append(
             "DeepSpeed was asked for, which is accepted and untested: its stages and offloading are not used. Each "
-            "process holds all weights, and gradients are averaged. To share weights out, launch with --use_fsdp."
+            "process holds all weights, and gradients are averaged. To shard the weights, launch with --use_fsdp."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Ranks(notes=tuple(notes))
@@ -122,7 +127,7 @@ def ranks(cpu: bool) -> Ranks:
 
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not cpu and torch.cuda.is_available() and beside > torch.cuda.device_count():
-        raise UserError(
+        raise Unsupported(
             f"{beside} processes were started on a machine with {torch.cuda.device_count()} GPUs, and each needs its "
             "own: start as many (--num_processes)."
         )
@@ -132,14 +137,14 @@ def ranks(cpu: bool) -> Ranks:
     if deepspeed:
         os.environ[_DEEPSPEED] = "true"
     talk = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    together = Ranks(state.process_index, state.num_processes, notes=tuple(notes), talk=talk)
+    ranks = Ranks(state.process_index, state.num_processes, notes=tuple(notes), talk=talk)
     if deepspeed or not _asked(_FSDP):
-        return together
+        return ranks
     notes.append(
-        f"The branch is shared out over {together.count} processes (FSDP2, layer by layer); of the launcher's other "
-        "FSDP settings none is used."
+        f"The branch is sharded over {ranks.count} processes (FSDP2, layer by layer); the launcher's other FSDP "
+        "settings are not used."
     )
-    return replace(together, sharded=True, notes=tuple(notes))
+    return replace(ranks, sharded=True, notes=tuple(notes))
 
 
 def _asked(name: str) -> bool:

@@ -1,4 +1,7 @@
-"""What a training run is asked for: the recipe's settings, read from YAML, every key checked."""
+"""A recipe: the settings of a training run, read from YAML, every key and range checked.
+
+A range stands in a setting's ``Field``, or in its docstring where it depends on other settings.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, NotFound, nearest
 from controlkit.train.optimizers import OptimizerName
 
 ScheduleName = Literal[
@@ -18,7 +21,9 @@ POLYNOMIAL_END = 1e-7
 
 
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Names of number formats as others have them -> torch's."""
+"""A recipe's names of number formats -> torch's names."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -26,94 +31,101 @@ class _Strict(BaseModel):
 
 
 class ControlRecipe(_Strict):
-    """What is trained."""
+    """The control to train: its hints, and the network."""
 
     annotator: str = "canny"
-    """Makes the hints, unless the source has its own; and measures obedience to them."""
+    """Makes the hints, unless the data has its own; obedience is measured with it."""
     types: list[str] = []
-    """Several types of hint at once: what is trained is a Union (instead of ``annotator``). One named twice comes twice
-    as often."""
+    """Types of hint of a Union, which is then trained (instead of ``annotator``). A type named twice comes twice as
+    often."""
     options: dict[str, float] = {}
-    """The annotator's options; the rest keep their defaults."""
+    """The annotator's options; those left out keep their defaults. Ranges: each annotator's own."""
     annotators: list[str] = []
-    """Several hints at once, three channels of each in this order (instead of ``annotator``): made by annotators, or as
+    """Several hints at once, three channels each, in this order (instead of ``annotator``): made by annotators, or as
     many hints of the data's own. Obedience is measured to the first."""
     hints_as: Literal["channels", "branches"] = "channels"
-    """What ``annotators`` become: channels of one control; or a branch each, trained together as they are composed in
-    use (Section 3.4). Each is then a control by itself, in a folder of its annotator's name."""
+    """``channels``: the ``annotators`` are channels of one control. ``branches``: one branch each, trained together as
+    they are combined in use (Section 3.4); each is then a control in a folder of its annotator's name."""
     channels: int | None = Field(None, gt=0)
-    """Channels of the hint where they are not three: 1 for grey, any number for arrays (``.npy``)."""
-    low: float = 0.0
-    """What the least of whole numbers in a hint, 0, is read as; floats are taken as they are."""
-    high: float = 1.0
-    """What the largest of their type is read as; floats must lie between the two."""
+    """Channels of the hint, where not three: 1 for grey, any number for arrays (``.npy``)."""
+    low: Finite = 0.0
+    """The value that 0 is read as in hints of whole numbers. Any finite number below ``high``."""
+    high: Finite = 1.0
+    """The value that the largest number of the type (255 of uint8) is read as. Hints of floats are used as they are,
+    and must lie between ``low`` and ``high``."""
     body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
-    """``copy``, the paper's; ``conv``, ControlNet-lite; ``lora``, the copy, of which differences of low rank are
-    trained (a Control-LoRA; written as such, too); ``xs``, ControlNet-XS, a thin encoder that walks beside the base's;
-    ``adapter``, a T2I-Adapter."""
+    """``copy``: the paper's trainable copy; ``conv``: ControlNet-lite; ``lora``: the copy, trained through differences
+    of low rank (a Control-LoRA, also written as one); ``xs``: ControlNet-XS, a thin encoder that runs beside the
+    base's; ``adapter``: a T2I-Adapter."""
     rank: int = Field(16, gt=0)
-    """Of the differences that ``body: lora`` trains."""
+    """Rank of the differences that ``body: lora`` trains."""
     size_ratio: float | None = Field(None, gt=0, le=1)
-    """The width of an ``xs`` body: its channels as a share of the base's. Unless told, 32 channels at the finest level
-    (a tenth of Stable Diffusion's), at most half of a small base's."""
+    """Channels of an ``xs`` body as a share of the base's, in (0, 1]. Left out: 32 channels at the finest level (a
+    tenth of Stable Diffusion's), at most half of a small base's."""
     join: Literal["zero", "gaussian"] = "zero"
+    """How the convolutions that connect the branch start: at zero (the paper's), or drawn (its ablation, Figure 8)."""
     taps: Literal["all", "mid"] = "all"
+    """Where the branch is connected: at every skip and the middle, or at the middle alone (Section 3.3)."""
     start_from: str | None = None
-    """A neighbouring control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
+    """A trained control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
     recipe trains ``taps: mid`` first and then reconnects: start from that control with ``taps: all``)."""
     hint_cfg_scale: float = Field(1.0, ge=0)
-    """How many times guidance counts the hint, where the control is measured and, unless told, used: 1 as released, up
-    to as often as the prompt (``sample.Control.hint_cfg_scale``)."""
+    """Weight of the hint in classifier-free guidance, at least 0, when the control is measured and, by default, used:
+    1 as released; equal to the guidance scale, the hint counts as much as the prompt."""
 
 
 class DataRecipe(_Strict):
-    """On what."""
+    """The data to train on."""
 
     source: str = "emoji"
-    """``emoji`` (held-out concepts left out), ``scenes`` (what no control may see left out), ``world`` (both),
+    """``emoji`` (without the held-out concepts), ``scenes`` (without the held-out combinations), ``world`` (both),
     ``fill50k`` (drawn on the fly), a folder in any of the layouts of ``data.layouts``, or a hub's data set
     (``owner/name``)."""
     columns: dict[str, str] = {}
-    """What a folder's ``image``, ``hint`` or ``caption`` columns are called, where that is none of the usual names."""
+    """Names of a folder's ``image``, ``hint`` or ``caption`` columns, where they are none of the usual names."""
     count: int | None = Field(None, gt=0)
-    """Pictures to train on; all by default."""
+    """Pictures to train on; null for all."""
     variants: int = Field(2, gt=0)
-    """Grounds each emoji is seen on: as many pairs a picture. Other sources have one."""
+    """Backgrounds each emoji is drawn on: as many pairs a picture. Other sources have one."""
     scenes: int = Field(6000, gt=0)
-    """Scenes drawn, of which those without anything held out are used."""
+    """Scenes drawn; those without anything held out are trained on."""
     visits: int = Field(1, gt=0)
-    """How often each scene comes, for a Union each time with another type of hint."""
+    """How often each scene comes in an epoch; in a Union each time with another type of hint."""
     buckets: bool = False
-    """Pictures of a folder in the sizes nearest to their own shapes (``data.bucket_sizes``), a batch of one size each,
-    instead of cut square. What is measured on stays square, so that figures can be compared."""
+    """Keep the shapes of a folder's pictures: each is resized to the nearest size (``data.bucket_sizes``), and a batch
+    has one size. Otherwise they are cut square, as the held-out pictures always are."""
     cache: bool = True
-    """Latents, text embeddings and annotations are looked up in this machine's store, and kept there, so that another
-    run on the same pictures computes none of them (``data.store``)."""
+    """Look up latents, text embeddings and annotations in this machine's store, and keep new ones there
+    (``data.store``)."""
     flip: float = Field(0.0, ge=0, le=1)
-    """Share of visits at which a pair is seen in a mirror: its picture, and its hint as it is of that picture (left and
-    right limbs change colours, normals the sign of x). Pairs whose prompt tells left from right stay as they are."""
+    """Share of visits, in [0, 1], at which a pair is mirrored: the picture, and the hint as of the mirrored picture
+    (left and right limbs change colours, normals the sign of x). Pairs whose prompt names left or right are not."""
 
 
 class EvaluationRecipe(_Strict):
-    """How often, and on how much, it is measured on held-out hints what came of the training: the loss relative to the
-    base without control and, but for a Union, obedience."""
+    """Evaluations on held-out pairs while the run goes on: the loss relative to the base without control and, except
+    for a Union, obedience."""
 
     every: int = Field(250, ge=0)
     """Steps between evaluations; 0 for none."""
     num: int = Field(16, ge=2)
+    """Held-out pairs to measure on, at least 2."""
     steps: int = Field(10, gt=0)
-    guidance: float = 4.0
+    """Sampling steps of each picture."""
+    guidance: Finite = 4.0
+    """Scale of classifier-free guidance; 1 for none."""
     prompts: list[str] = []
+    """Prompts of ``hints``: one for each, or one for all."""
     hints: list[str] = []
-    """Pictures of one's own that are looked at, too: files of hints, and a prompt for each, or one for all. Four are
-    made of each, into ``OUT/samples/own-step-N.png``."""
+    """Files of hints to make pictures of besides, four of each, into ``OUT/samples/own-step-N.png``."""
     patience: int = Field(0, ge=0)
-    """Evaluations in a row without a better obedience after which the run ends; 0 for never."""
-    target: float | None = None
-    """The run ends where the lower bound of obedience reaches this; on ``mini`` with the CLIP-score kept, too."""
+    """End the run after this many evaluations in a row without a better obedience; 0 for never."""
+    target: Finite | None = None
+    """End the run when the lower bound of obedience reaches this (0: no control, 1: the ceiling); on ``mini`` only
+    while the CLIP-score is kept."""
 
     def own(self) -> list[tuple[str, str]]:
-        """(prompt, file of a hint) of each that is looked at; of one of either with all of the other."""
+        """List (prompt, file of a hint) of the user's own hints; a single prompt or hint goes with all others."""
         prompts = self.prompts or [""]
         most = max(len(prompts), len(self.hints)) if self.hints else 0
         return [(prompts[i % len(prompts)], self.hints[i % len(self.hints)]) for i in range(most)]
@@ -122,7 +134,10 @@ class EvaluationRecipe(_Strict):
     def _hints_for_prompts(self) -> "EvaluationRecipe":
         counts = {len(self.prompts), len(self.hints)}
         if (self.prompts and len(counts - {1}) > 1) or (self.prompts and not self.hints):
-            raise ValueError(f"evaluation.prompts are {len(self.prompts)}, evaluation.hints {len(self.hints)}: as many")
+            raise ValueError(
+                f"evaluation.prompts are {len(self.prompts)} and evaluation.hints {len(self.hints)}: give as many of "
+                "both, or one of either"
+            )
         return self
 
 
@@ -130,94 +145,94 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrackingRecipe(_Strict):
-    """Where figures and sheets of samples are sent besides the log; each is an extra of its name."""
+    """Where figures and sample sheets are sent besides the log; each tracker is an extra of its name."""
 
     to: list[TrackerName] = []
     project: str = "controlkit"
-    """The name runs stand under at ``wandb`` and ``trackio``; ``tensorboard`` writes to ``OUT/tensorboard``."""
+    """The project's name at ``wandb`` and ``trackio``; ``tensorboard`` writes to ``OUT/tensorboard``."""
 
 
 class Recipe(_Strict):
-    """A control's training run. Unknown keys are refused, with the nearest known one."""
+    """The settings of a training run. Unknown keys are refused, with the nearest known one."""
 
     base: str = "mini"
     vae: str | None = None
-    """Another VAE than the base's own: a diffusers folder, a file or a hub's name."""
+    """A VAE instead of the base's own: a diffusers folder, a file or a hub's name."""
     size: int | None = Field(None, gt=0)
-    """The side of the pictures trained on, in pixels; the base's own by default."""
+    """Side of the training pictures in pixels; null for the base's own."""
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
     steps: int = Field(3000, gt=0)
     max_minutes: float | None = Field(None, gt=0)
-    """Minutes after which the run ends, with the last step that fits, where ``steps`` have not ended it before: of wall
-    clock, from caching on, evaluations and the time before interruptions included. What a kill undid is not counted.
-    The rate then comes down in time (``train.learning_rate``): a cooldown of a fifth of the steps is one of a fifth of
-    the budget. How many steps fit differs from time to time, and so does what comes of them: not for exact repeats."""
+    """Minutes after which the run ends, with the last step that fits, if ``steps`` have not ended it before. Counted by
+    the wall clock from caching on, with evaluations and the time before interruptions, without work that a kill undid.
+    The learning rate then comes down in time (``train.learning_rate``): a cooldown of a fifth of the steps is one of a
+    fifth of the minutes. The number of steps differs from run to run: not for exact repeats."""
     batch: int = Field(32, gt=0)
+    """Rows of a batch; a multiple of ``noises_per_pair`` times ``gradient_accumulation``."""
     noises_per_pair: int = Field(1, gt=0)
-    """Rows of a batch that share a pair, each with noise, timestep and prompt dropout of its own: a hint is read once
-    for all of them. Reading hints is what costs most on a small base."""
+    """Rows of a batch that share a pair, each with its own noise, timestep and prompt dropout: the hint is encoded once
+    for all of them, which is most of the work on a small base."""
     gradient_accumulation: int = Field(1, gt=0)
-    """Parts a batch is computed in, one after the other, where memory is short: the gradients are the whole batch's."""
+    """Parts a batch is computed in, one after the other, to save memory: the gradients are the whole batch's."""
     gradient_checkpointing: bool = False
-    """Compute features of branch and decoder anew in the backward pass instead of keeping them: less memory, slower."""
+    """Compute features again in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
     """``muon``: Muon for weight matrices, AdamW for the rest; ``adamw8bit``, ``adafactor``: less memory; ``prodigy``:
-    finds the rate itself (set ``lr: 1``). What each does: ``optimizers.Optimizer``."""
+    finds the learning rate itself (set ``lr: 1``). Details: ``optimizers.Optimizer``."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """How much AdamW and Prodigy keep of the means of gradients and of their squares."""
+    """Decay of the means of gradients and of their squares, each in [0, 1); of AdamW and Prodigy."""
     epsilon: float = Field(1e-8, gt=0)
-    """What AdamW and Prodigy add to the root of the squares' mean."""
+    """Added to the root of the mean square, above 0; of AdamW and Prodigy."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this L2 norm, over all weights, where theirs is larger."""
+    """Largest L2 norm of the gradients, over all weights; larger ones are scaled down to it."""
     lr: float = Field(1e-5, gt=0)
-    """The rate at its highest (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    """The learning rate at its highest (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
     schedule: ScheduleName = "constant"
-    """How the rate goes on after ``warmup``: as it is, but for a ``cooldown``; or as diffusers has it."""
+    """The learning rate after ``warmup``: constant until ``cooldown``, or one of diffusers' schedules."""
     warmup: int = Field(0, ge=0)
-    """Steps at the start over which the rate rises linearly."""
+    """Steps at the start over which the learning rate rises linearly."""
     cooldown: int = Field(0, ge=0)
     """Steps at the end over which it falls linearly, nearly to zero; of ``schedule: constant``."""
     cycles: int = Field(1, gt=0)
-    """How often ``schedule: cosine_with_restarts`` comes down."""
+    """Number of falls of ``schedule: cosine_with_restarts``."""
     power: float = Field(1.0, gt=0)
-    """Of what remains of the steps, with ``schedule: polynomial``, which ends at a rate of 1e-7."""
+    """Exponent of ``schedule: polynomial``, which ends at a rate of 1e-7."""
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of an average of the weights over steps, which is then what is measured and saved; 0 for none."""
+    """Decay, in [0, 1), of an exponential average of the weights, which is then measured and saved; 0 for none."""
     unfreeze_after: int | None = Field(None, gt=0)
-    """Steps after which the base's U-Net learns, too, at the same rate (the paper's large-scale training, which unlocks
-    after 50,000 and more). It is a copy that does: what it learnt is written into the control's folder as a difference,
+    """Steps after which the base's denoiser is trained too, at the same rate (Section 3.3, large-scale training: after
+    at least 50,000). A copy is trained: its difference from the base is written into the control's folder,
     ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
     prompt_dropout: float = Field(0.5, ge=0, le=1)
-    """Share of prompts replaced by the empty one, drawn anew each step (Section 3.3)."""
+    """Share of prompts, in [0, 1], replaced by the empty one, drawn anew each step (Section 3.3)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What the networks are computed in; weights that learn stay in fp32. ``auto``: bf16 where it is the faster, else
-    fp32. With ``fp16`` the loss is scaled, and steps whose gradients overflow are left out."""
+    """Number format the networks are computed in; trained weights stay in fp32. ``auto``: bf16 where it is faster,
+    else fp32. With ``fp16`` the loss is scaled, and steps whose gradients overflow are left out."""
     compile: bool = False
     """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
     seed: int = 0
     checkpoint_every: int = Field(500, gt=0)
+    """Steps between checkpoints."""
     keep: int | None = Field(2, gt=0)
-    """Checkpoints kept; null for all."""
+    """Newest checkpoints to keep; null for all."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
 
     @model_validator(mode="after")
-    def _together(self) -> "Recipe":
+    def _fits_together(self) -> "Recipe":
         if self.batch % (self.noises_per_pair * self.gradient_accumulation):
             raise ValueError(
-                f"a batch of {self.batch} rows cannot be shared out in {self.draws} draws of each pair and "
+                f"a batch of {self.batch} rows cannot be split into pairs of {self.noises_per_pair} noises and "
                 f"{self.gradient_accumulation} equal parts"
             )
         if self.unfreeze_after and self.ema:
-            raise ValueError(
-                "ema averages a control's weights alone, and with unfreeze_after the base's change beside them"
-            )
+            raise ValueError("ema averages a control's weights alone, and with unfreeze_after the base's change too")
         return self
 
     @model_validator(mode="after")
-    def _nothing_unread(self) -> "Recipe":
+    def _every_setting_is_read(self) -> "Recipe":
         several = self.control.annotators
         for key, read, reason in (
             ("betas", self.optimizer != "adafactor", "adafactor has none"),
@@ -244,10 +259,10 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _a_body_s_own_settings(self) -> "Recipe":
+    def _settings_fit_the_body(self) -> "Recipe":
         control = self.control
         if control.body != "xs" and control.size_ratio is not None:
-            raise ValueError(f"control.size_ratio is the width of body xs; body {control.body} has the base's own")
+            raise ValueError(f"control.size_ratio is the width of body xs; body {control.body} has the base's width")
         whole = {"xs": "joins every layer", "adapter": "adds inside the base's encoder"}
         for name in ("join", "taps"):
             word, plain = getattr(control, name), ControlRecipe.model_fields[name].default
@@ -257,7 +272,7 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _a_branch_for_each_hint(self) -> "Recipe":
+    def _one_branch_per_hint(self) -> "Recipe":
         control, names = self.control, self.control.annotators
         if control.hints_as == "channels":
             return self
@@ -281,55 +296,60 @@ def _known_keys(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
 
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file; ``UserError`` names a wrong key or value and the nearest right one.
+    """Read a recipe from a YAML file.
 
-    ``changes``: values to put in place of the file's, such as ``data.source=scenes``.
+    ``changes``: values to use instead of the file's, such as ``data.source=scenes``.
+
+    Raises ``NotFound`` without such a file, ``Invalid`` for a wrong key or value, with the nearest right one.
     """
     if not path.is_file():
-        raise UserError(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
+        raise NotFound(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML ({error}).") from error
+        raise Invalid(f"{path} is not YAML ({error}).") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
+        raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
     for change in changes:
         put(content, change)
     return parse_recipe(content, str(path))
 
 
 def put(content: dict[str, Any], change: str) -> None:
-    """Put KEY=VALUE, the key's parts joined by dots and the value as YAML has it, into a recipe's values."""
+    """Set KEY=VALUE in a recipe's values: the key's parts are joined by dots, the value is YAML.
+
+    Raises ``Invalid`` where it is not of that form.
+    """
     name, equals, text = change.partition("=")
     *path, key = name.strip().split(".")
     if not (equals and key and all(path)):
-        raise UserError(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
+        raise Invalid(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f'"{change}": the value is not YAML ({error}).') from error
+        raise Invalid(f'"{change}": the value is not YAML ({error}).') from error
     for part in path:
         inner = content.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UserError(f'"{change}": {part} is {inner!r} and has no {key}.')
+            raise Invalid(f'"{change}": {part} is {inner!r} and has no {key}.')
         content = inner
     content[key] = value
 
 
 def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
-    """A recipe from plain values; ``origin`` names them in errors."""
+    """Make a recipe from plain values; ``origin`` names them in errors, which are ``Invalid``."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # of several keys together
-            raise UserError(f"{origin}: {first['ctx']['error']}.") from None
+        if not first["loc"]:  # several keys contradict each other
+            raise Invalid(f"{origin}: {first['ctx']['error']}.") from None
         *path, key = first["loc"]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise UserError(
+            raise Invalid(
                 f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
             ) from None
-        raise UserError(
+        raise Invalid(
             f'{origin}: "{name}" is {first["input"]!r}; {first["msg"][0].lower()}{first["msg"][1:]}.'
         ) from None

@@ -1,4 +1,4 @@
-"""What is kept of a run: a record a step, and what its evaluations say of control."""
+"""The records of a run's steps, and what its evaluations show of control."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ _MAIN = ("fidelity", "floor", "ceiling", "obedience")
 
 @dataclass(frozen=True)
 class Record:
-    """One step of a run: what a line of ``log.jsonl`` holds. ``evaluation`` is there on the steps that have one."""
+    """One step of a run, a line of ``log.jsonl``. ``evaluation`` and ``verdict`` are None on steps without one."""
 
     step: int
     loss: float
@@ -23,21 +23,20 @@ class Record:
     evaluation: Obedience | None = None
     verdict: str | None = None
     relative: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """By type of hint, or under "": the loss on held-out pairs, relative to the base without control, with the same
-    noise each time, in each quarter of the schedule from the least noise on. 1 is no control; a loss by itself says
-    little, for it hardly moves while control comes."""
+    """By type of hint, or under "": the loss on held-out pairs relative to the base without control, with the same
+    noise each time, in each quarter of the schedule from the least noise on. 1 is no control. The loss itself hardly
+    changes while control appears."""
     residuals: Mapping[str, float] = field(default_factory=dict)
-    """By tap: the root mean square of its residual relative to that of the feature it is added to. Exact zeros at
-    birth; far above 1, control drowns the base."""
+    """By tap: the root mean square of its residual relative to that of the feature it is added to. Exactly 0 at the
+    start; far above 1 the control overwhelms the base."""
     drift: Mapping[str, float] = field(default_factory=dict)
-    """How far colours drifted from the base's without control (``measure.COLOURS``), in shares of the full range; not
-    told of a Union. Washed-out or oversaturated pictures show here before the eye is sure."""
-
+    """Change of colours from pictures without control (``measure.COLOURS``), as shares of the full range; empty for a
+    Union. Shows washed-out or oversaturated pictures early."""
     quality: Mapping[str, float] = field(default_factory=dict)
-    """The CLIP-score with control and without; told of the shipped base alone."""
+    """The CLIP-score with control and without; empty where no referee knows the base's world."""
 
     def figures(self) -> dict[str, float]:
-        """Its numbers by name, as curves are drawn of them; of quarters of the schedule the mean."""
+        """Its numbers by name, for curves; of the quarters of the schedule their mean."""
         found = {"loss": self.loss}
         if self.evaluation is not None:
             found |= {name: getattr(self.evaluation, name).mean for name in _MAIN}
@@ -47,7 +46,7 @@ class Record:
         return found | {f"residuals/{tap}": value for tap, value in self.residuals.items()}
 
     def to_json(self) -> str:
-        """The log's line; means alone for the figures' main keys, intervals for obedience."""
+        """Write the log's line: means of the figures, and the interval of obedience."""
         line: dict[str, Any] = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 3)}
         if self.evaluation is not None:
             for name in _MAIN:
@@ -71,9 +70,9 @@ class Record:
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """What an evaluation says of control: the lower bound of obedience, whether it counts, and its mean; and the mean
-    loss relative to no control; NaN where something was not measured. ``quality_kept``: the CLIP-score did not fall below 95%
-    of that without control."""
+    """An evaluation in short: the lower bound and mean of obedience, whether it is meaningful, and the mean loss
+    relative to no control; NaN where not measured. ``quality_kept``: the CLIP-score is at least 95% of that without
+    control."""
 
     step: int
     low: float = math.nan
@@ -84,12 +83,12 @@ class EvaluationSummary:
 
     @property
     def control(self) -> bool:
-        """Whether control was seen."""
+        """Whether control was measured."""
         return self.is_meaningful and self.low >= FOUND
 
 
 def summary_of(line: Mapping[str, Any]) -> EvaluationSummary | None:
-    """What a line of the log says of control; None for a step without evaluation."""
+    """Summarise the evaluation in a line of the log; None for a step without one."""
     quarters = [loss for kind in line.get("relative_loss", {}).values() for loss in kind]
     relative = sum(quarters) / len(quarters) if quarters else math.nan
     if "obedience" in line:
@@ -102,33 +101,33 @@ def summary_of(line: Mapping[str, Any]) -> EvaluationSummary | None:
 
 
 def found_step(evaluations: Sequence[EvaluationSummary]) -> int | None:
-    """The first of two successive evaluations whose lower bound of obedience is at least ``FOUND``."""
+    """Find the step of the first of two successive evaluations with a lower bound of at least ``FOUND``."""
     return next((a.step for a, b in itertools.pairwise(evaluations) if a.control and b.control), None)
 
 
 def best_of(evaluations: Sequence[EvaluationSummary]) -> EvaluationSummary | None:
-    """The first of those that count with the highest obedience, of those with control that kept the quality where there
-    are such; where obedience is not measured, of all the one with the least loss relative to no control."""
+    """Choose the meaningful evaluation with the highest mean obedience, the first of equals; those with control and
+    kept quality come before others. Where obedience is not measured: the one with the least relative loss."""
     if all(math.isnan(one.mean) for one in evaluations):
         return min(evaluations, key=lambda one: one.relative, default=None)
-    counting = [one for one in evaluations if one.is_meaningful]
-    return max(counting, key=lambda one: (one.quality_kept and one.control, one.mean), default=None)
+    meaningful = [one for one in evaluations if one.is_meaningful]
+    return max(meaningful, key=lambda one: (one.quality_kept and one.control, one.mean), default=None)
 
 
-def should_stop(recipe: EvaluationRecipe, evaluations: Sequence[EvaluationSummary]) -> bool:
-    """Whether a run ends before its last step: it got where it should, or has not got better for long enough."""
+def should_stop(plan: EvaluationRecipe, evaluations: Sequence[EvaluationSummary]) -> bool:
+    """Whether a run ends before its last step: it reached its target, or has not improved for its patience."""
     best = best_of(evaluations)
     if best is None:
         return False
-    if recipe.target is not None and any(
-        one.is_meaningful and one.quality_kept and one.low >= recipe.target for one in evaluations
+    if plan.target is not None and any(
+        one.is_meaningful and one.quality_kept and one.low >= plan.target for one in evaluations
     ):
         return True
-    return 0 < recipe.patience <= sum(one.step > best.step for one in evaluations)
+    return 0 < plan.patience <= sum(one.step > best.step for one in evaluations)
 
 
 def verdict(evaluations: Sequence[EvaluationSummary]) -> str:
-    """The state of the run in words (the paper's sudden convergence, Section 3.3 and Figure 4)."""
+    """Describe whether control was found (the paper's sudden convergence, Section 3.3 and Figure 4)."""
     if (step := found_step(evaluations)) is not None:
         return f"control found at step {step}"
     if evaluations and evaluations[-1].control:

@@ -2,44 +2,44 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
-from controlkit.train.recipe import POLYNOMIAL_END, Recipe
+import torch
+from diffusers.optimization import get_scheduler
+
+from controlkit.train.parts import RatePlan
 
 
-def learning_rate(recipe: Recipe, step: int, spent: float = 0.0) -> float:
-    """The rate of a step (from 0).
+def learning_rate(plan: RatePlan, step: int, spent: float = 0.0) -> float:
+    """Compute the learning rate of a step, counted from 0.
 
-    ``constant`` rises over ``warmup`` steps and falls over ``cooldown``, never to zero. The others are those of
-    diffusers' ``get_scheduler`` to the number, the first step of whose warm-up has a rate of 0.
+    ``constant`` rises over ``warmup`` steps and falls over ``cooldown``, never to zero. The others are diffusers'
+    schedules; the first step of their warm-up has a rate of 0.
 
-    ``spent``: the share of the run's ``max_minutes`` that has passed. Where that is further along than the steps are, what
-    comes down at the end goes by it, so that it is down when time is; warm-up always goes by steps.
+    ``spent``: the share of the run's ``max_minutes`` that has passed. Where it is further along than the steps are, the
+    fall at the end goes by it, so that the rate is down when the time is over; warm-up always goes by steps.
     """
-    at = max(step, min(int(spent * recipe.steps), recipe.steps - 1))
-    if recipe.schedule == "constant":
-        rise = (step + 1) / (recipe.warmup + 1)
-        fall = (recipe.steps - at) / (recipe.cooldown + 1)
-        return recipe.lr * min(1.0, rise, fall)
-    if step < recipe.warmup:
-        return recipe.lr * step / recipe.warmup
-    done = (at - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    match recipe.schedule:
-        case "linear":
-            return recipe.lr * (1 - done)
-        case "cosine":
-            return recipe.lr * (1 + math.cos(math.pi * done)) / 2
-        case "cosine_with_restarts":
-            return recipe.lr * (1 + math.cos(math.pi * (recipe.cycles * done % 1))) / 2
-        case "polynomial":
-            return (recipe.lr - POLYNOMIAL_END) * (1 - done) ** recipe.power + POLYNOMIAL_END
-    return recipe.lr
+    at = max(step, min(int(spent * plan.steps), plan.steps - 1))
+    if plan.schedule == "constant":
+        rise = (step + 1) / (plan.warmup + 1)
+        fall = (plan.steps - at) / (plan.cooldown + 1)
+        return plan.lr * min(1.0, rise, fall)
+    return plan.lr * _factor(plan)(step if step < plan.warmup else at)
+
+
+@lru_cache(maxsize=4)
+def _factor(plan: RatePlan) -> Callable[[int], float]:
+    """diffusers' function from a step to the share of the rate, taken from a scheduler that schedules nothing."""
+    nothing = torch.optim.SGD([torch.zeros(())], lr=plan.lr)
+    steps = {"num_warmup_steps": plan.warmup, "num_training_steps": plan.steps}
+    return get_scheduler(plan.schedule, nothing, **steps, num_cycles=plan.cycles, power=plan.power).lr_lambdas[0]
 
 
 class Clock:
-    """A run's wall clock against its budget, over interruptions.
+    """A run's wall clock and its budget of time, over interruptions.
 
-    ``minutes``: the budget, or None; ``facts``: what ``facts()`` told when the run was last kept.
+    ``minutes``: the budget, or None; ``facts``: the result of ``facts()`` in the run's last checkpoint.
     """
 
     def __init__(self, minutes: float | None, facts: Mapping[str, str] | None = None) -> None:
@@ -47,16 +47,16 @@ class Clock:
         self._limit = math.inf if minutes is None else 60 * minutes
         self._began = time.monotonic() - float(facts.get("seconds", 0))
         self.last_step = float(facts.get("last_step", 0))
-        """Seconds the step before took: the next is taken to need as many."""
+        """Seconds the last step took: the estimate for the next."""
 
     @property
     def share(self) -> float:
-        """How much of the budget has passed; 0 without one."""
+        """The share of the budget that has passed; 0 without one."""
         return self._seconds / self._limit
 
     @property
     def over(self) -> bool:
-        """Whether a step more would end after the budget."""
+        """Whether one more step would end after the budget."""
         return self._seconds + self.last_step > self._limit
 
     @property
@@ -64,10 +64,10 @@ class Clock:
         return time.monotonic() - self._began
 
     def stepped(self, started: float) -> float:
-        """The seconds of a step that began at this ``time.perf_counter()``, kept in mind."""
+        """Note and return the seconds of a step that began at ``started``, a ``time.perf_counter()``."""
         self.last_step = time.perf_counter() - started
         return self.last_step
 
     def facts(self) -> dict[str, str]:
-        """What a checkpoint keeps of it."""
+        """The clock's values for a checkpoint."""
         return {"seconds": f"{self._seconds:.3f}", "last_step": f"{self.last_step:.3f}"}

@@ -1,7 +1,7 @@
-"""A branch shared out over the processes of a run (FSDP2): each holds a part of every weight, of its gradient and of
-what the optimizer remembers of it. A layer's weights are put together where the layer computes, and let go after it.
+"""A branch sharded over the processes of a run (FSDP2): each holds a part of every weight, of its gradient and of its
+optimizer state. A layer's weights are gathered while the layer computes, and freed after it.
 
-Files know nothing of this: what is saved is gathered whole first, and cut up again when it is read.
+Files hold whole tensors: they are gathered to be saved, and cut into parts again when they are read.
 """
 
 import copy
@@ -18,15 +18,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from controlkit.branch import ControlNetwork
 
 LAYERS = (ResnetBlock2D, Transformer2DModel, Downsample2D)
-"""What the walk through an encoder calls: weights are gathered for what is called, and for nothing around it."""
+"""The modules that an encoder calls: weights are gathered for each call."""
 
 
 class _Within(nn.Module):
-    """Computes anything with a sharded branch, by whatever of its methods.
-
-    FSDP gathers weights when the outermost module is called, which is this one: a branch is not only called, its hint
-    encoder is asked by itself.
-    """
+    """The outermost module of a sharded branch, whose call gathers the weights: a branch is used by several methods."""
 
     def __init__(self, branch: ControlNetwork) -> None:
         super().__init__()
@@ -37,7 +33,7 @@ class _Within(nn.Module):
 
 
 class Shards:
-    """Shares out ``branch``, and ``others`` of the same shape, over ``count`` processes, which hold equal ones.
+    """Shards ``branch``, and ``others`` of the same shape, over ``count`` processes, which hold equal ones.
 
     From then on their parameters are parts (``DTensor``), and the loss has to be computed ``within``.
     """
@@ -55,12 +51,12 @@ class Shards:
             fully_shard(module, mesh=self._mesh)
 
     def within(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` gives, where the branch's weights are there to be computed with."""
+        """Call ``compute`` with the branch's weights gathered."""
         return self._within(compute)
 
     def whole(self, state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """``state`` with every tensor gathered, on the CPU, one after the other. All processes have to ask; one that
-        does not ``keep`` it only helps, and gets nothing."""
+        """Gather every tensor of ``state``, one after the other, on the CPU. All processes have to call it; those that
+        do not ``keep`` it get an empty mapping."""
         gathered = {}
         for name, value in state.items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -69,14 +65,14 @@ class Shards:
         return gathered
 
     def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's parts of a whole ``state``, cut along the first dimension as FSDP does; numbers stay whole."""
+        """Cut this process's parts out of a whole ``state``, along the first dimension as FSDP does; not of scalars."""
         return {
             name: distribute_tensor(value, self._mesh, [Shard(0)], src_data_rank=None) if value.ndim else value
             for name, value in state.items()
         }
 
-    def gathered(self, module: nn.Module) -> ControlNetwork:
-        """An ordinary branch with the whole weights of ``module``, while it is needed. All processes have to ask."""
+    def gather(self, module: nn.Module) -> ControlNetwork:
+        """Make an ordinary branch with the whole weights of ``module``. All processes have to call it."""
         branch = copy.deepcopy(self._shape).to_empty(device=self._device)
         branch.load_state_dict(self.whole(module.state_dict(), keep=True))
         return branch

@@ -1,7 +1,7 @@
 """Where a run's figures and sheets of samples go besides its log: TensorBoard, Weights & Biases, trackio.
 
-Each is an extra. No step is sent twice: after an interruption TensorBoard is told to forget what lies behind the
-checkpoint; the others are not sent again what they had, which is the same to the bit.
+Each is an extra. No step is sent twice: after an interruption TensorBoard deletes the steps after the checkpoint; the
+others are not sent them again, as they are the same to the bit.
 """
 
 import importlib
@@ -12,24 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from controlkit.errors import UserError
+from controlkit.errors import NotFound
 from controlkit.images import read_picture, write_atomic
-from controlkit.train.recipe import Recipe
+from controlkit.train.recipe import TrackingRecipe
 from controlkit.train.records import Record
 
 
 class Tracker(Protocol):
-    """One of them, open for a run."""
+    """An open tracker of a run."""
 
     def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
-        """The figures of a step by name, and sheets of samples where there are such."""
+        """Send the figures of a step by name, and its sample sheets, if any."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest."""
 
 
 class _TensorBoard:
-    def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
@@ -45,13 +45,12 @@ class _TensorBoard:
 
 
 class _Hosted:
-    """wandb, or trackio, which is called alike."""
+    """wandb, or trackio, which has the same functions."""
 
-    def __init__(self, library: str, recipe: Recipe, sent: int, **more: str) -> None:
+    def __init__(self, library: str, sent: int, **settings: Any) -> None:
         self._library: Any = importlib.import_module(library)
         self._sent = sent
-        settings = {"project": recipe.tracking.project, "config": recipe.model_dump(), "resume": "allow"}
-        self._library.init(**settings, **more)
+        self._library.init(**settings, resume="allow")
 
     def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
         if step > self._sent:
@@ -63,33 +62,36 @@ class _Hosted:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse those that are not installed."""
+    """Raise ``NotFound`` for a tracker that is not installed."""
     for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UserError(
+            raise NotFound(
                 f'tracking.to has "{name}", which cannot be imported ({error}): pip install "controlkit[{name}]", or '
                 "leave it out. OUT/log.jsonl and `controlkit watch` are there in any case."
             ) from error
 
 
 @contextmanager
-def tracked(recipe: Recipe, out: Path, step: int, logged: int) -> Iterator[Callable[[Record, float], None]]:
-    """Within it, a function that sends a record and its learning rate to the recipe's trackers.
+def tracked(
+    plan: TrackingRecipe, config: Mapping[str, Any], out: Path, step: int, logged: int
+) -> Iterator[Callable[[Record, float], None]]:
+    """Open a run's trackers, and give a function that sends them a record and its learning rate.
 
-    Args:
-        step: of the checkpoint the run goes on from.  logged: the last step the log had before it was cut back to that.
+    ``config``: the recipe's values, to be shown. ``step``: the step of the checkpoint to resume from. ``logged``: the
+    last step in the log before it was cut back to that.
     """
     opened: list[Tracker] = []
-    name, sent = _history(out, logged) if recipe.tracking.to else ("", 0)
-    for library in recipe.tracking.to:
+    name, sent = _history(out, logged) if plan.to else ("", 0)
+    settings = {"project": plan.project, "config": config}
+    for library in plan.to:
         if library == "tensorboard":
-            opened.append(_TensorBoard(recipe, out, step))
+            opened.append(_TensorBoard(out, step))
         elif library == "wandb":
-            opened.append(_Hosted(library, recipe, sent, dir=str(out), name=out.resolve().name, id=name))
-        else:  # it knows a run by its name
-            opened.append(_Hosted(library, recipe, sent, name=f"{out.resolve().name}-{name}"))
+            opened.append(_Hosted(library, sent, **settings, dir=str(out), name=out.resolve().name, id=name))
+        else:  # trackio identifies a run by its name
+            opened.append(_Hosted(library, sent, **settings, name=f"{out.resolve().name}-{name}"))
 
     def track(record: Record, rate: float) -> None:
         made = {"samples": f"step-{record.step:07d}.png", "own samples": f"own-step-{record.step:07d}.png"}
@@ -105,7 +107,7 @@ def tracked(recipe: Recipe, out: Path, step: int, logged: int) -> Iterator[Calla
 
 
 def _history(out: Path, logged: int) -> tuple[str, int]:
-    """The run's name for trackers, and the last step they were ever sent."""
+    """The run's name for trackers, and the last step that was ever sent to them."""
     path = out / "tracking.json"
     held = json.loads(path.read_text()) if path.is_file() else {}
     name, sent = str(held.get("name") or uuid.uuid4().hex[:8]), max(int(held.get("sent", 0)), logged)

@@ -1,0 +1,181 @@
+"""Recipes: what is refused, and the pairs that a recipe describes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_runs import UNION
+
+from controlkit.data import make_fill50k
+from controlkit.errors import UserError
+from controlkit.mini import world
+from controlkit.train import resolve, train_control, training_pairs
+from controlkit.train.recipe import ControlRecipe, Recipe, parse_recipe, read_recipe
+from controlkit.train.setup import hint_specs
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"step": 5}, ['unknown key "step"', 'did you mean "steps"?']),
+        ({"evaluation": {"evry": 5}}, ['unknown key "evaluation.evry"', 'did you mean "every"?']),
+        ({"steps": -1}, ['"steps" is -1', "greater than 0"]),
+        ({"lr": "fast"}, ["\"lr\" is 'fast'", "number"]),
+        ({"prompt_dropout": 1.5}, ['"prompt_dropout" is 1.5', "less than or equal to 1"]),
+        ({"control": {"body": "cnn"}}, ["\"control.body\" is 'cnn'", "'copy', 'conv', 'lora', 'xs' or 'adapter'"]),
+        ({"optimizer": "adafactor", "betas": [0.5, 0.9]}, ['"betas" is set', "adafactor has none"]),
+        ({"schedule": "cosine", "cooldown": 5}, ['"cooldown" is set', "schedule: constant"]),
+        ({"power": 2.0}, ['"power" is set', "schedule: polynomial"]),
+        ({"schedule": "polynomial", "lr": 1e-8}, ["ends at a rate of 1e-07, and lr is 1e-08"]),
+        ({"control": {"options": {"low": "x"}}}, ["\"control.options.low\" is 'x'"]),
+        ({"data": "emoji"}, ["\"data\" is 'emoji'"]),
+    ],
+)
+def test_a_recipe_s_mistake_is_named_with_what_is_right(content, words, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError) as caught:
+        read_recipe(path)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "There is no recipe"),
+        (b"steps: [1", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"- steps", "holds a list; expected keys and values"),
+        (b"steps", "holds a str; expected keys and values"),
+    ],
+)
+def test_what_is_not_a_recipe_is_said_to_be_none(content, words, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_recipe_is_read_as_written_and_an_empty_one_is_the_default(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("lr: 1e-5\ncontrol: {annotator: scribble, options: {width: 0.1}}\n")
+    read = read_recipe(path)
+    assert (read.lr, read.control.annotator, read.control.options) == (1e-5, "scribble", {"width": 0.1})
+    path.write_text("# nothing yet\n")
+    assert read_recipe(path) == Recipe()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_we_ship_is_valid(path):
+    assert read_recipe(path).steps > 0
+
+
+def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: 5\ndata: {source: fill50k}\n")
+    recipe = read_recipe(path, ["steps=7", "data.count=9", "evaluation.guidance=2.5", "control.taps=mid"])
+    assert (recipe.steps, recipe.data.source, recipe.data.count) == (7, "fill50k", 9)
+    assert (recipe.evaluation.guidance, recipe.control.taps) == (2.5, "mid")
+    for change, words in (
+        ("steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("steps=[", "is not YAML"),
+        ("steps.more=3", "steps is 5 and has no more"),
+        ("data.sorce=x", 'did you mean "source"'),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_recipe(path, [change])
+
+
+def test_a_batch_is_whole_pairs_and_equal_parts():
+    for changes in (
+        {"noises_per_pair": 4},
+        {"gradient_accumulation": 4},
+        {"noises_per_pair": 2, "gradient_accumulation": 2},
+    ):
+        with pytest.raises(UserError, match="a batch of 6 rows cannot be split"):
+            parse_recipe({"batch": 6} | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"control": {"rank": 4}},
+        {"control": {"annotator": "scribble", "annotators": ["canny", "scribble"]}},
+        {"data": {"source": "fill50k", "variants": 3}},
+        {"data": {"scenes": 3}},
+        {"data": {"visits": 3}},
+        {"evaluation": {"every": 0, "patience": 2}},
+        {"evaluation": {"every": 0, "target": 0.5}},
+        {"evaluation": {"every": 0, "hints": ["a.png"]}},
+        {"evaluation": {"hints": ["a.png"]}, "control": {"types": ["canny"]}},
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(content):
+    with pytest.raises(UserError, match="is set, and nothing reads it"):
+        parse_recipe(content)
+
+
+def test_hints_that_nothing_here_makes_take_no_options():
+    with pytest.raises(UserError, match="Nothing here makes hints of depth"):
+        hint_specs(ControlRecipe(annotator="depth", options={"low": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [({"annotator": "cany"}, 'did you mean "canny"'), ({"options": {"lo": 1}}, 'did you mean "low"')],
+)
+def test_an_unknown_annotator_or_option_is_refused_before_anything_is_written(
+    tiny_recipe, control, words, toy_base, tmp_path
+):
+    with pytest.raises(UserError, match=words):
+        next(train_control(tiny_recipe(control=control), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"data": {"source": "emojis"}}, 'did you mean "emoji"'),
+        ({"control": {"start_from": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_a_recipe_that_cannot_run_leaves_no_folder_to_be_in_the_way(tiny_recipe, section, words, toy_base, tmp_path):
+    with pytest.raises(UserError, match=words):
+        next(train_control(tiny_recipe(**section), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"control": {"types": ["cany"]}}, 'did you mean "canny"'),
+        ({"control": {"types": ["canny"], "body": "conv"}}, r"no control\.body"),
+        ({"control": {"types": ["canny"], "options": {"low": 1.0}}}, r"no control\.options"),
+        ({"data": {"source": "fill50k"}}, '"fill50k" has hints of one type'),
+    ],
+)
+def test_a_union_s_recipe_that_cannot_be_meant_is_refused(
+    tiny_recipe, changes, words, toy_base, fake_packages, tmp_path
+):
+    with pytest.raises(UserError, match=words):
+        next(train_control(tiny_recipe(**(UNION | changes)), tmp_path / "run", toy_base))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_measured_on_was_not_trained_on(tiny_recipe, toy_base, fake_packages, tmp_path):
+    list(make_fill50k(tmp_path, 7, size=32))
+    for source, counts in (("fill50k", (8, 2)), (str(tmp_path), (5, 2))):
+        trained, heldout = training_pairs(resolve(tiny_recipe(data={"source": source})).data, toy_base)
+        assert (len(trained), len(heldout)) == counts
+        seen = {pair.picture.tobytes() for pair in trained}
+        assert not any(pair.picture.tobytes() in seen for pair in heldout)
+    trained, heldout = (
+        {pair.prompt.split(", ")[0].split(" ", 1)[1] for pair in pairs}
+        for pairs in training_pairs(resolve(tiny_recipe(data={"source": "emoji", "count": None})).data, toy_base)
+    )
+    concepts = {concept.replace("-", " ") for concept in world.heldout_concepts()}
+    assert heldout <= concepts and not trained & concepts

@@ -1,0 +1,336 @@
+"""Exact resume: a run interrupted anywhere ends as if it never was."""
+
+import dataclasses
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from filelock import FileLock
+from tiny_runs import CANNY, UNION, assert_like, ended, equal, leftovers, log_of
+
+from controlkit import precision, train
+from controlkit.backbones import load_base
+from controlkit.branch import ControlSpec
+from controlkit.controls import new_control, new_union
+from controlkit.controls.union import UnionBranch
+from controlkit.data import make_fill50k
+from controlkit.errors import UserError
+from controlkit.formats import SavedControl, load_control, save_control
+from controlkit.measure import Figure, obedience
+from controlkit.train import train_control
+from controlkit.train.recipe import read_recipe
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_recipe, toy_base, tmp_path_factory):
+    """The tiny recipe's run, uninterrupted: its folder."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:  # module fixtures come before conftest's own patch
+        patch.setattr(precision, "bf16_pays", lambda device_type: False)
+        list(train_control(tiny_recipe(), out, toy_base))
+    return out
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The run as it was after step 5, its last checkpoint that of step 4."""
+    out = tmp_path / "stopped"
+    shutil.copytree(whole, out)
+    for gone in ("control", "checkpoints/step-0000006", "samples/step-0000006.png"):
+        shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:5]))
+    return out
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_run_stopped_and_run_again_ends_as_if_never_stopped(tiny_recipe, steps, whole, toy_base, tmp_path):
+    list(itertools.islice(train_control(tiny_recipe(), tmp_path, toy_base), steps))
+    again = [record.step for record in train_control(tiny_recipe(), tmp_path, toy_base)]
+    assert again == list(range(2 * (steps // 2) + 1, 7)), "it goes on from the last checkpoint"
+    assert_like(whole, tmp_path)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_recipe, whole, toy_base, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert not list(train_control(tiny_recipe(), tmp_path / "run", toy_base))
+    assert_like(whole, tmp_path / "run")
+
+
+def test_an_xs_is_trained_measured_and_goes_on_to_the_bit(tiny_recipe, toy_base, tmp_path):
+    recipe = tiny_recipe(control={"body": "xs"}, steps=4, ema=0.5)
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    list(train_control(recipe, tmp_path / "stopped", toy_base))
+    assert_like(tmp_path / "whole", tmp_path / "stopped")
+    trained = load_control(tmp_path / "whole", toy_base).branch
+    assert trained.spec == ControlSpec(body="xs") and trained.network.mid_block.ctrl_to_base.weight.any()
+    wider = {"body": "xs", "size_ratio": 0.75, "start_from": str(tmp_path / "whole")}
+    with pytest.raises(UserError, match=r"another width: set control\.size_ratio"):
+        next(train_control(tiny_recipe(control=wider), tmp_path / "wider", toy_base))
+
+
+@pytest.mark.parametrize("body", ["copy", "xs"])
+def test_a_control_of_sdxl_s_anatomy_is_trained_and_goes_on_where_it_stopped(tiny_recipe, body, xl_base, tmp_path):
+    recipe = tiny_recipe(steps=4, evaluation={"every": 0}, control={"body": body})
+    whole = list(train_control(recipe, tmp_path / "whole", xl_base))
+    begun = train_control(recipe, tmp_path / "stopped", xl_base)
+    for _ in range(2):
+        next(begun)
+    begun.close()
+    rest = list(train_control(recipe, tmp_path / "stopped", xl_base))
+    assert [record.loss for record in whole[2:]] == [record.loss for record in rest]
+    assert load_control(tmp_path / "whole", xl_base).trained["step"] == 4
+
+
+@pytest.mark.parametrize("source", ["scenes", "world"])
+def test_a_union_is_trained_and_ends_the_same_whether_stopped_or_not(
+    tiny_recipe, source, toy_base, fake_packages, tmp_path
+):
+    recipe = tiny_recipe(**UNION, steps=4, batch=4)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    list(itertools.islice(train_control(recipe, tmp_path / "stopped", toy_base), 3))
+    list(train_control(recipe, tmp_path / "stopped", toy_base))
+    assert_like(tmp_path / "whole", tmp_path / "stopped")
+    saved = load_control(tmp_path / "whole", toy_base)
+    assert type(saved.branch) is UnionBranch and saved.trained["data"] == source
+    assert saved.hints == train.hint_specs(recipe.control) and list(saved.hints) == UNION["control"]["types"]
+    assert saved.hints["inpaint"].mask_value == -1 and saved.hints["canny"].options == {"low": 100.0, "high": 200.0}
+    fresh = new_union(toy_base).state_dict()
+    changed = {key for key, value in saved.branch.state_dict().items() if not torch.equal(value, fresh[key])}
+    assert "control_add_embedding.linear_2.weight" in changed and "joins.middle.weight" in changed
+    assert not any(key.startswith("spatial_ch_projs") for key in changed), "types are told by their code alone"
+
+
+def test_evaluations_before_an_interruption_still_count(tiny_recipe, toy_base, tmp_path, monkeypatch):
+    figure = Figure(0.5, 0.4, 0.6)
+    changed = {"obedience": figure, "floor": Figure(0.1, 0.1, 0.1), "ceiling": Figure(0.9, 0.9, 0.9)}
+    monkeypatch.setattr(
+        "controlkit.train.evaluation.obedience", lambda *scores: dataclasses.replace(obedience(*scores), **changed)
+    )
+    list(itertools.islice(train_control(tiny_recipe(), tmp_path, toy_base), 4))
+    last = list(train_control(tiny_recipe(), tmp_path, toy_base))[-1]
+    assert last.verdict == "control found at step 3"
+
+
+@pytest.mark.parametrize("garbage", ['{"step": 5, "lo', "\0\0\0"])
+def test_a_line_cut_short_is_dropped(tiny_recipe, garbage, whole, stopped, toy_base):
+    log = stopped / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]) + garbage)
+    list(train_control(tiny_recipe(), stopped, toy_base))
+    assert_like(whole, stopped)
+
+
+@pytest.mark.parametrize("number", [1, 3, 6, 8, 11])
+def test_what_a_kill_leaves_half_written_is_removed(tiny_recipe, number, whole, stopped, toy_base, monkeypatch):
+    """Each file and folder is renamed into its place; here the power goes just before the numbered one is."""
+    rename, renames = os.replace, itertools.count(1)
+
+    def last_rename(*names):
+        if next(renames) == number:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", last_rename)
+        for tidying in ("pathlib.Path.unlink", "shutil.rmtree"):
+            patch.setattr(tidying, lambda *args, **kwargs: None)
+        with pytest.raises(KeyboardInterrupt):
+            list(train_control(tiny_recipe(), stopped, toy_base))
+    assert leftovers(stopped)
+    list(train_control(tiny_recipe(), stopped, toy_base))
+    assert_like(whole, stopped)
+
+
+def test_resuming_goes_back_to_the_run_s_thread_count(tiny_recipe, stopped, toy_base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    next(train_control(tiny_recipe(), stopped, toy_base))
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("gone", [None, "checkpoints"])
+def test_resuming_goes_on_in_the_run_s_number_format(tiny_recipe, gone, whole, stopped, toy_base, monkeypatch):
+    if gone:
+        shutil.rmtree(stopped / gone)
+    monkeypatch.setattr(precision, "_settled", {})
+    monkeypatch.setattr(precision, "bf16_pays", lambda device_type: True)  # the probe changed its mind
+    list(train_control(tiny_recipe(), stopped, toy_base))
+    assert_like(whole, stopped)
+
+
+def test_a_run_that_another_process_holds_is_left_alone(tiny_recipe, stopped, toy_base):
+    before = (stopped / "log.jsonl").read_bytes()
+    with FileLock(stopped / ".lock"), pytest.raises(UserError, match="Another process is training"):
+        next(train_control(tiny_recipe(), stopped, toy_base))
+    assert (stopped / "log.jsonl").read_bytes() == before
+
+
+def test_an_unreadable_checkpoint_is_named(tiny_recipe, stopped, toy_base):
+    (state := stopped / "checkpoints" / "step-0000004" / "state.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"Delete .*step-0000004 and run again"):
+        next(train_control(tiny_recipe(), stopped, toy_base))
+    assert state.read_bytes() == b"torn"
+
+
+def test_the_neighbour_is_needed_at_the_start_only(tiny_recipe, toy_base, drawn_joins, tmp_path):
+    save_control(tmp_path / "near", SavedControl(drawn_joins(new_control(toy_base)), CANNY), toy_base)
+    recipe = tiny_recipe(control={"start_from": str(tmp_path / "near")})
+    list(itertools.islice(train_control(recipe, tmp_path / "run", toy_base), 3))
+    shutil.rmtree(tmp_path / "near")
+    assert len(list(train_control(recipe, tmp_path / "run", toy_base))) == 4
+
+
+def test_resuming_on_other_weights_of_the_base_is_refused(tiny_recipe, stopped, toy_base, toy_folder):
+    other_base = load_base(toy_folder)
+    other_base.unet.conv_out.weight.data *= 2
+    with pytest.raises(UserError, match=rf"{toy_base.digest}, now {other_base.digest}"):
+        next(train_control(tiny_recipe(), stopped, other_base))
+
+
+LONG = {"steps": 12, "checkpoint_every": 3, "evaluation": {"every": 4, "num": 2, "steps": 1}}
+CALLS = {  # what a process is killed at: a function of the run
+    "encode": "controlkit.backbones.unet.UNetBase.encode_moments",
+    "rename": "os.replace",
+    "delete": "shutil.rmtree",
+    "step": "controlkit.train.state.TrainState.step",
+    "measure": "controlkit.train.heldout.HeldoutLoss.measure",
+    "sample": "controlkit.train.evaluation.write_png",
+    "log": "controlkit.train.run.Run._log_record",
+    "keep": "controlkit.train.run.Run.keep",
+    "state": "controlkit.train.checkpoints.write_tensors",
+    "control": "controlkit.train.checkpoints.save_control",
+    "finish": "controlkit.train.run.Run.finish",
+}
+KILLS = [  # one run, killed again and again: at which of a process's calls, before it or after it
+    ("encode", 1, "before"), ("encode", 2, "after"),
+    *(("rename", number, when) for number in (1, 2, 3, 5) for when in ("before", "after")),
+    ("step", 1, "before"), ("step", 2, "after"), ("log", 3, "before"), ("keep", 1, "before"), ("control", 1, "after"),
+    ("state", 1, "before"), ("state", 1, "after"), ("keep", 1, "after"), ("measure", 1, "before"), ("log", 1, "after"),
+    ("sample", 1, "before"), ("sample", 1, "after"), ("delete", 1, "before"), ("keep", 2, "after"),
+    ("step", 1, "after"), ("finish", 1, "before"),
+]  # fmt: skip
+
+
+def _train_until(place, number, when, recipe, base_folder, out):
+    """The run in a process of its own, which kills itself before or after its numbered call of a place."""
+    precision.bf16_pays = lambda device_type: False
+    torch.set_num_threads(1)
+    base = load_base(base_folder)
+    holder, name = CALLS[place].rsplit(".", 1)
+    holder = pkgutil.resolve_name(holder)
+    real, calls = getattr(holder, name), itertools.count(1)
+
+    def dying(*given, **more):
+        own = next(calls) == number
+        if own and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = real(*given, **more)
+        if own:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(holder, name, dying)
+    list(train_control(recipe, out, base))
+
+
+def test_a_run_killed_at_every_place_loses_nothing(tiny_recipe, toy_folder, toy_base, tmp_path):
+    recipe, out = tiny_recipe(**LONG), tmp_path / "run"
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    wanted = log_of(tmp_path / "whole")
+    context = multiprocessing.get_context("forkserver")  # one process imports all that takes long, and forks
+    slow = ("controlkit", "diffusers", "transformers")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(slow)])
+    for kill in KILLS:
+        process = context.Process(target=_train_until, args=(*kill, recipe, toy_folder, out))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"{kill}: it ended before it was killed"
+        log = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").is_file() else []
+        whole_lines = [json.loads(line) for line in log if line.endswith("\n")]
+        assert [{k: v for k, v in line.items() if k != "seconds"} for line in whole_lines] == wanted[: len(whole_lines)]
+        assert not (out / "control").exists(), f"{kill}: all its steps were made before"
+    list(train_control(recipe, out, toy_base))
+    assert_like(tmp_path / "whole", out)
+
+
+def _full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["save_control", "write_tensors", "os.replace"])
+def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_later(
+    tiny_recipe, call, whole, toy_base, tmp_path, monkeypatch
+):
+    run = train_control(tiny_recipe(), tmp_path, toy_base)
+    list(itertools.islice(run, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"controlkit.train.checkpoints.{call}", _full_disk)
+        with pytest.raises(UserError, match=r"step 4 .*No space left on device.*Kept: step-0000002.*go on"):
+            list(run)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+    assert not leftovers(tmp_path)
+    list(train_control(tiny_recipe(), tmp_path, toy_base))
+    assert_like(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"lr": 0.1}, "lr"), ({"seed": 3}, "seed"), ({"control": {"join": "gaussian"}}, "control")]
+)
+def test_another_recipe_in_the_same_folder_is_refused_and_the_difference_named(
+    tiny_recipe, change, key, whole, toy_base
+):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"another recipe \(it differs in {key}\b"):
+        next(train_control(tiny_recipe(**change), whole, toy_base))
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_recipe_laid_out_otherwise_is_the_same_recipe(tiny_recipe, whole, toy_base, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(f"# my run\n{path.read_text()}")
+    assert not list(train_control(tiny_recipe(), tmp_path / "run", toy_base))
+
+
+def test_a_run_can_be_made_longer_and_otherwise_kept_where_its_rate_knows_of_no_end(tiny_recipe, toy_base, tmp_path):
+    whole, _ = ended(tiny_recipe(steps=4), tmp_path / "whole", toy_base)
+    ended(tiny_recipe(steps=2), tmp_path / "run", toy_base)
+    longer = tiny_recipe(steps=4, keep=None, checkpoint_every=1, evaluation={"patience": 3})
+    went_on, log = ended(longer, tmp_path / "run", toy_base)
+    assert equal(went_on, whole) and [line["step"] for line in log] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 3, "null keeps all"
+    assert read_recipe(tmp_path / "run" / "recipe.yaml") == longer
+    with pytest.raises(UserError, match=r"differs in lr\): give another --out, or run with the recipe as it was"):
+        next(train_control(tiny_recipe(steps=4, lr=5e-4), tmp_path / "run", toy_base))
+    for bent in ({"cooldown": 1}, {"schedule": "cosine"}):  # what was made knew of no end, what is asked for does
+        with pytest.raises(UserError, match=f"differs in .*{next(iter(bent))}"):
+            next(train_control(tiny_recipe(steps=6, **bent), tmp_path / "run", toy_base))
+    ended(tiny_recipe(steps=2, cooldown=1), tmp_path / "falling", toy_base)
+    with pytest.raises(UserError, match=r"differs in steps\).*longer where its rate does not come down"):
+        next(train_control(tiny_recipe(steps=4, cooldown=1), tmp_path / "falling", toy_base))
+
+
+def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_base, tmp_path):
+    """What is held out would be drawn anew, and be measured on after it was trained on."""
+    list(make_fill50k(tmp_path / "set", 12, toy_base.size))
+    recipe = tiny_recipe(data={"source": str(tmp_path / "set"), "count": None}, steps=3, checkpoint_every=1)
+    next(run := train_control(recipe, tmp_path / "run", toy_base))
+    run.close()
+    listing = tmp_path / "set" / "prompt.json"
+    lines = listing.read_text().splitlines()
+    listing.write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match="has other names or captions than when the run in"):
+        next(train_control(recipe, tmp_path / "run", toy_base))
+    listing.write_text("\n".join(lines))
+    assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [2, 3]
