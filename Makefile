@@ -36,7 +36,7 @@ lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/dev  ## write docs/cli.md and docs/tree.md
+docs: $(VENV)/dev  ## write the pages that are generated: docs/cli.md, docs/tree.md, the contents of docs/decisions.md
 	$(BIN)/python docs/generate.py
 
 extras: $(VENV)/dev  ## can all extras be installed together at the pinned versions?

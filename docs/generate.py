@@ -1,4 +1,7 @@
-"""Write ``docs/cli.md`` from the commands' help and ``docs/tree.md`` from the files' first lines; a test compares them."""
+"""Write the pages of ``docs/`` that are generated; a test compares them.
+
+``cli.md`` from the commands' help, ``tree.md`` from the files' first lines, the contents of ``decisions.md``.
+"""
 
 import ast
 import re
@@ -67,7 +70,21 @@ def tree() -> str:
     return "\n".join(lines)
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": reference, "tree.md": tree}
+def _anchor(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def decisions() -> str:
+    """The log of decisions as it is, with a line for each entry on top."""
+    head, _, log = (DOCS / "decisions.md").read_text().partition("\n## 20")
+    head, log = head.partition("\n## Contents")[0].rstrip(), f"\n## 20{log}"
+    entries = [heading.partition(": ") for heading in re.findall(r"^## (20.*)$", log, re.MULTILINE)]
+    lines = [f"- {date}: [{title}](#{_anchor(f'{date}: {title}')})" for date, _, title in entries]
+    return "\n".join([head, "", "## Contents", "", *lines, log])
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": reference, "tree.md": tree, "decisions.md": decisions}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():
