@@ -5,7 +5,6 @@
 Writes ``OUT/index.html`` and ``OUT/grid.png``. Everything it needs is shipped; no network, no GPU.
 """
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,17 +85,16 @@ def show(base: Backbone, controls: Mapping[str, SavedControl], scene: Scene, ref
 
 def write_page(shown: Sequence[Shown], base: Backbone, out: Path, seconds: float) -> Path:
     """The demo as one HTML page with its pictures beside it."""
-    page = Page(out, "ControlKit demo")
+    page = Page(out, "ControlKit demo", "A drawing and a prompt in, a controlled picture out")
     settings = Request()
     means = np.mean([[*s.fidelity, *s.clip_score] for s in shown], axis=0)
     page.text(
-        "<h1>A drawing and a prompt in, a controlled picture out</h1>"
-        f"<p>Base <code>{html.escape(base.name)}</code>, {base.size} pixels, {settings.steps} steps, guidance "
-        f"{settings.guidance:g}, {seconds:.0f} s on this machine. Same seeds with control and without.</p>"
-        "<table><tr><th>mean over all scenes</th><th>with control</th><th>without</th></tr>"
-        f"<tr><td>edges agree with the hint (F1)</td><td><b>{means[0]:.2f}</b></td><td>{means[1]:.2f}</td></tr>"
-        f"<tr><td>agrees with the prompt (CLIP-score)</td><td>{means[2]:.2f}</td><td>{means[3]:.2f}</td></tr></table>"
+        f"Base {base.name}, {base.size} pixels, {settings.steps} steps, guidance {settings.guidance:g}, {seconds:.0f} "
+        "s on this machine. Same seeds with control and without."
     )
+    rows = (("edges agree with the hint (F1)", *means[:2]), ("agrees with the prompt (CLIP-score)", *means[2:]))
+    head = ("mean over all scenes", "with control", "without")
+    page.table(head, [(name, f"{with_:.2f}", f"{without:.2f}") for name, with_, without in rows])
     for s in shown:
         drawn = [("drawing", s.drawing), (f"hint ({s.scene.control})", s.hint)]
         steered = [(f"with control, seed {k}", picture) for k, picture in zip(SEEDS, s.controlled, strict=True)]
@@ -104,9 +102,8 @@ def write_page(shown: Sequence[Shown], base: Backbone, out: Path, seconds: float
         page.section(
             s.scene.prompt,
             [[*drawn, None, *steered], [*free]],
-            f"<p>Edges agree with the hint: <b>{s.fidelity[0]:.2f}</b> with control, {s.fidelity[1]:.2f} without (F1). "
-            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score)."
-            "</p>",
+            f"Edges agree with the hint: {s.fidelity[0]:.2f} with control, {s.fidelity[1]:.2f} without (F1). "
+            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score).",
         )
     return page.write()
 

@@ -87,7 +87,7 @@ def main(
     started = time.perf_counter()
     model = load_base(base)
     sides = (model.size, model.size)
-    page = Page(out, "ControlKit gallery")
+    page = Page(out, "ControlKit gallery", "What control is good for")
     sheets: list[list[Labelled]] = []
 
     def section(title: str, row: list[Labelled]) -> None:
@@ -96,8 +96,7 @@ def main(
 
     with Progress() as progress:
         studio = Studio(model, progress)
-        page.text(f"<h1>What control is good for</h1><p>Everything here comes from <code>{model.name}</code> and its "
-                  "shipped controls, 20 steps, guidance 4.</p>")  # fmt: skip
+        page.text(f"Everything here comes from {model.name} and its shipped controls, 20 steps, guidance 4.")
 
         drawing = read_picture(DRAWINGS / "colour_fish.png")
         edges = annotate(drawing, studio.controls["canny"].hint, sides)
@@ -137,7 +136,7 @@ def main(
             row += [(name, shown(hint)), ("", studio.make({name: hint}, [scene.captions[0]], (0,))[0])]
         sheets.append(row)
         page.section(f"Every control: {scene.captions[0]}", [row[:12], row[12:]])
-    page.text(f"<p>Made in {time.perf_counter() - started:.0f} s.</p>")
+    page.text(f"Made in {time.perf_counter() - started:.0f} s.")
     write_png(out / "gallery.png", in_one(sheets, model.size), colours=256)
     print(f"The page: {page.write()}\nAll pictures in one: {out / 'gallery.png'}")
 

@@ -1,12 +1,15 @@
 """The store: computed once on a machine, by what went in; safe between processes; what is damaged is made anew."""
 
-import multiprocessing
 import sqlite3
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
+import store_writer
 import torch
+from store_writer import entries, write_many
 
 from controlkit.annotators import all_kinds, annotator
 from controlkit.data import CirclePairs, Pair, Store, build_cache, key_of, remembered
@@ -15,10 +18,6 @@ from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
 
 CANNY = {"": annotator("canny").spec()}
-
-
-def entries(count, start=0):
-    return {key_of("x", str(i)): {"value": torch.full((8,), float(i))} for i in range(start, start + count)}
 
 
 def values(store, keys):
@@ -115,20 +114,11 @@ def test_a_store_that_cannot_be_used_says_so_once_and_stops_nothing(tmp_path):
     assert len(said) == 1
 
 
-def write_many(folder, start):
-    with Store(folder) as store:
-        for first in range(0, 200, 10):
-            store.put(entries(10, start + first))
-
-
 def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    other = context.Process(target=write_many, args=(tmp_path, 100))
-    other.start()
-    while other.is_alive():
+    other = subprocess.Popen([sys.executable, store_writer.__file__, tmp_path, "100"])
+    while other.poll() is None:
         write_many(tmp_path, 0)
-    other.join()
-    assert other.exitcode == 0
+    assert other.returncode == 0
     with Store(tmp_path) as store:
         assert values(store, entries(300)) == list(range(300))
 
