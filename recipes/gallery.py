@@ -16,13 +16,13 @@ import typer
 from rich.progress import Progress
 
 from controlkit.annotators import annotate, drawn_hint
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, read_picture, write_png
 from controlkit.mini import world
 from controlkit.mini.scenes import Scene, draw_scene
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, Request, maker
 from controls import CONTROLS  # recipes/controls.py
 from page import Labelled, Page  # recipes/page.py
 
@@ -35,16 +35,16 @@ SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
 class Studio:
     """The base and its controls, and how pictures are made of them here: 20 steps, guidance 4, one batch a call."""
 
-    def __init__(self, base: UNetBase, tick: Progress) -> None:
+    def __init__(self, base: Backbone, tick: Progress) -> None:
         self.base, self.progress = base, tick
         self.controls: dict[str, SavedControl] = {name: load_control(name, base) for name in CONTROLS}
         self.task = tick.add_task("drawing", total=len(CONTROLS) + 5 + 5 + 3 * 3 + len(FOUR) * 2)
 
     def make(self, hints: Mapping[str, np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         """One picture a prompt and seed, under all the hints together."""
-        used = [Control.of(self.controls[name]) for name in hints]
-        jobs = [Job(prompt, seed, tuple(hints.values())) for prompt, seed in zip(prompts, seeds, strict=True)]
-        made = [picture.pixels for picture in generate(self.base, jobs, used, SamplingSettings())]
+        used = tuple(ControlRequest(name=name, images=hint, ready=True) for name, hint in hints.items())
+        asked = [Request(prompt=p, seed=s, controls=used) for p, s in zip(prompts, seeds, strict=True)]
+        made = [picture.pixels for picture in maker(self.base, self.controls)(asked)]
         self.progress.advance(self.task, len(made))
         return made
 
@@ -69,6 +69,14 @@ def shown(hint: np.ndarray) -> np.ndarray:
     if hint.shape[-1] == 3:
         return hint
     return np.where(hint[..., 3:] > 0, hint[..., :3], np.uint8(128))
+
+
+def in_one(sheets: list[list[Labelled]], side: int) -> np.ndarray:
+    """All pictures as one, ``WIDEST`` side by side."""
+    blank = np.full((side, side, 3), 255, np.uint8)
+    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
+    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
+    return grid(rows, cell=96)
 
 
 def main(
@@ -130,10 +138,7 @@ def main(
         sheets.append(row)
         page.section(f"Every control: {scene.captions[0]}", [row[:12], row[12:]])
     page.text(f"<p>Made in {time.perf_counter() - started:.0f} s.</p>")
-    blank = np.full((*sides, 3), 255, np.uint8)
-    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
-    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
-    write_png(out / "gallery.png", grid(rows, cell=96), colours=256)
+    write_png(out / "gallery.png", in_one(sheets, model.size), colours=256)
     print(f"The page: {page.write()}\nAll pictures in one: {out / 'gallery.png'}")
 
 

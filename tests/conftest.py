@@ -27,6 +27,7 @@ from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec
 from controlkit.mini.tower import WINDOW, train_tokenizer
 from controlkit.mini.world import PACKAGES
+from controlkit.sample import ControlRequest, Request, maker
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 recipe = importlib.import_module("recipes.mini")
@@ -66,6 +67,21 @@ def randomised(union, seed=0):
     for parameter in code.linear_2.parameters():
         parameter.mul_(4)
     return union.eval()
+
+
+def asked(controls, hints, uses=(), **settings):
+    """(a request, loaded controls by name): controls in memory, hints as they are; ``uses``: each control's settings."""
+    names = [str(i) for i in range(len(controls))]
+    parts = zip(names, hints, uses or [{}] * len(names), strict=True)
+    used = [ControlRequest(name=name, images=hint, ready=True, **use) for name, hint, use in parts]
+    return Request(controls=used, **settings), dict(zip(names, controls, strict=True))
+
+
+def make(base, controls=(), hints=(), uses=(), **settings):
+    """The picture of one request of ``asked``."""
+    request, loaded = asked(controls, hints, uses, **settings)
+    [picture] = maker(base, loaded)([request])
+    return picture
 
 
 class StandIn:

@@ -7,10 +7,13 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from controlkit.annotators import contract
+from controlkit.cli.pictures import control_requests, split_control
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
+from controlkit.errors import Invalid
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec, write_png
+from controlkit.sample import ControlRequest, Request
 from controlkit.train import recipe
 
 
@@ -35,13 +38,74 @@ def drawing(tmp_path):
 def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, control, drawing, tmp_path):
     out = tmp_path / "out"
     command = ["generate", "a red square", "--base", toy_folder, "--control", f"{control}={drawing}", "--out", out]
-    code, _, err = run(*command, "--num", 2, "--steps", 2, "--seed", 5)
+    code, _, err = run(*command, "--num-images", 2, "--steps", 2, "--seed", 5)
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["grid.png", "hint-0-edges.png", "picture-5.png", "picture-6.png"]
     with Image.open(out / "picture-6.png") as picture:
         facts = json.loads(picture.text["parameters"])
         assert picture.size == (32, 32)
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
+    assert (facts["width"], facts["height"], facts["base"], facts["dtype"]) == (32, 32, str(toy_folder), "fp32")
+    written = {key: value for key, value in facts.items() if key in Request.model_fields}
+    again = Request(**written)
+    assert again.controls == (ControlRequest(name=str(control), images=drawing, hint_cfg_scale=1.0),)
+    (tmp_path / "request.json").write_text(json.dumps(written | {"seed": 5}))
+    repeat = ["generate", "--request", tmp_path / "request.json", "--base", toy_folder, "--out", tmp_path / "again"]
+    code, _, err = run(*repeat, "--num-images", 2)
+    assert code == 0, err
+    assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
+    code, _, err = run(*repeat, "--steps", 3)
+    assert code == 2 and "leave out steps" in err
+    (tmp_path / "request.json").write_text('{"steps": 0}')
+    code, _, err = run(*repeat)
+    assert code == 2 and "request.json" in err and '"steps" is 0' in err
+
+
+def test_settings_of_a_control_are_its_own_and_others_serve_those_that_have_none():
+    shared = {"scale": 0.7, "guess": False, "ready": False, "hint_cfg_scale": 1.5}
+    first, second, union = control_requests(
+        [
+            "canny=a.png,scale=0.5,start=0.1,end=0.6,hint-cfg=2,annotator=canny,ready",
+            "edges.pth=b.png",
+            "u:depth=c.png",
+        ],
+        shared,
+        "scribble",
+    )
+    assert first == ControlRequest(
+        name="canny", images="a.png", scale=0.5, start=0.1, end=0.6, hint_cfg_scale=2, annotator="canny", ready=True
+    )
+    assert second == ControlRequest(
+        name="edges.pth", images="b.png", scale=0.7, hint_cfg_scale=1.5, annotator="scribble"
+    )
+    assert union == ControlRequest(name="u", images={"depth": "c.png"}, scale=0.7, hint_cfg_scale=1.5)
+
+
+def test_a_union_s_types_are_one_control_with_one_set_of_settings():
+    given = ["u:canny=a.png,scale=0.5", "u:depth=b.png,guess", "canny=c.png"]
+    union, other = control_requests(given, {})
+    assert union == ControlRequest(name="u", images={"canny": "a.png", "depth": "b.png"}, scale=0.5, guess=True)
+    assert other == ControlRequest(name="canny", images="c.png")
+    for more, sentence in (("u:canny=d.png", "was given twice"), ("u:seg=d.png,scale=0.6", 'two values of "scale"')):
+        with pytest.raises(Invalid, match=sentence):
+            control_requests([*given, more], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "settings"),
+    [
+        ("x=a,b.png", "a,b.png", {}),
+        ("x=a,scale=1/b.png,ready", "a,scale=1/b.png", {"ready": True}),
+        ("x=a=b,c=d.png,end=0.5,scale=2", "a=b,c=d.png", {"end": "0.5", "scale": "2"}),
+        ("x=taken,scale=2", "taken,scale=2", {}),
+    ],
+)
+def test_a_picture_s_path_may_hold_commas_and_equals_signs(text, path, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.png", "a=b,c=d.png", "taken,scale=2", "a,scale=1/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert split_control(text) == ("x", "", Path(path), settings)
 
 
 def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
@@ -60,7 +124,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run, toy_folder, tmp_path):
 def test_a_given_hint_is_not_annotated(run, toy_folder, control, drawing, tmp_path):
     command = ["generate", "x", "--base", toy_folder, "--control", f"{control}={drawing}", "--steps", 1]
     run(*command, "--out", tmp_path / "a")
-    run(*command, "--out", tmp_path / "b", "--hint")
+    run(*command, "--out", tmp_path / "b", "--hint-ready")
     hints = [np.asarray(Image.open(tmp_path / name / "hint-0-edges.png")) for name in "ab"]
     assert set(np.unique(hints[0])) <= {0, 255}
     assert not np.array_equal(hints[0], hints[1])
@@ -190,7 +254,11 @@ BAD = {
     "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
     "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
     "a seed torch cannot take": (["--seed", "99999999999999999999"], "--seed"),
-    "too many scales": (["--control", "{control}={drawing}", "--scale", "1", "--scale", "2"], "--scale"),
+    "an unknown setting of a control": (["--control", "{control}={drawing},scael=2"], 'did you mean "scale"'),
+    "a setting given twice": (["--control", "{control}={drawing},scale=2,scale=1"], '"scale" twice'),
+    "a scale that is no number": (["--control", "{control}={drawing},scale=big"], "\"scale\" is 'big'"),
+    "an end before its start": (["--control", "{control}={drawing},start=0.5,end=0.2"], "expected start <= end"),
+    "a request that is not there": (["--request", "nowhere.json"], "no request at nowhere.json"),
 }
 
 
@@ -201,7 +269,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, case, toy_folder, cont
     filled = [a.format(control=control, drawing=drawing, broken=tmp_path / "broken.png") for a in arguments]
     if "--base" not in filled:
         filled += ["--base", toy_folder]
-    code, _, err = run("generate", "x", "--steps", 1, *filled, "--out", tmp_path / "out")
+    whole = [] if "--request" in filled else ["x", "--steps", 1]
+    code, _, err = run("generate", *whole, *filled, "--out", tmp_path / "out")
     assert code == 2
     assert expected in err
     assert "Traceback" not in err
@@ -309,7 +378,7 @@ def test_a_shipped_union_s_types_are_found_by_their_own_names(run, shipped, toy_
     assert load_control(tmp_path / "edges", toy_base).hint == load_control("canny", toy_base).hint == contract("canny")
     command = ["generate", "x", "--base", toy_folder, "--steps", 2, "--control"]
     for i, name in enumerate(("depth", "union:depth", "canny")):
-        assert run(*command, f"{name}={drawing}", "--hint", "--out", tmp_path / str(i))[0] == 0
+        assert run(*command, f"{name}={drawing}", "--hint-ready", "--out", tmp_path / str(i))[0] == 0
     pictures = [np.asarray(Image.open(tmp_path / str(i) / "picture-0.png")).astype(int) for i in range(3)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 < np.abs(pictures[0] - pictures[2]).max()
 

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetXSAdapter, DDIMScheduler, StableDiffusionXLControlNetXSPipeline, UNetControlNetXSModel
 
-from conftest import draw_inputs, relative, stock_inputs
+from conftest import draw_inputs, make, relative, stock_inputs
 from controlkit.backbones import ActiveControl, recomputed
 from controlkit.branch import ControlSpec
 from controlkit.controls import XSBranch, new_control
@@ -19,7 +18,6 @@ from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, convert, describe, load_control, save_control
 from controlkit.formats.weights import Weights, labelled
 from controlkit.images import HintSpec
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train.recipe import parse_recipe
 
 XS = ControlSpec(body="xs")
@@ -119,10 +117,9 @@ def test_a_time_embedding_of_its_own_is_mixed_in_as_diffusers_does(xl_base):
 def test_a_whole_run_on_sdxl_is_the_stock_pipeline_s(xl_base):
     branch = drawn(new_control(xl_base, XS), xl_base)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    control = Control(branch, CONTRACT, scale=0.7)
-    job, settings = Job("a red apple, 3d style", 5, (picture,)), SamplingSettings(6, 4.0, (64, 64))
-    (ours,) = generate(xl_base, [job], [control], settings)
-    (plain,) = generate(xl_base, [replace(job, hints=())], [], settings)
+    settings = {"prompt": "a red apple, 3d style", "seed": 5, "steps": 6, "guidance": 4.0, "size": (64, 64)}
+    ours = make(xl_base, [SavedControl(branch, CONTRACT)], [picture], [{"scale": 0.7}], **settings)
+    plain = make(xl_base, **settings)
     towers, unet = xl_base.towers, fused(xl_base, branch.network)
     pipeline = StableDiffusionXLControlNetXSPipeline(
         vae=xl_base.vae,
@@ -136,14 +133,14 @@ def test_a_whole_run_on_sdxl_is_the_stock_pipeline_s(xl_base):
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        job.prompt,
+        settings["prompt"],
         image=CONTRACT.tensor(picture, (64, 64)),
         height=64,
         width=64,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(job.seed),
-        controlnet_conditioning_scale=control.scale,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        controlnet_conditioning_scale=0.7,
         output_type="latent",
     ).images[0]
     assert relative(ours.latents, theirs) <= 1e-4

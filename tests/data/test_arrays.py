@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import make
 from controlkit.annotators import annotate, annotator, contract, joined, parts_of
 from controlkit.data import (
     CirclePairs,
@@ -28,7 +29,6 @@ from controlkit.errors import UserError
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, decode_hint, fit, png_bytes, read_hint, read_picture, write_png
 from controlkit.measure import edge_f1, fidelity
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import training_pairs
@@ -195,7 +195,7 @@ def test_a_control_of_five_channels_is_trained_saved_and_used(arrays, toy_base, 
     assert saved.branch.hint_encoder.convs[0].in_channels == 5
     read = []
     saved.branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    list(generate(toy_base, [Job("", 0, (five(3),))], [Control.of(saved)], SamplingSettings(1)))
+    make(toy_base, [saved], [five(3)], prompt="", steps=1)
     assert torch.equal(read[0], torch.tensor(five(3)).permute(2, 0, 1)[None]), "the very values, no rounding"
 
 

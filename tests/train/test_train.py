@@ -24,7 +24,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from conftest import StandIn, randomised, stock_inputs
+from conftest import StandIn, make, randomised, stock_inputs
 from controlkit import precision, train
 from controlkit.backbones import TextEmbedding, UNetBase, load_base
 from controlkit.branch import ControlSpec
@@ -37,7 +37,6 @@ from controlkit.formats.names import key_table
 from controlkit.images import HintSpec, write_png
 from controlkit.measure import COLOURS, Figure, obedience
 from controlkit.mini import world
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import (
     Batch,
     EvaluationSummary,
@@ -619,7 +618,7 @@ def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(name, contract, tmp_p
     branch = new_control(base, hint_channels=contract.channels)
     read = []
     branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    list(generate(base, [Job("", 0, (pair.hint,))], [Control(branch, contract)], SamplingSettings(1)))
+    make(base, [SavedControl(branch, contract)], [pair.hint], prompt="", steps=1)
     assert torch.equal(read[0], trained_on)
 
 

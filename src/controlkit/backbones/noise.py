@@ -100,7 +100,7 @@ class SchedulerRun:
 class Flow:
     """A straight flow between noise and latents (rectified flow, Liu et al., 2022): z_s = (1 - s) z_0 + s eps.
 
-    The base predicts the velocity eps - z_0. Timestep t stands for s = (t + 1) / ``count``.
+    The base predicts the velocity eps - z_0. Timestep t stands for s = t / ``count``.
     """
 
     prediction: Prediction = "flow"
@@ -110,7 +110,7 @@ class Flow:
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """See ``NoiseProcess.add``."""
-        share = ((t + 1) / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
+        share = (t / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
         return torch.lerp(latents, noise, share)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

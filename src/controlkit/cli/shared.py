@@ -1,7 +1,6 @@
 """What several commands share: options of one meaning, loading, progress, words."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -97,11 +96,11 @@ def ready(device: str) -> str:
     # diffusers imports it where it is installed, and it misses kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if device not in ("cpu", "cuda", "auto"):
-        raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
+        raise Invalid(f'--device is "{device}"; expected cpu, cuda or auto.')
     if device == "auto":
         device = "cuda" if on_cuda(device) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
+        raise Invalid("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
     return device
 
 
@@ -114,31 +113,18 @@ def loaded_base(name: str, device: str, **options: Any) -> "Backbone":
 
 def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":
     """The control; what is to be known about it, and whether it was trained on this base, as notes."""
-    import torch
+    from controlkit.sample import load
 
-    from controlkit.formats import load_control
-
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        saved = load_control(name, base, annotator)
+    saved, notes = load(name, base, annotator)
     for note in notes:
-        if note.category is UserWarning:
-            warn(str(note.message))
-    trained_on = saved.trained.get("base_digest")
-    # A digest takes seconds on a large base, and bfloat16's rounding gives another.
-    comparable = trained_on and base.dtype != torch.bfloat16
-    if difference := saved.trained.get("base_difference"):
-        if comparable and trained_on == base.digest:
-            warn(f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}')
-    elif comparable and trained_on != base.digest:
-        warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
+        warn(note)
     return saved
 
 
 def check_folder(out: Path) -> None:
     """Refuse a file where a folder is to be written."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
+        raise Invalid(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
 
 
 def say(text: str) -> None:
@@ -159,7 +145,7 @@ def split_lora(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(weight)
     except ValueError:
-        raise UserError(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -172,5 +158,5 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         sides = (0, 0)
     if min(sides) <= 0:
-        raise UserError(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+        raise Invalid(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
     return sides

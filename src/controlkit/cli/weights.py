@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from controlkit.cli.shared import loaded_base, progress_bars, say, warn
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 
 app = typer.Typer()
 
@@ -65,7 +65,7 @@ def convert(
 
     if attach:
         if rank is not None or transfer_to is not None or base is not None:
-            raise UserError("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
+            raise Invalid("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
         done = formats.attach(loaded_base(source, "cpu"), target, to, dtype, annotator=annotator or "")
     else:
         models = {name: loaded_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}

@@ -203,7 +203,7 @@ def load_control(name: str | Path, base: Backbone, annotator: str | None = None)
             f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
         )
     _check_family(name, described, base)
-    if described.hint_channels not in (None, hint.channels):
+    if described.hint_channels not in (None, base.hint_shape(hint.channels)[0]):
         raise UserError(
             f'The control "{name}" reads hints of {described.hint_channels} channels, and its contract says '
             f"{hint.channels}."
@@ -289,7 +289,7 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
 
 def _check_family(name: str | Path, described: Description, base: Backbone) -> None:
     width = described.config.get("cross_attention_dim")
-    own = base.signature["text_width"]
+    own = base.signature.get("text_width")
     if width is not None and width != own:
         families = [f"{row.title} " if (row := family_of_width(w)) else "" for w in (width, own)]
         raise UserError(

@@ -207,7 +207,8 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
     if mark == "cldm" and any(name.startswith(PREFIX) for name in shapes):  # the rest of a whole checkpoint is not ours
         shapes = {n: s for n, s in shapes.items() if n.startswith(PREFIX) or n == "difference"}
     parameters = sum(math.prod(s) for n, s in shapes.items() if n not in ("difference", "lora_controlnet"))
-    if mark == "diffusers" and _metadata_object(header, "controlkit.spec").get("body") == "conv":
+    own = _metadata_object(header, "controlkit.spec") and not _metadata_object(header, "controlkit.config")
+    if mark == "diffusers" and own:  # a body that no diffusers class has
         first = shapes["controlnet_cond_embedding.conv_in.weight"]
         names = {name: name for name in shapes}
         channels = first[1] if len(first) == 4 else None

@@ -161,6 +161,8 @@ def _body(weights: Weights, base: Backbone) -> nn.Module:
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     if all(shapes.get(name) == tensor.shape for name, tensor in copied.state_dict().items()):
         return copied
+    if not weights.config:
+        return copied
     import diffusers
 
     network = getattr(diffusers, KINDS[weights.kind].diffusers_class or "")(**weights.config)

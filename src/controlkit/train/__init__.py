@@ -13,7 +13,7 @@ __all__ = [
     "best_of",
     "controlled",
     "draw_batch",
-    "enough",
+    "should_stop",
     "found_step",
     "hints_of",
     "learning_rate",
