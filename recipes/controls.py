@@ -18,12 +18,11 @@ import numpy as np
 import typer
 from rich.progress import Progress, TaskID
 
-from controlkit.annotators import kind_of
 from controlkit.backbones import load_base
 from controlkit.data import Pair
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, grid, write_atomic, write_png
-from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, truth_of
+from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, first_kind, truth_of
 from controlkit.sample import ControlRequest, Request, maker
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
@@ -108,7 +107,7 @@ def main(
         saved = load_control(f"{union}:{name}" if union else name, model)
         counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
         scales = dict.fromkeys((counted, 1.0))  # once where it is counted once anyway
-        key = (truth_of(saved.hint) is not None, kind_of(saved.hint.annotator).needs_person)
+        key = (truth_of(saved.hint) is not None, first_kind(saved.hint).needs_person)
         with Progress(transient=True) as progress:
             if key not in benches:
                 benches[key] = bench(maker(model), saved.hint, model.size, num, progress)

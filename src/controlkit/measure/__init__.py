@@ -12,7 +12,7 @@ from controlkit.measure.evaluate import (
     three_ways,
 )
 from controlkit.measure.fidelity import Finder, check_findable, fidelity, finder_of, unmeasurable
-from controlkit.measure.kinds import metric_of, truth_of
+from controlkit.measure.kinds import first_kind, metric_of, truth_of
 from controlkit.measure.metrics import (
     METRICS,
     Metric,
@@ -58,6 +58,7 @@ __all__ = [
     "fid",
     "fidelity",
     "finder_of",
+    "first_kind",
     "heldout_for",
     "inpaint_distance",
     "mean_figure",

@@ -14,14 +14,15 @@ from controlkit.measure.metrics import METRICS, Metric
 from controlkit.mini.truth import Truth
 
 
-def kind_of_hint(spec: HintSpec) -> HintKind:
-    """The kind that decides how such hints are measured."""
+def first_kind(spec: HintSpec) -> HintKind:
+    """The kind of these hints, or of the first of several."""
     return kind_or_bare(parts_of(spec)[0].annotator)
 
 
 def metric_of(spec: HintSpec) -> Metric:
     """The metric of fidelity to such hints, whether or not anything here makes them; ``Unsupported`` if none."""
-    kind, measured = kind_of_hint(spec), names_of(lambda kind: kind.metric)
+    kind = first_kind(spec)
+    measured = names_of(lambda kind: kind.metric)
     if not kind.name:
         raise Unsupported(f"No annotator of these hints is named: expected one of {', '.join(measured)}.")
     if not kind.metric:
@@ -31,9 +32,9 @@ def metric_of(spec: HintSpec) -> Metric:
 
 def truth_of(spec: HintSpec) -> Callable[[Truth], np.ndarray] | None:
     """The function that draws such hints from the truth about a picture; None for hints made of the picture itself."""
-    return kind_of_hint(spec).truth
+    return first_kind(spec).truth
 
 
 def is_made_here(spec: HintSpec) -> bool:
     """Whether an annotator here makes such hints of a picture."""
-    return kind_of_hint(spec).makes
+    return first_kind(spec).makes

@@ -15,7 +15,7 @@ from controlkit.data import Pair, evaluation_pairs
 from controlkit.formats import SavedControl
 from controlkit.hub import shipped_path
 from controlkit.images import HintSpec
-from controlkit.measure.kinds import kind_of_hint, truth_of
+from controlkit.measure.kinds import first_kind, truth_of
 from controlkit.measure.quality import Referee
 from controlkit.mini.observer import Observer
 
@@ -39,7 +39,7 @@ class World:
         Of scenes where the hints are drawn from the known truth; for poses, of those with a person.
         """
         source = self.scenes if truth_of(spec) else self.pictures
-        return evaluation_pairs(source, size, num, person=kind_of_hint(spec).needs_person)
+        return evaluation_pairs(source, size, num, person=first_kind(spec).needs_person)
 
     def judges(self, base: Backbone) -> bool:
         """Whether ``base`` makes pictures of this world: it reads prompts by the text encoder of the world's own base.
@@ -89,7 +89,7 @@ def heldout_for(
     source = source or str(saved.trained.get("data", "emoji"))
     if source == "world":
         return EMBEDDED.heldout(spec, size, num)
-    return evaluation_pairs(source, size, num, kind_of_hint(spec).needs_person, spec.mask_value is not None, columns)
+    return evaluation_pairs(source, size, num, first_kind(spec).needs_person, spec.mask_value is not None, columns)
 
 
 def world_of(base: Backbone) -> World | None:
