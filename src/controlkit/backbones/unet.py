@@ -318,7 +318,7 @@ class UNetBase:
     def _text_weights(self) -> dict[str, Tensor]:
         return {f"{i}.{k}": v for i, tower in enumerate(self.towers) for k, v in tower.encoder.state_dict().items()}
 
-    @cached_property
+    @property
     def _text_key(self) -> bytes:
         return f"{digest(self._text_weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
 

@@ -125,17 +125,21 @@ class _Builder:
     def write_prompts(self, prompts: Sequence[str]) -> None:
         """Write the tensors of each prompt's ``TextEmbedding``."""
 
-        def read(chunk: Sequence[str]) -> list[Entry]:
+        keys = [b""] * len(prompts)
+        for first in range(0, len(prompts) if self.store else 0, 16384):  # each call digests the towers' weights
+            block = slice(first, first + 16384)
+            keys[block] = [key_of("text", key) for key in self.base.text_keys(prompts[block])]
+
+        def read(chunk: slice) -> list[Entry]:
             def make(absent: list[int]) -> list[Entry]:
-                text = self.base.encode_text([chunk[i] for i in absent]).to(torch.device("cpu"), torch.half)
+                text = self.base.encode_text([prompts[chunk][i] for i in absent]).to(torch.device("cpu"), torch.half)
                 return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
 
-            keys = [key_of("text", key) for key in self.base.text_keys(chunk)] if self.store else [b""] * len(chunk)
-            return remembered(self.store, keys, make)
+            return remembered(self.store, keys[chunk], make)
 
         held: dict[str, Tensor] = {}
         for first in range(0, len(prompts), 256):
-            for row, entry in enumerate(read(prompts[first : first + 256]), first):
+            for row, entry in enumerate(read(slice(first, first + 256)), first):
                 for name, value in entry.items():
                     if name not in held:
                         held[name] = self.writer.empty(f"{_TEXT}{name}", (len(prompts), *value.shape), value.dtype)
