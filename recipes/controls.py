@@ -40,7 +40,7 @@ class Bench:
 
 
 def bench(base: Backbone, kind: str, num: int, progress: Progress) -> Bench:
-    """What a kind of hint is measured on."""
+    """Pairs and pictures to measure a kind of hint on."""
     pairs, real = evaluation_pairs("scenes" if kind in TRUTHS else "emoji", base.size, num, person=kind == "pose")
     asked = [Request(prompt=pair.prompt, seed=seed) for seed, pair in enumerate(pairs)]
     made = progress.track(maker(base)(asked), len(asked), description="without control")
