@@ -19,11 +19,12 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
 from controlkit.hub import shipped_path
 from controlkit.images import to_pictures, to_tensor
 from controlkit.mini import world
-from controlkit.mini.aesthetic import AestheticHead, damage, rank_correlation
+from controlkit.mini.aesthetic import AestheticHead, damage
 from controlkit.mini.observer import Maps, Observer, accuracy, maps_of, mirrored
 from controlkit.mini.scenes import CLASSES, Scene, load_scenes
 from controlkit.mini.tower import ImageTextTower
@@ -114,7 +115,8 @@ def aesthetic_accuracy(head: AestheticHead, tower: ImageTextTower, pictures: Seq
     damaged, ratings = damaged_batch(pictures, "heldout")
     device = next(head.parameters()).device
     read = np.concatenate([head(tower.features(x.to(device))).cpu().numpy() for x in to_tensor(damaged).split(64)])
-    return {"rank_correlation": rank_correlation(read, ratings), "off_by": float(np.abs(read - ratings).mean())}
+    ranks = spearman_corrcoef(torch.from_numpy(read).double(), torch.from_numpy(ratings))
+    return {"rank_correlation": float(ranks), "off_by": float(np.abs(read - ratings).mean())}
 
 
 def heldout_pictures(size: int, scenes: Sequence[Scene]) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from controlkit.backbones import load_base
 from controlkit.data import EmojiPairs
 from controlkit.images import grid, write_atomic, write_png
-from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
+from controlkit.measure import Referee, ceiling_of, fid, mean_figure, psnr
 from controlkit.mini import world
 from controlkit.mini.scenes import draw_scenes
 from controlkit.sample import Request, maker
@@ -43,12 +43,6 @@ CONCEPTS = (
 )
 SCENES_SEED, SCENES = 2**31, 10  # of scenes that nothing was trained on
 CHOICES = 100  # captions the referee picks among, all of one style on one ground
-
-
-def psnr(pictures: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of uint8 pictures, dB; peak 255."""
-    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(pictures, others, strict=True)]
-    return 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
 
 
 def quiz(
@@ -105,13 +99,14 @@ def main(
         everyday = quiz(emoji, num, "base", world.everyday_concepts())[2]
         known = make([texts[0] for texts in everyday])
     unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
-    rebuilt = ceiling_pictures(model, unseen)
+    rebuilt = ceiling_of(model)(unseen)
     seen = [world.draw_emoji(emoji, row, 0, ground=ground)[0] for row, ground in zip(rows, grounds, strict=True)]
     held, held_grounds, held_captions = quiz(emoji, num, "heldout_pictures")
     fresh = [world.draw_emoji(emoji, row, 0, ground=g)[0] for row, g in zip(held, held_grounds, strict=True)]
     reference = judge.features(unseen)
+    decibels = np.array([psnr(made, truth) for made, truth in zip(rebuilt, unseen, strict=True)])
     figures = {
-        "vae_psnr_heldout": asdict(mean_figure(psnr(unseen, rebuilt))),
+        "vae_psnr_heldout": asdict(mean_figure(decibels)),
         "right_caption_generated": asdict(mean_figure((judge.choose(made, captions) == 0).astype(float))),
         "right_caption_generated_everyday": asdict(mean_figure((judge.choose(known, everyday) == 0).astype(float))),
         "right_caption_real_seen": asdict(mean_figure((judge.choose(seen, captions) == 0).astype(float))),

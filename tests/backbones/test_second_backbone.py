@@ -107,6 +107,8 @@ class TransformerBase:
     def digest(self):
         return digest(self.denoiser.state_dict())
 
+    text_digest = "words hashed"
+
     def cut_words(self, prompt):
         return " ".join(prompt.split()[self.window :])
 

@@ -154,6 +154,10 @@ class Backbone(Protocol):
         """A digest of all weights."""
 
     @property
+    def text_digest(self) -> str:
+        """A digest of the weights that encode prompts; equal for equal weights in any number format."""
+
+    @property
     def network_config(self) -> Mapping[str, Any] | None:
         """The denoiser's diffusers configuration, for controls that are diffusers' classes; None where it has none."""
 

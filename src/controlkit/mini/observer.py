@@ -1,6 +1,6 @@
 """The referee that reads truth off a picture: depth, normals, classes and body joints, from one small network.
 
-ControlNetwork by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
+Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
 reads follows the conventions of ``scenes.Scene``, so that an ``Observation`` can stand wherever a scene's truth can.
 It needs nothing that drawing scenes needs.
 """
