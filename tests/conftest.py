@@ -121,6 +121,8 @@ def _own_store(monkeypatch, tmp_path_factory):
 def run(monkeypatch, capsys):
     """Run the command line as a shell would: (exit code, standard output, standard error)."""
 
+    monkeypatch.setenv("COLUMNS", "1000")  # no sentence is broken, however long a temporary folder's name is
+
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
