@@ -42,7 +42,7 @@ from controlkit.images import read_picture, write_png
 from controlkit.measure import metric_of
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
-from controlkit.train.setup import hints_of, training_pairs
+from controlkit.train.setup import resolve, training_pairs
 
 PLACES = ("annotators", "options", "kinds", "truths")  # in the help, until it is asked for
 LEVEL = Annotated[float, Field(ge=0, le=255)]
@@ -244,8 +244,8 @@ def test_options_have_ranges_and_defaults():
 @pytest.mark.parametrize("command", ["doctor", "build"])
 def test_the_doctor_and_build_make_the_tiles_that_training_makes(command, run, folder, pictures, tmp_path, toy_base):
     recipe = parse_recipe({"data": {"source": str(folder)}, "control": {"annotator": "tile"}, "steps": 1})
-    [spec] = hints_of(recipe).values()
-    pairs, _ = training_pairs(recipe, toy_base)
+    plan = resolve(recipe).data
+    [spec], (pairs, _) = plan.specs.values(), training_pairs(plan, toy_base)
     assert np.array_equal(hint_for_pair(pairs[0], spec), tile(pairs[0].picture, 8.0)) and contract("tile") == spec
     if command == "doctor":
         assert run("data", "doctor", folder, "--annotator", "tile", "--out", tmp_path / "out")[0] == 0

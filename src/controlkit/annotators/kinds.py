@@ -215,80 +215,35 @@ def _labels(truth: Truth) -> np.ndarray:
     return maps.label_picture(truth.labels, PALETTE)
 
 
-for _kind in (
-    HintKind(
-        "pose",
-        aliases=("openpose",),
-        resize="nearest",
-        metric="pck",
-        truth=lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
-        needs_person=True,
-        union_type=0,
-        mirror=lambda flipped, spec: maps.swap_sides(flipped),
-        folders=("pose", "openpose"),
-    ),
-    HintKind(
-        "depth",
-        metric="depth_rmse",
-        truth=lambda truth: maps.depth_picture(truth.depth),
-        union_type=1,
-        folders=("depth",),
-    ),
-    HintKind(
-        "canny",
-        each(lines.canny),
-        resize="lines",
-        lines=True,
-        metric="edge_f1",
-        union_type=3,
-        folders=("canny", "edge", "edges"),
-    ),
-    HintKind(
-        "scribble",
-        each(lines.scribble),
-        resize="lines",
-        lines=True,
-        metric="edge_f1",
-        union_type=2,
-        folders=("scribble", "sketch"),
-    ),
+_TABLE = (
+    HintKind("pose", aliases=("openpose",), resize="nearest", metric="pck", union_type=0, needs_person=True,
+             truth=lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
+             mirror=lambda flipped, spec: maps.swap_sides(flipped), folders=("pose", "openpose")),
+    HintKind("depth", metric="depth_rmse", union_type=1, folders=("depth",),
+             truth=lambda truth: maps.depth_picture(truth.depth)),
+    HintKind("canny", each(lines.canny), resize="lines", lines=True, metric="edge_f1", union_type=3,
+             folders=("canny", "edge", "edges")),
+    HintKind("scribble", each(lines.scribble), resize="lines", lines=True, metric="edge_f1", union_type=2,
+             folders=("scribble", "sketch")),
     HintKind("softedge", each(lines.softedge), lines=True, metric="ms_ssim", union_type=2, folders=("softedge",)),
-    HintKind(
-        "lineart",
-        each(lines.lineart),
-        resize="lines",
-        lines=True,
-        metric="ms_ssim",
-        union_type=3,
-        folders=("lineart", "lines"),
-    ),
+    HintKind("lineart", each(lines.lineart), resize="lines", lines=True, metric="ms_ssim", union_type=3,
+             folders=("lineart", "lines")),
     HintKind("mlsd", each(lines.mlsd), resize="lines", lines=True, metric="ms_ssim", union_type=3, folders=("mlsd",)),
     HintKind("hed", metric="ms_ssim", union_type=2, folders=("hed",)),
     HintKind("pidi", metric="ms_ssim", union_type=2),
     HintKind("ted", metric="ms_ssim", union_type=2),
-    HintKind(
-        "normal",
-        metric="normal_angle",
-        truth=lambda truth: maps.normal_picture(truth.normals),
-        union_type=4,
-        mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high),
-        folders=("normal", "normals"),
-    ),
+    HintKind("normal", metric="normal_angle", union_type=4, folders=("normal", "normals"),
+             truth=lambda truth: maps.normal_picture(truth.normals),
+             mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high)),
     HintKind("seg", resize="nearest", metric="miou", truth=_labels, union_type=5, folders=("seg", "segmentation")),
     # Released tile controls read the picture as it is; one trained here stores by how much its hints were shrunk.
-    HintKind(
-        "tile", each(regions.tile), foreign={"shrink": 1.0}, metric="low_pass_psnr", union_type=6, folders=("tile",)
-    ),
-    HintKind(
-        "inpaint",
-        each(regions.inpaint),
-        mask_value=-1.0,
-        metric="inpaint_distance",
-        union_type=7,
-        folders=("mask", "masks"),
-    ),
+    HintKind("tile", each(regions.tile), foreign={"shrink": 1.0}, metric="low_pass_psnr", union_type=6,
+             folders=("tile",)),
+    HintKind("inpaint", each(regions.inpaint), mask_value=-1.0, metric="inpaint_distance", union_type=7,
+             folders=("mask", "masks")),
     HintKind("repaint", mask_value=0.0, metric="inpaint_distance", union_type=7),  # a Union's, black where masked
     HintKind("ip2p"),  # the picture to be edited
-    HintKind("shuffle"),  # the picture, whose colours are to be used
-):
+    HintKind("shuffle"),  # the picture whose colours are to be used
+)  # fmt: skip
+for _kind in _TABLE:
     register(_kind)
