@@ -290,7 +290,7 @@ class UNetBase:
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the text tower's window; empty if all of it fits."""
         tokenizer = self.towers[0].tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
