@@ -28,6 +28,7 @@ from page import Labelled, Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
 FOUR = ("depth", "normal", "seg", "canny")
+CAT_GROUNDS = ("teal", "pink", "yellow", "white", "purple")
 WIDEST = 13  # pictures side by side in gallery.png
 SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
 
@@ -107,8 +108,7 @@ def main(
         )
 
         cat = drawn_hint(read_picture(DRAWINGS / "cat_face.png"), studio.controls["scribble"].hint, sides)
-        grounds = ("teal", "pink", "yellow", "white", "purple")
-        prompts = [world.caption("cat-face", s, g) for s, g in zip(world.STYLES, grounds, strict=True)]
+        prompts = [world.caption("cat-face", s, g) for s, g in zip(world.STYLES, CAT_GROUNDS, strict=True)]
         made = studio.make({"scribble": cat}, prompts, range(5))
         section("A scribble of a cat, five cats", [("scribble", cat), *zip(world.STYLES, made, strict=True)])
 

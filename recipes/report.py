@@ -87,8 +87,7 @@ def main(
                 Request(prompt=prompt, seed=i if seed is None else seed, steps=steps, guidance=guidance)
                 for i, prompt in enumerate(prompts)
             ]
-            make_pictures = maker(model, on_step=lambda n: progress.advance(task, n))
-            return [picture.pixels for picture in make_pictures(asked)]
+            return [picture.pixels for picture in maker(model, on_step=lambda n: progress.advance(task, n))(asked)]
 
         sheet = [
             make([world.caption(concept, style, ground) for style in world.STYLES], seed=0)
@@ -121,7 +120,7 @@ def main(
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())
-    turned = [list(row) for row in zip(*sheet, strict=True)]  # styles down, concepts across
+    turned = list(zip(*sheet, strict=True))  # styles down, concepts across
     write_png(out / "mini.png", grid(turned, [concept.replace("-", " ") for concept in CONCEPTS], cell=96), colours=256)
     both = [[scene.picture for scene in scenes], staged]
     labels = [scene.captions[-1] for scene in scenes]

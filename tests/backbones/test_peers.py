@@ -239,6 +239,7 @@ def draw_adapter(folder, config):
     return stock
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("kind", ["full", "full_xl"])
 def test_a_whole_run_of_an_adapter_is_the_stock_pipelines(kind, tmp_path, peer, request):
     name, config = ADAPTERS[kind]
@@ -260,6 +261,7 @@ def test_a_whole_run_of_an_adapter_is_the_stock_pipelines(kind, tmp_path, peer, 
     assert relative(ours, theirs) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_s_features_are_diffusers_and_are_made_once_a_picture(kind, tmp_path, request):
     name, config = ADAPTERS[kind]
@@ -303,6 +305,7 @@ def test_in_bfloat16_we_are_no_further_from_single_precision_than_the_peer(deep_
     assert 0 < distance <= 1.1 * peers
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_base_and_a_control_in_half_precision_make_the_same_picture_nearly(
     xl_folder, xl_base, drawn_joins, tmp_path, dtype

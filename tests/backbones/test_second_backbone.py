@@ -233,7 +233,9 @@ def test_scales_of_tokens_may_be_numbers_rows_and_maps(base, inputs):
     assert torch.allclose(under(torch.ones(2, 1, 8, 8)), whole, atol=1e-6)
     first = under(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
     assert torch.equal(first[0], whole[0]) and torch.equal(first[1], base.predict(x, t, text)[1])
-    part = ActiveControl(branch, features, dict.fromkeys(INJECTION, halves)).scaled({"block_0": torch.ones(2, 64, WIDTH)})
+    part = ActiveControl(branch, features, dict.fromkeys(INJECTION, halves)).scaled(
+        {"block_0": torch.ones(2, 64, WIDTH)}
+    )
     assert part[1]["block_0"][0, :, 0].view(8, 8).mean(1).tolist() == [1.0] * 4 + [0.0] * 4
 
 

@@ -1,10 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers import ControlNetModel
 from PIL import Image
+from pydantic import BaseModel
 
 from controlkit.annotators import contract
 from controlkit.cli.pictures import control_requests, split_control
@@ -173,7 +175,7 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     code, out, err = run("train", *flags, "--set", "prompt_dropout=0.25")
     assert "note: 2 pairs are held out to measure on" in out
     assert code == 0 and "--allow_tf32 is not needed" in err and list((tmp_path / "run" / "tensorboard").iterdir())
-    trained = load_control(tmp_path / "run", toy_base).trained
+    trained = load_control(tmp_path / "run", toy_base, "canny").trained
     assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"
     code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")
     assert code == 2 and '"--ouut" is no option of train' in err
@@ -238,9 +240,20 @@ def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path
     assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out
 
 
-def test_every_setting_of_a_recipe_is_documented():
-    text = Path(recipe.__file__).read_text()
-    assert all(f"    {name}: " in text for name in recipe.Recipe.model_fields)
+def settings_of(model, prefix=""):
+    """A recipe's keys as a user writes them, such as ``evaluation.every``."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_setting_of_a_recipe_is_in_the_table_of_docs_once_and_no_other():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = page.partition("## Settings")[2].partition("| key | meaning |")[2].partition("\n\n")[0]
+    keys = [key for row in table.splitlines() if row for key in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert sorted(keys) == sorted(settings_of(recipe.Recipe))
 
 
 BAD = {

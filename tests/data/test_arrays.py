@@ -203,10 +203,10 @@ def test_the_command_line_takes_an_array_for_a_hint_and_shows_it(arrays, toy_bas
     list(train_control(recipe_of(arrays, FIVE, evaluation={"every": 0}), tmp_path / "run", toy_base))
     shown = f"{tmp_path / 'run'}={arrays / 'conditioning/2.npy'}"
     words = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--control", shown]
-    assert run(*words, "--hint")[0] == 0
+    assert run(*words, "--hint-ready")[0] == 0
     assert read_picture(tmp_path / "out" / "hint-0-run.png").shape == (SIDE, SIDE, 3)
     code, _, said = run(*words)
-    assert code == 2 and "arrays are hints already: say so by --hint" in said
+    assert code == 2 and "arrays are hints already: say so by ready (--hint-ready)" in said
     doctor = ["data", "doctor", arrays, "--annotator", "depth", "--out", tmp_path / "told"]
     assert run(*doctor, "--channels", 5, "--low", -1)[0] == 0
     assert run(*doctor)[0] == 1 and run(*doctor[:3], "--channels", 5)[0] == 2

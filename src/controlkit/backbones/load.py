@@ -23,6 +23,7 @@ from controlkit.backbones.families import (
     pipeline_configs,
 )
 from controlkit.backbones.noise import Diffusion, Prediction
+from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.hub import names_a_repository, shipped_names, shipped_path
@@ -311,12 +312,12 @@ _DIFFERENCE = "controlkit.difference"
 """In a file's metadata: the digest of the base it is a difference to."""
 
 
-def save_difference(path: Path, before: UNetBase, after: UNetBase) -> None:
-    """Write the difference that training made to a base's U-Net, under diffusers' names, without unchanged tensors."""
-    own = before.unet.state_dict()
+def save_difference(path: Path, before: Backbone, after: Backbone) -> None:
+    """Write the difference that training made to a base's denoiser, by diffusers' names, without unchanged tensors."""
+    own = before.denoiser.state_dict()
     changed = {
         name: (value - own[name]).cpu().contiguous()
-        for name, value in after.unet.state_dict().items()
+        for name, value in after.denoiser.state_dict().items()
         if not torch.equal(value, own[name])
     }
     metadata = {"format": "pt", _DIFFERENCE: before.digest}

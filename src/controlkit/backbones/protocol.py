@@ -124,10 +124,15 @@ class Backbone(Protocol):
     """Pixels a latent."""
     window: int
     """Tokens of a prompt that it reads, start and end marks included."""
-    noise: NoiseProcess
     hint_space: HintSpace
-    encoder: nn.Module
-    """The part that ``copy_encoder`` copies."""
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """The process that adds noise in training and takes it away in sampling."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that ``copy_encoder`` copies."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:

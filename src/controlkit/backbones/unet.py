@@ -282,15 +282,19 @@ class UNetBase:
 
     @cached_property
     def text_digest(self) -> str:
-        """A digest of the text towers' weights, rounded to bfloat16: equal for equal weights in any number format."""
-        return digest({name: value.bfloat16() for name, value in self._text_weights.items()})
+        """A digest of the text towers' weights, rounded to bfloat16: equal for equal weights in any number format.
+
+        Of their order and not their names, which differ between versions of transformers.
+        """
+        values = [value for tower in self.towers for value in tower.encoder.parameters()]
+        return digest({str(i): value.bfloat16() for i, value in enumerate(values)})
 
     # --- text and pictures ------------------------------------------------------------------------------
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the text tower's window; empty if all of it fits."""
         tokenizer = self.towers[0].tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
@@ -315,12 +319,9 @@ class UNetBase:
         return [b" ".join([self._text_key, *(tokens[i].tobytes() for tokens in rows)]) for i in range(len(prompts))]
 
     @property
-    def _text_weights(self) -> dict[str, Tensor]:
-        return {f"{i}.{k}": v for i, tower in enumerate(self.towers) for k, v in tower.encoder.state_dict().items()}
-
-    @property
     def _text_key(self) -> bytes:
-        return f"{digest(self._text_weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
+        weights = {f"{i}.{k}": v for i, tower in enumerate(self.towers) for k, v in tower.encoder.state_dict().items()}
+        return f"{digest(weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
 
     def moments_key(self) -> str:
         """The VAE's digest and the number format it computes in."""

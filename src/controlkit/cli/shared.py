@@ -1,4 +1,4 @@
-"""What several commands share: options of one meaning, loading, progress, words."""
+"""Shared by several commands: options of one meaning, loading, progress, messages."""
 
 import logging
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """Say what a file of weights is: format, base, channels of its hints, what is missing, and whether it runs.
 
-    Told from the names and shapes in it, never from the file's own name; nothing in it is run.
+    Read from the names and shapes in it, never from the file's own name; nothing in it is run.
     """
     from controlkit.formats import describe, shipped_controls, shipped_folder
     from controlkit.hub import shipped_names

@@ -6,7 +6,7 @@ They are short, flat JSON objects or they are refused.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from controlkit.errors import Invalid, NotFound, one_line
 from controlkit.tensors import TensorFile
@@ -26,8 +26,6 @@ _COUNTS = (
     "downscale_factor",
 )
 """Settings that are whole numbers from 1 on, or lists of them; None where they are not set."""
-
-Value = TypeVar("Value")
 
 
 def weights_file(path: Path) -> Path:
@@ -80,8 +78,8 @@ def metadata_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def metadata_entry(
-    metadata: Mapping[str, str], path: str | Path, key: str, parse: Callable[[str], Value], default: Value
-) -> Value:
+    metadata: Mapping[str, str], path: str | Path, key: str, parse: Callable[[str], Any], default: Any
+) -> Any:
     """A metadata entry through ``parse``, which raises ``ValueError`` for a bad one; ``default`` if it is absent.
 
     Raises ``Invalid`` for a bad entry; ``path`` names the file in the message.

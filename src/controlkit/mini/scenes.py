@@ -273,7 +273,10 @@ def _figure(rng: np.random.Generator) -> _Thing:
             _limb(joints[k], joints[a], 0.065, below, "trousers"),
             _limb(heel, toe, 0.05, shoes, "shoes"),
         ]
-    parts += [_limb(*shoulders, 0.075, above, "shirt"), _limb(*hips, 0.105, below, "trousers")]
+    parts += [
+        _limb(shoulders[0], shoulders[1], 0.075, above, "shirt"),
+        _limb(hips[0], hips[1], 0.105, below, "trousers"),
+    ]
     # Feet on the floor, turned about: mostly towards the viewer, one in six away.
     low = min(float(p.centre[1] - abs(p.turn[1, 1]) * p.size[1] - p.size[0]) for p in parts)
     up = -low + (0.12 if pose_name == "jumping" else 0.0)

@@ -14,10 +14,17 @@ class Truth(Protocol):
     """The fields that a ``scenes.Scene`` and an ``observer.Observation`` share; shapes and units as there."""
 
     @property
-    def depth(self) -> np.ndarray: ...
+    def depth(self) -> np.ndarray:
+        """float32 (H, W), metres; infinite for sky."""
+
     @property
-    def normals(self) -> np.ndarray: ...
+    def normals(self) -> np.ndarray:
+        """float32 (H, W, 3), unit vectors in camera space; zero for sky."""
+
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray:
+        """uint8 (H, W), indices into the classes."""
+
     @property
-    def keypoints(self) -> np.ndarray: ...
+    def keypoints(self) -> np.ndarray:
+        """float32 (P, 18, 3), x and y in pixels, and 1 where the joint is visible."""

@@ -28,7 +28,7 @@ Maker = Callable[[Sequence[Request]], Iterator[Picture]]
 
 @dataclass(frozen=True)
 class Denoised:
-    """What one step of ``denoise`` computed; latents are (B, C, h, w)."""
+    """The result of one step of ``denoise``; latents are (B, C, h, w)."""
 
     step: int
     """Its number, from 0."""
@@ -37,7 +37,7 @@ class Denoised:
     read: Tensor
     """The noisy latents that the base read."""
     prediction: Tensor
-    """What it predicted of them, with guidance."""
+    """Its prediction for them, with guidance."""
     timestep: Tensor
 
 

@@ -19,7 +19,7 @@ from controlkit.sample.request import ControlRequest, Request
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What all pictures of a batch share. ``size`` is (height, width) in pixels; None is the base's own."""
+    """Settings that all pictures of a batch share. ``size`` is (height, width) in pixels; None is the base's own."""
 
     steps: int = 20
     guidance: float = 4.0
@@ -65,7 +65,7 @@ class Prepared:
     """With the size in pixels, also where the request leaves it to the base."""
     controls: tuple[PreparedControl, ...] = ()
     notes: tuple[str, ...] = ()
-    """What its author should know: the end of a prompt that is cut off, controls trained on other weights."""
+    """Notes to the author: the end of a prompt that is cut off, controls trained on other weights."""
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
@@ -141,7 +141,7 @@ def prepare(
 
 
 class _Preparation:
-    """What several requests have in common, loaded, read and annotated once."""
+    """Controls and hints of several requests, each loaded, read and annotated once."""
 
     def __init__(self, base: Backbone, loaded: Mapping[str, SavedControl]) -> None:
         self.base, self.loaded = base, loaded

@@ -132,15 +132,15 @@ class ControlRequest(_Checked):
     name: str = Field(min_length=1)
     """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
     images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
-    """What it reads: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
+    """Its pictures: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
     as that under "". ``prepare`` asks for at least one; without any it is a template, for ``model_copy``."""
     ready: bool = False
     """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
     drawn dark on light is inverted; arrays are taken as they are."""
     annotator: str | None = None
-    """What makes the hints of a control that does not say it itself."""
+    """Name of the annotator, for a control that does not say it itself."""
     scale: FiniteFloat = 1.0
-    """What its residuals are multiplied by; 0 is no control."""
+    """A factor on its residuals; 0 is no control."""
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
     """It acts on the steps between these shares of all steps."""
@@ -179,9 +179,9 @@ class Request(_Checked):
     """
 
     prompt: str = PLAIN_PROMPT
-    """What to make; "" is no prompt."""
+    """Words for the picture; "" is no prompt."""
     negative_prompt: str | None = None
-    """What to keep away from; None is no prompt at all (for SDXL not the same as an empty one)."""
+    """Words for what the picture must not show; None is no prompt at all (for SDXL not the same as an empty one)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The starting noise depends on it alone, as ``torch.Generator().manual_seed(seed)`` gives it."""
     size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None

@@ -80,7 +80,7 @@ def open_tensors(path: Path) -> TensorFile:
             "trust it and save it as safetensors."
         )
     if int.from_bytes(start, "little") > LONGEST_HEADER:
-        raise unreadable(path, f"its header is said to have more than {LONGEST_HEADER:,} bytes")
+        raise unreadable(path, f"its header claims more than {LONGEST_HEADER:,} bytes")
     try:
         with safe_open(path, framework="pt") as file:
             names: list[str] = file.keys()  # this is no mapping: it cannot be iterated itself
