@@ -40,7 +40,7 @@ class Previewer:
         pixels = torch.cat([F.interpolate(one, (side, side)) for one in fields]).to(self.base.device)
         with torch.no_grad(), self.base.autocast():
             latents = self.base.mean_latents(self.base.encode_moments(pixels)).float()
-        wanted = F.adaptive_avg_pool2d(pixels, latents.shape[-2:])
+        wanted = F.adaptive_avg_pool2d(pixels, (latents.shape[-2], latents.shape[-1]))
         x, y = (one.cpu().movedim(1, -1).flatten(0, -2) for one in (latents, wanted))
         return torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
 
