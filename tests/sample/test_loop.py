@@ -6,11 +6,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
 from conftest import asked, draw_inputs, relative
+from controlkit.backbones import load_base
 from controlkit.backbones.noise import Diffusion, Flow
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
 from controlkit.formats import SavedControl
-from controlkit.images import HintSpec
+from controlkit.images import HintSpec, fit
 from controlkit.sample import (
     Picture,
     PreparedControl,
@@ -387,6 +388,15 @@ def test_a_preview_is_rough_and_computed_only_when_asked_for(toy_base, prepared,
         shown = step.preview()
         assert [(one.shape, one.dtype) for one in shown] == [((8, 12, 3), np.uint8)] * 3
     assert len(encoded) == len(decoded) == 1, "the colours of latents are fitted once; nothing is decoded for a preview"
+
+
+def test_previews_show_the_picture_that_is_coming():
+    *steps, picture = generate(
+        load_base("mini"), [Request(prompt="a red apple, on a teal background", seed=1, steps=5)]
+    )
+    small = fit(picture.pixels, steps[0].preview()[0].shape[:2]).astype(float)
+    likeness = [np.corrcoef(small.ravel(), one.preview()[0].ravel())[0, 1] for one in steps]
+    assert likeness[1] > 0.7 and likeness[-1] > 0.95
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
