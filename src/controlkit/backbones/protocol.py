@@ -29,7 +29,7 @@ class TextEmbedding:
     """B prompts as a base reads them. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
 
     tokens: Tensor
-    """(B, L, D), one vector a token: what the cross-attentions read."""
+    """(B, L, D), one vector a token, for the cross-attentions."""
     pooled: Tensor | None = None
     """(B, P), one vector a prompt."""
     sizes: Tensor | None = None
