@@ -371,13 +371,13 @@ class ControlBranch(ControlNetwork):
 
 
 def add_residuals(parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor | float]]]) -> dict[str, Tensor]:
-    """Several controls at once are a sum: over branches, strength x residual, tap by tap (Section 3.4).
+    """Several controls at once are a sum: over branches, scale x residual, tap by tap (Section 3.4).
 
-    Each part is (residuals by tap, strength by tap); a strength broadcasts against (rows, C, h, w).
+    Each part is (residuals by tap, scale by tap); a scale broadcasts against (rows, C, h, w).
     """
     total: dict[str, Tensor] = {}
-    for residuals, strength in parts:
+    for residuals, scale in parts:
         for name, residual in residuals.items():
-            scaled = residual * strength[name]
+            scaled = residual * scale[name]
             total[name] = total[name] + scaled if name in total else scaled
     return total

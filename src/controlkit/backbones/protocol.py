@@ -60,20 +60,20 @@ class TextEmbedding:
 
 @dataclass(frozen=True)
 class ActiveControl:
-    """One control in a prediction: its network, the features of its hints, and its strength."""
+    """One control in a prediction: its network, the features of its hints, and its scale."""
 
     network: ControlNetwork
     features: Any
     """The result of the network's ``encode_hint``, for every row."""
-    strength: Mapping[str, Tensor | float] | None = None
+    scale: Mapping[str, Tensor | float] | None = None
     """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
 
     def scaled(self, residuals: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
-        """(residuals, the strength of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
-        return residuals, {name: self._strength_at(name, residual) for name, residual in residuals.items()}
+        """(residuals, the scale of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
+        return residuals, {name: self._scale_at(name, residual) for name, residual in residuals.items()}
 
-    def _strength_at(self, tap: str, residual: Tensor) -> Tensor | float:
-        value = 1.0 if self.strength is None else self.strength[tap]
+    def _scale_at(self, tap: str, residual: Tensor) -> Tensor | float:
+        value = 1.0 if self.scale is None else self.scale[tap]
         if not isinstance(value, Tensor):
             return value
         value = value.to(residual.dtype)
@@ -83,7 +83,7 @@ class ActiveControl:
 
     @staticmethod
     def _of_tokens(value: Tensor, count: int) -> Tensor:
-        """A strength map (rows, 1, h, w) for ``count`` tokens of a grid of its shape, (rows, tokens, 1)."""
+        """A scale map (rows, 1, h, w) for ``count`` tokens of a grid of its shape, (rows, tokens, 1)."""
         if value.shape[-2:] == (1, 1):
             return value[..., 0]
         height = max(round((count * value.shape[-2] / value.shape[-1]) ** 0.5), 1)
@@ -91,7 +91,7 @@ class ActiveControl:
 
     def is_heard(self) -> Tensor | float:
         """1 where it is added at all in the middle, else 0, for each row (rows, 1)."""
-        value = 1.0 if self.strength is None else self.strength["middle"]
+        value = 1.0 if self.scale is None else self.scale["middle"]
         return value.ne(0).flatten(1).any(1, keepdim=True) if isinstance(value, Tensor) else float(value != 0)
 
 

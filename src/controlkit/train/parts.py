@@ -73,7 +73,7 @@ class RatePlan:
 
 @dataclass(frozen=True)
 class LearningPlan:
-    """What is trained and how its weights are updated (``state.TrainState``); settings as in ``Recipe``."""
+    """The weights that are trained and how they are updated (``state.TrainState``); settings as in ``Recipe``."""
 
     optimizer: OptimizerName
     betas: tuple[float, float]
