@@ -2,39 +2,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+EXTRAS := world,plots,lora,datasets,optimizers,tensorboard,wandb,trackio,scale,dev
+WORKERS ?= logical# processes that run tests: one a core
 
-.PHONY: demo gallery test lint docs clean
+.PHONY: demo gallery test lint docs extras clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/world: $(VENV)/run
+	$(PIP) -e ".[world]"
 	touch $@
 
 demo: $(VENV)/run  ## drawings and prompts in, controlled pictures out: out/demo/index.html
 	$(BIN)/python recipes/demo.py --out out/demo
 
-$(VENV)/world: $(VENV)/run
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[world]"
-	touch $@
-
-gallery: $(VENV)/world  ## what control is good for, one page: out/gallery/index.html
+gallery: $(VENV)/world  ## examples of every control on one page: out/gallery/index.html
 	$(BIN)/python recipes/gallery.py --out out/gallery
 
-test: $(VENV)/dev  ## the fast suite
-	$(BIN)/python -m pytest
+test: $(VENV)/dev  ## the fast suite; one thread a process, so that processes do not wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/dev  ## write docs/cli.md from the commands' own help
+docs: $(VENV)/dev  ## write the pages that are generated: docs/cli.md, docs/tree.md, the contents of docs/decisions.md
 	$(BIN)/python docs/generate.py
+
+extras: $(VENV)/dev  ## can all extras be installed together at the pinned versions?
+	$(PIP) --dry-run -e ".[$(EXTRAS)]"
 
 clean:
 	rm -rf $(VENV) out

@@ -1,5 +1,12 @@
-"""Write ``docs/cli.md`` from the commands' own help, so that the two cannot drift (a test compares them)."""
+"""Write the pages of ``docs/`` that are generated; a test compares them.
 
+``cli.md`` from the commands' help, ``tree.md`` from the files' first lines, the contents of ``decisions.md``.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +14,15 @@ import typer
 
 from controlkit.cli import app
 
-TARGET = Path(__file__).parent / "cli.md"
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 
 def _section(command: Any, name: str) -> str:
     if hasattr(command, "commands"):
         return "".join(_section(command.commands[sub], f"{name} {sub}") for sub in sorted(command.commands))
+    if hasattr(command, "name_kinds"):
+        command.name_kinds()
     lines = [f"## {name}", "", (command.help or "").strip(), "", "| option | meaning |", "| --- | --- |"]
     for parameter in command.params:
         if "--help" in parameter.opts:
@@ -30,12 +40,55 @@ def _section(command: Any, name: str) -> str:
 
 
 def reference() -> str:
-    """The whole reference as Markdown."""
+    """The command line's whole reference as Markdown."""
     group = typer.main.get_command(app)
     head = "# The command line\n\nWritten by `make docs` from the commands' own help.\n\n"
     return head + _section(group, "controlkit").rstrip() + "\n"
 
 
+def _first_line(path: Path) -> str:
+    """A file about itself: the first sentence of a module's docstring or a YAML file's comment, or a page's heading."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        heading = text.partition("\n")[0]
+        return heading.removeprefix("# ") if heading.startswith("# ") else "A table"
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    paragraph = " ".join(line.strip("# ") for line in text.strip().partition("\n\n")[0].splitlines())
+    return re.split(r"\. |\.$", paragraph)[0].replace("``", "`").replace("|", "\\|")
+
+
+def tree() -> str:
+    """Every file of ``src/``, ``recipes/`` and ``docs/`` with its first line, as Markdown."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    lines = ["# The tree", "", "Written by `make docs` from the first line of each file.", ""]
+    for top in ("src/controlkit", "recipes", "docs"):
+        names = [n for n in listed if n.startswith(f"{top}/") and n.endswith((".py", ".yaml", ".md"))]
+        lines += [f"## {top}", "", "| file | contents |", "| --- | --- |"]
+        for name in sorted(names, key=lambda n: (n.count("/") > top.count("/") + 1, Path(n).parent, n)):
+            if (ROOT / name).exists() and name != "docs/tree.md":
+                lines.append(f"| `{name.removeprefix(f'{top}/')}` | {_first_line(ROOT / name)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _anchor(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def decisions() -> str:
+    """The log of decisions as it is, with a line for each entry on top."""
+    head, _, log = (DOCS / "decisions.md").read_text().partition("\n## 20")
+    head, log = head.partition("\n## Contents")[0].rstrip(), f"\n## 20{log}"
+    entries = [heading.partition(": ") for heading in re.findall(r"^## (20.*)$", log, re.MULTILINE)]
+    lines = [f"- {date}: [{title}](#{_anchor(f'{date}: {title}')})" for date, _, title in entries]
+    return "\n".join([head, "", "## Contents", "", *lines, log])
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": reference, "tree.md": tree, "decisions.md": decisions}
+
 if __name__ == "__main__":
-    TARGET.write_text(reference())
-    print(TARGET)
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write())
+        print(DOCS / name)

@@ -10,7 +10,6 @@ calls it by its file's name, and measures as `controlkit evaluate` does. The dra
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +19,13 @@ from PIL import Image
 from rich.progress import Progress
 
 from controlkit.backbones import load_base
-from controlkit.data import Pair, evaluation_pairs, hint_for_pair
+from controlkit.data import Pair, evaluation_pairs
 from controlkit.errors import UserError
 from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
-from controlkit.measure import evaluate
+from controlkit.measure import EvaluationPlan, evaluate_base
 from controlkit.mini import world
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, maker
 from controlkit.seeds import numpy_rng
 
 COVER = (0.15, 0.9)  # share of its box a drawing must fill: neither thin strokes nor mere rectangles
@@ -71,19 +70,19 @@ def main(
     num: Annotated[int, typer.Option(help="Drawings to measure on.", min=2)] = 64,
 ) -> None:
     """Measure a control on drawings from elsewhere."""
-    model, settings = load_base(base), SamplingSettings()
+    model = load_base(base)
     saved = load_control(name, model)
-    control = Control.of(saved)
-    pairs: Sequence[Pair] = drawings(folder, num, model.size)
+    control = ControlRequest(name=name, hint_cfg_scale=saved.hint_cfg_scale)
+    plan = EvaluationPlan(control, saved.hint, drawings(folder, num, model.size))
     _, real = evaluation_pairs("emoji", model.size, 2)
     with Progress() as progress:
-        task = progress.add_task("measuring", total=3 * num * settings.steps)
-        report = evaluate(model, control, pairs, real, settings, on_step=lambda n: progress.advance(task, n))
-    shown = pairs[:10]
-    hints = [hint_for_pair(pair, saved.hint) for pair in shown]
-    jobs = [Job(pair.prompt, seed, (hint,)) for seed, (pair, hint) in enumerate(zip(shown, hints, strict=True))]
-    made = [picture.pixels for picture in generate(model, jobs, [control], settings)]
-    write_png(out / "clipart.png", grid([[pair.picture for pair in shown], hints, made], cell=model.size))
+        task = progress.add_task("measuring", total=3 * num * plan.steps)
+        make = maker(model, {name: saved}, on_step=lambda n: progress.advance(task, n))
+        report = evaluate_base(model, make, plan, real)
+    shown = range(min(10, num))
+    made = [picture.pixels for picture in maker(model, {name: saved})(plan.requests("controlled", shown))]
+    rows = [[plan.pairs[i].picture for i in shown], plan.hints[: len(shown)], made]
+    write_png(out / "clipart.png", grid(rows, cell=model.size))
     write_atomic(out / "clipart.json", (json.dumps(report, indent=2) + "\n").encode())
     figure = report["obedience"]
     print(f"{name} on {num} drawings: obedience {figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")

@@ -10,8 +10,7 @@ the hint counted once, too, as other tools do. Writes ``OUT/controls.json``, ``O
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +18,12 @@ import numpy as np
 import typer
 from rich.progress import Progress, TaskID
 
-from controlkit.backbones import UNetBase, load_base
-from controlkit.data import TRUTHS, Pair, evaluation_pairs, hint_for_pair
+from controlkit.backbones import load_base
+from controlkit.data import Pair
 from controlkit.formats import load_control
-from controlkit.images import grid, write_atomic, write_png
-from controlkit.measure import Referee, evaluate
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.images import HintSpec, grid, write_atomic, write_png
+from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, first_kind, truth_of
+from controlkit.sample import ControlRequest, Request, maker
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
 SHOWN = 8  # pictures on a contact sheet
@@ -32,39 +31,45 @@ SHOWN = 8  # pictures on a contact sheet
 
 @dataclass(frozen=True)
 class Bench:
-    """Held-out pairs, FID's reference pictures, and what the base makes of the pairs without control."""
+    """Held-out pairs, FID's reference pictures, and the base's pictures of the pairs without control."""
 
     pairs: list[Pair]
     real: list[np.ndarray]
     without: list[np.ndarray]
 
 
-def bench(base: UNetBase, kind: str, num: int, settings: SamplingSettings, progress: Progress) -> Bench:
-    """What a kind of hint is measured on."""
-    pairs, real = evaluation_pairs("scenes" if kind in TRUTHS else "emoji", base.size, num, person=kind == "pose")
-    jobs = [Job(pair.prompt, seed) for seed, pair in enumerate(pairs)]
-    made = progress.track(generate(base, jobs, settings=settings), len(jobs), description="without control")
+def bench(make: Maker, spec: HintSpec, size: int, num: int, progress: Progress) -> Bench:
+    """The bench for one kind of hint."""
+    pairs, real = EMBEDDED.heldout(spec, size, num)
+    requests = [Request(prompt=pair.prompt, seed=seed) for seed, pair in enumerate(pairs)]
+    made = progress.track(make(requests), len(requests), description="without control")
     return Bench([pairs[i] for i in range(len(pairs))], real, [picture.pixels for picture in made])
 
 
-def sheet(base: UNetBase, control: Control, on: Bench, settings: SamplingSettings) -> np.ndarray:
-    """HintSpec, truth, controlled, without control: pairs from all over the bench with something in their hints."""
-    hints = [hint_for_pair(pair, control.hint) for pair in on.pairs]
-    chosen = [i for i in np.linspace(0, len(hints) - 1, 3 * SHOWN).astype(int) if hints[i].any()][::3][:SHOWN]
-    jobs = [Job(on.pairs[i].prompt, int(i), (hints[i],)) for i in chosen]
-    made = [picture.pixels for picture in generate(base, jobs, [control], settings)]
+def sheet(make: Maker, plan: EvaluationPlan, without: list[np.ndarray], cell: int) -> np.ndarray:
+    """Hint, truth, controlled, without control: pairs from all over the plan with something in their hints."""
+    hints = plan.hints
+    chosen = [int(i) for i in np.linspace(0, len(hints) - 1, 3 * SHOWN).astype(int) if hints[i].any()][::3][:SHOWN]
+    made = make(plan.requests("controlled", chosen))
     rows = [
-        [hints[i][..., :3], on.pairs[i].picture, picture, on.without[i]]
+        [hints[i][..., :3], plan.pairs[i].picture, picture.pixels, without[i]]
         for i, picture in zip(chosen, made, strict=True)
     ]
     turned = [list(row) for row in zip(*rows, strict=True)]
-    return grid(turned, cell=base.size)
+    return grid(turned, cell=cell)
 
 
 def line(name: str, report: dict[str, Any]) -> str:
     """A control's row of the table."""
     low, high = (report["obedience"][end] for end in ("low", "high"))
     mean = {key: value["mean"] for key, value in report.items() if isinstance(value, dict) and "mean" in value}
+    quality = ["not measured"] * 3  # of a base whose world has no referee here
+    if "quality_kept" in report:
+        quality = [
+            f"{mean['clip_score']:.2f} ({mean['clip_score_no_control']:.2f})",
+            f"{mean['fid']:.1f} ({mean['fid_no_control']:.1f})",
+            "yes" if report["quality_kept"] else "no",
+        ]
     cells = [
         name,
         f"{mean['obedience']:.2f} [{low:.2f}, {high:.2f}]" + ("" if report["is_meaningful"] else " (does not count)"),
@@ -72,9 +77,7 @@ def line(name: str, report: dict[str, Any]) -> str:
         f"{report['metric']} {mean['fidelity']:.3g}",
         f"{mean['floor_no_control']:.3g}, {mean['floor_shuffled']:.3g}",
         f"{mean['ceiling']:.3g}",
-        f"{mean['clip_score']:.2f} ({mean['clip_score_no_control']:.2f})",
-        f"{mean['fid']:.1f} ({mean['fid_no_control']:.1f})",
-        "yes" if report["quality_kept"] else "no",
+        *quality,
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -96,34 +99,33 @@ def main(
     ] = None,
 ) -> None:
     """Measure controls, and draw what they do."""
-    model, referee, settings = load_base(base), Referee(), SamplingSettings()
-    benches: dict[Sequence[bool], Bench] = {}
+    model = load_base(base)
+    benches: dict[tuple[bool, bool], Bench] = {}
     reports = {}
     print(HEAD)
     for name in names or CONTROLS:
         saved = load_control(f"{union}:{name}" if union else name, model)
-        control, kind = Control.of(saved, hint_cfg_scale=hint_cfg), saved.hint.annotator
-        ways = {
-            once: replace(control, hint_cfg_scale=1.0 if once else control.hint_cfg_scale) for once in (False, True)
-        }
-        if control.hint_cfg_scale == 1.0:
-            ways.pop(True)
-        key = (kind in TRUTHS, kind == "pose")
+        counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
+        scales = dict.fromkeys((counted, 1.0))  # once where it is counted once anyway
+        key = (truth_of(saved.hint) is not None, first_kind(saved.hint).needs_person)
         with Progress(transient=True) as progress:
             if key not in benches:
-                benches[key] = bench(model, kind, num, settings, progress)
+                benches[key] = bench(maker(model), saved.hint, model.size, num, progress)
             on = benches[key]
-            task = progress.add_task(name, total=2 * num * settings.steps * len(ways))
+            task = progress.add_task(name, total=2 * num * Request().steps * len(scales))
 
             def advance(count: int, progress: Progress = progress, task: TaskID = task) -> None:
                 progress.advance(task, count)
 
-            measured = {
-                once: evaluate(model, way, on.pairs, on.real, settings, referee, on_step=advance, without=on.without)
-                for once, way in ways.items()
+            make = maker(model, {name: saved}, on_step=advance)
+            plans = {
+                scale: EvaluationPlan(ControlRequest(name=name, hint_cfg_scale=scale), saved.hint, on.pairs)
+                for scale in scales
             }
-            reports[name] = measured[False] | {"obedience_counted_once": measured[True in ways]["obedience"]}
-            write_png(out / "controls" / f"{name}.png", sheet(model, control, on, settings), colours=256)
+            measured = {scale: evaluate_base(model, make, plan, on.real, on.without) for scale, plan in plans.items()}
+            reports[name] = measured[counted] | {"obedience_counted_once": measured[1.0]["obedience"]}
+            shown = sheet(maker(model, {name: saved}), plans[counted], on.without, model.size)
+            write_png(out / "controls" / f"{name}.png", shown, colours=256)
         print(line(name, reports[name]), flush=True)
         table = "\n".join([HEAD, *(line(*one) for one in reports.items())])
         write_atomic(out / "controls.md", f"{table}\n".encode())

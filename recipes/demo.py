@@ -5,9 +5,8 @@
 Writes ``OUT/index.html`` and ``OUT/grid.png``. Everything it needs is shipped; no network, no GPU.
 """
 
-import html
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +15,11 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from controlkit.annotators import annotate, drawn_hint
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Backbone, load_base
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, read_picture, write_png
 from controlkit.measure import Referee, fidelity
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, Request, generate, pictures, prepare
 from page import Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
@@ -67,39 +65,36 @@ class Shown:
     clip_score: tuple[float, float]
 
 
-def show(base: UNetBase, control: SavedControl, scene: Scene, referee: Referee, settings: SamplingSettings) -> Shown:
+def show(base: Backbone, controls: Mapping[str, SavedControl], scene: Scene, referee: Referee) -> Shown:
     """Make and score one scene: the same seeds with control and without."""
-    drawing = read_picture(DRAWINGS / f"{scene.drawing}.png")
-    sides = (base.size, base.size)
-    hint = (drawn_hint if scene.control == "scribble" else annotate)(drawing, control.hint, sides)
-    in_use = Control.of(control)
-    made = {}
-    for name, controls, hints in (("controlled", [in_use], (hint,)), ("plain", [], ())):
-        jobs = [Job(scene.prompt, seed, hints) for seed in SEEDS]
-        made[name] = [picture.pixels for picture in generate(base, jobs, controls, settings)]
+    path = DRAWINGS / f"{scene.drawing}.png"
+    control = ControlRequest(name=scene.control, images=path, ready=scene.control == "scribble")
+    plain = [Request(prompt=scene.prompt, seed=seed) for seed in SEEDS]
+    under_control = [one.model_copy(update={"controls": (control,)}) for one in plain]
+    prepared = prepare(base, under_control, controls)
+    hint = prepared[0].controls[0].hints[""]
+    controlled, free = ([made.pixels for made in pictures(generate(base, one))] for one in (prepared, plain))
 
-    def scores(pictures: Sequence[np.ndarray]) -> tuple[float, float]:
-        obeyed = np.nanmean(fidelity(pictures, [hint] * len(pictures), control.hint))
-        return float(obeyed), float(referee.clip_scores(pictures, [scene.prompt] * len(pictures)).mean())
+    def scores(made: Sequence[np.ndarray]) -> tuple[float, float]:
+        obeyed = np.nanmean(fidelity(made, [hint] * len(made), controls[scene.control].hint))
+        return float(obeyed), float(referee.clip_scores(made, [scene.prompt] * len(made)).mean())
 
-    with_, without = scores(made["controlled"]), scores(made["plain"])
-    return Shown(
-        scene, drawing, hint, made["controlled"], made["plain"], (with_[0], without[0]), (with_[1], without[1])
-    )
+    with_, without = scores(controlled), scores(free)
+    return Shown(scene, read_picture(path), hint, controlled, free, (with_[0], without[0]), (with_[1], without[1]))
 
 
-def write_page(shown: Sequence[Shown], base: UNetBase, settings: SamplingSettings, out: Path, seconds: float) -> Path:
+def write_page(shown: Sequence[Shown], base: Backbone, out: Path, seconds: float) -> Path:
     """The demo as one HTML page with its pictures beside it."""
-    page = Page(out, "ControlKit demo")
+    page = Page(out, "ControlKit demo", "A drawing and a prompt in, a controlled picture out")
+    settings = Request()
     means = np.mean([[*s.fidelity, *s.clip_score] for s in shown], axis=0)
     page.text(
-        "<h1>A drawing and a prompt in, a controlled picture out</h1>"
-        f"<p>Base <code>{html.escape(base.name)}</code>, {base.size} pixels, {settings.steps} steps, guidance "
-        f"{settings.guidance:g}, {seconds:.0f} s on this machine. Same seeds with control and without.</p>"
-        "<table><tr><th>mean over all scenes</th><th>with control</th><th>without</th></tr>"
-        f"<tr><td>edges agree with the hint (F1)</td><td><b>{means[0]:.2f}</b></td><td>{means[1]:.2f}</td></tr>"
-        f"<tr><td>agrees with the prompt (CLIP-score)</td><td>{means[2]:.2f}</td><td>{means[3]:.2f}</td></tr></table>"
+        f"Base {base.name}, {base.size} pixels, {settings.steps} steps, guidance {settings.guidance:g}, {seconds:.0f} "
+        "s on this machine. Same seeds with control and without."
     )
+    rows = (("edges agree with the hint (F1)", *means[:2]), ("agrees with the prompt (CLIP-score)", *means[2:]))
+    head = ("mean over all scenes", "with control", "without")
+    page.table(head, [(name, f"{with_:.2f}", f"{without:.2f}") for name, with_, without in rows])
     for s in shown:
         drawn = [("drawing", s.drawing), (f"hint ({s.scene.control})", s.hint)]
         steered = [(f"with control, seed {k}", picture) for k, picture in zip(SEEDS, s.controlled, strict=True)]
@@ -107,9 +102,8 @@ def write_page(shown: Sequence[Shown], base: UNetBase, settings: SamplingSetting
         page.section(
             s.scene.prompt,
             [[*drawn, None, *steered], [*free]],
-            f"<p>Edges agree with the hint: <b>{s.fidelity[0]:.2f}</b> with control, {s.fidelity[1]:.2f} without (F1). "
-            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score)."
-            "</p>",
+            f"Edges agree with the hint: {s.fidelity[0]:.2f} with control, {s.fidelity[1]:.2f} without (F1). "
+            f"Agrees with the prompt: {s.clip_score[0]:.2f} with control, {s.clip_score[1]:.2f} without (CLIP-score).",
         )
     return page.write()
 
@@ -117,19 +111,17 @@ def write_page(shown: Sequence[Shown], base: UNetBase, settings: SamplingSetting
 def main(out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("out/demo")) -> None:
     """Make the demo page from what is shipped."""
     started = time.perf_counter()
-    settings = SamplingSettings()
     base = load_base("mini")
     controls = {name: load_control(name, base) for name in {scene.control for scene in SCENES}}
     referee = Referee()
     with Progress() as progress:
         shown = [
-            show(base, controls[scene.control], scene, referee, settings)
-            for scene in progress.track(SCENES, description="drawing to picture")
+            show(base, controls, scene, referee) for scene in progress.track(SCENES, description="drawing to picture")
         ]
     rows = [[s.drawing, s.hint, *s.controlled, *s.plain] for s in shown]
     labels = ["drawing", "hint", *["with control"] * len(SEEDS), *["without"] * len(SEEDS)]
     write_png(out / "grid.png", grid(rows, labels))
-    page = write_page(shown, base, settings, out, time.perf_counter() - started)
+    page = write_page(shown, base, out, time.perf_counter() - started)
     print(f"The page: {page}\nAll pictures in one: {out / 'grid.png'}")
 
 

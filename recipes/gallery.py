@@ -16,18 +16,19 @@ import typer
 from rich.progress import Progress
 
 from controlkit.annotators import annotate, drawn_hint
-from controlkit.backbones import UNetBase, load_base
+from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import grid, read_picture, write_png
 from controlkit.mini import world
 from controlkit.mini.scenes import Scene, draw_scene
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, Request, maker
 from controls import CONTROLS  # recipes/controls.py
 from page import Labelled, Page  # recipes/page.py
 
 DRAWINGS = Path(__file__).parent / "drawings"
 FOUR = ("depth", "normal", "seg", "canny")
+CAT_GROUNDS = ("teal", "pink", "yellow", "white", "purple")
 WIDEST = 13  # pictures side by side in gallery.png
 SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
 
@@ -35,16 +36,16 @@ SEED = 2**31 - 5  # of the scenes shown: nothing was trained on them
 class Studio:
     """The base and its controls, and how pictures are made of them here: 20 steps, guidance 4, one batch a call."""
 
-    def __init__(self, base: UNetBase, tick: Progress) -> None:
+    def __init__(self, base: Backbone, tick: Progress) -> None:
         self.base, self.progress = base, tick
         self.controls: dict[str, SavedControl] = {name: load_control(name, base) for name in CONTROLS}
         self.task = tick.add_task("drawing", total=len(CONTROLS) + 5 + 5 + 3 * 3 + len(FOUR) * 2)
 
     def make(self, hints: Mapping[str, np.ndarray], prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         """One picture a prompt and seed, under all the hints together."""
-        used = [Control.of(self.controls[name]) for name in hints]
-        jobs = [Job(prompt, seed, tuple(hints.values())) for prompt, seed in zip(prompts, seeds, strict=True)]
-        made = [picture.pixels for picture in generate(self.base, jobs, used, SamplingSettings())]
+        used = tuple(ControlRequest(name=name, images=hint, ready=True) for name, hint in hints.items())
+        asked = [Request(prompt=p, seed=s, controls=used) for p, s in zip(prompts, seeds, strict=True)]
+        made = [picture.pixels for picture in maker(self.base, self.controls)(asked)]
         self.progress.advance(self.task, len(made))
         return made
 
@@ -71,6 +72,14 @@ def shown(hint: np.ndarray) -> np.ndarray:
     return np.where(hint[..., 3:] > 0, hint[..., :3], np.uint8(128))
 
 
+def in_one(sheets: list[list[Labelled]], side: int) -> np.ndarray:
+    """All pictures as one, ``WIDEST`` side by side."""
+    blank = np.full((side, side, 3), 255, np.uint8)
+    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
+    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
+    return grid(rows, cell=96)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("out/gallery"),
     base: Annotated[str, typer.Option(help="The base to draw with.")] = "mini",
@@ -79,7 +88,7 @@ def main(
     started = time.perf_counter()
     model = load_base(base)
     sides = (model.size, model.size)
-    page = Page(out, "ControlKit gallery")
+    page = Page(out, "ControlKit gallery", "What control is good for")
     sheets: list[list[Labelled]] = []
 
     def section(title: str, row: list[Labelled]) -> None:
@@ -88,8 +97,7 @@ def main(
 
     with Progress() as progress:
         studio = Studio(model, progress)
-        page.text(f"<h1>What control is good for</h1><p>Everything here comes from <code>{model.name}</code> and its "
-                  "shipped controls, 20 steps, guidance 4.</p>")  # fmt: skip
+        page.text(f"Everything here comes from {model.name} and its shipped controls, 20 steps, guidance 4.")
 
         drawing = read_picture(DRAWINGS / "colour_fish.png")
         edges = annotate(drawing, studio.controls["canny"].hint, sides)
@@ -100,8 +108,7 @@ def main(
         )
 
         cat = drawn_hint(read_picture(DRAWINGS / "cat_face.png"), studio.controls["scribble"].hint, sides)
-        grounds = ("teal", "pink", "yellow", "white", "purple")
-        prompts = [world.caption("cat-face", s, g) for s, g in zip(world.STYLES, grounds, strict=True)]
+        prompts = [world.caption("cat-face", s, g) for s, g in zip(world.STYLES, CAT_GROUNDS, strict=True)]
         made = studio.make({"scribble": cat}, prompts, range(5))
         section("A scribble of a cat, five cats", [("scribble", cat), *zip(world.STYLES, made, strict=True)])
 
@@ -129,11 +136,8 @@ def main(
             row += [(name, shown(hint)), ("", studio.make({name: hint}, [scene.captions[0]], (0,))[0])]
         sheets.append(row)
         page.section(f"Every control: {scene.captions[0]}", [row[:12], row[12:]])
-    page.text(f"<p>Made in {time.perf_counter() - started:.0f} s.</p>")
-    blank = np.full((*sides, 3), 255, np.uint8)
-    split = [row[first : first + WIDEST] for row in sheets for first in range(0, len(row), WIDEST)]
-    rows = [[picture for _, picture in row] + [blank] * (WIDEST - len(row)) for row in split]
-    write_png(out / "gallery.png", grid(rows, cell=96), colours=256)
+    page.text(f"Made in {time.perf_counter() - started:.0f} s.")
+    write_png(out / "gallery.png", in_one(sheets, model.size), colours=256)
     print(f"The page: {page.write()}\nAll pictures in one: {out / 'gallery.png'}")
 
 

@@ -45,7 +45,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Size:
-    """What changes with the picture size; everything else is the same recipe."""
+    """The settings that change with the picture size; everything else is the same recipe."""
 
     pixels: int
     vae_channels: tuple[int, ...]  # one entry a resolution: stride = 2 ** (len - 1)
@@ -310,7 +310,7 @@ def train_tower(
 ) -> ImageTextTower:
     """Contrastive pairs, from nothing or on from the tower in ``start``.
 
-    Every other batch is of one style on one ground, or of scenes alone, so that things must be told apart.
+    Every other batch is of one style on one ground, or of scenes alone, so that it has to tell things apart.
     """
     torch.manual_seed(seed)
     if start is not None:

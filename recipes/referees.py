@@ -19,12 +19,14 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
 from controlkit.hub import shipped_path
 from controlkit.images import to_pictures, to_tensor
+from controlkit.measure.accuracy import accuracy
 from controlkit.mini import world
-from controlkit.mini.aesthetic import AestheticHead, damage, rank_correlation
-from controlkit.mini.observer import Maps, Observer, accuracy, maps_of, mirrored
+from controlkit.mini.aesthetic import AestheticHead, damage
+from controlkit.mini.observer import Maps, Observer, maps_of, mirrored
 from controlkit.mini.scenes import CLASSES, Scene, load_scenes
 from controlkit.mini.tower import ImageTextTower
 from controlkit.seeds import numpy_rng
@@ -113,8 +115,9 @@ def aesthetic_accuracy(head: AestheticHead, tower: ImageTextTower, pictures: Seq
     """Of pictures the head has not seen: how ratings and amounts of damage rank, and how far ratings are off."""
     damaged, ratings = damaged_batch(pictures, "heldout")
     device = next(head.parameters()).device
-    read = np.concatenate([head(tower.features(x.to(device))).cpu().numpy() for x in to_tensor(damaged).split(64)])
-    return {"rank_correlation": rank_correlation(read, ratings), "off_by": float(np.abs(read - ratings).mean())}
+    read = torch.cat([head(tower.features(x.to(device))).cpu() for x in to_tensor(damaged).split(64)]).double()
+    true = torch.from_numpy(ratings).double()
+    return {"rank_correlation": spearman_corrcoef(read, true).item(), "off_by": (read - true).abs().mean().item()}
 
 
 def heldout_pictures(size: int, scenes: Sequence[Scene]) -> list[np.ndarray]:

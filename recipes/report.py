@@ -9,6 +9,7 @@ the base makes of their captions).
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,10 +21,10 @@ from rich.progress import Progress
 from controlkit.backbones import load_base
 from controlkit.data import EmojiPairs
 from controlkit.images import grid, write_atomic, write_png
-from controlkit.measure import Referee, ceiling_pictures, fid, mean_figure
+from controlkit.measure import Referee, ceiling_of, fid, mean_figure, psnr
 from controlkit.mini import world
 from controlkit.mini.scenes import draw_scenes
-from controlkit.sample import Job, SamplingSettings, generate
+from controlkit.sample import Request, maker
 from controlkit.seeds import numpy_rng
 
 CONCEPTS = (
@@ -42,12 +43,6 @@ CONCEPTS = (
 )
 SCENES_SEED, SCENES = 2**31, 10  # of scenes that nothing was trained on
 CHOICES = 100  # captions the referee picks among, all of one style on one ground
-
-
-def psnr(pictures: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of uint8 pictures, dB; peak 255."""
-    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(pictures, others, strict=True)]
-    return 10 * np.log10(255**2 / np.maximum(errors, 1e-3))
 
 
 def quiz(
@@ -81,34 +76,37 @@ def main(
     """Measure the embedded base and draw its contact sheet."""
     started = time.perf_counter()
     model, judge = load_base(base), Referee(referee)
-    settings = SamplingSettings(steps, guidance)
     emoji = world.load_emoji(model.size)
     with Progress() as progress:
         scenes = list(draw_scenes(model.size, SCENES_SEED, range(SCENES)))
         count = 2 * num + len(CONCEPTS) * len(world.STYLES) + len(scenes)
         task = progress.add_task("generating", total=count * steps)
 
-        def make(jobs: list[Job]) -> list[np.ndarray]:
-            advance = generate(model, jobs, settings=settings, on_step=lambda n: progress.advance(task, n))
-            return [picture.pixels for picture in advance]
+        def make(prompts: Sequence[str], seed: int | None = None) -> list[np.ndarray]:
+            asked = [
+                Request(prompt=prompt, seed=i if seed is None else seed, steps=steps, guidance=guidance)
+                for i, prompt in enumerate(prompts)
+            ]
+            return [picture.pixels for picture in maker(model, on_step=lambda n: progress.advance(task, n))(asked)]
 
         sheet = [
-            make([Job(world.caption(concept, style, ground), 0) for style in world.STYLES])
+            make([world.caption(concept, style, ground) for style in world.STYLES], seed=0)
             for concept, ground in zip(CONCEPTS, world.GROUNDS, strict=True)
         ]
-        staged = make([Job(scene.captions[0], seed) for seed, scene in enumerate(scenes)])
+        staged = make([scene.captions[0] for scene in scenes])
         rows, grounds, captions = quiz(emoji, num, "base")
-        made = make([Job(texts[0], seed) for seed, texts in enumerate(captions)])
+        made = make([texts[0] for texts in captions])
         everyday = quiz(emoji, num, "base", world.everyday_concepts())[2]
-        known = make([Job(texts[0], seed) for seed, texts in enumerate(everyday)])
+        known = make([texts[0] for texts in everyday])
     unseen = [pair.picture for pair in EmojiPairs(model.size, "heldout_pictures")]
-    rebuilt = ceiling_pictures(model, unseen)
+    rebuilt = ceiling_of(model)(unseen)
     seen = [world.draw_emoji(emoji, row, 0, ground=ground)[0] for row, ground in zip(rows, grounds, strict=True)]
     held, held_grounds, held_captions = quiz(emoji, num, "heldout_pictures")
     fresh = [world.draw_emoji(emoji, row, 0, ground=g)[0] for row, g in zip(held, held_grounds, strict=True)]
     reference = judge.features(unseen)
+    decibels = np.array([psnr(made, truth) for made, truth in zip(rebuilt, unseen, strict=True)])
     figures = {
-        "vae_psnr_heldout": asdict(mean_figure(psnr(unseen, rebuilt))),
+        "vae_psnr_heldout": asdict(mean_figure(decibels)),
         "right_caption_generated": asdict(mean_figure((judge.choose(made, captions) == 0).astype(float))),
         "right_caption_generated_everyday": asdict(mean_figure((judge.choose(known, everyday) == 0).astype(float))),
         "right_caption_real_seen": asdict(mean_figure((judge.choose(seen, captions) == 0).astype(float))),
@@ -118,16 +116,15 @@ def main(
         "fid_generated": asdict(fid(judge.features(made), reference)),
         "fid_vae_reconstruction": asdict(fid(judge.features(rebuilt[:num]), reference)),
         "num": num,
-        "settings": asdict(settings),
+        "settings": {"steps": steps, "guidance": guidance, "size": None},
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_atomic(out / "mini.json", (json.dumps(figures, indent=2) + "\n").encode())
-    turned = [list(row) for row in zip(*sheet, strict=True)]  # styles down, concepts across
+    turned = list(zip(*sheet, strict=True))  # styles down, concepts across
     write_png(out / "mini.png", grid(turned, [concept.replace("-", " ") for concept in CONCEPTS], cell=96), colours=256)
+    both = [[scene.picture for scene in scenes], staged]
     labels = [scene.captions[-1] for scene in scenes]
-    write_png(
-        out / "scenes.png", grid([[scene.picture for scene in scenes], staged], labels, cell=model.size), colours=256
-    )
+    write_png(out / "scenes.png", grid(both, labels, cell=model.size), colours=256)
     print(json.dumps(figures, indent=2))
 
 

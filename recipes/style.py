@@ -18,14 +18,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from controlkit.annotators import annotate
 from controlkit.backbones import UNetBase, load_base
 from controlkit.errors import UserError, nearest
-from controlkit.formats import load_control
 from controlkit.images import grid, read_picture, to_tensor, write_png
 from controlkit.mini import world
 from controlkit.precision import autocast, training_attention
-from controlkit.sample import Control, Job, generate
+from controlkit.sample import ControlRequest, Request, generate, maker, pictures
 from controlkit.seeds import numpy_rng, torch_rng
 from mini import save_base  # recipes/mini.py
 
@@ -41,19 +39,19 @@ CONCEPTS = ("red-apple", "cat-face", "red-heart", "strawberry", "smiling-face", 
 
 def spread(base: UNetBase) -> float:
     """How far the word for a style changes a picture: grey levels between the same seed's pictures, on average."""
-    jobs = [Job(world.caption(c, s, "teal"), i) for i, c in enumerate(CONCEPTS) for s in world.STYLES]
-    pictures = np.stack([p.pixels for p in generate(base, jobs, batch=len(jobs))]).astype(np.float32)
-    by_concept = pictures.reshape(len(CONCEPTS), len(world.STYLES), -1)
+    asked = [Request(prompt=world.caption(c, s, "teal"), seed=i) for i, c in enumerate(CONCEPTS) for s in world.STYLES]
+    made = np.stack([p.pixels for p in pictures(generate(base, asked, batch=len(asked)))]).astype(np.float32)
+    by_concept = made.reshape(len(CONCEPTS), len(world.STYLES), -1)
     return float(np.abs(by_concept - by_concept.mean(1, keepdims=True)).mean())
 
 
 def controlled(base: UNetBase, name: str) -> list[np.ndarray]:
     """The drawings of ``SHOWN`` under a control, seed 0."""
-    saved = load_control(name, base)
-    sides = (base.size, base.size)
-    hints = [annotate(read_picture(DRAWINGS / f"{drawing}.png"), saved.hint, sides) for drawing in SHOWN]
-    jobs = [Job(prompt, 0, (hint,)) for prompt, hint in zip(SHOWN.values(), hints, strict=True)]
-    return [picture.pixels for picture in generate(base, jobs, [Control.of(saved)])]
+    asked = [
+        Request(prompt=prompt, controls=(ControlRequest(name=name, images=DRAWINGS / f"{drawing}.png"),))
+        for drawing, prompt in SHOWN.items()
+    ]
+    return [picture.pixels for picture in maker(base)(asked)]
 
 
 def main(

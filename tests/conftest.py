@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -25,8 +26,10 @@ from controlkit.backbones import load_base
 from controlkit.controls import new_union
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec
-from controlkit.mini.tower import WINDOW, train_tokenizer
+from controlkit.measure import Referee
+from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.mini.world import PACKAGES
+from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.recipe import parse_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -69,6 +72,21 @@ def randomised(union, seed=0):
     return union.eval()
 
 
+def asked(controls, hints, uses=(), **settings):
+    """(a request, its controls by name): controls in memory, hints as they are; ``uses``: each control's settings."""
+    names = [str(i) for i in range(len(controls))]
+    parts = zip(names, hints, uses or [{}] * len(names), strict=True)
+    used = [ControlRequest(name=name, images=hint, ready=True, **use) for name, hint, use in parts]
+    return Request(controls=used, **settings), dict(zip(names, controls, strict=True))
+
+
+def make(base, controls=(), hints=(), uses=(), **settings):
+    """The picture of one request of ``asked``."""
+    request, loaded = asked(controls, hints, uses, **settings)
+    [picture] = maker(base, loaded)([request])
+    return picture
+
+
 class StandIn:
     """In place of wandb or trackio: what it was told."""
 
@@ -104,6 +122,8 @@ def _own_store(monkeypatch, tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line as a shell would: (exit code, standard output, standard error)."""
+
+    monkeypatch.setenv("COLUMNS", "1000")  # no sentence is broken, however long a temporary folder's name is
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["controlkit", *map(str, arguments)])
@@ -280,6 +300,31 @@ def union_folder(toy_base, tmp_path_factory):
 
 
 @pytest.fixture
+def holed():
+    """(a smooth picture, the same with a hole)."""
+    y, x = np.mgrid[:64, :64]
+    picture = np.stack([60 + x, 60 + y, 120 + 0 * x], -1).astype(np.uint8)
+    hint = np.dstack([picture, np.full((64, 64), 255, np.uint8)])
+    hint[20:40, 20:40] = 0
+    return picture, hint
+
+
+@pytest.fixture(scope="session")
+def referee(toy_base, tmp_path_factory):
+    """A referee with random weights, in the form the recipe saves."""
+    folder = tmp_path_factory.mktemp("referee")
+    tokens = toy_base.towers[0].tokenizer
+    text = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 1, "max_position_embeddings": toy_base.window}
+    image = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    ImageTextTower({"pixels": 32, "space": 8, "text": text, "image": image}).save(folder)
+    tokens.save_pretrained(folder)
+    return Referee(folder)
+
+
+@pytest.fixture
 def to_diffusers(toy_base, tmp_path):
     """``to_diffusers(branch)`` is the stock ``ControlNetModel`` read from the folder that we write."""
 
@@ -357,3 +402,28 @@ def tiny_recipe():
         return parse_recipe(TINY | merged)
 
     return make
+
+
+@pytest.fixture
+def holed():
+    """(a smooth picture, the same with a hole)."""
+    y, x = np.mgrid[:64, :64]
+    picture = np.stack([60 + x, 60 + y, 120 + 0 * x], -1).astype(np.uint8)
+    hint = np.dstack([picture, np.full((64, 64), 255, np.uint8)])
+    hint[20:40, 20:40] = 0
+    return picture, hint
+
+
+@pytest.fixture(scope="session")
+def referee(toy_base, tmp_path_factory):
+    """A referee with random weights, in the form the recipe saves."""
+    folder = tmp_path_factory.mktemp("referee")
+    tokens = toy_base.towers[0].tokenizer
+    text = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 1, "max_position_embeddings": toy_base.window}
+    image = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    ImageTextTower({"pixels": 32, "space": 8, "text": text, "image": image}).save(folder)
+    tokens.save_pretrained(folder)
+    return Referee(folder)

@@ -2,15 +2,17 @@
 
 import errno
 import json
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from controlkit.errors import UserError
+from controlkit.hub import shipped_path
 from controlkit.images import HintSpec, fit, grid, read_picture, to_pictures, to_tensor, write_atomic, write_png
 
 
@@ -78,6 +80,30 @@ def test_a_contract_survives_json():
         "scribble", {"width": 0.1}, channels=1, low=-1.0, high=2.0, colour_order="BGR", resize="nearest"
     )
     assert HintSpec.from_json(contract.to_json()) == contract
+
+
+def test_the_shipped_contracts_are_read_and_written_with_the_file_s_key_for_masked_values():
+    with safe_open(shipped_path("union") / "diffusion_pytorch_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    texts = [metadata["controlkit.hint"], *json.loads(metadata["controlkit.hints"]).values()]
+    assert [json.loads(HintSpec.from_json(text).to_json()) for text in texts] == [json.loads(text) for text in texts]
+    assert HintSpec.from_json(json.loads(metadata["controlkit.hints"])["inpaint"]).mask_value == -1
+    assert {"mark", "mask_value"} & json.loads(texts[0]).keys() == {"mark"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mask_value": -1.0}, {"mark": "-1"}, {"mark": True}, {"mark": math.inf}, {"channels": 3.5}, {"annotator": 3}]
+    + [{"options": {"low": "1"}}, {"resize": "cubic"}, {"tone": 1}, {"annotator": "x" * 101}, {"annotator": "x\n"}],
+    ids=str,
+)
+def test_a_contract_with_unknown_keys_or_wrong_values_is_refused(change):
+    given = json.loads(HintSpec("inpaint", mask_value=-1.0).to_json()) | change
+    with pytest.raises(ValueError):
+        HintSpec.from_json(json.dumps(given))
+    for text in ("3", "[]", "{}", "[" * 10**5):
+        with pytest.raises(ValueError):
+            HintSpec.from_json(text)
 
 
 def test_a_hint_is_read_as_its_contract_says():

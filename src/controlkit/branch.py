@@ -42,7 +42,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class ControlSpec:
-    """The paper's ablation (Section 4.2, Figure 8) in three words.
+    """The paper's ablation (Section 4.2, Figure 8) in three settings, and two more.
 
     - ``body``: ``copy``, the trainable copy of the encoder; ``conv``, ControlNet-lite, one convolution a block; and of
       later work ``lora``, the copy again, of which only differences of low ``rank`` are trained (a Control-LoRA), and
@@ -51,8 +51,11 @@ class ControlSpec:
     - ``join``: ``zero`` convolutions; or ``gaussian``, ordinary convolutions with Gaussian weights.
     - ``taps``: ``all`` of them; or ``mid``, the middle block alone (the small-scale recipe).
 
-    And a fourth from the released code: ``pool``, ``mean`` for residuals averaged over the picture, so that a hint
-    gives its colours and not its places (version 1.1's shuffle, "global pooling").
+    - ``pool``: ``mean`` for residuals averaged over the picture, so that a hint gives its colours and not its places
+      (version 1.1's shuffle, "global pooling" in the released code); or ``none``.
+    - ``rank``: of the body ``lora``, from 1; of all others 0.
+
+    Raises ``ValueError`` for settings that do not go together.
     """
 
     body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
@@ -106,7 +109,7 @@ class ControlNetwork(nn.Module):
         raise NotImplementedError
 
     def encode_rows(self, hints: Mapping[str, Tensor]) -> Any:
-        """Features of rows that have one hint each, as training has them: by type, or all of them under ""."""
+        """Features of rows with one hint each, as training has them: hints (b, channels, H, W) by type, or under ""."""
         return self.encode_hint(hints[""])
 
     def parts(self) -> "dict[str, ControlNetwork]":
@@ -114,14 +117,14 @@ class ControlNetwork(nn.Module):
         return {"": self}
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as they act."""
+        """The parameters by name, with their effective values."""
         return self.state_dict()
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Any) -> dict[str, Tensor]:
-        """The residual of each tap, by name.
+        """The residual of each tap, by name: (B, C, h, w), or tokens (B, h x w, C) at a ``block``.
 
         Args:
-            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: what the base reads of B prompts.
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: B prompts as the base reads them.
             hint_features: from ``encode_hint``.
         """
         raise NotImplementedError
@@ -182,6 +185,7 @@ class ControlledBlock(nn.Module):
         self.zero_out = zero_conv(channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """y of equation (2), (B, C, h, w), of x and condition (B, C_c, h, w); without one the block's own."""
         y = self.block[0](x)  # F(x; Θ), equation (1)
         if condition is None:
             return y
@@ -218,17 +222,18 @@ class HintEncoder(nn.Module):
 
     @classmethod
     def widths(cls, stride: int) -> list[int]:
-        """Its channels at each size, from the picture's to the latents'."""
+        """Its channels by size, from the picture's to the latents'; ``ValueError`` if stride is no power of two."""
         halvings = stride.bit_length() - 1
         if 2**halvings != stride:
             raise ValueError(f"A hint encoder halves the size; expected a power of two as stride, got {stride}.")
         return [cls.WIDTHS[min(i, len(cls.WIDTHS) - 1)] for i in range(halvings + 1)]
 
     def forward(self, hint: Tensor) -> Tensor:
-        feature = hint  # (B, 3, H, W)
+        """c_f (B, channels, H/stride, W/stride) of a hint (B, hint channels, H, W)."""
+        feature = hint
         for conv in self.convs[:-1]:
             feature = F.silu(conv(feature))
-        return self.convs[-1](feature)  # (B, C, h, w)
+        return self.convs[-1](feature)
 
 
 class ConvBody(nn.Module):
@@ -247,6 +252,7 @@ class ConvBody(nn.Module):
         self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint: Tensor) -> list[Tensor]:
+        """One feature (B, C, h, w) a tap, of latents x (B, C, h, w) and the hint's features, shaped as the first."""
         features = [self.convs[0](x) + hint]
         for conv in self.convs[1:]:
             features.append(conv(F.silu(features[-1])))
@@ -254,9 +260,9 @@ class ConvBody(nn.Module):
 
 
 class LowRank(nn.Module):
-    """What a locked weight is trained to become: W + up @ down, W as (out, in x k x k) (LoRA, Hu et al., 2021).
+    """A trained difference to a locked weight: W + up @ down, W as (out, in x k x k) (LoRA, Hu et al., 2021).
 
-    ``up`` is zero at birth: the weight is W, and only then something else.
+    ``up`` is zero at first, so training starts from W itself.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -266,14 +272,15 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, of the shape of ``weight``: (out, in), or (out, in, k, k)."""
         return weight + (self.up @ self.down).view_as(weight)
 
 
 def low_rank(module: nn.Module, rank: int) -> nn.Module:
     """Lock the matrices and convolutions of ``module`` but for differences of this rank; returns it.
 
-    What is trained whole: vectors, and matrices too small to gain by it. So a file of the differences (Control-LoRA)
-    holds exactly what was trained.
+    Vectors, and matrices too small to gain by it, are trained whole. So a file of the differences (Control-LoRA) holds
+    exactly the trained parameters.
     """
     for part in list(module.modules()):
         weight = getattr(part, "weight", None)
@@ -284,7 +291,7 @@ def low_rank(module: nn.Module, rank: int) -> nn.Module:
 
 
 def gains(weight: Tensor, rank: int) -> bool:
-    """Whether two matrices of this rank are smaller than a weight."""
+    """Whether two matrices of this rank have fewer numbers than a weight (out, in, ...)."""
     return rank * (len(weight) + weight[0].numel()) < weight.numel()
 
 
@@ -297,9 +304,9 @@ class ControlBranch(ControlNetwork):
 
     Args:
         taps: the backbone's taps that a copy of its encoder has features for, in order.
-        body: what ``spec.body`` asks for; see ``ConvBody`` for the lite one.
+        body: as ``spec.body`` asks for; see ``ConvBody`` for the lite one.
         stride: hint pixels a latent: the VAE's; 1 where the hint comes as latents.
-        hint_channels: channels of what the hint encoder reads.
+        hint_channels: of the hint encoder's input.
     """
 
     kind = "controlnet"
@@ -330,7 +337,7 @@ class ControlBranch(ControlNetwork):
         return self.hint_encoder(hint)
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as they act: differences of low rank added in."""
+        """The parameters by name, with differences of low rank added in."""
         state = self.state_dict()
         for path, module in self.named_modules():
             if parametrize.is_parametrized(module, "weight"):
@@ -348,13 +355,13 @@ class ControlBranch(ControlNetwork):
         """The residual of each joined tap, by name (the second term of equation 2).
 
         Args:
-            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: what the body reads of B prompts.
+            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: B prompts as the body reads them.
             hint_features: from ``encode_hint``, (B, C, h, w).
         """
         return self.residuals(self.body(x, t, text, hint_features))
 
     def residuals(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The body's features, one a tap, through the joins."""
+        """The residuals by tap of the body's features, one a tap in order, through the joins."""
         pairs = zip(self.taps, features, strict=True)
         joined = {tap.name: self.joins[tap.name](f) for tap, f in pairs if tap.name in self.joins}
         return {name: f.mean((2, 3), keepdim=True) for name, f in joined.items()} if self.pools else joined

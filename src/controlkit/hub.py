@@ -1,4 +1,4 @@
-"""Where a file comes from, with its digest: shipped folders, the cache, and picture packages.
+"""Sources of files, with digests: shipped folders, the cache, and picture packages.
 
 Nothing here talks to a network by itself. Picture packages are fetched through the ``npm`` client, by
 name, exact version and SHA-512, and unpacked into the cache once.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, NotFound, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,9 @@ def shipped_names() -> list[str]:
 
 
 def shipped_path(name: str) -> Path:
-    """The folder of a shipped model; ``UserError`` for a name that is not shipped."""
+    """The folder of a shipped model; ``NotFound`` for a name that is not shipped."""
     if name not in shipped_names():
-        raise UserError(f'Nothing is shipped under the name "{name}": {nearest(name, shipped_names())}')
+        raise NotFound(f'Nothing is shipped under the name "{name}": {nearest(name, shipped_names())}')
     return SHIPPED / name
 
 
@@ -66,7 +66,8 @@ class Package:
 def fetch_package(package: Package) -> Path:
     """The unpacked package folder in the cache, fetched on first use and checked against its digest.
 
-    A machine without npm or network can be served by hand: put the tarball in the cache's ``packages`` folder.
+    Without npm or network, put the tarball into the cache's ``packages`` folder by hand. Raises ``NotFound`` where it
+    can be had from neither, ``Invalid`` where its digest is another.
     """
     folder = cache_dir() / "packages"
     target = folder / package.tarball.removesuffix(".tgz")
@@ -78,7 +79,7 @@ def fetch_package(package: Package) -> Path:
         _npm_pack(package, tarball)
     digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if digest != package.sha512:
-        raise UserError(f"{tarball} has SHA-512 {digest}, expected {package.sha512}. Delete the file and run again.")
+        raise Invalid(f"{tarball} has SHA-512 {digest}, expected {package.sha512}. Delete the file and run again.")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         with tarfile.open(tarball) as archive:
             archive.extractall(scratch, filter="data")
@@ -92,14 +93,14 @@ def _npm_pack(package: Package, tarball: Path) -> None:
     help_ = f"Install Node's npm, or put {package.tarball} into {tarball.parent} and run again."
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError(f"The picture package {spec} is fetched with npm, and npm was not found. {help_}")
+        raise NotFound(f"The picture package {spec} is fetched with npm, and npm was not found. {help_}")
     with tempfile.TemporaryDirectory(dir=tarball.parent) as scratch:
         command = [npm, "pack", spec, "--pack-destination", scratch, "--loglevel=error"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         packed = Path(scratch) / package.tarball
         if done.returncode != 0 or not packed.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"npm could not fetch {spec} ({reason}). {help_}")
+            raise NotFound(f"npm could not fetch {spec} ({reason}). {help_}")
         os.replace(packed, tarball)
 
 

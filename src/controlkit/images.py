@@ -15,18 +15,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
+import pydantic_core
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
-from controlkit.errors import UserError, one_line
+from controlkit.errors import Invalid, NotFound, one_line
 
 Resize = Literal["area", "lines", "nearest"]
 
@@ -34,49 +36,69 @@ DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
 
 SCRATCH = ".writing-"
-"""What the name of a file or folder begins with until it is whole and renamed."""
+"""The beginning of the name of a file or folder until it is whole and renamed."""
+
+
+_FILE_KEYS = {"mask_value": "mark"}
+"""``HintSpec``'s fields that have another key in files: weights that are shipped have it."""
 
 
 @dataclass(frozen=True)
 class HintSpec:
-    """The contract of a hint: everything that must be equal in training and in generation.
+    """The contract of a hint: all that must be equal in training and in generation.
 
     It is stored with the weights, and ``tensor`` is the one place where it is applied.
     """
 
     annotator: str
-    """Name of the annotator that made the hints, e.g. ``canny``."""
+    """Name of the annotator that made the hints, e.g. ``canny``; "" where it is unknown. At most 100 letters."""
     options: Mapping[str, float] = field(default_factory=dict)
-    """The annotator's options, e.g. ``{"low": 100, "high": 200}``."""
+    """The annotator's options, e.g. ``{"low": 100, "high": 200}``; finite numbers in the ranges that it names."""
     channels: int = 3
-    """Channels of the hint: 3 (RGB), 1 (grey), or any other number, of hints that are arrays."""
+    """Channels of the hint, from 1: 3 (RGB), 1 (grey), or any other number for hints that are arrays."""
     low: float = 0.0
+    """The value of black, 0; finite."""
     high: float = 1.0
-    """The range that 0-255, or 0-65535, is mapped to, and in which floats must lie."""
+    """The value of white, 255 or 65535; finite. Floats must lie in [low, high]."""
     colour_order: Literal["RGB", "BGR"] = "RGB"
+    """The order in which three channels are given to the network."""
     mask_value: float | None = None
-    """The value of what is masked (transparent in its picture), where hints have masks: -1 for inpainting."""
+    """The value of masked pixels (transparent in the picture), finite: -1 for inpainting; None: hints have no mask."""
     resize: Resize = "area"
-    """How a hint is brought to the picture's size: ``area`` for soft maps, ``lines`` (white on black; a thin one must
-    not fade when it shrinks), ``nearest`` for labels."""
+    """The way a hint is brought to the picture's size: ``area`` for soft maps, ``lines`` (white on black; a thin line
+    must not fade when it shrinks), ``nearest`` for labels."""
 
     def to_json(self) -> str:
         """The contract as JSON, for a weights file's metadata."""
-        return json.dumps(asdict(self))
+        return json.dumps({_FILE_KEYS.get(name, name): value for name, value in asdict(self).items()})
 
     @classmethod
     def from_json(cls, text: str) -> "HintSpec":
-        """The contract ``to_json`` wrote."""
-        return cls(**json.loads(text))
+        """Read a contract that ``to_json`` wrote.
+
+        Raises ``ValueError`` for unknown or absent keys, wrong types, numbers that are not finite, and a name that
+        is too long or cannot be printed.
+        """
+        given = pydantic_core.from_json(text)
+        keys = {_FILE_KEYS.get(one.name, one.name): one.name for one in fields(cls)}
+        if not isinstance(given, dict) or given.keys() - keys:
+            raise ValueError(f"expected keys out of {', '.join(keys)}")
+        named = {keys[key]: value for key, value in given.items()}
+        TypeAdapter(cls).validate_json(json.dumps(named), strict=True)  # else 1 would do for True, and 3 for a name
+        spec = cls(**named)
+        numbers = (spec.low, spec.high, spec.mask_value or 0.0, *spec.options.values())
+        if not all(map(math.isfinite, numbers)) or len(spec.annotator) > 100 or not spec.annotator.isprintable():
+            raise ValueError("its numbers are not finite, or its annotator's name is none")
+        return spec
 
     def made_by(self, made: "HintSpec") -> "HintSpec":
-        """This contract, of hints made as ``made`` says; what weights learnt stays: range, channels, colour order."""
+        """This contract for hints of the annotator of ``made``; the range, channels and colour order stay."""
         return replace(
             self, annotator=made.annotator, options=made.options, mask_value=made.mask_value, resize=made.resize
         )
 
     def fault(self, hint: np.ndarray) -> str | None:
-        """What of a hint is not as this contract says, in words; None if nothing is."""
+        """The first fault of a hint (H, W, C) under this contract, as a phrase; None if there is none."""
         if hint.ndim != 3 or not hint.size or hint.dtype.name not in {*DEEPEST, "float32"}:
             shape = " x ".join(map(str, hint.shape))
             return f"is {shape} of {hint.dtype}; expected height x width x channels of uint8, uint16 or float32"
@@ -90,19 +112,20 @@ class HintSpec:
         return None
 
     def _masks(self, hint: np.ndarray) -> bool:
-        """Whether its fourth channel is a mask."""
+        """Whether the fourth channel of a hint is a mask."""
         return hint.shape[-1] == 4 and hint.dtype == np.uint8 and self.channels in (1, 3)
 
     def tensor(self, hint: np.ndarray, size: tuple[int, int]) -> Tensor:
         """A hint as the branch reads it: (1, channels, *size), values in [low, high], masked ones ``mask_value``.
 
-        The hint is a picture, uint8 (H, W, 3), or (H, W, 4) where hints have masks: what is transparent is masked; or
+        The hint is a picture, uint8 (H, W, 3), or (H, W, 4) where hints have masks: transparent pixels are masked; or
         an array (H, W, channels) of uint8, uint16 or float32. One channel serves a contract of three, repeated, and
         three serve one of one, as their grey. Whole numbers are shares of their type's largest value and are mapped to
-        [low, high]; floats are taken as they are. ``UserError`` for anything else, floats outside the range among them.
+        [low, high]; floats are taken as they are. Raises ``Invalid`` for anything else, also for floats outside the
+        range. ``size``: (height, width) in pixels.
         """
         if words := self.fault(hint):
-            raise UserError(f"The hint {words}.")
+            raise Invalid(f"The hint {words}.")
         pixels = fit(hint, size, self.resize)
         masked = torch.from_numpy(pixels[..., 3] < 128) if self._masks(pixels) else None
         pixels = np.ascontiguousarray(pixels[..., :3] if masked is not None else pixels)
@@ -118,13 +141,13 @@ class HintSpec:
         return values
 
     def values(self, hint: np.ndarray) -> np.ndarray:
-        """A hint's values in [low, high], float32, a new array of its shape."""
+        """The values of a hint (H, W, C) in [low, high], a new float32 array of its shape."""
         if hint.dtype.name not in DEEPEST:
             return hint.astype(np.float32)
         return hint.astype(np.float32) / DEEPEST[hint.dtype.name] * (self.high - self.low) + self.low
 
     def picture(self, hint: np.ndarray) -> np.ndarray:
-        """A hint to be looked at, uint8 (H, W, 3), or (H, W, 4) with its mask: its first three channels, low black."""
+        """A hint (H, W, C) to look at, uint8 (H, W, 3), or (H, W, 4) with its mask: its first three channels."""
         if hint.dtype == np.uint8 and (hint.shape[-1] == 3 or self._masks(hint)):
             return hint
         light = (self.values(hint[..., :3]) - self.low) / ((self.high - self.low) or 1)
@@ -136,15 +159,16 @@ class HintSpec:
 def read_picture(path: Path, masked: bool = False) -> np.ndarray:
     """A picture file as uint8 RGB (H, W, 3); transparency is laid on white, camera rotation applied.
 
-    ``masked``: keep transparency, as a mask, in a fourth channel (H, W, 4).
+    ``masked``: keep transparency, as a mask, in a fourth channel (H, W, 4). Raises ``NotFound`` if there is no file,
+    ``Invalid`` if it is no whole picture.
     """
     if not path.is_file():
-        raise UserError(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
+        raise NotFound(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
     return decode_picture(path.read_bytes(), str(path), masked)
 
 
 def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
-    """The bytes of a picture file as ``read_picture`` gives them; ``name`` says in errors where they come from."""
+    """The bytes of a picture file as ``read_picture`` gives them; ``name`` names them in errors."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
             picture = ImageOps.exif_transpose(opened)
@@ -161,28 +185,28 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "the file is empty" if not data else picture_error(error)
-        raise UserError(
+        raise Invalid(
             f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
 
 
 def read_hint(path: Path, masked: bool = False) -> np.ndarray:
-    """A hint's file as ``decode_hint`` gives it."""
+    """A hint's file as ``decode_hint`` gives it; ``NotFound`` if there is none."""
     if not path.is_file():
-        raise UserError(f"There is no hint at {path}: expected a PNG, JPEG, WebP or .npy file.")
+        raise NotFound(f"There is no hint at {path}: expected a PNG, JPEG, WebP or .npy file.")
     return decode_hint(path.read_bytes(), str(path), masked)
 
 
 def decode_hint(data: bytes, name: str, masked: bool = False) -> np.ndarray:
     """The bytes of a hint's file as an array (H, W, C).
 
-    Of a picture, what ``decode_picture`` gives; but 16 bits a sample are kept, as uint16 with the channels it has. Of a
-    ``.npy`` file (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Other whole numbers
-    are refused, as they have no largest value that they would be shares of; so is anything that would be unpickled.
+    A picture is read by ``decode_picture``; but 16 bits a sample stay, as uint16 with the channels it has. A ``.npy``
+    file is (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Raises ``Invalid`` for
+    other whole numbers, as they have no largest value that they would be shares of, and for pickled objects.
     """
     if data.startswith(b"\x93NUMPY"):
         return _decode_array(data, name)
-    picture = decode_picture(data, name, masked)  # it says what is wrong with a file
+    picture = decode_picture(data, name, masked)  # raises if the file is damaged
     if not (data.startswith((b"II*\0", b"MM\0*")) or (data.startswith(b"\x89PNG") and data[24] == 16)):
         return picture
     deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow reads colours as 8 bits alone
@@ -195,19 +219,19 @@ def _decode_array(data: bytes, name: str) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-        raise UserError(
+        raise Invalid(
             f"{name} cannot be read as an array ({one_line(error)}): expected a whole .npy file of numbers, as "
             "`numpy.save` writes it."
         ) from error
     if array.ndim not in (2, 3) or not array.size:
         shape = " x ".join(map(str, array.shape))
-        raise UserError(f"{name} has the shape {shape}: expected height x width, or height x width x channels.")
+        raise Invalid(f"{name} has the shape {shape}: expected height x width, or height x width x channels.")
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.kind == "f":
         array = array.astype(np.float32)
     elif array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise UserError(
+        raise Invalid(
             f"{name} is an array of {array.dtype}: expected uint8 or uint16, which are shares of their largest value, "
             "or floats, which are taken as they are. Save it as one of them."
         )
@@ -216,26 +240,27 @@ def _decode_array(data: bytes, name: str) -> np.ndarray:
 
 
 def sides_of(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of the picture that ``decode_picture`` would give, told from the file's head."""
+    """(height, width) of the picture that ``decode_picture`` gives, read from the file's head; raises as it does."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        height, width = decode_picture(data, name).shape[:2]  # says what is wrong with it
+        height, width = decode_picture(data, name).shape[:2]  # raises, with the reason
         return height, width
     return (width, height) if turned else (height, width)
 
 
 def picture_error(error: Exception) -> str:
-    """What PIL says is wrong with a file, without the name of an object in memory."""
-    return "of no format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+    """PIL's reason why a file cannot be read, without the name of an object in memory."""
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
     """Scale to cover ``size`` (height, width) and crop the middle ("Crop and Resize" elsewhere).
 
-    Of a picture, or of a hint (H, W, C) of any number of channels. No float goes beyond those of its channel.
+    ``picture``: (H, W, 3), or a hint (H, W, C) of any number of channels and number format; the result has its format.
+    Floats stay in the range of their channel.
     """
     height, width = size
     if picture.shape[:2] == (height, width):
@@ -258,7 +283,7 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
+    """B pictures of one size, uint8 (H, W, 3), as one tensor (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -271,7 +296,8 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
 def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all: to a neighbour first, then renamed over the target.
 
-    ``data`` is what to write, or, for what is too large to be held twice, a function that writes it to a path.
+    ``data``: the bytes, or, where they are too many to be held twice, a function that writes them to a path. Raises
+    ``OSError`` as writing does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
@@ -299,9 +325,10 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
 def write_png(
     path: Path, picture: np.ndarray, settings: Mapping[str, Any] | None = None, colours: int | None = None
 ) -> None:
-    """Write a PNG, with its settings as JSON in the text field ``parameters`` (where other tools look for them).
+    """Write a picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file, whole or not at all.
 
-    ``colours``: with a palette of so many (2 to 256), a third of the size: for contact sheets that documents keep.
+    ``settings``: written as JSON to the text field ``parameters``, where other tools look for them. ``colours``: the
+    size of a palette (2 to 256), which makes a third of the bytes: for contact sheets in documents.
     """
     info = PngImagePlugin.PngInfo()
     if settings:
@@ -310,7 +337,7 @@ def write_png(
 
 
 def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, colours: int | None = None) -> bytes:
-    """A picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file's bytes."""
+    """A picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file's bytes; ``colours`` as in ``write_png``."""
     buffer = io.BytesIO()
     image = Image.fromarray(picture)
     (image.quantize(colours) if colours else image).save(buffer, "PNG", pnginfo=info, optimize=colours is not None)
@@ -318,7 +345,15 @@ def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, c
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
-    """Pictures side by side, each scaled to fit a square of ``cell`` pixels, with a label above each column."""
+    """Lay out pictures in rows and columns, each scaled to fit a square of ``cell`` pixels, on white.
+
+    Args:
+        rows: uint8 pictures (H, W, 3) of any sizes; rows may have different lengths.
+        labels: one above each column, cut where it is wider than the column; none by default.
+
+    Returns:
+        uint8 (R (cell + 4) + 4, C (cell + 4) + 4, 3) for R rows of at most C pictures; 20 pixels higher with labels.
+    """
     columns = max(len(row) for row in rows)
     gap, head = 4, 20 if labels else 0
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + head), "white")

@@ -1,4 +1,4 @@
-"""Which number format pays on this machine, found by a probe of a fraction of a second.
+"""The number format that is fastest on this machine, found by a probe of a fraction of a second.
 
 bfloat16 is 5-7 times faster than float32 on a CPU with AMX, and over two hundred times slower on one with AVX2 alone
 (docs/decisions.md).
@@ -36,7 +36,7 @@ def bf16_pays(device_type: str) -> bool:
 
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The formats of half precision. float16 is not chosen by itself: what is small is lost in it, so losses are scaled."""
+"""The formats of half precision. float16 is used only on request: it loses small numbers, so losses are scaled."""
 
 _settled: dict[str, str] = {}
 
@@ -47,12 +47,12 @@ def faster_format(device_type: str) -> str:
 
 
 def number_format(device_type: str) -> str:
-    """What was settled, where something was; else the faster one."""
+    """The format that ``settle_format`` fixed for this process; else the faster one."""
     return _settled.get(device_type) or faster_format(device_type)
 
 
 def settle_format(device_type: str, name: str) -> None:
-    """Keep to one format for the rest of the process: a resumed run must go on in the one it began in."""
+    """Fix one format (``bfloat16``, ``float16``, ``float32``) for the rest of the process: a resumed run needs it."""
     _settled[device_type] = name
 
 

@@ -1,4 +1,4 @@
-"""Random draws keyed by what they are for, never by when they are made.
+"""Random draws keyed by their purpose, never by the time they are made.
 
 A draw for (seed, step, sample) is the same whatever the batch size, the order of the work, the number
 of workers or the point at which a run was resumed. (One exception: the noise a generated picture starts

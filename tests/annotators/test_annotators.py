@@ -6,22 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from controlkit.annotators import (
-    ANNOTATORS,
-    GIVEN,
-    METRIC_OF,
-    annotate,
-    annotator,
-    canny,
-    contract,
-    inpaint,
-    lineart,
-    mlsd,
-    scribble,
-    softedge,
-    tile,
-    white_on_black,
-)
+from controlkit.annotators import all_kinds, annotate, annotator, contract, names_of, white_on_black
+from controlkit.annotators.lines import canny, lineart, mlsd, scribble, softedge
+from controlkit.annotators.regions import inpaint, tile
 from controlkit.errors import UserError
 from controlkit.measure import METRICS
 
@@ -38,11 +25,11 @@ def disc():
 
 def test_canny_is_opencv_s_at_100_and_200(disc):
     assert np.array_equal(canny(disc), np.repeat(cv2.Canny(disc, 100, 200)[..., None], 3, axis=2))
-    assert np.array_equal(annotate(disc, annotator("canny").hint()), canny(disc))
+    assert np.array_equal(annotate(disc, annotator("canny").spec()), canny(disc))
 
 
 def test_lower_thresholds_find_fainter_edges(disc):
-    faint = annotate(disc, annotator("canny").hint(low=10, high=20)) > 0
+    faint = annotate(disc, annotator("canny").spec(low=10, high=20)) > 0
     strong = canny(disc) > 0
     assert faint[strong].all()
     assert faint.sum() > 1.5 * strong.sum()
@@ -68,26 +55,26 @@ def test_the_pen_s_width_and_the_detail_are_options(disc):
     assert detailed[plain].all() and detailed[:14, :14].any() and not plain[:14, :14].any(), "the speck"
 
 
-@pytest.mark.parametrize("name", ANNOTATORS)
+@pytest.mark.parametrize("name", names_of(lambda kind: kind.makes))
 def test_every_annotator_keeps_to_the_common_form(name, disc):
-    known = ANNOTATORS[name]
+    known = annotator(name)
     options = {k: p.default for k, p in inspect.signature(known.function).parameters.items() if k != "picture"}
-    assert known.options == options, "the table's options are the function's"
+    assert known.spec().options == options, "the model's options are the function's"
+    assert all(type(value) is float for value in options.values()), "as files hold them"
     picture, plain = disc[:48, ::-1], np.full((64, 64, 3), 200, np.uint8)  # cropped and mirrored: not contiguous
     if name == "mlsd":  # a disc has no straight lines, the speck beside it none long enough
         picture = np.kron(picture[:24, 30:62], np.ones((2, 2, 1), np.uint8))
         picture[:, 8:24] = 0
-    hint = annotate(picture, known.hint())
+    hint = annotate(picture, known.spec())
     assert hint.shape == (48, 64, 3 if known.mask_value is None else 4) and hint.dtype == np.uint8 and hint.any()
     if name not in ("tile", "inpaint"):
-        assert not annotate(plain, known.hint()).any(), "nothing is drawn of nothing"
-    assert annotate(disc, known.hint(), (32, 48)).shape[:2] == (32, 48)
+        assert not annotate(plain, known.spec()).any(), "nothing is drawn of nothing"
+    assert annotate(disc, known.spec(), (32, 48)).shape[:2] == (32, 48)
 
 
 def test_whatever_makes_or_is_given_as_hints_has_a_metric_or_is_known_to_have_none():
-    assert set(METRIC_OF.values()) <= set(METRICS)
-    assert {*ANNOTATORS, *GIVEN} - set(METRIC_OF) == {"", "ip2p", "shuffle"}, "what they look like is not prescribed"
-    assert set(METRIC_OF) <= {*ANNOTATORS, *GIVEN}
+    assert {kind.metric for kind in all_kinds()} - {""} <= set(METRICS)
+    assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle"], "what they look like is not prescribed"
 
 
 # --- soft edges and lines -----------------------------------------------------------------------------------
@@ -174,10 +161,12 @@ def test_a_tile_keeps_what_is_large_and_loses_what_is_small():
 
 
 def test_a_tile_control_from_elsewhere_reads_the_picture_as_it_is(disc):
-    assert np.array_equal(annotate(disc, contract("tile")), disc)
-    assert np.array_equal(annotate(disc, annotator("tile").hint()), tile(disc))
-    with pytest.raises(UserError, match=r"shrink is 0\.5: expected 1"):
-        annotate(disc, annotator("tile").hint(shrink=0.5))
+    assert contract("tile", foreign=True).options == {"shrink": 1.0}
+    assert np.array_equal(annotate(disc, contract("tile", foreign=True)), disc)
+    assert np.array_equal(annotate(disc, annotator("tile").spec()), tile(disc))
+    assert np.array_equal(annotate(disc, contract("tile")), tile(disc)), "as training, doctor and build make them"
+    with pytest.raises(UserError, match=r"tile's shrink is 0\.5: expected greater than or equal to 1"):
+        annotate(disc, annotator("tile").spec(shrink=0.5))
 
 
 def noise(count, shape=(48, 64, 3)):
@@ -219,17 +208,17 @@ def test_a_picture_with_a_mask_is_its_own_hint_for_inpainting(disc):
 
 def test_what_nothing_makes_is_given_as_it_is(disc):
     for name in ("depth", "normal", "seg", "pose"):
-        assert contract(name) is GIVEN[name] and np.array_equal(annotate(disc, contract(name)), disc)
+        assert not contract(name).options and np.array_equal(annotate(disc, contract(name)), disc)
         with pytest.raises(UserError, match=f'no annotator "{name}"'):
             annotator(name)
-    assert contract("softedge") == annotator("softedge").hint(), "what is made here is not given"
+    assert contract("softedge") == annotator("softedge").spec(), "what is made here is not given"
 
 
 # --- contracts ----------------------------------------------------------------------------------------------
 
 
 def test_a_contract_holds_the_options_it_was_made_with():
-    contract = annotator("canny").hint(low=50)
+    contract = annotator("canny").spec(low=50)
     assert (contract.annotator, contract.options) == ("canny", {"low": 50, "high": 200.0})
 
 
@@ -237,7 +226,7 @@ def test_an_unknown_annotator_or_option_names_the_nearest():
     with pytest.raises(UserError, match='no annotator "cany": did you mean "canny"'):
         annotator("cany")
     with pytest.raises(UserError, match='canny has no option "hihg": did you mean "high"'):
-        annotator("canny").hint(hihg=3)
+        annotator("canny").spec(hihg=3)
 
 
 def test_lines_become_white_on_black_whichever_way_they_were_drawn(disc):

@@ -24,8 +24,8 @@ from controlkit.backbones.unet import TextTower
 from controlkit.branch import ControlSpec
 from controlkit.controls import Adapter
 from controlkit.formats import WEIGHTS, convert
-from controlkit.formats.control import _branch
 from controlkit.formats.describe import describe
+from controlkit.formats.networks import read_network
 from controlkit.formats.weights import Weights, read_weights
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def test_every_residual_is_diffusers(name):
     stock = with_drawn_joins(ControlNetModel(**config).eval(), call)
     down, middle = call(stock)
     base = base_of(name)
-    branch = _branch(name, Weights("controlnet", stock.state_dict(), config), base, ControlSpec()).eval()
+    branch = read_network(name, Weights("controlnet", stock.state_dict(), config), base, ControlSpec()).eval()
     ours = branch(x, t, text, branch.encode_hint(hint))
     distances = [relative(ours[tap.name], r) for tap, r in zip(base.branch_taps, [*down, middle], strict=True)]
     print(f"{name}: {sum(p.numel() for p in branch.parameters()):,} parameters, largest distance {max(distances):.1e}")
@@ -165,7 +165,7 @@ def test_every_residual_of_a_union_is_diffusers():
     stock = with_drawn_joins(stock, call)
     down, middle = call(stock)
     base = base_of("sdxl")
-    branch = _branch("union", Weights("union", stock.state_dict(), config), base, ControlSpec()).eval()
+    branch = read_network("union", Weights("union", stock.state_dict(), config), base, ControlSpec()).eval()
     ours = branch(x, t, text, branch.encode_hint(hints))
     distances = [relative(ours[tap.name], r) for tap, r in zip(base.branch_taps, [*down, middle], strict=True)]
     print(f"union: {sum(p.numel() for p in branch.parameters()):,} parameters, largest distance {max(distances):.1e}")

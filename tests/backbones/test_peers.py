@@ -1,7 +1,6 @@
 """SDXL, Union, T2I-Adapter and pooled controls: each residual, and whole sampling runs, against diffusers' own."""
 
 import inspect
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,14 +17,14 @@ from diffusers import (
     T2IAdapter,
 )
 
-from conftest import draw_inputs, relative, stock_inputs
+from conftest import draw_inputs, make, relative, stock_inputs
 from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec
-from controlkit.sample import Control, Job, SamplingSettings, generate, strength_table
+from controlkit.sample import PreparedControl, SamplingSettings, scale_table
 
 CONTRACT = HintSpec("")
 STEPS = 10
@@ -58,20 +57,19 @@ def peer(request):
     return build
 
 
-def both_runs(base, pipeline, controls, hints, images, **options):
+def both_runs(base, pipeline, controls, hints, uses, images, **options):
     """(our last latents, the peer's) for one prompt; and it is checked that the controls did something."""
-    job = Job("a red apple, 3d style", 5, hints, options.pop("negative_prompt", None))
-    settings = SamplingSettings(STEPS, 4.0, (SIDE, SIDE))
-    ours, plain = (next(generate(base, [replace(job, hints=h)], c, settings)) for c, h in ((controls, hints), ((), ())))
+    texts = {"prompt": "a red apple, 3d style", "negative_prompt": options.pop("negative_prompt", None)}
+    settings = {**texts, "seed": 5, "steps": STEPS, "guidance": 4.0, "size": (SIDE, SIDE)}
+    ours, plain = (make(base, *under, **settings) for under in ((controls, hints, uses), ()))
     assert relative(ours.latents, plain.latents) > 0.01  # so that being equal to the peer says something
     theirs = pipeline(
-        prompt=job.prompt,
-        negative_prompt=job.negative,
+        **texts,
         height=SIDE,
         width=SIDE,
         num_inference_steps=STEPS,
         guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(job.seed),
+        generator=torch.Generator().manual_seed(5),
         output_type="latent",
         **images,
         **options,
@@ -93,9 +91,10 @@ def test_a_whole_run_on_sdxl_is_the_stock_pipelines(xl_base, drawn_joins, to_dif
     pictures = [draw_picture(seed) for seed in range(count)]
     stock = [to_diffusers(branch, xl_base) for branch in branches]
     pipeline = peer(StableDiffusionXLControlNetPipeline, xl_base, controlnet=stock)
-    controls = [Control(branch, CONTRACT, k, guess=guess) for branch, k in zip(branches, scales, strict=True)]
+    controls = [SavedControl(branch, CONTRACT) for branch in branches]
+    uses = [{"scale": k, "guess": guess} for k in scales]
     images = {"image": [tensor(p) for p in pictures], "controlnet_conditioning_scale": scales, "guess_mode": guess}
-    ours, theirs = both_runs(xl_base, pipeline, controls, tuple(pictures), images, **options)
+    ours, theirs = both_runs(xl_base, pipeline, controls, pictures, uses, images, **options)
     assert relative(ours, theirs) <= 1e-4
 
 
@@ -116,8 +115,9 @@ def test_a_pooled_control_is_the_stock_pipelines(deep_base, drawn_joins, tmp_pat
     ours, theirs = both_runs(
         deep_base,
         pipeline,
-        [Control(branch, CONTRACT, 0.8)],
-        (picture,),
+        [SavedControl(branch, CONTRACT)],
+        [picture],
+        [{"scale": 0.8}],
         {"image": tensor(picture)},
         controlnet_conditioning_scale=0.8,
     )
@@ -137,9 +137,8 @@ def test_beside_a_pooled_control_an_ordinary_one_still_speaks_to_both_halves(dee
         drawn_joins(new_control(deep_base, ControlSpec(pool=pool)), base=deep_base) for pool in ("mean", "none")
     )
     for order in ((pooled, plain), (plain, pooled)):
-        table = strength_table(
-            [Control(branch, CONTRACT) for branch in order], deep_base.taps, 2, 1, SamplingSettings(1)
-        )
+        controls = [PreparedControl(branch, {"": CONTRACT}) for branch in order]
+        table = scale_table(controls, deep_base.taps, 2, 1, SamplingSettings(1))
         taps = [i for i, tap in enumerate(deep_base.taps) if tap.site != "encoder"]
         halves = {branch: table[i, :, taps, 0, 0, 0] for i, branch in enumerate(order)}
         assert halves[plain].eq(1).all()
@@ -212,7 +211,7 @@ def test_a_whole_run_of_a_union_is_the_stock_pipelines(union, xl_base, peer):
     pictures = {"canny": draw_picture(0), "depth": draw_picture(1)}
     pipeline = peer(StableDiffusionXLControlNetUnionPipeline, xl_base, controlnet=stock)
     images = {"control_image": [tensor(p) for p in pictures.values()], "control_mode": [3, 1]}
-    ours, theirs = both_runs(xl_base, pipeline, [Control(branch, CONTRACT)], (pictures,), images)
+    ours, theirs = both_runs(xl_base, pipeline, [SavedControl(branch, CONTRACT)], [pictures], (), images)
     assert relative(ours, theirs) <= 1e-4
 
 
@@ -240,6 +239,7 @@ def draw_adapter(folder, config):
     return stock
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("kind", ["full", "full_xl"])
 def test_a_whole_run_of_an_adapter_is_the_stock_pipelines(kind, tmp_path, peer, request):
     name, config = ADAPTERS[kind]
@@ -252,14 +252,16 @@ def test_a_whole_run_of_an_adapter_is_the_stock_pipelines(kind, tmp_path, peer, 
     ours, theirs = both_runs(
         base,
         pipeline,
-        [Control(saved.branch, saved.hint, 0.9)],
-        (picture,),
+        [saved],
+        [picture],
+        [{"scale": 0.9}],
         {"image": tensor(picture)},
         adapter_conditioning_scale=0.9,
     )
     assert relative(ours, theirs) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_s_features_are_diffusers_and_are_made_once_a_picture(kind, tmp_path, request):
     name, config = ADAPTERS[kind]
@@ -272,14 +274,7 @@ def test_an_adapter_s_features_are_diffusers_and_are_made_once_a_picture(kind, t
             assert relative(ours, theirs) <= 1e-5
     made = []
     saved.branch.network.register_forward_hook(lambda *args: made.append(1))
-    list(
-        generate(
-            base,
-            [Job("", 0, (draw_picture(0),))],
-            [Control(saved.branch, saved.hint)],
-            SamplingSettings(3, size=(64, 64)),
-        )
-    )
+    make(base, [saved], [draw_picture(0)], prompt="", steps=3, size=(64, 64))
     assert len(made) == 1
 
 
@@ -310,18 +305,20 @@ def test_in_bfloat16_we_are_no_further_from_single_precision_than_the_peer(deep_
     assert 0 < distance <= 1.1 * peers
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say what its hints are")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_base_and_a_control_in_half_precision_make_the_same_picture_nearly(
     xl_folder, xl_base, drawn_joins, tmp_path, dtype
 ):
     branch = drawn_joins(new_control(xl_base), base=xl_base).eval()
     save_control(tmp_path / "edges", SavedControl(branch, CONTRACT), xl_base)
-    job, settings = Job("a red apple", 1, (draw_picture(2),)), SamplingSettings(3, 4.0, (SIDE, SIDE))
     half = load_base(xl_folder, dtype=dtype)
     saved = load_control(tmp_path / "edges", half, "")
     assert {p.dtype for p in saved.branch.parameters()} == {dtype}
     assert half.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-    (exact,) = generate(xl_base, [job], [Control(branch, CONTRACT)], settings)
-    (made,) = generate(half, [job], [Control(saved.branch, CONTRACT)], settings)
+    exact, made = (
+        make(on, [SavedControl(network, CONTRACT)], [draw_picture(2)], prompt="a red apple", steps=3, size=(SIDE, SIDE))
+        for on, network in ((xl_base, branch), (half, saved.branch))
+    )
     assert 0 < relative(made.latents, exact.latents) < 0.05
     assert np.abs(made.pixels.astype(int) - exact.pixels.astype(int)).mean() < 8

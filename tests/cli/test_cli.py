@@ -1,16 +1,21 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers import ControlNetModel
 from PIL import Image
+from pydantic import BaseModel
 
 from controlkit.annotators import contract
+from controlkit.cli.pictures import control_requests, split_control
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
+from controlkit.errors import Invalid
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec, write_png
+from controlkit.sample import ControlRequest, Request
 from controlkit.train import recipe
 
 
@@ -35,13 +40,74 @@ def drawing(tmp_path):
 def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, control, drawing, tmp_path):
     out = tmp_path / "out"
     command = ["generate", "a red square", "--base", toy_folder, "--control", f"{control}={drawing}", "--out", out]
-    code, _, err = run(*command, "--num", 2, "--steps", 2, "--seed", 5)
+    code, _, err = run(*command, "--num-images", 2, "--steps", 2, "--seed", 5)
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["grid.png", "hint-0-edges.png", "picture-5.png", "picture-6.png"]
     with Image.open(out / "picture-6.png") as picture:
         facts = json.loads(picture.text["parameters"])
         assert picture.size == (32, 32)
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
+    assert (facts["width"], facts["height"], facts["base"], facts["dtype"]) == (32, 32, str(toy_folder), "fp32")
+    written = {key: value for key, value in facts.items() if key in Request.model_fields}
+    again = Request(**written)
+    assert again.controls == (ControlRequest(name=str(control), images=drawing, hint_cfg_scale=1.0),)
+    (tmp_path / "request.json").write_text(json.dumps(written | {"seed": 5}))
+    repeat = ["generate", "--request", tmp_path / "request.json", "--base", toy_folder, "--out", tmp_path / "again"]
+    code, _, err = run(*repeat, "--num-images", 2)
+    assert code == 0, err
+    assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
+    code, _, err = run(*repeat, "--steps", 3)
+    assert code == 2 and "leave out steps" in err
+    (tmp_path / "request.json").write_text('{"steps": 0}')
+    code, _, err = run(*repeat)
+    assert code == 2 and "request.json" in err and '"steps" is 0' in err
+
+
+def test_settings_of_a_control_are_its_own_and_others_serve_those_that_have_none():
+    shared = {"scale": 0.7, "guess": False, "ready": False, "hint_cfg_scale": 1.5}
+    first, second, union = control_requests(
+        [
+            "canny=a.png,scale=0.5,start=0.1,end=0.6,hint-cfg=2,annotator=canny,ready",
+            "edges.pth=b.png",
+            "u:depth=c.png",
+        ],
+        shared,
+        "scribble",
+    )
+    assert first == ControlRequest(
+        name="canny", images="a.png", scale=0.5, start=0.1, end=0.6, hint_cfg_scale=2, annotator="canny", ready=True
+    )
+    assert second == ControlRequest(
+        name="edges.pth", images="b.png", scale=0.7, hint_cfg_scale=1.5, annotator="scribble"
+    )
+    assert union == ControlRequest(name="u", images={"depth": "c.png"}, scale=0.7, hint_cfg_scale=1.5)
+
+
+def test_a_union_s_types_are_one_control_with_one_set_of_settings():
+    given = ["u:canny=a.png,scale=0.5", "u:depth=b.png,guess", "canny=c.png"]
+    union, other = control_requests(given, {})
+    assert union == ControlRequest(name="u", images={"canny": "a.png", "depth": "b.png"}, scale=0.5, guess=True)
+    assert other == ControlRequest(name="canny", images="c.png")
+    for more, sentence in (("u:canny=d.png", "was given twice"), ("u:seg=d.png,scale=0.6", 'two values of "scale"')):
+        with pytest.raises(Invalid, match=sentence):
+            control_requests([*given, more], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "settings"),
+    [
+        ("x=a,b.png", "a,b.png", {}),
+        ("x=a,scale=1/b.png,ready", "a,scale=1/b.png", {"ready": True}),
+        ("x=a=b,c=d.png,end=0.5,scale=2", "a=b,c=d.png", {"end": "0.5", "scale": "2"}),
+        ("x=taken,scale=2", "taken,scale=2", {}),
+    ],
+)
+def test_a_picture_s_path_may_hold_commas_and_equals_signs(text, path, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.png", "a=b,c=d.png", "taken,scale=2", "a,scale=1/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert split_control(text) == ("x", "", Path(path), settings)
 
 
 def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
@@ -60,7 +126,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run, toy_folder, tmp_path):
 def test_a_given_hint_is_not_annotated(run, toy_folder, control, drawing, tmp_path):
     command = ["generate", "x", "--base", toy_folder, "--control", f"{control}={drawing}", "--steps", 1]
     run(*command, "--out", tmp_path / "a")
-    run(*command, "--out", tmp_path / "b", "--hint")
+    run(*command, "--out", tmp_path / "b", "--hint-ready")
     hints = [np.asarray(Image.open(tmp_path / name / "hint-0-edges.png")) for name in "ab"]
     assert set(np.unique(hints[0])) <= {0, 255}
     assert not np.array_equal(hints[0], hints[1])
@@ -109,7 +175,7 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     code, out, err = run("train", *flags, "--set", "prompt_dropout=0.25")
     assert "note: 2 pairs are held out to measure on" in out
     assert code == 0 and "--allow_tf32 is not needed" in err and list((tmp_path / "run" / "tensorboard").iterdir())
-    trained = load_control(tmp_path / "run", toy_base).trained
+    trained = load_control(tmp_path / "run", toy_base, "canny").trained
     assert trained["step"] == 2 and trained["recipe"]["prompt_dropout"] == 0.25, "an epoch of four pairs, two a step"
     code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")
     assert code == 2 and '"--ouut" is no option of train' in err
@@ -174,9 +240,20 @@ def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path
     assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out
 
 
-def test_every_setting_of_a_recipe_is_documented():
-    text = Path(recipe.__file__).read_text()
-    assert all(f"    {name}: " in text for name in recipe.Recipe.model_fields)
+def settings_of(model, prefix=""):
+    """A recipe's keys as a user writes them, such as ``evaluation.every``."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_setting_of_a_recipe_is_in_the_table_of_docs_once_and_no_other():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = page.partition("## Settings")[2].partition("| key | meaning |")[2].partition("\n\n")[0]
+    keys = [key for row in table.splitlines() if row for key in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    assert sorted(keys) == sorted(settings_of(recipe.Recipe))
 
 
 BAD = {
@@ -190,7 +267,11 @@ BAD = {
     "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
     "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
     "a seed torch cannot take": (["--seed", "99999999999999999999"], "--seed"),
-    "too many scales": (["--control", "{control}={drawing}", "--scale", "1", "--scale", "2"], "--scale"),
+    "an unknown setting of a control": (["--control", "{control}={drawing},scael=2"], 'did you mean "scale"'),
+    "a setting given twice": (["--control", "{control}={drawing},scale=2,scale=1"], '"scale" twice'),
+    "a scale that is no number": (["--control", "{control}={drawing},scale=big"], "\"scale\" is 'big'"),
+    "an end before its start": (["--control", "{control}={drawing},start=0.5,end=0.2"], "expected start <= end"),
+    "a request that is not there": (["--request", "nowhere.json"], "no request at nowhere.json"),
 }
 
 
@@ -201,7 +282,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, case, toy_folder, cont
     filled = [a.format(control=control, drawing=drawing, broken=tmp_path / "broken.png") for a in arguments]
     if "--base" not in filled:
         filled += ["--base", toy_folder]
-    code, _, err = run("generate", "x", "--steps", 1, *filled, "--out", tmp_path / "out")
+    whole = [] if "--request" in filled else ["x", "--steps", 1]
+    code, _, err = run("generate", *whole, *filled, "--out", tmp_path / "out")
     assert code == 2
     assert expected in err
     assert "Traceback" not in err
@@ -309,7 +391,7 @@ def test_a_shipped_union_s_types_are_found_by_their_own_names(run, shipped, toy_
     assert load_control(tmp_path / "edges", toy_base).hint == load_control("canny", toy_base).hint == contract("canny")
     command = ["generate", "x", "--base", toy_folder, "--steps", 2, "--control"]
     for i, name in enumerate(("depth", "union:depth", "canny")):
-        assert run(*command, f"{name}={drawing}", "--hint", "--out", tmp_path / str(i))[0] == 0
+        assert run(*command, f"{name}={drawing}", "--hint-ready", "--out", tmp_path / str(i))[0] == 0
     pictures = [np.asarray(Image.open(tmp_path / str(i) / "picture-0.png")).astype(int) for i in range(3)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 < np.abs(pictures[0] - pictures[2]).max()
 

@@ -185,7 +185,7 @@ def test_an_adapter_has_no_joins(words, toy_base, tmp_path):
 
 def test_a_control_of_the_other_kind_is_no_start(runs, toy_base, tmp_path, drawn_joins):
     save_control(tmp_path / "copy", SavedControl(drawn_joins(new_control(toy_base)), HintSpec("canny")), toy_base)
-    with pytest.raises(UserError, match="ControlBranch; this recipe starts from a Adapter"):
+    with pytest.raises(UserError, match="is a ControlNet; this recipe starts from a T2I-Adapter"):
         asked = {"body": "adapter", "start_from": str(tmp_path / "copy")}
         next(train_control(parse_recipe({**TINY, "control": asked}), tmp_path / "run", toy_base))
 

@@ -6,15 +6,14 @@ import torch
 from diffusers import ControlNetModel
 from safetensors.torch import load_file
 
-from conftest import draw_inputs
+from conftest import draw_inputs, make
 from controlkit.annotators import annotate, contract, joined
 from controlkit.backbones import ActiveControl
 from controlkit.controls import MultiBranch, new_control
 from controlkit.data import CirclePairs
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, load_control
+from controlkit.formats import WEIGHTS, SavedControl, load_control
 from controlkit.images import write_png
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import hint_specs, train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import new_branch
@@ -101,12 +100,12 @@ def test_composed_in_use_they_make_what_was_measured(trained, toy_base):
     saved = [load_control(out / "control" / name, toy_base) for name in BOTH]
     pair = CirclePairs(toy_base.size, 1, first=30)[0]
     hints = [annotate(pair.picture, one.hint) for one in saved]
-    settings, job = SamplingSettings(2, 4.0), Job(pair.prompt, 3)
-    as_one = Control(MultiBranch({one.hint.annotator: one.branch for one in saved}), joined(BOTH))
-    [measured] = generate(toy_base, [Job(job.prompt, 3, (np.concatenate(hints, 2),))], [as_one], settings)
-    [used] = generate(toy_base, [Job(job.prompt, 3, tuple(hints))], [Control.of(one) for one in saved], settings)
+    settings = {"prompt": pair.prompt, "seed": 3, "steps": 2}
+    as_one = SavedControl(MultiBranch({one.hint.annotator: one.branch for one in saved}), joined(BOTH))
+    measured = make(toy_base, [as_one], [np.concatenate(hints, 2)], **settings)
+    used = make(toy_base, saved, hints, **settings)
     assert torch.equal(measured.latents, used.latents)
-    [plain] = generate(toy_base, [job], [], settings)
+    plain = make(toy_base, **settings)
     assert not torch.equal(measured.latents, plain.latents)
 
 

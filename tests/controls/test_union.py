@@ -11,8 +11,8 @@ from conftest import draw_inputs, randomised, relative, stock_inputs
 from controlkit.annotators import contract
 from controlkit.branch import ControlBranch
 from controlkit.controls import new_control, new_union
-from controlkit.controls.union import OneType, UnionBranch
-from controlkit.errors import UserError
+from controlkit.controls.union import OneType, UnionBranch, time_width
+from controlkit.errors import Unsupported, UserError
 from controlkit.formats import WEIGHTS, SavedControl, convert, load_control, save_control
 from controlkit.images import HintSpec
 
@@ -97,3 +97,8 @@ def test_contracts_of_types_that_there_are_not_are_refused(union_folder, toy_bas
     save_file(load_file(union_folder / WEIGHTS), tmp_path / "union" / WEIGHTS, metadata)
     with pytest.raises(UserError, match="cany"):
         load_control(tmp_path / "union", toy_base)
+
+
+def test_a_base_without_a_time_embedding_has_no_union():
+    with pytest.raises(Unsupported, match='beside a time embedding; "tokens" has none'):
+        time_width(torch.nn.Linear(2, 2), "tokens")

@@ -3,23 +3,21 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetXSAdapter, DDIMScheduler, StableDiffusionXLControlNetXSPipeline, UNetControlNetXSModel
 
-from conftest import draw_inputs, relative, stock_inputs
+from conftest import draw_inputs, make, relative, stock_inputs
 from controlkit.backbones import ActiveControl, recomputed
 from controlkit.branch import ControlSpec
 from controlkit.controls import XSBranch, new_control
-from controlkit.controls.xs import adapter_config, new_adapter
+from controlkit.controls.xs import xs_network, xs_settings
 from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, SavedControl, convert, describe, load_control, save_control
+from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, describe, load_control, save_control
 from controlkit.formats.weights import Weights, labelled
 from controlkit.images import HintSpec
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train.recipe import parse_recipe
 
 XS = ControlSpec(body="xs")
@@ -100,11 +98,11 @@ def test_the_prediction_is_that_of_diffusers_fused_network(base, scale):
 
 @torch.no_grad()
 def test_a_time_embedding_of_its_own_is_mixed_in_as_diffusers_does(xl_base):
-    config = adapter_config(xl_base.unet.config, xl_base.stride) | {
+    config = xs_settings(xl_base.unet.config, xl_base.stride) | {
         "learn_time_embedding": True,
         "time_embedding_mix": 0.95,
     }
-    branch = drawn(XSBranch(new_adapter(config), xl_base.branch_taps), xl_base)
+    branch = drawn(XSBranch(xs_network(config), xl_base.branch_taps), xl_base)
     inputs = draw_inputs(xl_base)
     rows, more = stock_inputs(inputs)
     theirs = fused(xl_base, branch.network)(*rows, inputs[3], 0.6, **more).sample
@@ -119,10 +117,9 @@ def test_a_time_embedding_of_its_own_is_mixed_in_as_diffusers_does(xl_base):
 def test_a_whole_run_on_sdxl_is_the_stock_pipeline_s(xl_base):
     branch = drawn(new_control(xl_base, XS), xl_base)
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    control = Control(branch, CONTRACT, scale=0.7)
-    job, settings = Job("a red apple, 3d style", 5, (picture,)), SamplingSettings(6, 4.0, (64, 64))
-    (ours,) = generate(xl_base, [job], [control], settings)
-    (plain,) = generate(xl_base, [replace(job, hints=())], [], settings)
+    settings = {"prompt": "a red apple, 3d style", "seed": 5, "steps": 6, "guidance": 4.0, "size": (64, 64)}
+    ours = make(xl_base, [SavedControl(branch, CONTRACT)], [picture], [{"scale": 0.7}], **settings)
+    plain = make(xl_base, **settings)
     towers, unet = xl_base.towers, fused(xl_base, branch.network)
     pipeline = StableDiffusionXLControlNetXSPipeline(
         vae=xl_base.vae,
@@ -136,14 +133,14 @@ def test_a_whole_run_on_sdxl_is_the_stock_pipeline_s(xl_base):
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        job.prompt,
+        settings["prompt"],
         image=CONTRACT.tensor(picture, (64, 64)),
         height=64,
         width=64,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(job.seed),
-        controlnet_conditioning_scale=control.scale,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        controlnet_conditioning_scale=0.7,
         output_type="latent",
     ).images[0]
     assert relative(ours.latents, theirs) <= 1e-4
@@ -232,7 +229,7 @@ def test_it_is_as_wide_as_asked_for_and_unless_asked_32_channels_or_half_of_a_sm
 
     assert widths() == [8, 16, 16] and widths(size_ratio=0.25) == [4, 8, 8]
     config = dict(toy_base.unet.config) | {"block_out_channels": (320, 640, 1280), "attention_head_dim": 8}
-    assert adapter_config(config, 8)["block_out_channels"] == [32, 64, 128]
+    assert xs_settings(config, 8)["block_out_channels"] == [32, 64, 128]
     with pytest.raises(UserError, match=re.escape("[0, 1, 1] channels for attention of [1, 1, 1] heads")):
         widths(size_ratio=0.05)
 
@@ -307,7 +304,7 @@ def test_what_it_cannot_be_is_refused(toy_base, deep_base, xl_base, tmp_path):
         UserError, match=r"does not fit the base \"toy\": its base_block_out_channels is \[8, 16, 16, 24\]"
     ):
         load_control(tmp_path / "theirs", toy_base)
-    convert(tmp_path / "walker", tmp_path / "half", "diffusers", "fp16")
+    convert(tmp_path / "walker", tmp_path / "half", "diffusers", options=WriteOptions("fp16"))
     assert load_control(tmp_path / "half", toy_base).branch.spec == XS
 
 
@@ -326,4 +323,4 @@ def test_a_recipe_that_makes_no_sense_is_refused(control, words):
 
 def test_a_base_of_three_layers_a_level_is_refused(toy_base):
     with pytest.raises(UserError, match="one or two layers a level; this one has 3"):
-        new_adapter(adapter_config(toy_base.unet.config, 4) | {"layers_per_block": 3})
+        xs_network(xs_settings(toy_base.unet.config, 4) | {"layers_per_block": 3})

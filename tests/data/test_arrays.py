@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import make
 from controlkit.annotators import annotate, annotator, contract, joined, parts_of
 from controlkit.data import (
     CirclePairs,
@@ -28,7 +29,6 @@ from controlkit.errors import UserError
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, decode_hint, fit, png_bytes, read_hint, read_picture, write_png
 from controlkit.measure import edge_f1, fidelity
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import resolve, train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import training_pairs
@@ -195,7 +195,7 @@ def test_a_control_of_five_channels_is_trained_saved_and_used(arrays, toy_base, 
     assert saved.branch.hint_encoder.convs[0].in_channels == 5
     read = []
     saved.branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    list(generate(toy_base, [Job("", 0, (five(3),))], [Control.of(saved)], SamplingSettings(1)))
+    make(toy_base, [saved], [five(3)], prompt="", steps=1)
     assert torch.equal(read[0], torch.tensor(five(3)).permute(2, 0, 1)[None]), "the very values, no rounding"
 
 
@@ -203,10 +203,10 @@ def test_the_command_line_takes_an_array_for_a_hint_and_shows_it(arrays, toy_bas
     list(train_control(recipe_of(arrays, FIVE, evaluation={"every": 0}), tmp_path / "run", toy_base))
     shown = f"{tmp_path / 'run'}={arrays / 'conditioning/2.npy'}"
     words = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path / "out", "--control", shown]
-    assert run(*words, "--hint")[0] == 0
+    assert run(*words, "--hint-ready")[0] == 0
     assert read_picture(tmp_path / "out" / "hint-0-run.png").shape == (SIDE, SIDE, 3)
     code, _, said = run(*words)
-    assert code == 2 and "arrays are hints already: say so by --hint" in said
+    assert code == 2 and "arrays are hints already: say so by ready (--hint-ready)" in said
     doctor = ["data", "doctor", arrays, "--annotator", "depth", "--out", tmp_path / "told"]
     assert run(*doctor, "--channels", 5, "--low", -1)[0] == 0
     assert run(*doctor)[0] == 1 and run(*doctor[:3], "--channels", 5)[0] == 2
@@ -299,7 +299,7 @@ def test_several_annotators_are_channels_of_one_hint():
     both, picture = joined(BOTH), CirclePairs(SIDE, 1)[0].picture
     assert (both.annotator, both.channels) == ("canny+scribble", 6) and contract("canny+scribble") == both
     assert [part.annotator for part in parts_of(both)] == BOTH and parts_of(HintSpec("canny")) == [HintSpec("canny")]
-    apart = [annotator(name).function(picture) for name in BOTH]
+    apart = [annotator(name).make([picture])[0] for name in BOTH]
     assert np.array_equal(annotate(picture, both), np.concatenate(apart, 2))
     assert np.array_equal(hint_for_pair(Pair(picture, ""), both), np.concatenate(apart, 2))
     with pytest.raises(
@@ -350,8 +350,8 @@ def test_of_two_hints_both_are_named_or_the_set_is_refused(toy_base, tmp_path):
 def test_obedience_to_two_hints_is_that_to_the_first(toy_base, tmp_path):
     both, picture = joined(BOTH), CirclePairs(64, 2)[0].picture
     hint, other = annotate(picture, both), CirclePairs(64, 2)[1].picture
-    canny = annotator("canny").function
-    assert fidelity([other], [hint], both)[0] == edge_f1(canny(other), canny(picture))
+    (found,), (wanted,) = (annotator("canny").make([one]) for one in (other, picture))
+    assert fidelity([other], [hint], both)[0] == edge_f1(found, wanted)
 
 
 def test_a_run_on_two_hints_measures_shows_and_saves_what_it_learnt(toy_base, fake_packages, tmp_path):

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.annotators import annotate, annotator, canny
+from controlkit.annotators import annotate, annotator
+from controlkit.annotators.lines import canny
 from controlkit.data import TARGETS, CirclePairs, FolderPairs, build_set, make_fill50k, read_listing
 from controlkit.data.doctor import add_up, examine
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, fit, write_png
 
 SIDE, COUNT = 32, 4
-CANNY = annotator("canny").hint()
+CANNY = annotator("canny").spec()
 LAYOUTS = [*TARGETS, "webdataset"]
 
 
@@ -55,7 +56,7 @@ def test_hints_are_made_of_the_pictures_as_they_are_written(layout, photos, tmp_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_hints_mask_is_masked_when_they_are_read_again(layout, photos, tmp_path):
     """Hints of ``inpaint``: what training reads of the folder is what it makes of the pictures on the fly."""
-    contract = annotator("inpaint").hint()
+    contract = annotator("inpaint").spec()
     list(build_set(photos, tmp_path / "out", layout, contract, (24, 24)))
     list(build_set(read_listing(tmp_path / "out"), tmp_path / "again", layout, contract))
     for folder in ("out", "again"):

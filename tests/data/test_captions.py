@@ -15,6 +15,7 @@ from controlkit.cli import data
 from controlkit.data import (
     CAPTIONER,
     TARGETS,
+    Captioning,
     build_set,
     load_captioner,
     read_listing,
@@ -26,7 +27,7 @@ from controlkit.errors import UserError
 from controlkit.images import write_png
 
 SIDE = 16
-CANNY = annotator("canny").hint()
+CANNY = annotator("canny").spec()
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] a red apple blue cat on the table dog circle with background green"
 
 
@@ -126,7 +127,7 @@ def test_an_empty_caption_beside_a_picture_was_meant(photos):
 
 @pytest.mark.parametrize("layout", [*TARGETS, "webdataset"])
 def test_a_set_written_anew_has_captions_where_there_were_none(layout, blip, photos, tmp_path):
-    list(build_set(read_listing(photos), tmp_path / "out", layout, CANNY, captioner=blip))
+    list(build_set(read_listing(photos), tmp_path / "out", layout, CANNY, captioning=Captioning(blip)))
     listing = read_listing(tmp_path / "out")
     bare = blip([PICTURES[name] for name in ("IMG_1", "IMG_2", "IMG_3")])
     assert (listing.layout, [row.prompt for row in listing.rows]) == (
@@ -141,9 +142,9 @@ def test_captioning_is_gone_on_with_where_it_was_torn(blip, photos, tmp_path, mo
     monkeypatch.setattr("controlkit.data.captions._BATCH", 2)
     listing, whole, out = read_listing(photos), tmp_path / "whole", tmp_path / "out"
     counts = []
-    list(build_set(listing, whole, "metadata", CANNY, captioner=blip, over="all", on_captions=counts.append))
+    list(build_set(listing, whole, "metadata", CANNY, captioning=Captioning(blip, "all", counts.append)))
     assert counts == [0, 2, 2, 1]
-    next(build_set(listing, out, "metadata", CANNY, captioner=blip, over="all"))
+    next(build_set(listing, out, "metadata", CANNY, captioning=Captioning(blip, "all")))
     journal = out / "captions.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:3]) + lines[3][:9])  # as a killed process leaves it
@@ -151,7 +152,7 @@ def test_captioning_is_gone_on_with_where_it_was_torn(blip, photos, tmp_path, mo
     counts.clear()
     with pytest.raises(UserError, match="begun with another captions"):
         next(build_set(listing, out, "metadata", CANNY))
-    list(build_set(listing, out, "metadata", CANNY, captioner=blip, over="all", on_captions=counts.append))
+    list(build_set(listing, out, "metadata", CANNY, captioning=Captioning(blip, "all", counts.append)))
     assert counts == [2, 2, 1]
     files = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (out, whole)]
     assert files[0] == files[1]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlkit.annotators import annotate, annotator, canny, maps
+from controlkit.annotators import annotate, annotator, maps
+from controlkit.annotators.lines import canny
 from controlkit.data import (
     CirclePairs,
     EmojiPairs,
@@ -32,7 +33,7 @@ from controlkit.mini import world
 from controlkit.mini.scenes import PALETTE, draw_scene, load_scenes
 from controlkit.tensors import TensorWriter, read_filled
 
-CANNY = annotator("canny").hint()
+CANNY = annotator("canny").spec()
 
 
 def same(a, b):
@@ -101,7 +102,7 @@ def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
 
 def test_a_thin_outline_drawn_large_is_still_a_line_on_a_small_base(tmp_path):
     list(make_fill50k(tmp_path, 4))
-    contract = annotator("canny").hint()
+    contract = annotator("canny").spec()
     for large, small in zip(FolderPairs(tmp_path, 64), CirclePairs(512, 4), strict=True):
         hint = hint_for_pair(large, contract)
         assert edge_f1(hint, annotate(large.picture, contract)) > 0.6
@@ -204,9 +205,10 @@ def pairs():
     return drawn
 
 
-def test_a_cache_holds_what_a_step_needs(toy_base, pairs, tmp_path):
+def test_a_cache_holds_what_a_step_needs(toy_base, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("controlkit.data.cache.AT_ONCE", 2)
     counted = []
-    [cached] = build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors", counted.append, batch=2)
+    [cached] = build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "cache.safetensors", counted.append)
     assert (len(cached), counted) == (5, [2, 2, 1])
     moments = toy_base.encode_moments(to_tensor([pair.picture for pair in pairs]))
     assert torch.allclose(cached.moments.float(), moments, atol=1e-2)
@@ -283,7 +285,7 @@ def test_hints_of_truth_are_drawn_from_it_and_the_others_from_the_picture(scenes
 
 @pytest.mark.parametrize("kind", ["depth", "normal", "seg", "pose"])
 def test_of_a_picture_of_which_nothing_is_known_no_truth_is_drawn(kind, pairs):
-    with pytest.raises(UserError, match=rf"Hints of {kind} are drawn from what is known .* data.source: scenes"):
+    with pytest.raises(UserError, match=rf"Hints of {kind} are drawn from a scene's truth.* data.source: scenes"):
         hint_for_pair(Pair(pairs[0].picture, ""), HintSpec(kind))
 
 
@@ -335,7 +337,7 @@ def test_a_cache_that_the_disk_does_not_hold_is_refused_before_it_is_filled(toy_
 
 
 def test_a_cache_says_which_type_each_hint_is_of_and_masks_nothing_of_those_without_masks(toy_base, pairs, tmp_path):
-    contracts = {"canny": CANNY, "inpaint": annotator("inpaint").hint()}
+    contracts = {"canny": CANNY, "inpaint": annotator("inpaint").spec()}
     typed = [Pair(p.picture, p.prompt, kind=kind) for p, kind in zip(pairs, ["inpaint", "canny"] * 2, strict=False)]
     [cached] = build_cache(toy_base, typed, contracts, tmp_path / "cache.safetensors")
     assert cached.kinds.tolist() == [1, 0, 1, 0] and cached.hints.shape == (4, 32, 32, 4)

@@ -71,17 +71,17 @@ BROKEN = {  # what is done to target/1.png or source/1.png: kind, fatal, change
 @pytest.mark.parametrize("name", BROKEN)
 def test_one_broken_picture_is_named_with_its_kind_and_its_file(name, tutorial):
     place, change, kind, fatal = BROKEN[name]
-    sound = report_of(tutorial, annotator("canny").hint())
+    sound = report_of(tutorial, annotator("canny").spec())
     assert sound.problems == [] and sound.may_train
     change(tutorial / place / "1.png")
-    report = report_of(tutorial, annotator("canny").hint())
+    report = report_of(tutorial, annotator("canny").spec())
     assert [(p.kind, p.fatal) for p in report.problems] == [(kind, fatal)]
     assert f"{place}/1.png" in report.problems[0].where or kind == "kinds differ"
     assert report.may_train is not fatal
 
 
 def test_a_report_counts_pairs_sizes_captions_and_hints(tutorial):
-    report = report_of(tutorial, annotator("canny").hint())
+    report = report_of(tutorial, annotator("canny").spec())
     facts = report.to_json()
     assert (facts["layout"], facts["rows"], facts["with_hints"], facts["may_train"]) == ("prompt.json", 3, 3, True)
     assert facts["picture_sizes"] == {"32x32": 3}
@@ -109,7 +109,7 @@ def test_pictures_without_a_caption_among_others_are_counted(tutorial):
 def test_dark_lines_on_light_are_refused_for_an_annotator_of_light_ones(tutorial):
     for path in (tutorial / "source").glob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    report = report_of(tutorial, annotator("canny").hint())
+    report = report_of(tutorial, annotator("canny").spec())
     assert [p.kind for p in report.problems] == ["hints inverted"] and not report.may_train
     assert report_of(tutorial).may_train, "nobody said what the hints are"
 
@@ -121,7 +121,7 @@ ALONE = [name for name, (*_, fatal) in BROKEN.items() if fatal and name != "anot
 @pytest.mark.parametrize("name", ALONE)
 def test_what_the_doctor_refuses_is_not_trained_on_unsaid(name, tutorial):
     place, change, _, _ = BROKEN[name]
-    contract = annotator("canny").hint()
+    contract = annotator("canny").spec()
     change(tutorial / place / "1.png")
     with pytest.raises(UserError, match=r"1\.png|A hint|controlkit data doctor"):
         [hint_for_pair(pair, contract) for pair in FolderPairs(tutorial, SIDE)]
@@ -142,7 +142,7 @@ def test_hints_that_training_will_make_are_on_the_sheet(tutorial):
         (tutorial / name).unlink()
     for path in (tutorial / "source").glob("*.png"):
         path.unlink()
-    report = report_of(tutorial, annotator("canny").hint())
+    report = report_of(tutorial, annotator("canny").spec())
     assert report.layout == "pictures" and report.hints == 0 and report.may_train
     above, below = sheet_rows(report, SIDE)
     assert len(above) == 3 and all(set(np.unique(hint)) <= {0, 255} for hint in below)

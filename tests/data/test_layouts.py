@@ -138,7 +138,7 @@ def test_a_set_is_the_same_pairs_in_every_layout(name, tutorial, tmp_path):
     write(tmp_path / "set", *tutorial)
     listing = read_listing(tmp_path / "set")
     assert (listing.layout, listing.problems) == (layout, [])
-    contract = annotator("canny").hint()
+    contract = annotator("canny").spec()
     read = FolderPairs(tmp_path / "set", SIDE)
     assert len(read) == COUNT
     for pair, drawn in zip(read, CirclePairs(SIDE, COUNT), strict=True):

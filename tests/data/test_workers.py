@@ -15,7 +15,7 @@ from controlkit.errors import UserError
 from controlkit.images import write_png
 
 COUNT = 10
-CANNY = annotator("canny").hint()
+CANNY = annotator("canny").spec()
 LAYOUTS = [*TARGETS, "webdataset"]
 
 

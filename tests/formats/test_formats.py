@@ -12,13 +12,13 @@ from diffusers import ControlNetModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import draw_inputs, relative, stock_inputs
+from conftest import draw_inputs, make, relative, stock_inputs
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, SavedControl, convert, load_control, save_control
 from controlkit.images import HintSpec
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, PreparedControl
 
 SPECS = [ControlSpec(*words) for words in product(("copy", "conv"), ("zero", "gaussian"), ("all", "mid"))]
 FACTS = {"base": "toy", "step": 300, "data": "emoji", "recipe": {"lr": 1e-5, "steps": 300}}
@@ -97,7 +97,7 @@ def test_generation_reads_hints_as_the_saved_contract_says(toy_base, tmp_path, c
     read = []
     back.branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
     picture = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
-    list(generate(toy_base, [Job("", 0, (picture,))], [Control(back.branch, back.hint)], SamplingSettings(1)))
+    make(toy_base, [back], [picture], prompt="", steps=1)
     assert torch.equal(read[0], contract.tensor(picture, (32, 32)))
     assert change == {} or not torch.equal(read[0], HintSpec("canny").tensor(picture, (32, 32)))
 
@@ -107,8 +107,8 @@ def test_a_control_says_how_often_guidance_should_count_its_hint(toy_base, tmp_p
     saved = SavedControl(new_control(toy_base), HintSpec("canny"), hint_cfg_scale=counted)
     save_control(tmp_path / "control", saved, toy_base)
     back = load_control(tmp_path / "control", toy_base)
-    assert back.hint_cfg_scale == Control.of(back).hint_cfg_scale == counted
-    assert Control.of(back, hint_cfg_scale=1.5).hint_cfg_scale == 1.5
+    used, other = (PreparedControl.of(back, ControlRequest(name="x", hint_cfg_scale=k), {}) for k in (None, 1.5))
+    assert back.hint_cfg_scale == used.hint_cfg_scale == counted and other.hint_cfg_scale == 1.5
     convert(tmp_path / "control", tmp_path / "other.safetensors", "cldm")
     assert load_control(tmp_path / "other.safetensors", toy_base).hint_cfg_scale == counted
 

@@ -5,16 +5,15 @@ The files are whole headers over holes: their data takes no room on disk and is 
 
 import json
 import struct
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import T2IAdapter
 
 from controlkit.backbones.families import FAMILIES, unet_config
-from controlkit.controls.xs import adapter_config
+from controlkit.controls.xs import xs_settings
 from controlkit.formats import describe
-from controlkit.formats.describe import expected_shapes
+from controlkit.formats.configs import expected_shapes
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
 
 
@@ -79,8 +78,7 @@ def adapter(channels, layers, factor, kind, hint_channels=3, original=False):
 
 def walker(name):
     """A ControlNet-XS a tenth as wide as the base, as diffusers makes them."""
-    unet = SimpleNamespace(config=SimpleNamespace(**{"norm_num_groups": 32} | unet_config(FAMILIES[name])))
-    return expected_shapes("xs", adapter_config(unet, 8))
+    return expected_shapes("xs", xs_settings({"norm_num_groups": 32} | unet_config(FAMILIES[name]), 8))
 
 
 WIDTHS = [320, 640, 1280, 1280]
@@ -196,3 +194,30 @@ def test_an_sd21_file_is_not_read_with_an_sd15_configuration(tmp_path):
     assert found.config["use_linear_projection"] and found.config["upcast_attention"]
     assert found.config["cross_attention_dim"] == 1024
     assert describe(write_holes(tmp_path / "b.safetensors", cldm("sd15", ""))).config["attention_head_dim"] == [8] * 4
+
+
+@pytest.mark.parametrize("make", [lambda: controlnet("sd15"), lambda: walker("sd15")], ids=["ControlNet", "XS"])
+def test_a_mistake_of_our_own_is_raised_and_not_taken_for_a_damaged_file(make, tmp_path, monkeypatch):
+    path = write_holes(tmp_path / "a.safetensors", make())
+
+    def mistaken(names):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(EncoderShape, "of_diffusers", mistaken)
+    with pytest.raises(KeyError, match="ours"):
+        describe(path)
+
+
+@pytest.mark.parametrize("make", [lambda: controlnet("sd15"), lambda: walker("sd15")], ids=["ControlNet", "XS"])
+def test_shapes_that_no_network_has_are_described_as_one_that_does_not_run(make, tmp_path):
+    for name, shape in [
+        ("down_blocks.0.resnets.0.conv1.weight", ()),
+        ("down_blocks.0.resnets.0.conv1.weight", None),
+        ("controlnet_cond_embedding.conv_in.weight", (16,)),
+        ("conv_in.weight", (2**20, 4, 3, 3)),
+        ("down_blocks.1.resnets.0.conv1.weight", (2**15, 320, 3, 3)),
+        ("down_blocks.99.resnets.0.conv1.weight", (1,)),
+    ]:
+        shapes = {**make(), name: shape}
+        found = describe(write_holes(tmp_path / "a.safetensors", {n: s for n, s in shapes.items() if s is not None}))
+        assert not found.runs and found.format in ("diffusers", "controlnet-xs"), name

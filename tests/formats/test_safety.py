@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from controlkit.controls import new_control
-from controlkit.errors import UserError
-from controlkit.formats import WEIGHTS, SavedControl, convert, describe, load_control, save_control
+from controlkit.errors import Mismatch, UserError
+from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, describe, load_control, save_control
 from controlkit.images import HintSpec
 from controlkit.tensors import open_tensors
 
@@ -43,7 +43,7 @@ def layouts(toy_base, drawn_joins, tmp_path_factory):
     files = {"diffusers": root / "control" / WEIGHTS}
     for layout in ("cldm", "control-lora", "union"):
         target = root / layout if layout == "union" else root / f"{layout}.safetensors"
-        convert(root / "control", target, layout, base=toy_base, rank=2)
+        convert(root / "control", target, layout, base=toy_base, options=WriteOptions(rank=2))
         files[layout] = target / WEIGHTS if layout == "union" else target
     tensors = open_tensors(files["cldm"]).read()
     files["cldm without prefix"] = root / "bare.safetensors"
@@ -501,6 +501,8 @@ def test_a_control_of_another_base_is_refused(layouts, deep_base, tmp_path, made
     path = tmp_path / "other.safetensors"
     path.write_bytes(layouts[made].read_bytes())
     assert outcomes(path, deep_base)["load"]
+    with pytest.raises(Mismatch):
+        load_control(path, deep_base)
 
 
 # --- hostile metadata -------------------------------------------------------------------------------------------------
@@ -542,7 +544,8 @@ def test_hostile_metadata_are_refused_and_never_more(layouts, toy_base, tmp_path
 WRONG = {
     "hint": [{"annotator": 3}, {"annotator": "canny", "channels": "3"}, {"annotator": "canny", "low": math.nan}]
     + [{"annotator": "canny", "options": [1]}, {"annotator": "canny", "resize": "x"}, {"annotator": "x\n" * 10**3}]
-    + [{"annotator": "canny", "options": {"low": "1"}}, {"annotator": "canny", "high": 1e999}, {}, {"tone": 1}],
+    + [{"annotator": "canny", "options": {"low": "1"}}, {"annotator": "canny", "high": 1e999}, {}, {"tone": 1}]
+    + [{"annotator": "canny", "mask_value": -1.0}, {"annotator": "canny", "mark": "-1"}],
     "spec": [{"body": "x" * 10**4}, {"body": 1}, {"join": []}, {"bodies": "copy"}, {"body": "conv"}],
     "signature": [{"taps": 1}, {"taps": []}, {}],
     "config": [{key: value} for key in ("attention_head_dim", "norm_num_groups") for value in ("8", 0, -8, 1.5, 10**9)]
@@ -643,12 +646,32 @@ def test_half_a_pair_of_a_control_lora_is_refused(layouts, toy_base, tmp_path, h
     assert "damaged or cut" in found["load"] and "damaged or cut" in found["convert"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:-1])
-def test_a_tensor_too_many_is_refused_or_left_out(layouts, toy_base, tmp_path, layout):
-    for name in ("x", "conv_in.extra", "adapter.conv_in.extra", "control_model.input_blocks.0.0.extra", "difference"):
-        path = tmp_path / "more.safetensors"
+INSIDE = "control_model.input_blocks.0.0.extra"
+
+
+@pytest.mark.parametrize("name", ["x", "conv_in.extra", "adapter.conv_in.extra", "difference", INSIDE])
+@pytest.mark.parametrize("layout", ["diffusers", "union", "t2i-adapter"])
+def test_a_tensor_too_many_is_refused_where_a_file_holds_a_network_alone(layouts, toy_base, tmp_path, layout, name):
+    path = tmp_path / "more.safetensors"
+    path.write_bytes(with_tensor(name)(Parts.of(layouts[layout])))
+    found = outcomes(path, toy_base)
+    assert found["describe"] is None and describe(path).unexpected == (name,)
+    assert f"no place for 1 of its tensors, first {name}" in found["load"] and found["convert"] == found["load"]
+
+
+@pytest.mark.parametrize("layout", ["cldm", "cldm without prefix", "control-lora"])
+def test_a_tensor_too_many_is_refused_inside_a_network_and_left_out_beside_it(layouts, toy_base, tmp_path, layout):
+    """Files in the original's names are cut from checkpoints, which hold more than one network."""
+    path = tmp_path / "more.safetensors"
+    sound = load_control(layouts[layout], toy_base).branch.state_dict()
+    for name in ("x", "conv_in.extra", "adapter.conv_in.extra"):
         path.write_bytes(with_tensor(name)(Parts.of(layouts[layout])))
-        outcomes(path, toy_base)
+        assert outcomes(path, toy_base) == dict.fromkeys(READERS), name
+        read = load_control(path, toy_base).branch.state_dict()
+        assert all(torch.equal(read[key], value) for key, value in sound.items()), name
+    path.write_bytes(with_tensor(INSIDE)(Parts.of(layouts[layout])))
+    found = outcomes(path, toy_base)
+    assert f"first {INSIDE}" in found["load"] and f"first {INSIDE}" in found["convert"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

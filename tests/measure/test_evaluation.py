@@ -1,4 +1,4 @@
-"""What is watched besides obedience: colours and residuals."""
+"""Evaluation during a run: drift, quality, the held-out loss and residuals."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 
 from controlkit.controls import new_control
 from controlkit.images import HintSpec
-from controlkit.measure import COLOURS, colours
+from controlkit.measure import COLOURS
 from controlkit.train import best_of, evaluation, resolve, should_stop, summary_of, training_pairs
 from controlkit.train.evaluation import Evaluator
 from controlkit.train.recipe import EvaluationRecipe, parse_recipe
@@ -22,17 +22,11 @@ def flat(*colour):
     return np.full((8, 8, 3), colour, np.uint8)
 
 
-def test_colours_are_means_contrast_and_saturation():
-    assert colours(flat(255, 0, 51)).tolist() == pytest.approx([1, 0, 0.2, 0, 1])
-    halves = np.concatenate([flat(0, 0, 0), flat(255, 255, 255)])
-    assert colours(halves).tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5, 0])
-
-
 def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path, monkeypatch):
     pairs = training_pairs(resolve(RECIPE).data, toy_base)[1]
     given = []
 
-    def made(*args, wanted, rows, **more):
+    def made(make, plan, wanted, rows):
         given.append(wanted)
         found = {"controlled": [flat(255, 0, 51 * i) for i in rows], "shuffled": [flat(0, 0, 0)] * 3}
         return {way: (found | {"no_control": [flat(0, 0, 102)] * 3})[way] for way in wanted}
@@ -50,23 +44,22 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
 
 def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, tmp_path, monkeypatch):
     class Red:
-        def __init__(self, device):
-            pass
+        def referee(self, device):
+            return self
 
         def clip_scores(self, pictures, prompts):
             assert len(pictures) == len(prompts)
             return np.array([picture[..., 0].mean() / 255 for picture in pictures])
 
-    def made(*args, wanted, rows, **more):
+    def made(make, plan, wanted, rows):
         red = {"controlled": 153, "shuffled": 0, "no_control": 255}
         return {way: [flat(red[way], 0, 0) for _ in rows] for way in wanted}
 
-    monkeypatch.setattr(evaluation, "Referee", Red)
     monkeypatch.setattr(evaluation, "three_ways", made)
     monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
     pairs = training_pairs(resolve(RECIPE).data, toy_base)[1]
     assert Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path).measure(new_control(toy_base), 1, int).quality == {}
-    monkeypatch.setattr(toy_base, "name", "mini")
+    monkeypatch.setattr(evaluation, "world_of", lambda base: Red())
     evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
     for step in (1, 2):
         found = evaluator.measure(new_control(toy_base), step, int).quality

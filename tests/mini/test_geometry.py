@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from controlkit.annotators import annotator, canny, maps
+from controlkit.annotators import annotator, maps
+from controlkit.annotators.lines import canny
 from controlkit.backbones import TextEmbedding
 from controlkit.data import (
     Cached,
@@ -26,11 +27,12 @@ from controlkit.data import (
 )
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, decode_picture, sides_of, write_png
+from controlkit.mini.truth import MIRRORED
 from controlkit.train import BatchPlan, draw_batch, resolve, train_control
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import describe_buckets, training_pairs
 
-CANNY = annotator("canny").hint()
+CANNY = annotator("canny").spec()
 
 
 def recipe_of(**changes):
@@ -194,10 +196,10 @@ def flipped(picture):
 def test_the_hint_of_a_mirrored_pair_is_the_annotation_of_the_mirrored_picture():
     plain = Pair(CirclePairs(64, 1)[0].picture, "a circle")
     for name in ("canny", "inpaint", "scribble"):
-        contract = annotator(name).hint()
+        contract = annotator(name).spec()
         turned = mirrored(plain, contract)
         assert np.array_equal(turned.picture, flipped(plain.picture))
-        assert np.array_equal(hint_for_pair(turned, contract), annotator(name).function(flipped(plain.picture)))
+        assert np.array_equal(hint_for_pair(turned, contract), annotator(name).make([flipped(plain.picture)])[0])
     assert not np.array_equal(hint_for_pair(mirrored(plain, CANNY), CANNY), hint_for_pair(plain, CANNY))
 
 
@@ -223,7 +225,7 @@ def test_in_a_mirror_normals_point_the_other_way_and_everything_else_of_them_sta
 
 
 def test_in_a_mirror_the_left_wrist_s_colour_is_where_the_right_one_s_was(figure):
-    assert [maps.POSE_MIRROR[k] for k in maps.POSE_MIRROR] == list(range(18))
+    assert [MIRRORED[k] for k in MIRRORED] == list(range(18))
     keypoints = np.stack([np.linspace(8, 50, 18), np.tile([10, 50, 30], 6), np.ones(18)], 1)[None]
     contract = HintSpec("pose", resize="nearest")
     drawn = maps.pose_picture(keypoints, (64, 64))
@@ -245,7 +247,7 @@ def test_a_pose_whose_colours_are_blended_is_refused_in_words():
     drawn = np.full((8, 8, 3), (200, 10, 10), np.uint8)
     with pytest.raises(UserError, match=r"colour \(200, 10, 10\) at x 0, y 0 .* data.flip: 0"):
         mirrored(Pair(drawn, "a figure", drawn), HintSpec("openpose", resize="nearest"))
-    with pytest.raises(UserError, match="nobody says what these are"):
+    with pytest.raises(UserError, match="these are of no named kind"):
         mirrored(Pair(drawn, "a figure", drawn), HintSpec(""))
 
 
@@ -277,9 +279,10 @@ def test_a_share_of_visits_sees_latents_and_hint_of_the_mirror_image(toy_base):
         assert np.mean(turned) == pytest.approx(share, abs=0.08 if 0 < share < 1 else 0)
 
 
-def test_a_cache_with_mirrors_holds_both_and_what_has_no_mirror_image_stands_for_itself(toy_base, tmp_path):
+def test_a_cache_with_mirrors_holds_both_and_what_has_none_stands_for_itself(toy_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("controlkit.data.cache.AT_ONCE", 2)
     pairs = [Pair(pair.picture, prompt) for pair, prompt in zip(CirclePairs(32, 3), ["a", "left", "b"], strict=True)]
-    [cached] = build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "pairs", batch=2, mirrors=True)
+    [cached] = build_cache(toy_base, pairs, {"": CANNY}, tmp_path / "pairs", mirrors=True)
     assert cached.mirrors.tolist() == [3, 1, 5] and len(cached) == 3
     for row, mirror in ((0, 3), (2, 5)):
         assert np.array_equal(cached.hints[row], canny(pairs[row].picture))

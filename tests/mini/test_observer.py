@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from controlkit.images import to_tensor
-from controlkit.mini.aesthetic import DAMAGES, AestheticHead, damage, rank_correlation
+from controlkit.measure.accuracy import accuracy, score
+from controlkit.mini.aesthetic import DAMAGES, AestheticHead, damage
 from controlkit.mini.observer import (
     MIRRORED,
     Observer,
-    accuracy,
     heatmaps,
     maps_of,
     mirrored,
     peaks,
     persons,
-    score,
 )
 from controlkit.mini.scenes import CLASSES, draw_scene, draw_scenes, load_scenes
 from controlkit.mini.tower import ImageTextTower
@@ -233,15 +232,6 @@ def test_damage_grows_with_its_amount_and_is_the_same_for_the_same_key(kind, dra
 def test_damage_differs_by_key_in_kind(drawn):
     made = {damage(drawn[0].picture, 0.5, numpy_rng("test", i)).tobytes() for i in range(20)}
     assert len(made) > len(DAMAGES), "kinds, pairs of them, and draws within a kind"
-
-
-def test_rank_correlation_counts_order_alone_and_shares_equal_ranks():
-    a = np.array([1.0, 2, 3, 4])
-    assert rank_correlation(a, np.exp(a)) == pytest.approx(1) and rank_correlation(a, -a) == pytest.approx(-1)
-    assert rank_correlation(a, np.array([1, 1, 1, 2])) == pytest.approx(
-        rank_correlation(a[[1, 0, 2, 3]], np.array([1, 1, 1, 2]))
-    )
-    assert rank_correlation(a, np.array([1, 2, 2, 4])) == pytest.approx(0.9487, abs=1e-3)
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
+from conftest import make
 from controlkit import hub
 from controlkit.backbones import load_base
 from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import convert, load_control, shipped_controls
 from controlkit.hub import shipped_path
 from controlkit.mini.scenes import draw_scene
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import hint_specs
-from controlkit.train.recipe import Recipe
+from controlkit.train.recipe import ControlRecipe
 
 PROMPT = "a red apple, 3d style, on a teal background"
 TYPES = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
@@ -50,10 +50,9 @@ def test_stock_diffusers_loads_the_base_and_makes_a_picture(mini):
 def test_the_stock_pipeline_runs_a_shipped_control_to_the_same_latents(name, mini, person, tmp_path):
     saved = load_control(name, mini)
     hint = hint_for_pair(person, saved.hint)
-    made = next(
-        generate(mini, [Job(person.prompt, 3, (hint,))], [Control(saved.branch, saved.hint)], SamplingSettings(steps=4))
-    )
-    plain = next(generate(mini, [Job(person.prompt, 3)], settings=SamplingSettings(steps=4)))
+    settings = {"prompt": person.prompt, "seed": 3, "steps": 4}
+    made = make(mini, [saved], [hint], [{"hint_cfg_scale": 1.0}], **settings)
+    plain = make(mini, **settings)
     convert(name, tmp_path / name, "diffusers")
     stock = StableDiffusionControlNetPipeline.from_pretrained(
         shipped_path("mini"),
@@ -87,7 +86,8 @@ def test_every_type_is_shipped_and_says_what_it_is(mini):
     assert {name for name, (folder, kind) in shipped_controls().items() if kind} == set(TYPES)
     for name in TYPES:
         saved = load_control(name, mini)
-        assert saved.hint == hint_specs(Recipe(**saved.trained["recipe"]).control)[name]
+        types = saved.trained["recipe"]["control"]["types"]  # its other keys are those of when it was trained
+        assert saved.hint == hint_specs(ControlRecipe(types=types))[name]
         assert saved.trained["base_digest"] == mini.digest
         assert saved.trained["recipe"]["prompt_dropout"] == 0.5
 

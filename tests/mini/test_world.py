@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from controlkit.annotators import canny
+from controlkit.annotators.lines import canny
 from controlkit.errors import UserError
 from controlkit.hub import Package, fetch_package
 from controlkit.measure import edge_f1

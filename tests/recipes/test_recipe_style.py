@@ -27,7 +27,7 @@ def test_it_tunes_the_unet_alone_and_shows_the_control_before_and_after(
     style.main(tmp_path / "tuned", "3d", steps=2, batch=2, base=str(toy_folder), control=str(tmp_path / "edges"))
     tuned = load_base(tmp_path / "tuned")
     for part in ("vae", "text_encoder"):
-        before, after = (base._modules()[part].state_dict() for base in (toy_base, tuned))
+        before, after = (base.networks()[part].state_dict() for base in (toy_base, tuned))
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     before, after = toy_base.unet.state_dict(), tuned.unet.state_dict()
     assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -237,7 +237,7 @@ def in_threads(count, function):
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, monkeypatch):
     """Pairs are dealt out; with five there are more processes than pairs, and only some have any."""
-    for name in ("three_ways", "ceiling_pictures"):  # rounding depends on how many pictures are made together
+    for name in ("maker", "ceiling_of"):  # rounding depends on how many pictures are made together
         function = partial(getattr(evaluation, name), batch=1)
         monkeypatch.setattr(evaluation, name, function)
     recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})

@@ -1,4 +1,4 @@
-"""A run looked at from outside: what its folder says, as lines and as a page."""
+"""A run read from its folder, as lines and as a page."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def run(tmp_path):
     records = [{"step": i, "loss": 1.0 - 0.01 * i, "seconds": 0.6 if i % 2 else 0.5} for i in range(1, 41)]
     for step, mean in ((20, 0.1), (40, 0.5)):
         records[step - 1] |= {"obedience": mean, "obedience_interval": [mean - 0.1, mean + 0.1], "is_meaningful": True}
-        records[step - 1] |= {"verdict": f"said at {step}", "relative_loss": {"canny": [1, 0.9, 0.8, 0.7], "a<b": [1]}}
+        records[step - 1] |= {"verdict": f"news at {step}", "relative_loss": {"canny": [1, 0.9, 0.8, 0.7], "a<b": [1]}}
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "log.jsonl").write_text(text + '{"step": 41, "lo')
     write_png(tmp_path / "samples" / "step-0000020.png", np.zeros((4, 4, 3), np.uint8))
@@ -40,11 +40,11 @@ def test_a_run_is_read_as_far_as_it_is_written(run):
 
 
 def test_its_lines_say_where_it_stands(run):
-    said = lines(read_run(run))
-    assert "step 40 of 100, 0.55 s a step, 1 min left" in said[0]
-    assert said[1].startswith("loss          0.6000  █") and said[1].endswith("▁")
-    assert any(line.startswith(f"{'canny':12} {0.85:7.3f}") for line in said)
-    assert "[0.400, 0.600]" in said[-2] and said[-1] == "said at 40"
+    text = lines(read_run(run))
+    assert "step 40 of 100, 0.55 s a step, 1 min left" in text[0]
+    assert text[1].startswith("loss          0.6000  █") and text[1].endswith("▁")
+    assert any(line.startswith(f"{'canny':12} {0.85:7.3f}") for line in text)
+    assert "[0.400, 0.600]" in text[-2] and text[-1] == "news at 40"
     (run / "control").mkdir()
     assert "step 40 of 100, ended" in lines(read_run(run))[0]
     os.utime(run / "control", (0, 0))
@@ -62,7 +62,7 @@ def test_its_page_stands_alone_and_what_it_quotes_is_no_markup(run):
         assert 0 <= float(x) <= 720 and 0 <= float(y) <= 200
 
 
-def test_colours_and_residuals_are_shown_where_they_were_told(run):
+def test_colours_and_residuals_are_shown_where_they_are_in_the_log(run):
     lines_of = (run / "log.jsonl").read_text().splitlines()[:-1]
     for at, size in ((19, 0.1), (39, 0.2)):
         more = {"colour_drift": {"red": 0.01, "saturation": -size}, "residuals": {"skip_0": 0.5, "middle": size}}

@@ -6,7 +6,9 @@ A hint picture is uint8 RGB (H, W, 3).
 import cv2
 import numpy as np
 
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
+from controlkit.images import DEEPEST
+from controlkit.mini.truth import MIRRORED
 
 FACING = (128, 128, 255)
 """The colour of a normal that points at the camera, and of where there is nothing."""
@@ -25,9 +27,6 @@ POSE_COLOURS = (
 )  # fmt: skip
 """OpenPose's colour (RGB) of each joint; a limb has the colour of its own number, darkened to 60%."""
 
-POSE_MIRROR = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
-"""Of each joint, the one on the other side: what a mirror makes of it."""
-
 
 def depth_picture(depth: np.ndarray) -> np.ndarray:
     """Distances from the camera (H, W), in any unit, as light: near is light, as MiDaS draws it.
@@ -37,7 +36,7 @@ def depth_picture(depth: np.ndarray) -> np.ndarray:
     """
     there = np.isfinite(depth)
     if (depth[there] <= 0).any():
-        raise UserError("Some depths are not above 0: expected distances from the camera, inf where nothing is.")
+        raise Invalid("Some depths are not above 0: expected distances from the camera, inf where nothing is.")
     light = np.zeros(depth.shape)
     if there.any():
         inverse = 1.0 / depth[there]
@@ -62,18 +61,22 @@ def normals_of(picture: np.ndarray) -> np.ndarray:
     return normals / np.linalg.norm(normals, axis=-1, keepdims=True)  # no length is 0: 127.5 is no grey level
 
 
-def turn_normals(picture: np.ndarray) -> np.ndarray:
-    """A picture of normals with x, its red channel, the other way round; where there is nothing it stays ``FACING``."""
-    turned = picture.copy()
-    turned[..., 0] = 255 - picture[..., 0]
-    turned[(picture == FACING).all(-1)] = FACING
+def turn_normals(hint: np.ndarray, total: float = 1.0) -> np.ndarray:
+    """A hint of normals, (H, W, C), with x, its first channel, the other way round.
+
+    In uint8 pictures, where there is nothing stays ``FACING``. ``total``: the sum of the two ends of floats' range.
+    """
+    turned = hint.copy()
+    turned[..., 0] = DEEPEST.get(hint.dtype.name, total) - hint[..., 0]
+    if hint.dtype == np.uint8:
+        turned[(hint == FACING).all(-1)] = FACING
     return turned
 
 
 def label_picture(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Labels (H, W), integers below K, in the colours of a palette, uint8 (K, 3)."""
     if labels.size and not 0 <= labels.min() <= labels.max() < len(palette):
-        raise UserError(f"Labels run from {labels.min()} to {labels.max()}: expected 0 to {len(palette) - 1}.")
+        raise Invalid(f"Labels run from {labels.min()} to {labels.max()}: expected 0 to {len(palette) - 1}.")
     return palette[labels]
 
 
@@ -114,14 +117,14 @@ def _limb_colour(number: int) -> tuple[int, ...]:
 def swap_sides(picture: np.ndarray) -> np.ndarray:
     """A picture of poses with the colours of left and right exchanged, for joints and limbs.
 
-    ``UserError`` where there are other colours than those: smoothed or blended ones do not say which limb is which.
+    ``Invalid`` where there are other colours than those: smoothed or blended ones do not say which limb is which.
     """
     number_of = {frozenset(limb): number for number, limb in enumerate(POSE_LIMBS)}
     pairs: list[tuple[tuple[int, ...], ...]] = [
-        (POSE_COLOURS[joint], POSE_COLOURS[other]) for joint, other in enumerate(POSE_MIRROR)
+        (POSE_COLOURS[joint], POSE_COLOURS[other]) for joint, other in enumerate(MIRRORED)
     ]
     for number, (start, end) in enumerate(POSE_LIMBS):
-        other = number_of[frozenset((POSE_MIRROR[start], POSE_MIRROR[end]))]
+        other = number_of[frozenset((MIRRORED[start], MIRRORED[end]))]
         pairs.append((_limb_colour(number), _limb_colour(other)))
     swapped, known = np.zeros_like(picture), ~picture.any(-1)
     for colour, other_side in pairs:
@@ -130,7 +133,7 @@ def swap_sides(picture: np.ndarray) -> np.ndarray:
         known |= drawn
     if not known.all():
         y, x = np.argwhere(~known)[0]
-        raise UserError(
+        raise Invalid(
             f"A picture of poses cannot be mirrored exactly: the colour {tuple(map(int, picture[y, x]))} at x {x}, "
             f"y {y} is that of no joint or limb (faces, hands and smoothed drawings have such). Set data.flip: 0, "
             "or draw the poses as `controlkit.annotators.maps.pose_picture` does."

@@ -1,7 +1,7 @@
-"""The three families people have weights of, as rows of one table; and the diffusers configurations those rows mean.
+"""The three families of bases whose weights are in use, as rows of one table, and their diffusers configurations.
 
-A single-file checkpoint, or a ControlNet in the original layout, says nothing of its configuration. It is told from
-tensor shapes alone (``family_of_width``), and nothing is asked of a network.
+A single-file checkpoint, or a ControlNet in the original layout, comes without a configuration. Its family is read from
+tensor shapes alone (``family_of_width``); no network is asked.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from controlkit.backbones.noise import Prediction
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# TextEmbedding towers: width, MLP width, layers, heads, activation, width of the pooled projection (0: none is used).
+# Text towers: width, MLP width, layers, heads, activation, width of the pooled projection (0: none is used).
 _CLIP_L = (768, 3072, 12, 12, "quick_gelu", 0)
 _OPEN_CLIP_H = (1024, 4096, 23, 16, "gelu", 0)  # 24 in the original; the last is never read
 _OPEN_CLIP_BIG_G = (1280, 5120, 32, 20, "gelu", 1280)
@@ -189,7 +189,7 @@ def _scheduler_config(prediction: Prediction, zero_snr: bool) -> dict[str, Any]:
 
 @contextmanager
 def pipeline_configs(family: Family, prediction: Prediction, zero_snr: bool = False) -> Iterator[Path]:
-    """A passing folder with a family's diffusers configurations, weights left out: what a single file lacks."""
+    """A temporary folder with a family's diffusers configurations, which a single file of weights lacks."""
     parts: dict[str, tuple[str, str, dict[str, Any]]] = {
         "unet": ("diffusers", "UNet2DConditionModel", unet_config(family)),
         "vae": ("diffusers", "AutoencoderKL", _vae_config(family)),
@@ -216,18 +216,13 @@ def pipeline_configs(family: Family, prediction: Prediction, zero_snr: bool = Fa
 # --- the tokenizer ----------------------------------------------------------------------------------------------
 
 
-def _byte_letters() -> list[str]:
-    """The 256 letters that stand for bytes in byte-level BPE: printable bytes for themselves, the rest from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-
-
 @cache
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     packed = Path(__file__).with_name("clip_merges.txt.gz").read_bytes()
     merges = [(left, right) for left, right in map(str.split, gzip.decompress(packed).decode().splitlines())]
-    letters = _byte_letters()
+    letters = bytes_to_unicode().values()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     return {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
 

@@ -1,6 +1,6 @@
-"""Where a base comes from: what is shipped, a diffusers folder, a single-file checkpoint, or a model hub.
+"""Bases, loaded from the shipped weights, a diffusers folder, a single-file checkpoint or a model hub.
 
-Only a hub's name may ask a network for anything; everything else is read from disk and configured from what is there.
+Only a hub's name may ask a network for anything; all else is read and configured from the disk alone.
 """
 
 import json
@@ -23,8 +23,9 @@ from controlkit.backbones.families import (
     pipeline_configs,
 )
 from controlkit.backbones.noise import Diffusion, Prediction
+from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.unet import TextTower, UNetBase
-from controlkit.errors import UserError, nearest, one_line
+from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.hub import names_a_repository, shipped_names, shipped_path
 from controlkit.images import write_atomic
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
@@ -53,10 +54,14 @@ def load_base(
             file; or a hub's name (``owner/model``), taken from the local cache if it is there.
         dtype: of the weights; the VAE stays in float32 where float16 overflows it.
         prediction: ``eps`` or ``v``, where a single file's own signs of it mislead.
-        loras: LoRA files with their weights, merged into the base; read by diffusers and peft. Or differences, as a
-            run writes whose base was unlocked.
+        loras: LoRA files with their weights, merged into the base; read by diffusers and peft. Or differences, as
+            written by a run that trained its base, too.
         embeddings: textual inversions; each is written in a prompt as its file's name.
         vae: another VAE of the same anatomy in the place of the base's own: a diffusers folder, a file, a hub's name.
+
+    Raises ``NotFound`` if there is no such base, file or package; ``Invalid`` for damaged or incomplete files;
+    ``Unsupported`` for a model that is no text-to-image base of these families; ``Mismatch`` for a LoRA, difference,
+    textual inversion or VAE of another base.
     """
     text, path = str(source), Path(source)
     if text in shipped_names() and (shipped_path(text) / "model_index.json").is_file():
@@ -68,7 +73,7 @@ def load_base(
     elif text in FAMILIES or _names_a_repository(text):
         base = _from_folder(text, _from_hub(FAMILIES[text].hub if text in FAMILIES else text), dtype)
     else:
-        raise UserError(
+        raise NotFound(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
             f".safetensors or .ckpt file, or a hub's owner/model; {nearest(text, ['mini', *FAMILIES])}"
         )
@@ -102,8 +107,8 @@ def _from_hub(repository: str) -> Path:
         pass
     try:
         return Path(snapshot_download(repository, **wanted))
-    except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
-        raise UserError(
+    except Exception as error:  # the error of a lost connection depends on the client's HTTP library
+        raise NotFound(
             f'The base "{repository}" is neither in the local cache nor could be fetched from the hub '
             f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while "
             "there is a network."
@@ -116,18 +121,18 @@ def _from_hub(repository: str) -> Path:
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{folder} is no base: expected a diffusers pipeline folder (with a model_index.json).")
+        raise Invalid(f"{folder} is no base: expected a diffusers pipeline folder (with a model_index.json).")
     try:
         content = json.loads(index.read_text())
         kind = content["_class_name"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{index} cannot be read ({error!r}): expected a diffusers pipeline folder.") from error
+        raise Invalid(f"{index} cannot be read ({error!r}): expected a diffusers pipeline folder.") from error
     if kind not in _KINDS:
-        raise UserError(f"{folder} holds a {kind}; expected a {' or a '.join(_KINDS)}.")
+        raise Unsupported(f"{folder} holds a {kind}; expected a {' or a '.join(_KINDS)}.")
     second = ("tokenizer_2", "text_encoder_2") if kind == _KINDS[1] else ()
     for part in (*_PARTS, *second):
         if not (folder / part).is_dir():
-            raise UserError(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
+            raise Invalid(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -156,27 +161,26 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         # Schedulers that never clip do not say so, and DDIM's default would clip latents as if they were pixels.
         scheduler = DDIMScheduler.from_config({"clip_sample": False} | config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
+        raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     _check_parts(folder, vae, unet, scheduler)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
 
 
 def _check_parts(origin: Path, vae: Any, unet: Any, scheduler: Any) -> None:
-    """Refuse a base that ControlKit cannot run."""
-    if scheduler.config.prediction_type not in Diffusion.PREDICTIONS:
-        raise UserError(
-            f'{origin} predicts "{scheduler.config.prediction_type}"; expected one of {", ".join(Diffusion.PREDICTIONS)}.'
-        )
+    """Raise ``Unsupported`` for a base that ControlKit cannot run."""
+    predicted = scheduler.config.prediction_type
+    if predicted not in Diffusion.PREDICTIONS:
+        raise Unsupported(f'{origin} predicts "{predicted}"; expected one of {", ".join(Diffusion.PREDICTIONS)}.')
     _check_channels(origin, unet.config.in_channels, vae.config.latent_channels)
     odd = [key for key in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds") if unet.config[key]]
     if odd or unet.config.addition_embed_type not in (None, "text_time"):
-        raise UserError(f"{origin} is conditioned on more than prompts ({', '.join(odd) or 'added embeddings'}).")
+        raise Unsupported(f"{origin} is conditioned on more than prompts ({', '.join(odd) or 'added embeddings'}).")
 
 
 def _check_channels(origin: Path, read: int, latents: int) -> None:
     if read != latents:
-        raise UserError(
+        raise Unsupported(
             f"{origin} reads {read} channels where its latents have {latents}: it is an inpainting or editing model. "
             "Expected a text-to-image base."
         )
@@ -186,7 +190,7 @@ def _assembled(
     name: str, vae: Any, towers: list[TextTower], unet: Any, scheduler: Any, zeros_for_none: bool, dtype: torch.dtype
 ) -> UNetBase:
     overflows = dtype == torch.float16 and vae.config.force_upcast
-    nn.Module.to(vae, torch.float32 if overflows else dtype)  # diffusers' own warns of what does not concern this class
+    nn.Module.to(vae, torch.float32 if overflows else dtype)  # diffusers' own warns about other classes
     return UNetBase(name, vae, towers, unet, scheduler, zeros_for_none)
 
 
@@ -227,7 +231,7 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
                 if isinstance(module, nn.Module):
                     _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            raise UserError(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
+            raise Invalid(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
     towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
     if wide:
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
@@ -244,19 +248,19 @@ def _family_of(header: TensorFile) -> Family:
     # The first attention of SD sits in input block 1, of SDXL in 4.
     widths = [header.shapes[_WIDTH.format(at)][-1] for at in (1, 4) if _WIDTH.format(at) in header.shapes]
     if not widths:
-        raise UserError(
+        raise Unsupported(
             f"{header.path} holds no {_UNET}* tensors: expected a Stable Diffusion checkpoint in its original layout. "
             "`controlkit inspect` says what a file is."
         )
     family = family_of_width(widths[0])
     if family is None:
         known = ", ".join(f"{row.text_width} ({row.title})" for row in FAMILIES.values())
-        raise UserError(f"{header.path} reads prompts {widths[0]} wide, which no base known here does: {known}.")
+        raise Unsupported(f"{header.path} reads prompts {widths[0]} wide, which no base known here does: {known}.")
     return family
 
 
 def _prediction_of(header: TensorFile, family: Family) -> Prediction:
-    """What the file predicts. It does not say; fine-tuners mark v by an empty tensor, and SD 2 shows it in a bias."""
+    """The file's prediction. Fine-tuners mark v by an empty tensor, and SD 2 shows it in a bias."""
     if "v_pred" in header.shapes:
         return "v"
     if family.prediction == "v" and _LAST_NORM in header.shapes:
@@ -289,31 +293,31 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
             if info["missing_keys"]:
                 raise ValueError(f"it lacks {min(info['missing_keys'])}")
     except Exception as error:  # as with a single file
-        raise UserError(
+        raise Invalid(
             f"{source} is no whole VAE ({one_line(error)}): expected a diffusers folder, a file in the original layout "
             "or a hub's name."
         ) from error
     read, made = base.vae.config, vae.config
     if (read.latent_channels, len(read.block_out_channels)) != (made.latent_channels, len(made.block_out_channels)):
-        raise UserError(
+        raise Mismatch(
             f'{source} makes latents of {made.latent_channels} channels in {len(made.block_out_channels)} levels; "'
             f'{base.name}" reads those of {read.latent_channels} in {len(read.block_out_channels)}.'
         )
     return _assembled(base.name, vae, list(base.towers), base.unet, base.scheduler, base.zeros_for_none, dtype)
 
 
-# --- a base trained together with a control -----------------------------------------------------------------------
+# --- a base that was trained with a control -----------------------------------------------------------------------
 
 _DIFFERENCE = "controlkit.difference"
 """In a file's metadata: the digest of the base it is a difference to."""
 
 
-def save_difference(path: Path, before: UNetBase, after: UNetBase) -> None:
-    """Write what training changed in a base's U-Net, under diffusers' names; what it left alone is left out."""
-    own = before.unet.state_dict()
+def save_difference(path: Path, before: Backbone, after: Backbone) -> None:
+    """Write the difference that training made to a base's denoiser, by diffusers' names, without unchanged tensors."""
+    own = before.denoiser.state_dict()
     changed = {
         name: (value - own[name]).cpu().contiguous()
-        for name, value in after.unet.state_dict().items()
+        for name, value in after.denoiser.state_dict().items()
         if not torch.equal(value, own[name])
     }
     metadata = {"format": "pt", _DIFFERENCE: before.digest}
@@ -325,11 +329,11 @@ def _is_difference(path: Path) -> bool:
 
 
 def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
-    """Add a difference to the base's U-Net; ``UserError`` if it is one to a base of another shape."""
+    """Add a difference to the base's U-Net; ``Mismatch`` if it is one to a base of another shape."""
     own, tensors = base.unet.state_dict(), open_tensors(path).read()
     strange = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
     if strange:
-        raise UserError(f'{path} is no difference to the base "{base.name}", whose U-Net has no {strange[0]} like its.')
+        raise Mismatch(f'{path} is no difference to the base "{base.name}", whose U-Net has no {strange[0]} like its.')
     with torch.no_grad():
         for name, value in tensors.items():
             own[name] += weight * value.to(own[name])
@@ -341,11 +345,11 @@ _LORA_LAYER = re.compile(r"(lora_A|down)(\.default)?\.weight$")  # of each layer
 
 
 def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
-    """Merge LoRAs into the base's weights."""
+    """Merge LoRAs into the base's weights; ``Mismatch`` for one that does not fit, ``NotFound`` without peft."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
-        raise UserError("LoRA files are read by peft. Install it with: pip install 'controlkit[lora]'") from error
+        raise NotFound("LoRA files are read by peft. Install it with: pip install 'controlkit[lora]'") from error
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     first, *more = base.towers
@@ -371,13 +375,14 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
+            raise Mismatch(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
 
 
 def _add_words(base: UNetBase, path: Path) -> None:
     """Add a textual inversion to the towers' words: the file's name, and for every further vector ``name_1`` on.
 
-    Not by diffusers, whose tokens lose their capitals and with them all vectors but the first.
+    Not by diffusers, whose tokens lose their capitals and with them all vectors but the first. Raises ``Mismatch`` for
+    one of another base, ``Invalid`` where the base knows the word already.
     """
     from transformers import AddedToken
 
@@ -386,7 +391,7 @@ def _add_words(base: UNetBase, path: Path) -> None:
     found = [tensors["clip_l"], tensors["clip_g"]] if keyed else [t for t in tensors.values() if t.ndim]
     widths = [tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers]
     if [vectors.shape[-1] for vectors in found] != widths:
-        raise UserError(
+        raise Mismatch(
             f'{path} holds words {[vectors.shape[-1] for vectors in found]} wide where "{base.name}" reads {widths}: '
             "it is no textual inversion, or one of another base."
         )
@@ -394,9 +399,7 @@ def _add_words(base: UNetBase, path: Path) -> None:
         rows = vectors.reshape(-1, vectors.shape[-1])
         words = [path.stem, *(f"{path.stem}_{i}" for i in range(1, len(rows)))]
         if known := set(words) & tower.tokenizer.get_vocab().keys():
-            raise UserError(
-                f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.'
-            )
+            raise Invalid(f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.')
         tower.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
         tower.encoder.resize_token_embeddings(len(tower.tokenizer), mean_resizing=False)
         weight = tower.encoder.get_input_embeddings().weight

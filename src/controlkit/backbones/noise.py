@@ -1,6 +1,6 @@
-"""How a base adds noise to latents, what it is trained to predict of them, and how it takes the noise away again.
+"""Noise processes: noise added to latents, the prediction's target in training, and the steps of sampling.
 
-A base says which process is its own; training and sampling ask that and nothing else. Schedulers are diffusers'.
+Each base has one; training and sampling ask it and nothing else. Schedulers are diffusers'.
 """
 
 from typing import Any, Literal, Protocol
@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported
 
 Prediction = Literal["eps", "v", "flow"]
 """The noise; v = alpha eps - sigma x_0 (Salimans and Ho, 2022); or the velocity eps - x_0 of a straight flow."""
@@ -21,13 +21,13 @@ class Sampler(Protocol):
     """(steps,), the most noise first."""
 
     def start(self, noise: Tensor) -> Tensor:
-        """What sampling starts from, given standard normal noise (B, C, h, w)."""
+        """The first latents (B, C, h, w) of a run, given standard normal noise of that shape."""
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the base reads of noisy latents x at a timestep."""
+        """Noisy latents x (B, C, h, w) at a timestep, as the base reads them."""
 
     def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """The latents after a step, given the base's prediction (B, C, h, w)."""
+        """The latents (B, C, h, w) after a step, given the base's prediction and the latents x before it."""
 
 
 class NoiseProcess(Protocol):
@@ -40,7 +40,7 @@ class NoiseProcess(Protocol):
         """Noisy latents z_t (B, C, h, w) of latents z_0 and standard normal noise, at timesteps t (B,)."""
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the base should predict of them, (B, C, h, w)."""
+        """The value (B, C, h, w) that the base should predict of them."""
 
     def sampler(self, steps: int) -> Sampler:
         """A run of so many steps, 1 to ``count``."""
@@ -49,7 +49,7 @@ class NoiseProcess(Protocol):
 class Diffusion:
     """The variance-preserving process of Stable Diffusion, by one of diffusers' schedulers.
 
-    Raises ``UserError`` where the scheduler's prediction is neither noise nor v.
+    Raises ``Unsupported`` where the scheduler's prediction is neither noise nor v.
     """
 
     PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}  # noqa: RUF012
@@ -58,7 +58,7 @@ class Diffusion:
     def __init__(self, scheduler: Any) -> None:
         name = scheduler.config.prediction_type
         if name not in self.PREDICTIONS:
-            raise UserError(f'The scheduler predicts "{name}"; expected one of {", ".join(self.PREDICTIONS)}.')
+            raise Unsupported(f'The scheduler predicts "{name}"; expected one of {", ".join(self.PREDICTIONS)}.')
         self.scheduler, self.prediction = scheduler, self.PREDICTIONS[name]
         self.count: int = scheduler.config.num_train_timesteps
 
@@ -100,7 +100,7 @@ class SchedulerRun:
 class Flow:
     """A straight flow between noise and latents (rectified flow, Liu et al., 2022): z_s = (1 - s) z_0 + s eps.
 
-    The base predicts the velocity eps - z_0. Timestep t stands for s = (t + 1) / ``count``.
+    The base predicts the velocity eps - z_0. Timestep t stands for s = t / ``count``.
     """
 
     prediction: Prediction = "flow"
@@ -110,7 +110,7 @@ class Flow:
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """See ``NoiseProcess.add``."""
-        share = ((t + 1) / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
+        share = (t / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
         return torch.lerp(latents, noise, share)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

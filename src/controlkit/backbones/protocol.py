@@ -1,4 +1,4 @@
-"""What the rest of ControlKit asks of a base model, and what a base asks of a control.
+"""The protocol between ControlKit and a base model, and between a base and a control.
 
 ``UNetBase`` is one kind of ``Backbone``. A new kind is a module beside it; nothing outside this package changes.
 """
@@ -21,15 +21,15 @@ HintSpace = Literal["pixels", "latents"]
 Layer = Callable[[Tensor, Tensor, Any], Tensor]
 """(feature, time embedding, text) -> feature."""
 Stage = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
-"""(own feature before a place, the base's, time embedding, text) -> (own feature there, what is added to the base's)."""
+"""(own feature before a place, the base's, time embedding, text) -> (own feature there, the residual of the base's)."""
 
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What a base reads of B prompts. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
+    """B prompts as a base reads them. ``pooled`` and ``sizes`` are SDXL's and join the time embedding."""
 
     tokens: Tensor
-    """(B, L, D), one vector a token: what the cross-attentions read."""
+    """(B, L, D), one vector a token, for the cross-attentions."""
     pooled: Tensor | None = None
     """(B, P), one vector a prompt."""
     sizes: Tensor | None = None
@@ -64,7 +64,7 @@ class ActiveControl:
 
     network: ControlNetwork
     features: Any
-    """What the network's ``encode_hint`` gave, for every row."""
+    """The result of the network's ``encode_hint``, for every row."""
     strength: Mapping[str, Tensor | float] | None = None
     """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
 
@@ -101,13 +101,13 @@ class Walker(Protocol):
     taps: tuple[Tap, ...]
 
     def shift(self, time: Tensor, embedding: nn.Module) -> Tensor | None:
-        """What is added to the base's time embedding (B, D), given the timesteps' sinusoids; None for nothing."""
+        """A term (B, D) of the base's time embedding, given the timesteps' sinusoids; None where there is none."""
 
     def stages(self) -> Sequence[Stage]:
         """One for each place of the encoder, in order."""
 
     def arriving(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By skip, what is added to the decoder's feature where it arrives, given its own features at the skips."""
+        """Residuals (B, C, h, w) where skips arrive in the decoder, by skip, given its own features at the skips."""
 
 
 class Backbone(Protocol):
@@ -124,10 +124,15 @@ class Backbone(Protocol):
     """Pixels a latent."""
     window: int
     """Tokens of a prompt that it reads, start and end marks included."""
-    noise: NoiseProcess
     hint_space: HintSpace
-    encoder: nn.Module
-    """What ``copy_encoder`` copies."""
+
+    @property
+    def noise(self) -> NoiseProcess:
+        """The process that adds noise in training and takes it away in sampling."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that ``copy_encoder`` copies."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -147,11 +152,15 @@ class Backbone(Protocol):
 
     @property
     def signature(self) -> dict[str, Any]:
-        """What a control must match to run on this base; equal signatures mean equal shapes everywhere."""
+        """The facts that a control must match to run on this base; equal signatures mean equal shapes everywhere."""
 
     @property
     def digest(self) -> str:
         """A digest of all weights."""
+
+    @property
+    def text_digest(self) -> str:
+        """A digest of the weights that encode prompts; equal for equal weights in any number format."""
 
     @property
     def network_config(self) -> Mapping[str, Any] | None:
@@ -163,25 +172,25 @@ class Backbone(Protocol):
         """The end of a prompt that does not fit the window; empty if all of it fits."""
 
     def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> "TextEmbedding":
-        """What the denoiser reads of prompts; None is no prompt at all."""
+        """B prompts as the denoiser reads them; None is no prompt at all. ``size``: (height, width) of the picture."""
 
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
         """Of each prompt, all that its embedding is computed from: equal ones have equal embeddings."""
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and log-variance (B, 2C, h, w) of pictures' latents."""
+        """Mean and log-variance (B, 2C, h, w) of the latents of pictures (B, 3, H, W)."""
 
     def moments_key(self) -> str:
-        """All but the picture that ``encode_moments`` computes from."""
+        """A text of all that ``encode_moments`` depends on beside the picture."""
 
     def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn from ``encode_moments``' Gaussians with standard normal ``noise``."""
+        """Latents (B, C, h, w) drawn from ``encode_moments``' Gaussians with standard normal ``noise`` (B, C, h, w)."""
 
     def mean_latents(self, moments: Tensor) -> Tensor:
-        """The means of ``encode_moments``' Gaussians, as latents."""
+        """The means of ``encode_moments``' Gaussians, as latents (B, C, h, w)."""
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures of latents."""
+        """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents, and of the noise that sampling starts from."""
@@ -194,13 +203,13 @@ class Backbone(Protocol):
     def control_effect(
         self, x: Tensor, t: Tensor, text: "TextEmbedding", control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """By tap, (what the control adds to its feature, there or before; the feature without control)."""
+        """By tap, (the control's effect on its feature, added there or before; the feature without control)."""
 
     def hint_input(self, hint: Tensor) -> Tensor:
-        """What a branch's hint encoder reads of hints (B, channels, H, W): themselves, or their latents."""
+        """The input of a branch's hint encoder for hints (B, channels, H, W): themselves, or their latents."""
 
     def hint_shape(self, channels: int) -> tuple[int, int]:
-        """(channels, pixels a latent) of what ``hint_input`` gives of hints with so many channels."""
+        """(channels, pixels a place) of the result of ``hint_input`` for hints with so many channels."""
 
     def copy_encoder(self) -> nn.Module:
         """A trainable copy of its encoder (the paper's trainable copy, Section 3.1): the body of a branch."""
@@ -209,7 +218,7 @@ class Backbone(Protocol):
         """The same on the ``meta`` device, without memory."""
 
     def conv_body(self) -> ConvBody:
-        """A fresh body of ControlNet-lite for this base's taps; ``UserError`` where its taps are no maps."""
+        """A fresh body of ControlNet-lite for this base's taps; ``Unsupported`` where its taps are no maps."""
 
     # --- its weights
 
@@ -224,7 +233,7 @@ class Backbone(Protocol):
         """The same base with a copy of its denoiser, to be trained."""
 
     def of_size(self, size: int) -> Self:
-        """The same base for pictures of another side; ``UserError`` where it cannot make them."""
+        """The same base for pictures of another side, in pixels; ``Invalid`` where it cannot make them."""
 
     @property
     def device(self) -> torch.device:

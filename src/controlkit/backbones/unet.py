@@ -1,7 +1,7 @@
-"""The U-Net family (SD 1.5, SD 2.1, SDXL, ``mini``) on diffusers' own modules, unmodified, with encoder and decoder
-callable apart.
+"""U-Net bases (SD 1.5, SD 2.1, SDXL, ``mini``) on diffusers' own modules, with encoder and decoder callable apart.
 
-Control comes in as an explicit argument, ``inject={tap name: residual}``. Leaving it out is the base as it was.
+Control is an argument, ``inject={tap name: residual}``; without it the base is as it was. Every tap is a map: residuals
+have (B, C, h, w), never tokens.
 """
 
 import copy
@@ -18,25 +18,28 @@ from torch.utils.checkpoint import checkpoint
 from controlkit.backbones.noise import Diffusion
 from controlkit.backbones.protocol import ActiveControl, HintSpace, Layer, TextEmbedding, Walker
 from controlkit.branch import ConvBody, Tap, add_residuals
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 from controlkit.hub import digest
 from controlkit.precision import autocast, number_format
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder hands to the decoder: skips (finest first), the middle feature, time embedding and text."""
+    """The encoder's results for the decoder."""
 
-    skips: list[Tensor]  # (B, C, h, w) each
+    skips: list[Tensor]
+    """(B, C, h, w) each, the finest first."""
     middle: Tensor
-    embedding: Tensor  # (B, D)
+    """(B, C, h, w), the middle block's feature."""
+    embedding: Tensor
+    """(B, D), of the time."""
     text: TextEmbedding
     arriving: Mapping[str, Tensor] = field(default_factory=dict)
     """By skip: added to the decoder's feature where that skip arrives (ControlNet-XS)."""
 
 
 def run_layer(block: Any, i: int, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
-    """A block's resnet ``i`` and, where it has one, attention; as the block's own forward pass runs them."""
+    """Run a block's resnet ``i`` and its attention, if it has one, on h (B, C, h, w), as the block itself does."""
     resnet = block.resnets[i]
     if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
         h = block._gradient_checkpointing_func(resnet, h, embedding)
@@ -48,7 +51,7 @@ def run_layer(block: Any, i: int, h: Tensor, embedding: Tensor, text: Any) -> Te
 
 
 def run_plain(module: nn.Module, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
-    """A convolution or downsampler, which reads neither time nor text."""
+    """Run a convolution or downsampler, which reads neither time nor text."""
     return module(h)
 
 
@@ -91,7 +94,7 @@ class UNetEncoder(nn.Module):
         self.mid_block = unet.mid_block
 
     def embed(self, t: Tensor, text: TextEmbedding, dtype: torch.dtype) -> Tensor:
-        """The time embedding (B, D), and with it SDXL's pooled prompt and picture sizes."""
+        """The time embedding (B, D) of timesteps t (B,), with SDXL's pooled prompt and picture sizes added."""
         embedding = self.time_embedding(self.time_proj(t).to(dtype))
         if not hasattr(self, "add_embedding"):
             return embedding
@@ -109,12 +112,17 @@ class UNetEncoder(nn.Module):
         inject: Mapping[str, Tensor] | None = None,
         beside: Sequence[ActiveControl] = (),
     ) -> Encoded:
-        """Encode latents x (B, C, h, w) at timesteps t (B,).
+        """Encode noisy latents x (B, C, h, w) at timesteps t (B,).
 
         Args:
-            hint: added once, after the first block.  embedding: added to the time embedding (B, D).
-            inject: residuals by name of encoder tap, added where a level's features leave for its skip.
-            beside: controls that walk along, place by place (``XSBranch``).
+            text: of B prompts.
+            hint: a feature map (B, C, h, w) of the first block's channels, added once, after it.
+            embedding: (B, D), added to the time embedding.
+            inject: residuals (B, C, h, w) by name of encoder tap, added where a level's features leave for its skip.
+            beside: controls that walk along, place by place (``Walker``).
+
+        Returns:
+            Skips (B, C, h, w), finest first, the middle feature, and all else that ``decode_noise`` needs.
         """
         inject = inject or {}
         whole = self.embed(t, text, x.dtype)
@@ -146,7 +154,7 @@ class UNetEncoder(nn.Module):
         return Encoded(features[:-1], features[-1], whole, text, arriving)
 
     def _places(self) -> Iterator[tuple[Layer, str]]:
-        """For each feature a branch has: what makes it of the one before, and the encoder tap at its end, or ""."""
+        """For each feature of a branch: the layer that makes it, and the encoder tap at its end, or ""."""
         yield partial(run_plain, self.conv_in), ""
         for level, block in enumerate(self.down_blocks):
             layers: list[Layer] = [partial(run_layer, block, i) for i in range(len(block.resnets))]
@@ -164,21 +172,21 @@ class UNetEncoder(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, text: TextEmbedding, hint: Tensor | None = None, embedding: Tensor | None = None
     ) -> list[Tensor]:
-        """One feature a tap of a branch: the skips, then the middle."""
+        """The features (B, C, h, w) at a branch's taps: the skips, then the middle; arguments as ``encode``'s."""
         encoded = self.encode(x, t, text, hint, embedding)
         return [*encoded.skips, encoded.middle]
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """A text encoder with its tokenizer; ``penultimate``: its last layer is not read (SDXL)."""
+    """A text encoder with its tokenizer; ``penultimate``: tokens are read before its last layer (SDXL)."""
 
     tokenizer: Any
     encoder: Any
     penultimate: bool = False
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token rows (B, window), padded, and cut where a prompt is longer than the window."""
+        """Token rows (B, window), int64, padded, and cut where a prompt is longer than the window."""
         from diffusers.loaders import TextualInversionLoaderMixin
 
         learnt = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, self.tokenizer)  # words of many vectors
@@ -196,7 +204,7 @@ class TextTower:
 class UNetBase:
     """A frozen text-to-image base: VAE, text towers, U-Net and noise schedule.
 
-    A ``Backbone``; what its members mean is said there.
+    A ``Backbone``, where its members are explained.
 
     ``zeros_for_none``: no prompt at all is zeros, and not the encoding of an empty one (SDXL).
     """
@@ -222,7 +230,7 @@ class UNetBase:
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.stride
         self.window = towers[0].tokenizer.model_max_length
-        self._vae_rows: int | None = None  # as many at once as memory was seen to hold; None: any number
+        self._vae_rows: int | None = None  # the most rows that fitted into memory at once; None: any number
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network, by its name in a diffusers folder."""
@@ -261,7 +269,7 @@ class UNetBase:
 
     @cached_property
     def signature(self) -> dict[str, Any]:
-        """What a control must match to run on this base; equal signatures mean equal shapes everywhere."""
+        """Taps, latent channels, text width and stride: a control must match them to run on this base."""
         taps = [[tap.name, tap.site, tap.channels, tap.stride] for tap in self.branch_taps]
         latents, text = self.unet.config.in_channels, self.unet.config.cross_attention_dim
         return {"taps": taps, "latent_channels": latents, "text_width": text, "stride": self.stride}
@@ -272,17 +280,26 @@ class UNetBase:
         modules = self.networks()
         return digest({f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()})
 
+    @cached_property
+    def text_digest(self) -> str:
+        """A digest of the text towers' weights, rounded to bfloat16: equal for equal weights in any number format.
+
+        Of their order and not their names, which differ between versions of transformers.
+        """
+        values = [value for tower in self.towers for value in tower.encoder.parameters()]
+        return digest({str(i): value.bfloat16() for i, value in enumerate(values)})
+
     # --- text and pictures ------------------------------------------------------------------------------
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the text tower's window; empty if all of it fits."""
         tokenizer = self.towers[0].tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
-        """What the U-Net reads of prompts; None is no prompt at all, ``size`` the picture's (height, width)."""
+        """B prompts as the U-Net reads them; None is no prompt at all, ``size`` the picture's (height, width)."""
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
         tokens = torch.cat([one for one, _ in read], -1)
         pooled = sizes = None
@@ -301,7 +318,7 @@ class UNetBase:
         rows = [tower.tokenize(list(prompts)).cpu().numpy() for tower in self.towers]
         return [b" ".join([self._text_key, *(tokens[i].tobytes() for tokens in rows)]) for i in range(len(prompts))]
 
-    @cached_property
+    @property
     def _text_key(self) -> bytes:
         weights = {f"{i}.{k}": v for i, tower in enumerate(self.towers) for k, v in tower.encoder.state_dict().items()}
         return f"{digest(weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
@@ -316,7 +333,7 @@ class UNetBase:
         return self._by_vae(lambda rows: self.vae.encode(rows).latent_dist.parameters, pixels)
 
     def _by_vae(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """What the VAE makes of rows, of as many at once as memory holds; that is found once, by halving.
+        """Apply ``work``, a pass through the VAE, to rows (B, ...), as many at once as fit: found once, by halving.
 
         A VAE that float16 overflows (SDXL's) computes in its weights' own format under autocast to it.
         """
@@ -363,7 +380,7 @@ class UNetBase:
     def _split(
         x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
     ) -> tuple[dict[str, Tensor], list[ActiveControl]]:
-        """(the residuals of what runs apart from the encoder, by tap; what walks beside it)."""
+        """(the residuals by tap of controls that run apart from the encoder; the controls that walk beside it)."""
         beside = [control for control in controls if control.network.walks]
         apart = [control for control in controls if not control.network.walks]
         return add_residuals([one.scaled(one.network(x, t, text, one.features)) for one in apart]), beside
@@ -372,7 +389,7 @@ class UNetBase:
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """By tap of a skip or the middle, (what the control adds to its feature, there or before; the feature without).
+        """By tap of a skip or the middle, (the control's effect on its feature, there or before; the feature without).
 
         Shapes: x (B, C, h, w), t (B,); each feature (B, C, h, w) of its tap.
         """
@@ -393,14 +410,14 @@ class UNetBase:
         inject: Mapping[str, Tensor] | None = None,
         beside: Sequence[ActiveControl] = (),
     ) -> Encoded:
-        """The encoder and middle block, with ``inject`` at its encoder taps, and what walks ``beside`` it.
+        """Run the encoder and middle block, with ``inject`` at its encoder taps, and controls that walk ``beside`` it.
 
-        Where there is neither and the weights are locked, as a branch has it, no graph is built.
+        Shapes and arguments are ``UNetEncoder.encode``'s. Without either, and with locked weights, no graph is built.
         """
         return self.encoder.encode(x, t, text, inject=inject, beside=beside)
 
     def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The prediction (B, C, h, w), with ``inject`` at the skips and the middle; gradients reach the residuals."""
+        """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle."""
         inject = inject or {}
         plain = [*encoded.skips, encoded.middle]
         pairs = zip(self.branch_taps, plain, strict=True)
@@ -423,7 +440,7 @@ class UNetBase:
         return copy.deepcopy(self.encoder).requires_grad_(True)
 
     def empty_encoder(self) -> UNetEncoder:
-        """The same on the ``meta`` device, without memory: for weights that are about to be loaded."""
+        """An encoder of that shape on the ``meta`` device, without memory: for weights that are about to be loaded."""
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
         return copy.deepcopy(self.encoder, memo)
 
@@ -432,9 +449,9 @@ class UNetBase:
         return ConvBody(self.latent_channels, self.stride, self.branch_taps)
 
     def of_size(self, size: int) -> "UNetBase":
-        """The same base for pictures of another side, in pixels; ``UserError`` where its U-Net cannot halve it."""
+        """The same base for pictures of another side, in pixels; ``Invalid`` where its U-Net cannot halve it."""
         if size % self.multiple:
-            raise UserError(f'"{self.name}" makes pictures whose sides are multiples of {self.multiple}; not {size}.')
+            raise Invalid(f'"{self.name}" makes pictures whose sides are multiples of {self.multiple}; not {size}.')
         other = copy.copy(self)
         other.size = size
         return other
@@ -480,7 +497,7 @@ class UNetBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the U-Net's weights, and of what it reads."""
+        """The type of the U-Net's weights and inputs."""
         return self.unet.conv_in.weight.dtype
 
     def autocast(self) -> AbstractContextManager[object]:

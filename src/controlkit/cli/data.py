@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from controlkit.cli.shared import DeviceOption, OutOption, check_folder, parse_size, progress_bars, ready, say
-from controlkit.errors import UserError, nearest, one_line
+from controlkit.cli.shared import (
+    DeviceOption,
+    KindsCommand,
+    OutOption,
+    check_folder,
+    parse_size,
+    progress_bars,
+    ready,
+    say,
+)
+from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
-    from controlkit.data import Finding, Over
+    from controlkit.data import Finding, Listing, Over, Report
 
 app = typer.Typer(help="Make and look at training data.", no_args_is_help=True)
 make_app = typer.Typer(help="Draw a data set.", no_args_is_help=True)
@@ -34,34 +43,36 @@ WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (t
 
 
 def _over(replace: str) -> "Over":
-    """What ``--replace`` says."""
+    """The value of ``--replace``, checked."""
     from typing import get_args
 
     from controlkit.data import Over
 
     if replace not in get_args(Over):
-        raise UserError(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
+        raise Invalid(f'--replace is "{replace}": {nearest(replace, get_args(Over))}')
     return cast("Over", replace)
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:
-    """What ``--column`` says."""
+    """Columns' names by kind, of ``--column``."""
     pairs = [one.partition("=") for one in given or []]
     if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
-        raise UserError(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
+        raise Invalid(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
     return {kind: name for kind, _, name in pairs}
 
 
 @app.command(
+    cls=KindsCommand,
     epilog="Examples:\n\n    controlkit data doctor fill50k --annotator canny\n\n"
-    "    controlkit data doctor photos && controlkit train canny.yaml --out runs/canny"
+    "    controlkit data doctor photos && controlkit train canny.yaml --out runs/canny",
 )
 def doctor(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     annotator: Annotated[
         str | None,
         typer.Option(
-            help="What the hints are, or what will make them: they are held against it. Of several, `canny+depth`."
+            help="The kind of the hints, to compare them with, or to show what will be made: {kinds}. Of several, "
+            "`canny+depth`."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and `report.json`.")] = Path("out/doctor"),
@@ -77,8 +88,6 @@ def doctor(
 
     Opens every picture: counts, missing or extra pairs, sizes, unreadable files, duplicates, captions, hints.
     """
-    from collections import Counter
-
     from controlkit.annotators import contract
     from controlkit.data import add_up, examine, read_listing, sheet_rows
     from controlkit.images import grid, write_atomic, write_png
@@ -88,7 +97,7 @@ def doctor(
     if made_by:
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
-        raise UserError("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
+        raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
     listing = read_listing(path, _columns(column))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
@@ -99,29 +108,35 @@ def doctor(
                 yield finding
 
         report = add_up(listing, opened(), made_by)
+    _say_report(path, listing, report, annotator)
+    if report.shown:
+        write_png(out / "sheet.png", grid(sheet_rows(report)))
+    write_atomic(out / "report.json", (json.dumps(report.to_json(), indent=2) + "\n").encode())
+    say(f"Training {'may' if report.may_train else 'may not'} start. All of it, and a contact sheet: {out}")
+    if not report.may_train:
+        raise typer.Exit(1)
+
+
+def _say_report(path: Path, listing: "Listing", report: "Report", annotator: str | None) -> None:
+    """Print what the doctor found, in a few lines."""
+    from collections import Counter
+
     facts = report.to_json()
     say(f"{path}: {facts['rows']} pairs ({facts['layout']}), {facts['with_hints']} with hints of their own")
     say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
     words = facts["caption_words"]
     say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
-    said = [row for row in listing.rows if row.prompt]
-    if said:
-        origin = "from the file's name: " if said[0].named else ""
-        say(f'the first: {origin}"{one_line(said[0].prompt)}"')
+    if first := next((row for row in listing.rows if row.prompt), None):
+        origin = "from the file's name: " if first.named else ""
+        say(f'the first: {origin}"{one_line(first.prompt)}"')
     if not facts["with_hints"] and not annotator:
         say("hints: none; training makes them by its annotator (--annotator canny here shows what they will be)")
     if facts["hint_mean_grey"] is not None:
         say(f"hints: mean grey {facts['hint_mean_grey']:.3f} (0 black, 1 white)")
     for (kind, fatal), count in Counter((p.kind, p.fatal) for p in report.problems).items():
-        first = next(p for p in report.problems if (p.kind, p.fatal) == (kind, fatal))
+        example = next(p for p in report.problems if (p.kind, p.fatal) == (kind, fatal))
         often = f"{count} times; the first: " if count > 1 else ""
-        say(f"{'problem' if fatal else 'note'}: {kind}, {often}{first}")
-    if report.shown:
-        write_png(out / "sheet.png", grid(sheet_rows(report)))
-    write_atomic(out / "report.json", (json.dumps(facts, indent=2) + "\n").encode())
-    say(f"Training {'may' if report.may_train else 'may not'} start. All of it, and a contact sheet: {out}")
-    if not report.may_train:
-        raise typer.Exit(1)
+        say(f"{'problem' if fatal else 'note'}: {kind}, {often}{example}")
 
 
 @make_app.command(epilog="Example:\n\n    controlkit data make fill50k --count 1000 --out fill50k")
@@ -142,15 +157,15 @@ def fill50k(
     say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
 
 
-@make_app.command(epilog="Example:\n\n    controlkit data make scenes --count 100 --hint depth --out scenes")
+@make_app.command(
+    cls=KindsCommand, epilog="Example:\n\n    controlkit data make scenes --count 100 --hint depth --out scenes"
+)
 def scenes(
     out: OutOption,
     count: Annotated[int, typer.Option(help="Scenes to draw.", min=1)] = 1000,
     size: Annotated[int, typer.Option(help="Side in pixels.", min=32)] = 256,
     seed: Annotated[int, typer.Option(help="Another seed draws another set.")] = 0,
-    hint: Annotated[
-        str, typer.Option(help="`depth`, `normal`, `seg`, `pose` or `edges`: the hints that `prompt.json` names.")
-    ] = "depth",
+    hint: Annotated[str, typer.Option(help="The hints that `prompt.json` names: {truths} or `edges`.")] = "depth",
 ) -> None:
     """Draw scenes about which everything is known: solids and figures, with depth, normals, labels, poses, edges.
 
@@ -185,7 +200,7 @@ def caption(
     over = _over(replace)
     listing = read_listing(path)
     if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     check_beside(listing)
     places = wanting(listing.rows, over)
     places = places if over == "all" else unwritten(listing, places)
@@ -207,14 +222,15 @@ def caption(
 
 
 @app.command(
+    cls=KindsCommand,
     epilog="Examples:\n\n    controlkit data build photos --annotator canny --size 512 --out photos-canny\n\n"
     "    controlkit data build fill50k --annotator canny --layout webdataset --out shards\n\n"
-    "    controlkit data build photos --annotator canny --captions blip --out photos-canny"
+    "    controlkit data build photos --annotator canny --captions blip --out photos-canny",
 )
 def build(
     path: Annotated[Path, typer.Argument(help="A data set's folder, in any layout that `train` reads.")],
     out: OutOption,
-    annotator: Annotated[str, typer.Option(help="What the hints are, or, where there are none, what makes them.")],
+    annotator: Annotated[str, typer.Option(help="The kind of the hints, made where there are none: {kinds}.")],
     layout: Annotated[
         str, typer.Option(help="`metadata` (the datasets library), `prompt.json`, `paired` (kohya), `webdataset`.")
     ] = "metadata",
@@ -235,15 +251,15 @@ def build(
     Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
     """
     from controlkit.annotators import contract
-    from controlkit.data import build_set, load_captioner, read_listing, wanting
+    from controlkit.data import Captioning, build_set, load_captioner, read_listing, wanting
 
     check_folder(out)
     over = _over(replace)
     if captions not in ("own", "blip"):
-        raise UserError(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
+        raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
     listing = read_listing(path, _columns(column))
     if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise UserError(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0
@@ -253,7 +269,7 @@ def build(
         def captioned(count: int) -> None:
             progress.advance(side, count)
 
-        sized = parse_size(size)
-        for done in build_set(listing, out, layout, contract(annotator), sized, model, over, captioned, workers):
+        captioning = Captioning(model, over, captioned) if model else None
+        for done in build_set(listing, out, layout, contract(annotator), parse_size(size), captioning, workers):
             progress.update(task, completed=done)
     say(f"{len(listing.rows)} pairs in {out} ({layout})")

@@ -1,15 +1,15 @@
-"""What several commands share: options of one meaning, loading, progress, words."""
+"""Shared by several commands: options of one meaning, loading, progress, messages."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -34,6 +34,37 @@ VaeOption = Annotated[
     str | None, typer.Option(help="Another VAE than the base's: a diffusers folder, a file, a hub's name.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
+
+
+class KindsCommand(TyperCommand):
+    """A command whose help names kinds of hints: ``{annotators}`` and so on stand for what their table has.
+
+    They are filled in when help is asked for, and not before, as reading the table takes seconds.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, or typer's own copy of it
+        """Write the help, kinds of hints filled in."""
+        self.name_kinds()
+        super().format_help(ctx, formatter)
+
+    def name_kinds(self) -> None:
+        """Fill the kinds of hints into the options' help."""
+        from controlkit.annotators import all_kinds
+
+        makers = [kind for kind in all_kinds() if kind.makes]
+        options = [
+            f"{', '.join(kind.options.model_fields)} ({kind.name})" for kind in makers if kind.options.model_fields
+        ]
+        names = {
+            "{annotators}": ", ".join(f"`{kind.name}`" for kind in makers),
+            "{options}": "; ".join(options),
+            "{kinds}": ", ".join(f"`{kind.name}`" for kind in all_kinds()),
+            "{truths}": ", ".join(f"`{kind.name}`" for kind in all_kinds() if kind.truth),
+        }
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            for place, text in names.items():
+                parameter.help = (parameter.help or "").replace(place, text)
 
 
 @contextmanager
@@ -65,11 +96,11 @@ def ready(device: str) -> str:
     # diffusers imports it where it is installed, and it misses kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if device not in ("cpu", "cuda", "auto"):
-        raise UserError(f'--device is "{device}"; expected cpu, cuda or auto.')
+        raise Invalid(f'--device is "{device}"; expected cpu, cuda or auto.')
     if device == "auto":
         device = "cuda" if on_cuda(device) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
+        raise Invalid("--device is cuda, and this machine or this build of torch has none: use cpu or auto.")
     return device
 
 
@@ -82,31 +113,18 @@ def loaded_base(name: str, device: str, **options: Any) -> "Backbone":
 
 def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":
     """The control; what is to be known about it, and whether it was trained on this base, as notes."""
-    import torch
+    from controlkit.sample import load
 
-    from controlkit.formats import load_control
-
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        saved = load_control(name, base, annotator)
+    saved, notes = load(name, base, annotator)
     for note in notes:
-        if note.category is UserWarning:
-            warn(str(note.message))
-    trained_on = saved.trained.get("base_digest")
-    # A digest takes seconds on a large base, and bfloat16's rounding gives another.
-    comparable = trained_on and base.dtype != torch.bfloat16
-    if difference := saved.trained.get("base_difference"):
-        if comparable and trained_on == base.digest:
-            warn(f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}')
-    elif comparable and trained_on != base.digest:
-        warn(f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})')
+        warn(note)
     return saved
 
 
 def check_folder(out: Path) -> None:
     """Refuse a file where a folder is to be written."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
+        raise Invalid(f"--out is {out}, which is a file; expected a folder, or a name for a new one.")
 
 
 def say(text: str) -> None:
@@ -127,7 +145,7 @@ def split_lora(text: str) -> tuple[Path, float]:
     try:
         return Path(path), float(weight)
     except ValueError:
-        raise UserError(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -140,5 +158,5 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         sides = (0, 0)
     if min(sides) <= 0:
-        raise UserError(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+        raise Invalid(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
     return sides

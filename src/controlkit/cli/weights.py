@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from controlkit.cli.shared import loaded_base, progress_bars, say, warn
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 
 app = typer.Typer()
 
@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """Say what a file of weights is: format, base, channels of its hints, what is missing, and whether it runs.
 
-    Told from the names and shapes in it, never from the file's own name; nothing in it is run.
+    Read from the names and shapes in it, never from the file's own name; nothing in it is run.
     """
     from controlkit.formats import describe, shipped_controls, shipped_folder
     from controlkit.hub import shipped_names
@@ -65,8 +65,9 @@ def convert(
 
     if attach:
         if rank is not None or transfer_to is not None or base is not None:
-            raise UserError("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
-        done = formats.attach(loaded_base(source, "cpu"), target, to, dtype, annotator=annotator or "")
+            raise Invalid("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
+        options = formats.WriteOptions(dtype)
+        done = formats.attach(loaded_base(source, "cpu"), target, to, annotator=annotator or "", options=options)
     else:
         models = {name: loaded_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}
         own, other = (models.get(name) if name else None for name in (base, transfer_to))
@@ -76,7 +77,8 @@ def convert(
             def on_tensor(count: int, total: int) -> None:
                 progress.update(task, completed=count, total=total, visible=True)
 
-            done = formats.convert(source, target, to, dtype, own, rank, other, annotator, on_tensor)
+            options = formats.WriteOptions(dtype, rank, on_tensor)
+            done = formats.convert(source, target, to, own, other, annotator, options)
     for note in done.notes:
         warn(note)
     say(f"{done.path}: {formats.describe(done.path).sentence()}")

@@ -1,6 +1,6 @@
 """T2I-Adapter: control from the hint alone, added inside the base's encoder (Mou et al., 2023).
 
-On diffusers' own module. Its features depend on neither timestep nor prompt: once a picture is enough.
+On diffusers' own module. Its features depend on neither timestep nor prompt: they are computed once a picture.
 """
 
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork, ControlSpec, Tap
-from controlkit.errors import UserError
+from controlkit.errors import Invalid, Unsupported
 
 
 class Adapter(ControlNetwork):
-    """A diffusers ``T2IAdapter`` behind a branch's two calls.
+    """A diffusers ``T2IAdapter`` as a control.
 
     Its features go to the base's encoder taps in order; an SDXL one's last goes to the middle.
     """
@@ -28,21 +28,21 @@ class Adapter(ControlNetwork):
         self.taps = tuple(places[: len(network.adapter.body)])
 
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
-        """Features (B, C, h, w) by tap, of hints (B, channels, H, W)."""
+        """Features (B, C, h, w) by tap, of hints (B, channels, H, W); ``Invalid`` where the sides do not divide."""
         multiple = self.network.downscale_factor
         if hint.shape[-1] % multiple or hint.shape[-2] % multiple:
-            raise UserError(f"This T2I-Adapter reads sides that {multiple} divides; got {tuple(hint.shape[-2:])}.")
+            raise Invalid(f"This T2I-Adapter reads sides that {multiple} divides; got {tuple(hint.shape[-2:])}.")
         return {tap.name: feature for tap, feature in zip(self.taps, self.network(hint), strict=True)}
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The features as they are."""
+        """The features (B, C, h, w) by tap, as ``encode_hint`` gave them."""
         return hint_features
 
 
 def new_adapter(base: Backbone, spec: ControlSpec, hint_channels: int = 3, size_ratio: float | None = None) -> Adapter:
     """A fresh T2I-Adapter, of the released shape whose features have the sizes of this base's encoder.
 
-    Raises ``UserError`` where no released shape has them.
+    ``spec`` and ``size_ratio`` leave nothing to choose here. Raises ``Unsupported`` where no released shape has them.
     """
     from diffusers import T2IAdapter
 
@@ -54,7 +54,7 @@ def new_adapter(base: Backbone, spec: ControlSpec, hint_channels: int = 3, size_
     elif steps == [1, 1, 2]:  # as SDXL's, whose fourth feature goes to the middle
         kind, channels = "full_adapter_xl", [*channels, channels[-1]]
     else:
-        raise UserError(
+        raise Unsupported(
             f'No released shape of a T2I-Adapter has features of the sizes of "{base.name}": its encoder takes '
             f"control at strides {[tap.stride for tap in inside]}. Train another body."
         )

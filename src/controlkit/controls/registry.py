@@ -1,13 +1,14 @@
-"""The kinds of control there are, as rows of one table; and a fresh one of each for any base."""
+"""The table of kinds of control, and a fresh control of each body for any base."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, low_rank
 from controlkit.controls.adapter import new_adapter
 from controlkit.controls.xs import new_xs
-from controlkit.errors import UserError
+from controlkit.errors import Mismatch, Unsupported
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,17 @@ class ControlKind:
 
     name: str
     title: str
-    """What messages call it."""
+    """Its name in messages."""
     diffusers_class: str | None
     """The diffusers class of the same network; None where there is none, and no file of it."""
+
+    def network_class(self) -> Any:
+        """The diffusers class itself; ``Unsupported`` where there is none."""
+        if self.diffusers_class is None:
+            raise Unsupported(f"A {self.title} is not a network of diffusers.")
+        import diffusers
+
+        return getattr(diffusers, self.diffusers_class)
 
 
 KINDS = {
@@ -49,7 +58,7 @@ BODIES: dict[str, Callable[[Backbone, ControlSpec, int, float | None], ControlNe
     "xs": new_xs,
     "adapter": new_adapter,
 }
-"""``ControlSpec.body`` -> what makes a fresh control of it: (base, spec, channels of the hint, an XS's width)."""
+"""``ControlSpec.body`` -> a function that makes a fresh control: (base, spec, channels of the hint, an XS's width)."""
 
 
 def new_control(
@@ -57,7 +66,8 @@ def new_control(
 ) -> ControlNetwork:
     """A fresh control for this base, as ``spec`` says; silent where its joins are zero.
 
-    ``size_ratio`` is an XS's width (``xs.adapter_config``). ``UserError`` where this base cannot have such a control.
+    ``hint_channels``: of the hint's tensor, from 1. ``size_ratio``: an XS's channels as a share of the base's, above 0
+    and at most 1 (``xs.xs_settings``). Raises ``Unsupported`` where this base cannot have such a control.
     """
     spec = spec or ControlSpec()
     return BODIES[spec.body](base, spec, hint_channels, size_ratio).to(base.device, base.dtype)
@@ -66,23 +76,24 @@ def new_control(
 def start_from(network: ControlNetwork, neighbour: ControlNetwork, name: str) -> None:
     """Put the weights of a control of the same kind, called ``name`` in messages, into ``network``.
 
-    One of the middle alone is reconnected (the paper's small-scale recipe): the joins it lacks stay zero.
-    ``UserError`` where the two are not alike.
+    A control of the middle alone is reconnected (the paper's small-scale recipe, Section 4.2): joins that it lacks stay
+    zero. Raises ``Mismatch`` where the two are not alike.
     """
     if neighbour.kind != network.kind:
-        raise UserError(
+        raise Mismatch(
             f'The control "{name}" is a {KINDS[neighbour.kind].title}; this recipe starts from a '
             f"{KINDS[network.kind].title}."
         )
     ours, theirs = network.spec, neighbour.spec
-    assert ours is not None and theirs is not None
+    if ours is None or theirs is None:
+        raise Unsupported(f"A {KINDS[network.kind].title} has no weights of its own to start from: name its parts.")
     reconnected = replace(theirs, taps="all") if ours.join == "zero" else theirs
     if ours not in (theirs, reconnected):
-        raise UserError(
+        raise Mismatch(
             f'The control "{name}" is {theirs}; the recipe asks for {ours}: they must be equal, but that zero joins of '
             "the middle alone may become joins of all taps."
         )
     given, own = neighbour.state_dict(), network.state_dict()
     if any(key not in own or own[key].shape != tensor.shape for key, tensor in given.items()):
-        raise UserError(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
+        raise Mismatch(f'The control "{name}" has another width: set control.size_ratio to what it was trained with.')
     network.load_state_dict(own | given)

@@ -1,11 +1,11 @@
-"""Several controls at once, trained as one."""
+"""Several controls at once, trained as one; each stays complete in itself."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from controlkit.branch import ControlBranch, ControlNetwork, add_residuals
+from controlkit.branch import ControlBranch, ControlNetwork, HintEncoder, add_residuals
 
 
 class MultiBranch(ControlNetwork):
@@ -31,7 +31,8 @@ class MultiBranch(ControlNetwork):
 
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
         """Features of each branch's own channels of hints (B, channels of all, H, W), by name."""
-        channels = [branch.hint_encoder.convs[0].in_channels for branch in self.branches]  # type: ignore[union-attr]
+        encoders = [cast("HintEncoder", branch.hint_encoder) for branch in self.branches]
+        channels = [cast("nn.Conv2d", encoder.convs[0]).in_channels for encoder in encoders]
         own = zip(self.parts().items(), hint.split(channels, 1), strict=True)
         return {name: branch.encode_hint(one) for (name, branch), one in own}
 

@@ -1,39 +1,63 @@
 """ControlNet-Union: one branch that knows several types of hint, and merges any of them (xinsir, ProMax).
 
-A type is told in two places: a token for each hint, which shifts that hint's features, and a code of all types in use
-beside the time embedding. The features of several hints are added up.
+A hint's type enters at two places: a token for each hint shifts that hint's features, and a code of all types in use
+is added to the time embedding. The features of several hints are added up.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from controlkit.annotators import union_types
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, Tap
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, NotFound, Unsupported, nearest
 
-TYPES = {
-    **dict.fromkeys(("openpose", "pose"), 0),
-    "depth": 1,
-    **dict.fromkeys(("softedge", "hed", "pidi", "scribble", "ted"), 2),
-    **dict.fromkeys(("canny", "lineart", "mlsd"), 3),
-    "normal": 4,
-    "seg": 5,
-    "tile": 6,
-    **dict.fromkeys(("inpaint", "repaint"), 7),
-}
+
+class _Types(Mapping[str, int]):
+    """A view of the table of kinds of hints, so that a kind registered later is a type too."""
+
+    def __getitem__(self, name: str) -> int:
+        return union_types()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(union_types())
+
+    def __len__(self) -> int:
+        return len(union_types())
+
+
+TYPES: Mapping[str, int] = _Types()
 """Names of hint types -> the released weights' numbers. The first release has 0-5, ProMax all."""
+
+
+@dataclass(frozen=True)
+class UnionShape:
+    """The sizes of a Union's own parts."""
+
+    width: int
+    """Of a type's token."""
+    code_width: int
+    """Of the sinusoid that codes each type."""
+    embedding: int
+    """Of the base's time embedding."""
+    types: int = 6
+    """Types that the weights know, 1 to 64."""
+    heads: int = 8
+    """Attention heads of the tokens' transformer; they divide ``width``."""
+    layers: int = 1
+    """Layers of that transformer."""
 
 
 class UnionBranch(ControlBranch):
     """A ``ControlBranch`` whose hints are given by type: ``encode_hint({"canny": hint, "depth": hint})``.
 
     Args:
-        taps, body, stride, hint_channels, spec: as a ``ControlBranch``'s.
-        types: how many the weights know.  width, heads, layers: of the tokens' transformer.
-        code_width: width of the sinusoid that codes each type.  embedding: width of the time embedding.
+        taps, body, stride, hint_channels, spec: as a ``ControlBranch``'s; the body also takes an embedding (B, D).
+        shape: the sizes of its own parts.
     """
 
     kind = "union"
@@ -43,32 +67,27 @@ class UnionBranch(ControlBranch):
         taps: tuple[Tap, ...],
         body: nn.Module,
         stride: int,
+        shape: UnionShape,
         hint_channels: int = 3,
         spec: ControlSpec | None = None,
-        *,
-        types: int = 6,
-        width: int,
-        heads: int = 8,
-        layers: int = 1,
-        code_width: int,
-        embedding: int,
     ) -> None:
         from diffusers.models.controlnets.controlnet_union import ResidualAttentionBlock
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         super().__init__(taps, body, stride, hint_channels, spec)
-        self.heads, self.layers = heads, layers
-        self.type_code = Timesteps(code_width, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.task_embedding = nn.Parameter(torch.zeros(types, width))
-        self.transformer_layes = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))  # sic
-        self.spatial_ch_projs = nn.Linear(width, taps[0].channels)
-        self.control_add_embedding = TimestepEmbedding(code_width * types, embedding)
+        self.shape = shape
+        self.type_code = Timesteps(shape.code_width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.task_embedding = nn.Parameter(torch.zeros(shape.types, shape.width))
+        layers = (ResidualAttentionBlock(shape.width, shape.heads) for _ in range(shape.layers))
+        self.transformer_layes = nn.ModuleList(layers)  # spelled as the released weights spell it
+        self.spatial_ch_projs = nn.Linear(shape.width, taps[0].channels)
+        self.control_add_embedding = TimestepEmbedding(shape.code_width * shape.types, shape.embedding)
 
     def begin(self) -> "UnionBranch":
-        """Weights to train from: types are told apart by their code alone, which at first changes nothing.
+        """Set the weights to train from, in which types differ by their code alone, of no effect yet; returns itself.
 
-        The tokens' shift of the features stays zero. What tells the types apart is then a constant beside the time
-        embedding, and one type can be taken out of the Union as an ordinary ControlNet, exactly.
+        The tokens' shift of the features stays zero. A type is then a constant added to the time embedding, and can be
+        taken out of the Union as an ordinary ControlNet, exactly.
         """
         for silent in (self.spatial_ch_projs, self.control_add_embedding.linear_2):
             nn.init.zeros_(silent.weight)
@@ -80,17 +99,19 @@ class UnionBranch(ControlBranch):
     @property
     def hint_types(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the hint types these weights know."""
-        return tuple(name for name, number in TYPES.items() if number < len(self.task_embedding))
+        return tuple(name for name, number in TYPES.items() if number < self.shape.types)
 
     def check_types(self, names: Collection[str]) -> None:
-        """Refuse hints of types these weights do not know, or none at all."""
+        """Raise ``Invalid`` for no hint at all, ``NotFound`` for a type that these weights do not know."""
         if not names:
-            raise UserError(f"A Union control needs at least one hint: expected one of {', '.join(self.hint_types)}.")
+            raise Invalid(f"A Union control needs at least one hint: expected one of {', '.join(self.hint_types)}.")
         if unknown := [name for name in names if name not in self.hint_types]:
-            raise UserError(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.hint_types)}')
+            raise NotFound(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.hint_types)}')
 
     def encode_hint(self, hint: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
-        """Features of all hints together, ``map`` (B, C, h, w), and their types' code, ``embedding`` (B, D).
+        """The sum of all hints' features, ``map`` (B, C, h, w), and their types' code, ``embedding`` (B, D).
+
+        ``hint``: (B, channels, H, W) by type; raises as ``check_types`` does.
 
         Neither depends on latents or timestep. The token's attention goes from a picture to itself alone, as it does
         wherever pictures are made one at a time; diffusers' module lets the pictures of a batch attend to each other,
@@ -100,9 +121,9 @@ class UnionBranch(ControlBranch):
         return self._fused({name: self.hint_encoder(one) for name, one in hint.items()})
 
     def encode_rows(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Features of rows with one hint each, as training has them: those of the first type, of the next, and so on.
+        """Features of rows with one hint each, as training has them: rows of the first type, of the next, and so on.
 
-        The same as ``encode_hint`` of each type by itself, but the hints are read together.
+        Equal to ``encode_hint`` of each type by itself, but the hint encoder runs once for all.
         """
         self.check_types(hints)
         maps = self.hint_encoder(torch.cat(list(hints.values()))).split([len(hint) for hint in hints.values()])
@@ -110,7 +131,7 @@ class UnionBranch(ControlBranch):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _fused(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Maps of several types of hint put together, and the code of their types."""
+        """The sum of maps (B, C, h, w) of several types, each with its token's shift; and the code of the types."""
         numbers, maps = [TYPES[name] for name in hints], list(hints.values())
         means = [one.mean((2, 3)) + self.task_embedding[number] for one, number in zip(maps, numbers, strict=True)]
         tokens = torch.stack(means)  # (hints, B, C)
@@ -119,19 +140,19 @@ class UnionBranch(ControlBranch):
             rows = layer(rows)
         shifts = self.spatial_ch_projs(rows[0]).unflatten(0, tokens.shape[:2])
         features = sum(one + shift[..., None, None] for one, shift in zip(maps, shifts, strict=True))
-        code = torch.zeros(len(self.task_embedding), device=tokens.device)
+        code = torch.zeros(self.shape.types, device=tokens.device)
         for number in numbers:  # a list of them would be copied to the device, and waited for
             code[number] = 1
         embedding = self.control_add_embedding(self.type_code(code).flatten().to(tokens.dtype))
         return {"map": features, "embedding": embedding.expand(tokens.shape[1], -1)}
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
-        """The residual of each tap, by name; ``hint_features`` from ``encode_hint``."""
+        """The residual of each tap (B, C, h, w), by name; ``hint_features`` from ``encode_hint``."""
         return self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
 
 
 class OneType(ControlNetwork):
-    """A Union as a control of one type: hints are plain tensors, as a ``ControlBranch`` takes them."""
+    """A Union as a control of one type: hints are tensors (B, C, H, W), as a ``ControlBranch`` takes them."""
 
     kind = "union type"
 
@@ -141,24 +162,31 @@ class OneType(ControlNetwork):
         self.union, self.hint_type, self.taps = union, hint_type, union.taps
 
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
-        """As the Union's, of (B, C, H, W)."""
+        """The Union's features of hints (B, C, H, W)."""
         return self.union.encode_hint({self.hint_type: hint})
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The residual of each tap, by name."""
+        """The residual of each tap (B, C, h, w), by name."""
         return self.union(x, t, text, hint_features)
+
+
+def time_width(body: nn.Module, name: str) -> int:
+    """Width of the time embedding of a base's encoder, beside which types are coded; ``name``: the base's.
+
+    Raises ``Unsupported`` where it has none.
+    """
+    if not hasattr(body, "time_embedding"):
+        raise Unsupported(f'A Union codes its types beside a time embedding; "{name}" has none: train one type.')
+    return body.time_embedding.linear_2.out_features  # type: ignore[union-attr, return-value]
 
 
 def new_union(base: Backbone, types: int = 8, code_width: int = 32) -> UnionBranch:
     """A fresh Union for a base; released ones have codes 256 wide, which is much for a small base.
 
-    Types are told apart by their code alone: the tokens' shift stays zero, so that each type can be taken out as an
-    ordinary ControlNet. ``UserError`` where the base has no time embedding that a code could be added to.
+    Types differ by their code alone: the tokens' shift stays zero, so that each type can be taken out as an ordinary
+    ControlNet. Raises ``Unsupported`` where the base has no time embedding that a code could be added to.
     """
     body = base.copy_encoder()
-    if not hasattr(body, "time_embedding"):
-        raise UserError(f'A Union codes its types beside a time embedding; "{base.name}" has none: train one type.')
-    shape = {"types": types, "width": base.branch_taps[0].channels, "code_width": code_width}
-    embedding = body.time_embedding.linear_2.out_features
-    union = UnionBranch(base.branch_taps, body, base.stride, **shape, embedding=embedding).begin()
-    return union.to(base.device, base.dtype)
+    shape = UnionShape(base.branch_taps[0].channels, code_width, time_width(body, base.name), types)
+    channels, stride = base.hint_shape(3)
+    return UnionBranch(base.branch_taps, body, stride, shape, channels).begin().to(base.device, base.dtype)

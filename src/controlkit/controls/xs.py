@@ -1,8 +1,8 @@
 """ControlNet-XS: a thin encoder that walks beside the base's, layer by layer (Zavadski et al., ECCV 2024, type B).
 
-On diffusers' own ``ControlNetXSAdapter``. The base's feature before a layer goes to the thin encoder's layer of that
-place, whose feature is added to the base's after it; and once more in the decoder, where that place's skip arrives.
-All that is added goes through zero convolutions.
+On diffusers' own ``ControlNetXSAdapter``. At each place the thin encoder's layer reads the base's feature before it and
+its own feature is added to the base's after it, and once more in the decoder, where that place's skip arrives. All
+additions go through zero convolutions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,24 +16,25 @@ from controlkit.backbones import Backbone
 from controlkit.backbones.protocol import Layer, Stage
 from controlkit.backbones.unet import run_layer, run_plain
 from controlkit.branch import ControlNetwork, ControlSpec, HintEncoder, Tap
-from controlkit.errors import UserError
+from controlkit.errors import Invalid, Unsupported
 
 SLIM = 32
-"""Channels at the finest level unless told: a tenth of Stable Diffusion's, as the paper and diffusers have it."""
+"""Channels at the finest level by default: a tenth of Stable Diffusion's, as the paper and diffusers have it."""
 MOST = 0.5
-"""Of a small base's channels no more than this share, unless told."""
+"""The largest share of a small base's channels, by default."""
 _LATENTS, _LAYERS = 4, 2
 """Channels of the latents, and layers a level, that diffusers' class is made for."""
 
 # --- its network ------------------------------------------------------------------------------------------------
 
 
-def adapter_config(
+def xs_settings(
     own: Mapping[str, Any], stride: int, hint_channels: int = 3, size_ratio: float | None = None
 ) -> dict[str, Any]:
     """The configuration of a ``ControlNetXSAdapter`` for a base of the configuration ``own``.
 
-    ``size_ratio``: its channels as a share of the base's; None is as many as ``SLIM`` and ``MOST`` say.
+    ``size_ratio``: its channels as a share of the base's, above 0 and at most 1; None: as ``SLIM`` and ``MOST`` say.
+    Raises ``Invalid`` where that leaves an attention head less than one channel.
     """
     ratio = size_ratio or min(SLIM / own["block_out_channels"][0], MOST)
     channels = [int(ratio * width) for width in own["block_out_channels"]]
@@ -41,7 +42,7 @@ def adapter_config(
     heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
     if any(width < count for width, count in zip(channels, heads, strict=True)):
         least = max(map(_share, heads, own["block_out_channels"]))
-        raise UserError(
+        raise Invalid(
             f"A ControlNet-XS of size_ratio {ratio:g} would have {channels} channels for attention of {heads} heads: "
             f"expected at least one channel a head, size_ratio {least:.2g}."
         )
@@ -71,16 +72,18 @@ def shape_of(own: Mapping[str, Any]) -> dict[str, Any]:
     return {key: own[key] for key in ("in_channels", "layers_per_block")}
 
 
-def new_adapter(config: Mapping[str, Any]) -> Any:
-    """diffusers' ``ControlNetXSAdapter`` of a configuration, whose ``in_channels`` and ``layers_per_block`` may differ
-    from Stable Diffusion's, all that its class knows: of one layer a level it has half the parts, by the same names.
+def xs_network(config: Mapping[str, Any]) -> Any:
+    """diffusers' ``ControlNetXSAdapter`` of a configuration.
+
+    Its class is made for Stable Diffusion's ``in_channels`` and ``layers_per_block``. Here they may differ: with one
+    layer a level it has half the parts, by the same names. Raises ``Unsupported`` for other numbers of layers.
     """
     from diffusers import ControlNetXSAdapter
     from diffusers.models.controlnets.controlnet_xs import UpBlockControlNetXSAdapter, make_zero_conv
 
     latents, layers = config.get("in_channels", _LATENTS), config.get("layers_per_block", _LAYERS)
     if layers not in range(1, _LAYERS + 1):
-        raise UserError(f"ControlNet-XS is for bases of one or two layers a level; this one has {layers}.")
+        raise Unsupported(f"ControlNet-XS is for bases of one or two layers a level; this one has {layers}.")
     more = ("in_channels", "layers_per_block")
     network = ControlNetXSAdapter(**{key: value for key, value in config.items() if key not in more})
     if latents != _LATENTS:
@@ -111,14 +114,14 @@ def new_adapter(config: Mapping[str, Any]) -> Any:
 
 
 def _stage(
-    reads: nn.Module, layer: Layer, says: nn.Module, own: Tensor, h: Tensor, embedding: Tensor, text: Any
+    read: nn.Module, layer: Layer, write: nn.Module, own: Tensor, h: Tensor, embedding: Tensor, text: Any
 ) -> tuple[Tensor, Tensor]:
-    own = layer(torch.cat([own, reads(h)], 1), embedding, text)
-    return own, says(own)
+    own = layer(torch.cat([own, read(h)], 1), embedding, text)
+    return own, write(own)
 
 
 class XSBranch(ControlNetwork):
-    """A ``ControlNetXSAdapter`` as a branch. A ``Walker``: the base runs it beside its encoder.
+    """A ``ControlNetXSAdapter`` as a control. A ``Walker``: the base runs it beside its encoder.
 
     ``taps``: the base's skips and middle, in order; the walk has one place for each.
     """
@@ -133,7 +136,7 @@ class XSBranch(ControlNetwork):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``new_adapter`` builds this one's network of."""
+        """The configuration of which ``xs_network`` builds this one's network."""
         known = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
         layers, latents = len(self.network.down_blocks[0].resnets), self.network.conv_in.in_channels
         if (latents, layers) != (_LATENTS, _LAYERS):  # else diffusers' class says it all
@@ -141,22 +144,22 @@ class XSBranch(ControlNetwork):
         return known
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """(B, channels, H, W) in the hint's own range -> (B, C, h, w), one evaluation for every step."""
+        """Features (B, C, h, w) of hints (B, channels, H, W) in their contract's range; they serve every step."""
         return self.network.controlnet_cond_embedding(hint)
 
     def shift(self, time: Tensor, embedding: nn.Module) -> Tensor | None:
-        """What is added to the time embedding (B, D), the base's included, where this one learnt its own.
+        """The difference to the base's time embedding (B, D), where this one has learnt its own; else None.
 
-        ``time``: the timesteps' sinusoids.  ``embedding``: the base's. Only released controls have it.
+        ``time``: the timesteps' sinusoids (B, S).  ``embedding``: the base's module. Only released controls have one.
         """
         if self.network.time_embedding is None:
             return None
         return self.network.config.time_embedding_mix**0.3 * (self.network.time_embedding(time) - embedding(time))
 
     def stages(self) -> list[Stage]:
-        """One for each tap, in order: the first convolution, layers and downsamplers, the middle block.
+        """One stage for each tap, in order: the first convolution, layers and downsamplers, the middle block.
 
-        At the first, its own feature before is the hint's, and the base's is the latents.
+        At the first, its own feature is the hint's, and the base's is the latents.
         """
         found: list[Stage] = [self._first]
         for block in self.network.down_blocks:
@@ -164,7 +167,7 @@ class XSBranch(ControlNetwork):
             if block.downsamplers is not None:
                 layers.append(partial(run_plain, block.downsamplers))
             triples = zip(block.base_to_ctrl, layers, block.ctrl_to_base, strict=True)
-            found += [partial(_stage, reads, layer, says) for reads, layer, says in triples]
+            found += [partial(_stage, read, layer, write) for read, layer, write in triples]
         middle = self.network.mid_block
         return [*found, partial(_stage, middle.base_to_ctrl, partial(_middle, middle.midblock), middle.ctrl_to_base)]
 
@@ -173,7 +176,7 @@ class XSBranch(ControlNetwork):
         return own, self.network.control_to_base_for_conv_in(own)
 
     def arriving(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What its features at the skips say to the decoder where those arrive, by the skip's name."""
+        """The residuals (B, C, h, w) where skips arrive in the decoder, by skip, given its features at the skips."""
         convs = [conv for block in self.network.up_connections for conv in block.ctrl_to_base]
         skips = [tap for tap in self.taps if tap.site == "skip"]
         return {tap.name: conv(f) for tap, conv, f in zip(skips, reversed(convs), features, strict=True)}
@@ -184,8 +187,11 @@ def _middle(block: nn.Module, h: Tensor, embedding: Tensor, text: Any) -> Tensor
 
 
 def new_xs(base: Backbone, spec: ControlSpec, hint_channels: int = 3, size_ratio: float | None = None) -> XSBranch:
-    """A fresh ControlNet-XS for a base, silent until it is trained; its settings as ``adapter_config``'s."""
+    """A fresh ControlNet-XS for a base, silent until it is trained; ``size_ratio`` as ``xs_settings`` takes it.
+
+    Raises ``Unsupported`` where the base is no U-Net, ``Invalid`` where it would be too thin.
+    """
     if base.network_config is None:
-        raise UserError(f'A ControlNet-XS walks beside a U-Net\'s encoder; "{base.name}" has none: train another body.')
-    config = adapter_config(base.network_config, base.stride, hint_channels, size_ratio)
-    return XSBranch(new_adapter(config), base.branch_taps)
+        raise Unsupported(f'A ControlNet-XS walks beside a U-Net; "{base.name}" is none: train another body.')
+    config = xs_settings(base.network_config, base.stride, hint_channels, size_ratio)
+    return XSBranch(xs_network(config), base.branch_taps)

@@ -6,6 +6,7 @@ from controlkit.data.cache import Cached, build_cache
 from controlkit.data.captions import (
     CAPTIONER,
     Captioner,
+    Captioning,
     Over,
     check_beside,
     load_captioner,
@@ -20,7 +21,6 @@ from controlkit.data.layouts.rows import Listing, Problem, Row
 from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import (
     SCENES_EVALUATED,
-    TRUTHS,
     CirclePairs,
     EmojiPairs,
     FolderPairs,
@@ -40,9 +40,9 @@ __all__ = [
     "LAYOUTS",
     "SCENES_EVALUATED",
     "TARGETS",
-    "TRUTHS",
     "Cached",
     "Captioner",
+    "Captioning",
     "CirclePairs",
     "EmojiPairs",
     "Finding",

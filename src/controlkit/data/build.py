@@ -1,6 +1,6 @@
-"""A data set written anew in the layout of choice: pictures at one size, hints made where there were none.
+"""A data set written anew in a chosen layout: pictures at one size, hints made where there were none.
 
-The work can be interrupted and gone on with; until it is whole, nothing reads the folder as a data set.
+The work can be interrupted and resumed; until it is whole, nothing reads the folder as a data set.
 """
 
 import io
@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import ANNOTATORS, annotate, parts_of
-from controlkit.data.captions import JOURNAL, Captioner, Over, captioned
+from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.data.captions import JOURNAL, Captioning, captioned
 from controlkit.data.layouts import BUILT
 from controlkit.data.layouts.rows import Listing, Row, rows_digest
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Mismatch, Unsupported, nearest
 from controlkit.images import SCRATCH, HintSpec, decode_hint, decode_picture, fit, png_bytes, write_atomic
 
 SHARD = 1000
 """Pairs in a tar."""
 _STOP = f"{SCRATCH}stop"
-"""The file in the folder that tells workers to stop."""
+"""The file in the folder at which workers stop."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +73,31 @@ def build_set(
     layout: str,
     contract: HintSpec,
     size: tuple[int, int] | None = None,
-    captioner: Captioner | None = None,
-    over: Over = "nothing",
-    on_captions: Callable[[int], None] = lambda count: None,
+    captioning: Captioning | None = None,
     workers: int = 1,
 ) -> Iterator[int]:
     """Write a data set's pairs into ``folder``, by ``workers`` processes; yields the number written so far.
 
-    ``contract`` says what the hints are; its annotator makes them where the set has none. ``size`` is (height, width);
-    None leaves pictures as they are. Before anything else ``captioner`` captions the pictures without a caption, and
-    what ``over`` names; ``on_captions(count)`` tells of these. ``UserError`` if the folder was begun with other
-    settings or another set, or holds anything else.
+    ``contract``: of the hints; its annotator makes them where the set has none. ``size``: (height, width); None leaves
+    pictures as they are. ``captioning``: captions to be made first. ``Unsupported`` for a layout that is not written,
+    or hints that nothing makes; ``Mismatch`` if the folder was begun with other settings or another set, or holds
+    anything else.
     """
     if layout not in {*TARGETS, "webdataset"}:
-        raise UserError(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
-    made = all(part.annotator in ANNOTATORS for part in parts_of(contract))
+        raise Unsupported(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
+    made = all(kind_or_bare(part.annotator).makes for part in parts_of(contract))
     if not made and any(row.hint is None for row in listing.rows):
-        raise UserError("There are rows without a hint, and no annotator to make them: name one, such as canny.")
+        raise Unsupported("There are rows without a hint, and no annotator to make them: name one, such as canny.")
     settings = {
         "layout": layout,
         "hint": json.loads(contract.to_json()),
         "size": size and list(size),
-        "captions": {"by": captioner.name, "over": over} if captioner else None,
+        "captions": {"by": captioning.captioner.name, "over": captioning.over} if captioning else None,
         "set": rows_digest(listing.rows),  # files are numbered by row: another row would be another's file
     }
     _begin(folder, settings)
-    if captioner:
-        listing = captioned(listing, captioner, folder / JOURNAL, over, on_captions)
+    if captioning:
+        listing = captioned(listing, captioning, folder / JOURNAL)
     writer, count = _Writer(listing.rows, folder, contract, size), len(listing.rows)
     if layout == "webdataset":
         shards = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
@@ -114,18 +112,18 @@ def build_set(
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
-    """Mark a folder as being built with these settings, or refuse one that holds something else."""
+    """Write the file that says a folder is being built with these settings; refuse one that holds something else."""
     marker = folder / BUILT
     if marker.is_file():
         begun = json.loads(marker.read_text())
         begun.pop("whole", None)
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
-            raise UserError(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
+            raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
         for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
             left.unlink()
     elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
+        raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
 
 
@@ -140,7 +138,7 @@ def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
 
 @dataclass(frozen=True)
 class _Writer:
-    """What a process must know to write its part of a set."""
+    """The facts that a process needs to write its part of a set."""
 
     rows: Sequence[Row]
     folder: Path

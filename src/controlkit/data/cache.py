@@ -1,29 +1,28 @@
-"""All that a training step needs of every pair, made once: latents, text embeddings, hints."""
+"""The inputs of training steps, made once of every pair: latents, text embeddings, hints."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.annotators import ANNOTATORS, edition, parts_of
+from controlkit.annotators import annotate_all, kind_of, parts_of
 from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.data.buckets import Size
 from controlkit.data.mirror import mirrored
-from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair
+from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair, is_annotated
 from controlkit.data.store import Entry, Store, key_of, remembered
-from controlkit.errors import UserError
+from controlkit.errors import Mismatch
 from controlkit.images import HintSpec, to_tensor, write_atomic
 from controlkit.tensors import TensorWriter, read_filled
 
 
 @dataclass(frozen=True)
 class Cached:
-    """All a training step needs of every pair of one size, so that VAE, text tower and annotator run once.
+    """Inputs of training steps, of all pairs of one size, so that VAE, text tower and annotator run once.
 
     ``moments`` (R, 2C, h, w) half; ``hints`` uint8 (R, H, W, 3, or 4 where some are masked), or arrays of uint8, uint16
     or float32 (R, H, W, channels): rows of N pairs, and after them of their mirror images, where those are seen too;
@@ -75,142 +74,152 @@ def build_cache(
     contracts: Mapping[str, HintSpec],
     path: Path,
     on_pair: Callable[[int], None] = lambda done: None,
-    batch: int = AT_ONCE,
     mirrors: bool = False,
     store: Store | None = None,
 ) -> list[Cached]:
     """The cache of ``pairs``, read from ``path`` if it is there, else built and written there whole; one for each size.
 
-    ``contracts``: of each type of hint; of a control of one type under "". ``mirrors``: with pairs' mirror images.
-    ``store``: where latents, text embeddings and annotations may lie already, and go. The file is this run's own:
-    what it began with it keeps, whatever becomes of the store or of the data set.
+    ``contracts``: of each type of hint; of a control of one type under "". ``on_pair`` is called with the number of
+    pairs done since its last call. ``mirrors``: with pairs' mirror images. ``store``: where latents, text embeddings
+    and annotations are looked up and kept. The file belongs to one run: changes of the store or the data set do not
+    reach it. ``Mismatch`` for hints of several shapes or types.
     """
     if path.is_file():
         return Cached.read(path)
     rows_of: dict[Size, list[int]] = {}
     for i in range(len(pairs)):
         rows_of.setdefault(pairs.size_of(i) if isinstance(pairs, FolderPairs) else (0, 0), []).append(i)
-    made_by = base.moments_key() if store else ""
-    encode = partial(_read_moments, base, made_by, store)
 
     def write(scratch: Path) -> None:
         writer = TensorWriter(scratch)
+        builder = _Builder(writer, base, pairs, contracts, on_pair, mirrors, store, base.moments_key() if store else "")
         prompts_of = {}
         for size, rows in rows_of.items():
             prefix = f"{size[0]}x{size[1]}/" if len(rows_of) > 1 else ""
-            prompts_of[prefix] = _read_pairs(
-                writer, prefix, encode, pairs, rows, contracts, on_pair, batch, mirrors, store
-            )
+            prompts_of[prefix] = builder.write_pairs(prefix, rows)
         distinct = ["", *sorted({prompt for prompts in prompts_of.values() for prompt in prompts} - {""})]
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         for prefix, prompts in prompts_of.items():
             writer.add(f"{prefix}prompt_rows", torch.tensor([row_of[prompt] for prompt in prompts]))
-        _read_prompts(writer, base, distinct, store)
+        builder.write_prompts(distinct)
         writer.close()
 
     write_atomic(path, write)
     return Cached.read(path)
 
 
-def _read_prompts(writer: TensorWriter, base: Backbone, prompts: Sequence[str], store: Store | None) -> None:
-    """Write the tensors of each prompt's ``TextEmbedding``."""
+@dataclass(frozen=True)
+class _Builder:
+    """The parts of a cache's file, computed and written; arguments as ``build_cache``'s."""
 
-    def read(chunk: Sequence[str]) -> list[Entry]:
+    writer: TensorWriter
+    base: Backbone
+    pairs: Sequence[Pair]
+    contracts: Mapping[str, HintSpec]
+    on_pair: Callable[[int], None]
+    mirrors: bool
+    store: Store | None
+    vae: str
+    """The VAE and the number format it computes in, as a part of keys in the store."""
+
+    def write_prompts(self, prompts: Sequence[str]) -> None:
+        """Write the tensors of each prompt's ``TextEmbedding``."""
+
+        keys = [b""] * len(prompts)
+        for first in range(0, len(prompts) if self.store else 0, 16384):  # each call digests the towers' weights
+            block = slice(first, first + 16384)
+            keys[block] = [key_of("text", key) for key in self.base.text_keys(prompts[block])]
+
+        def read(chunk: slice) -> list[Entry]:
+            def make(absent: list[int]) -> list[Entry]:
+                text = self.base.encode_text([prompts[chunk][i] for i in absent]).to(torch.device("cpu"), torch.half)
+                return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
+
+            return remembered(self.store, keys[chunk], make)
+
+        held: dict[str, Tensor] = {}
+        for first in range(0, len(prompts), 256):
+            for row, entry in enumerate(read(slice(first, first + 256)), first):
+                for name, value in entry.items():
+                    if name not in held:
+                        held[name] = self.writer.empty(f"{_TEXT}{name}", (len(prompts), *value.shape), value.dtype)
+                    held[name][row] = value
+
+    def write_pairs(self, prefix: str, rows: Sequence[int]) -> list[str]:
+        """Write the tensors of a ``Cached`` of these pairs, all of one size, but for prompts; returns the prompts."""
+        order = list(self.contracts)
+        moments, hints = torch.empty(0), np.empty(0, np.uint8)
+        kinds, prompts = [], []
+        mirror_of = torch.arange(len(rows))
+        for first in range(0, len(rows), AT_ONCE):
+            chunk = [self.pairs[i] for i in rows[first : first + AT_ONCE]]
+            shown = dict(enumerate(chunk, first))
+            for place, pair in enumerate(chunk, first) if self.mirrors else ():
+                if turned := mirrored(pair, self.contracts[pair.kind]):
+                    mirror_of[place] = len(rows) + place
+                    shown[len(rows) + place] = turned
+            latents = self._moments([pair.picture for pair in shown.values()])
+            drawn = self._hints(list(shown.values()))
+            if not first:
+                total = len(rows) * (1 + self.mirrors)
+                moments = self.writer.empty(f"{prefix}moments", (total, *latents.shape[1:]), torch.half)
+                hints = self._empty_hints(f"{prefix}hints", total, drawn[0])
+            moments[list(shown)] = latents
+            for row, hint in zip(shown, drawn, strict=True):  # beside masked ones the others are masked nowhere
+                if hint.dtype != hints.dtype or (len(order) == 1 and hint.shape[-1] != hints.shape[-1]):
+                    raise Mismatch(
+                        f"Some hints are {hints.shape[-1]} channels of {hints.dtype}, others {hint.shape[-1]} of "
+                        f"{hint.dtype}: expected all of one kind. `controlkit data doctor` counts them."
+                    )
+                hints[row, ..., : hint.shape[-1]] = hint
+                hints[row, ..., hint.shape[-1] :] = 255
+            kinds += [order.index(pair.kind) for pair in chunk]
+            prompts += [pair.prompt for pair in chunk]
+            self.on_pair(len(chunk))
+        self.writer.add(f"{prefix}kinds", torch.tensor(kinds))
+        if self.mirrors:
+            self.writer.add(f"{prefix}mirrors", mirror_of)
+        return prompts
+
+    def _empty_hints(self, name: str, total: int, first: np.ndarray) -> np.ndarray:
+        """Room for so many hints like the first one; of several types, with a mask where any has one."""
+        masks = any(contract.mask_value is not None for contract in self.contracts.values())
+        channels = 3 + masks if len(self.contracts) > 1 else first.shape[-1]
+        return self.writer.empty(name, (total, *first.shape[:2], channels), getattr(torch, first.dtype.name)).numpy()
+
+    def _moments(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Moments (B, 2C, h, w), half."""
+
         def make(absent: list[int]) -> list[Entry]:
-            text = base.encode_text([chunk[i] for i in absent]).to(torch.device("cpu"), torch.half)
-            return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
+            with self.base.autocast():
+                pixels = to_tensor([pictures[i] for i in absent]).to(self.base.device)
+                moments = self.base.encode_moments(pixels)
+            return [{"moments": row} for row in moments.half().cpu()]
 
-        keys = [key_of("text", key) for key in base.text_keys(chunk)] if store else [b""] * len(chunk)
-        return remembered(store, keys, make)
+        entries = remembered(self.store, [key_of("moments", self.vae, picture) for picture in pictures], make)
+        return torch.stack([entry["moments"] for entry in entries])
 
-    held: dict[str, Tensor] = {}
-    for first in range(0, len(prompts), 256):
-        for row, entry in enumerate(read(prompts[first : first + 256]), first):
-            for name, value in entry.items():
-                if name not in held:
-                    held[name] = writer.empty(f"{_TEXT}{name}", (len(prompts), *value.shape), value.dtype)
-                held[name][row] = value
+    def _hints(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
+        """Each pair's hint; those made of pictures alone come from the store, or are made at once, kind by kind."""
+        hints: dict[int, np.ndarray] = {}
+        groups: dict[str, list[int]] = {}
+        for i, pair in enumerate(pairs):
+            if is_annotated(pair, self.contracts[pair.kind]):
+                groups.setdefault(pair.kind, []).append(i)
+            else:
+                hints[i] = hint_for_pair(pair, self.contracts[pair.kind])
+        for kind, places in groups.items():
+            hints |= zip(places, self._annotations([pairs[i].picture for i in places], kind), strict=True)
+        return [hints[i] for i in range(len(pairs))]
 
+    def _annotations(self, pictures: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
+        contract = self.contracts[kind]
 
-def _read_moments(base: Backbone, made_by: str, store: Store | None, pictures: Sequence[np.ndarray]) -> Tensor:
-    """Moments (B, 2C, h, w), half; ``made_by`` names the VAE and the format it computes in."""
+        def make(absent: list[int]) -> list[Entry]:
+            made = annotate_all([pictures[i] for i in absent], contract, device=str(self.base.device))
+            return [{"hint": torch.from_numpy(hint)} for hint in made]
 
-    def make(absent: list[int]) -> list[Entry]:
-        with base.autocast():
-            moments = base.encode_moments(to_tensor([pictures[i] for i in absent]).to(base.device))
-        return [{"moments": row} for row in moments.half().cpu()]
-
-    entries = remembered(store, [key_of("moments", made_by, picture) for picture in pictures], make)
-    return torch.stack([entry["moments"] for entry in entries])
-
-
-def _read_hints(pairs: Sequence[Pair], contracts: Mapping[str, HintSpec], store: Store | None) -> list[np.ndarray]:
-    """Each pair's hint; of those that an annotator makes of the picture alone, the store's."""
-    hints: dict[int, np.ndarray] = {}
-    keys: dict[int, bytes] = {}
-    for i, pair in enumerate(pairs):
-        contract = contracts[pair.kind]
-        if store and pair.hint is None and all(part.annotator in ANNOTATORS for part in parts_of(contract)):
-            options = json.dumps([contract.annotator, *sorted(contract.options.items())])
-            keys[i] = key_of("hint", edition(), options, pair.picture)
-        else:
-            hints[i] = hint_for_pair(pair, contract)
-
-    def make(absent: list[int]) -> list[Entry]:
-        made = [pairs[list(keys)[k]] for k in absent]
-        return [{"hint": torch.from_numpy(hint_for_pair(pair, contracts[pair.kind]))} for pair in made]
-
-    entries = remembered(store, list(keys.values()), make, dense=False) if keys else []
-    hints |= {i: entry["hint"].numpy() for i, entry in zip(keys, entries, strict=True)}
-    return [hints[i] for i in range(len(pairs))]
-
-
-def _read_pairs(
-    writer: TensorWriter,
-    prefix: str,
-    encode: Callable[[Sequence[np.ndarray]], Tensor],
-    pairs: Sequence[Pair],
-    rows: Sequence[int],
-    contracts: Mapping[str, HintSpec],
-    on_pair: Callable[[int], None],
-    batch: int,
-    mirrors: bool,
-    store: Store | None,
-) -> list[str]:
-    """Write what a ``Cached`` holds of some pairs, all of one size, but for their prompts; which are returned."""
-    order = list(contracts)
-    total = len(rows) * (1 + mirrors)
-    moments, hints = torch.empty(0), np.empty(0, np.uint8)
-    kinds, prompts = [], []
-    summary_of = torch.arange(len(rows))
-    for first in range(0, len(rows), batch):
-        chunk = [pairs[i] for i in rows[first : first + batch]]
-        shown = dict(enumerate(chunk, first))
-        for place, pair in enumerate(chunk, first) if mirrors else ():
-            if turned := mirrored(pair, contracts[pair.kind]):
-                summary_of[place] = len(rows) + place
-                shown[len(rows) + place] = turned
-        latents = encode([t.picture for t in shown.values()])
-        drawn = _read_hints(list(shown.values()), contracts, store)
-        if not first:
-            moments = writer.empty(f"{prefix}moments", (total, *latents.shape[1:]), torch.half)
-            masks = any(contract.mask_value is not None for contract in contracts.values())
-            channels = 3 + masks if len(contracts) > 1 else drawn[0].shape[-1]
-            kind = torch.from_numpy(drawn[0]).dtype
-            hints = writer.empty(f"{prefix}hints", (total, *drawn[0].shape[:2], channels), kind).numpy()
-        moments[list(shown)] = latents
-        for row, hint in zip(shown, drawn, strict=True):  # beside masked ones the others are masked nowhere
-            if hint.dtype != hints.dtype or (len(contracts) == 1 and hint.shape[-1] != hints.shape[-1]):
-                raise UserError(
-                    f"Some hints are {hints.shape[-1]} channels of {hints.dtype}, others {hint.shape[-1]} of "
-                    f"{hint.dtype}: expected all of one kind. `controlkit data doctor` counts them."
-                )
-            hints[row, ..., : hint.shape[-1]] = hint
-            hints[row, ..., hint.shape[-1] :] = 255
-        kinds += [order.index(t.kind) for t in chunk]
-        prompts += [t.prompt for t in chunk]
-        on_pair(len(chunk))
-    writer.add(f"{prefix}kinds", torch.tensor(kinds))
-    if mirrors:
-        writer.add(f"{prefix}mirrors", summary_of)
-    return prompts
+        made_by = [kind_of(part.annotator).digest() for part in parts_of(contract)]
+        options = json.dumps([contract.annotator, *made_by, *sorted(contract.options.items())])
+        keys = [key_of("hint", options, picture) for picture in pictures]
+        return [entry["hint"].numpy() for entry in remembered(self.store, keys, make, dense=False)]

@@ -1,6 +1,6 @@
 """Captions for pictures that have none, by BLIP (Li et al., ICML 2022) through transformers.
 
-By beam search, so that a picture has the same caption each time. What people wrote stays, unless it is asked for.
+By beam search, so that a picture has the same caption each time. What people wrote stays, unless asked otherwise.
 """
 
 import json
@@ -14,16 +14,16 @@ import torch
 
 from controlkit.data.layouts.folders import caption_file
 from controlkit.data.layouts.rows import Listing, Row
-from controlkit.errors import UserError, one_line
+from controlkit.errors import Invalid, NotFound, Unsupported, UserError, one_line
 from controlkit.images import decode_picture, write_atomic
 
 CAPTIONER = "Salesforce/blip-image-captioning-base"
 JOURNAL = "captions.jsonl"
 """In a folder that ``build`` writes: the captions that the captioner gave, by row."""
 Over = Literal["nothing", "names", "all"]
-"""What a captioner may put its words over: nothing, captions that are files' names alone, or all captions."""
+"""Captions that a captioner may replace: none, those that are only files' names, or all."""
 _BATCH = 8
-"""Pictures captioned together; always the same ones, so that going on gives what going through would have given."""
+"""Pictures captioned together; always the same ones, so that a resumed run gives the captions of an unbroken one."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,26 @@ class Captioner:
         """A caption of each picture, uint8 (H, W, 3)."""
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
         tokens = self.model.generate(pixel_values=pixels, num_beams=3, do_sample=False, max_new_tokens=40)
-        said = self.processor.batch_decode(tokens[:, 1:], skip_special_tokens=True)  # the first opens every caption
-        return [" ".join(words.split()) for words in said]
+        captions = self.processor.batch_decode(tokens[:, 1:], skip_special_tokens=True)  # the first opens each
+        return [" ".join(words.split()) for words in captions]
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """Captions to be made while a set is built."""
+
+    captioner: Captioner
+    over: Over = "nothing"
+    """Captions to be replaced, besides empty ones."""
+    on_captions: Callable[[int], None] = lambda count: None
+    """Called with the number of captions made since the last call."""
 
 
 def load_captioner(name: str = CAPTIONER, device: str = "cpu") -> Captioner:
     """A BLIP from a folder that transformers saved, or by a hub's name: from the local cache if it is there.
 
-    Weights are read from safetensors alone, and no code that comes with them is run.
+    Weights are read from safetensors alone, and no code that comes with them is run. ``NotFound``, ``Invalid`` or
+    ``Unsupported`` where there is none, or one that cannot be used.
     """
     reason: Exception
     try:
@@ -62,12 +74,12 @@ def load_captioner(name: str = CAPTIONER, device: str = "cpu") -> Captioner:
             raise
         except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
             reason = error
-        raise UserError(
+        raise NotFound(
             f'The captioner "{name}" is no folder, is not in the local cache, and could not be fetched from the hub '
             f"({one_line(reason)}). Give the folder of a BLIP, or fetch it once while there is a network: "
             f"hf download {CAPTIONER}"
         ) from reason
-    raise UserError(
+    raise Invalid(
         f"{name} is no whole captioner ({one_line(reason)}): expected config.json, model.safetensors and the "
         "processor's files, as transformers saves a BLIP."
     ) from reason
@@ -80,14 +92,14 @@ def _load(name: str, device: str, local: bool) -> Captioner:
     config = AutoConfig.from_pretrained(name, **wanted)
     kinds = config.architectures or [BlipForConditionalGeneration.__name__]
     if config.model_type != "blip" or BlipForConditionalGeneration.__name__ not in kinds:
-        raise UserError(
+        raise Unsupported(
             f'"{name}" is a {kinds[0]} ({config.model_type}), no captioner: expected a BLIP such as {CAPTIONER}.'
         )
     processor = BlipProcessor.from_pretrained(name, **wanted)
     wanted |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     model, info = BlipForConditionalGeneration.from_pretrained(name, **wanted)
     if info["missing_keys"]:  # the library draws these at random, with a warning
-        raise UserError(f'"{name}" lacks weights, such as {min(info["missing_keys"])}: fetch it anew.')
+        raise Invalid(f'"{name}" lacks weights, such as {min(info["missing_keys"])}: fetch it anew.')
     return Captioner(name, model.to(device).eval(), processor)
 
 
@@ -101,7 +113,7 @@ def wanting(rows: Sequence[Row], over: Over = "nothing") -> list[int]:
 def write_captions(listing: Listing, captioner: Captioner, places: Sequence[int]) -> Iterator[int]:
     """Write a caption beside each picture at these places, as ``NAME.txt``; yields how many are written so far.
 
-    ``UserError`` for a layout whose captions stand elsewhere.
+    ``Unsupported`` for a layout whose captions stand elsewhere.
     """
     check_beside(listing)
     done = 0
@@ -113,9 +125,9 @@ def write_captions(listing: Listing, captioner: Captioner, places: Sequence[int]
 
 
 def check_beside(listing: Listing) -> None:
-    """``UserError`` unless the layout's captions lie beside its pictures."""
+    """``Unsupported`` unless the layout's captions lie beside its pictures."""
     if listing.layout not in ("pictures", "paired"):
-        raise UserError(
+        raise Unsupported(
             f"Captions of the layout {listing.layout} stand in its listing, not beside its pictures: "
             "`controlkit data build --captions blip` writes a set anew with captions where there are none."
         )
@@ -126,27 +138,21 @@ def unwritten(listing: Listing, places: Sequence[int]) -> list[int]:
     return [place for place in places if caption_file(Path(listing.rows[place].picture.name)) is None]
 
 
-def captioned(
-    listing: Listing,
-    captioner: Captioner,
-    journal: Path,
-    over: Over = "nothing",
-    on_captions: Callable[[int], None] = lambda count: None,
-) -> Listing:
-    """The listing with captions where they were wanting; kept in ``journal``, from where the work is gone on with."""
-    places = wanting(listing.rows, over)
+def captioned(listing: Listing, captioning: Captioning, journal: Path) -> Listing:
+    """The listing with captions where they were missing; kept in ``journal``, from which the work resumes."""
+    places = wanting(listing.rows, captioning.over)
     lines = _whole_lines(journal)
     whole = len(lines) if len(lines) == len(places) else len(lines) // _BATCH * _BATCH
     lines = lines[:whole]
     write_atomic(journal, _text(lines).encode())  # without what was torn
-    on_captions(whole)
+    captioning.on_captions(whole)
     with journal.open("a", encoding="utf-8") as file:
-        for chunk, captions in _captions(listing.rows, captioner, places[whole:]):
-            told = [{"row": place, "text": text} for place, text in zip(chunk, captions, strict=True)]
-            file.write(_text(told))
+        for chunk, captions in _captions(listing.rows, captioning.captioner, places[whole:]):
+            new = [{"row": place, "text": text} for place, text in zip(chunk, captions, strict=True)]
+            file.write(_text(new))
             file.flush()
-            lines += told
-            on_captions(len(chunk))
+            lines += new
+            captioning.on_captions(len(chunk))
     rows = list(listing.rows)
     for line in lines:
         rows[line["row"]] = replace(rows[line["row"]], prompt=line["text"], named=False)
@@ -168,7 +174,7 @@ def _text(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _whole_lines(journal: Path) -> list[dict[str, Any]]:
-    """What a journal holds, up to what was torn."""
+    """The lines of a journal, up to one that was cut off by an interruption."""
     lines: list[dict[str, Any]] = []
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
         try:

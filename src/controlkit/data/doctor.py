@@ -1,4 +1,4 @@
-"""What is wrong with a data set, told before anything trains on it.
+"""A data set examined before anything trains on it.
 
 ``examine`` opens every picture and yields a ``Finding`` a row; ``Report`` adds them up. A set whose report has a fatal
 problem must not be trained on.
@@ -7,7 +7,7 @@ problem must not be trained on.
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from controlkit.annotators import ANNOTATORS, annotate, parts_of
+from controlkit.annotators import annotate, kind_or_bare, parts_of
 from controlkit.data.layouts.rows import Held, Listing, Problem, Row
-from controlkit.data.pairs import LINES, MOST_PIXELS, out_of_place, turned_over
+from controlkit.data.pairs import MOST_PIXELS, out_of_place, turned_over
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
@@ -27,7 +27,7 @@ _SHOWN = 8  # rows on the sheet
 
 @dataclass(frozen=True)
 class Finding:
-    """What one row is: its pictures' sizes, and what is wrong with them."""
+    """The facts about one row: its pictures' sizes, and what is wrong with them."""
 
     row: Row
     problems: tuple[Problem, ...] = ()
@@ -83,7 +83,7 @@ def _least_median_most(values: Sequence[int]) -> tuple[float, float, float]:
 def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1) -> Iterator[Finding]:
     """Open every row's pictures, by ``workers`` processes; findings in the set's order.
 
-    ``contract``: what the hints should be.
+    ``contract``: of the hints, to compare the set's own with, or to make some for the contact sheet.
     """
     rows = listing.rows
     shown = set(np.linspace(0, len(rows) - 1, _SHOWN).astype(int).tolist()) if rows else set()
@@ -91,7 +91,7 @@ def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1
 
 
 def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], places: range) -> Iterator[Finding]:
-    """What the rows at these places are; those of ``shown`` with their pictures."""
+    """The findings of the rows at these places; those in ``shown`` with their pictures."""
     for place in places:
         row = rows[place]
         problems: list[Problem] = []
@@ -108,7 +108,7 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
             hints.append((rule or HintSpec("")).picture(hint)[..., :3])
         made = hints
         if picture is not None and not row.hints and place in shown and contract:
-            made = [annotate(picture, part)[..., :3] for part in parts_of(contract) if part.annotator in ANNOTATORS]
+            made = [annotate(picture, p)[..., :3] for p in parts_of(contract) if kind_or_bare(p.annotator).makes]
         yield Finding(
             row,
             tuple(problems),
@@ -122,7 +122,7 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
 
 
 def _rules(row: Row, contract: HintSpec | None, problems: list[Problem]) -> list[HintSpec | None]:
-    """What each hint of a row is held against."""
+    """The contract that each hint of a row is compared with."""
     parts = parts_of(contract) if contract else []
     if contract and len(row.hints) > 1 and len(row.hints) != len(parts):
         words = f"has {len(row.hints)} hints, and {contract.annotator} names {len(parts)}: name all, as canny+depth"
@@ -155,34 +155,35 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | N
             )
         elif finding.digest:
             seen[finding.digest] = name
-    if report.rows and words.count(0) == report.rows:
-        report.problems.append(
-            Problem("no captions", listing.layout, "no picture has one: prompts will mean little", fatal=False)
-        )
-    elif (none := words.count(0)) and not any(problem.kind == "no caption" for problem in report.problems):
-        said = f"{none} of {report.rows} pictures have none"
-        report.problems.append(Problem("no caption", listing.layout, said, fatal=False))
-    if 0 < report.hints < report.rows:
-        report.problems.append(
-            Problem("missing hint", listing.layout, f"{report.rows - report.hints} of {report.rows} rows have no hint")
-        )
-    if len({len(row.hints) for row in listing.rows if row.hints}) > 1:
-        report.problems.append(Problem("missing hint", listing.layout, "some rows have more hints than others"))
-    for counted in kinds.values():
-        if len(counted) > 1:
-            said = "hints are of several kinds: " + ", ".join(f"{n} have {kind}" for kind, n in counted.most_common())
-            report.problems.append(Problem("kinds differ", listing.layout, f"{said}; one run reads one"))
-    if not report.rows and not report.problems:
-        report.problems.append(Problem("empty", listing.layout, "there is nothing in it"))
+    report.problems += [*_of_the_set(listing, report, kinds)]
     if contract and (dark := turned_over(contract, report.hint_light)):
         report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report
 
 
+def _of_the_set(listing: Listing, report: Report, kinds: Mapping[int, Counter[str]]) -> Iterator[Problem]:
+    """Problems of the set as a whole; ``kinds``: at each place of a row's hints, how many are arrays of which kind."""
+    where, rows, none = listing.layout, report.rows, report.words.count(0)
+    if rows and none == rows:
+        yield Problem("no captions", where, "no picture has one: prompts will mean little", fatal=False)
+    elif none and not any(problem.kind == "no caption" for problem in report.problems):
+        yield Problem("no caption", where, f"{none} of {rows} pictures have none", fatal=False)
+    if 0 < report.hints < rows:
+        yield Problem("missing hint", where, f"{rows - report.hints} of {rows} rows have no hint")
+    if len({len(row.hints) for row in listing.rows if row.hints}) > 1:
+        yield Problem("missing hint", where, "some rows have more hints than others")
+    for counted in kinds.values():
+        if len(counted) > 1:
+            each = ", ".join(f"{n} have {kind}" for kind, n in counted.most_common())
+            yield Problem("kinds differ", where, f"hints are of several kinds: {each}; one run reads one")
+    if not rows and not report.problems:
+        yield Problem("empty", where, "there is nothing in it")
+
+
 def _opened(
     held: Held, problems: list[Problem], is_hint: bool = False, masked: bool = False
 ) -> tuple[np.ndarray | None, bytes]:
-    """A picture or hint as training will see it, or None with the reason among ``problems``; and its file's bytes."""
+    """A picture or hint as training will read it, or None with the reason among ``problems``; and its file's bytes."""
     try:
         data = held.read()
     except OSError as error:
@@ -233,7 +234,7 @@ def _opened_array(held: Held, data: bytes, problems: list[Problem], is_hint: boo
 
 
 def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
-    """What is wrong with a hint's size beside its picture's."""
+    """Problems of a hint's size compared with its picture's."""
     if words := out_of_place(picture, hint):
         yield Problem("sizes differ", held.name, words)
     elif picture.shape[:2] != hint.shape[:2]:
@@ -243,12 +244,12 @@ def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Probl
 
 
 def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Problem]:
-    """What of a hint is not as its contract says."""
+    """Problems of a hint that is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)
     elif not hint.any():
-        yield Problem("empty hint", held.name, "is black all over: it says nothing", fatal=False)
-    elif contract.annotator in LINES and _colour(contract.picture(hint)[..., :3]) > 8:
+        yield Problem("empty hint", held.name, "is black all over: it controls nothing", fatal=False)
+    elif kind_or_bare(contract.annotator).lines and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 
 

@@ -1,4 +1,4 @@
-"""Data sets drawn here, written in the layouts that others read."""
+"""Data sets drawn here, written in the layouts that other tools read."""
 
 import io
 import json
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from controlkit.data.pairs import TRUTHS, CirclePairs
-from controlkit.errors import UserError, nearest
+from controlkit.annotators import all_kinds
+from controlkit.data.pairs import CirclePairs
+from controlkit.errors import Mismatch, NotFound, nearest
 from controlkit.images import write_atomic, write_png
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ FILL50K_SIZE = 512
 def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int = 0) -> Iterator[int]:
     """Write the tutorial set in its own layout; yields the number of pairs written so far.
 
-    ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to go on;
-    ``UserError`` if the folder was begun with another size or seed.
+    ``prompt.json`` comes last, so that an interrupted folder is never taken for a whole one. Run again to resume;
+    ``Mismatch`` if the folder was begun with another size or seed.
     """
     _begin_set(folder, {"size": size, "seed": seed})
     pairs = CirclePairs(size, count, seed)
@@ -41,16 +42,18 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
 def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: str = "depth") -> Iterator[int]:
     """Write scenes with everything known of them; yields the number written so far.
 
-    ``target/N.png`` the picture; ``depth``, ``normal``, ``seg``, ``pose`` and ``edges`` hint pictures of the same name;
-    ``truth/N.npz`` the exact values, as ``scenes.Scene`` describes them. ``prompt.json`` pairs each picture with its
-    ``hint`` for training; ``metadata.jsonl`` holds all wordings, as the datasets library reads a folder of pictures.
-    Both come last. Run again to go on.
+    ``target/N.png`` the picture; in a folder for each kind of hint that a scene's truth draws, and in ``edges``, hint
+    pictures of the same name; ``truth/N.npz`` the exact values, as ``scenes.Scene`` describes them. ``prompt.json``
+    pairs each picture with its ``hint`` for training; ``metadata.jsonl`` holds all wordings, as the datasets library
+    reads a folder of pictures. Both come last. Run again to resume. ``NotFound`` for an unknown ``hint``, ``Mismatch``
+    if the folder was begun with another size or seed.
     """
     from controlkit.mini.scenes import draw_scenes
 
-    kinds: dict[str, Callable[[Scene], np.ndarray]] = {**TRUTHS, "edges": _edge_picture}
+    kinds: dict[str, Callable[[Scene], np.ndarray]] = {kind.name: kind.truth for kind in all_kinds() if kind.truth}
+    kinds["edges"] = _edge_picture
     if hint not in kinds:
-        raise UserError(f'Scenes have no hints named "{hint}": {nearest(hint, kinds)}')
+        raise NotFound(f'Scenes have no hints named "{hint}": {nearest(hint, kinds)}')
     _begin_set(folder, {"size": size, "seed": seed})
     missing = [i for i in range(count) if not (folder / "truth" / f"{i}.json").exists()]
     for i, scene in zip(missing, draw_scenes(size, seed, missing), strict=True):
@@ -79,12 +82,12 @@ def _edge_picture(scene: "Scene") -> np.ndarray:
 
 
 def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
-    """Mark a folder as holding a set drawn with these settings, or refuse one that holds another."""
+    """Write the file that says a folder holds a set drawn with these settings; refuse one that holds another."""
     drawn = folder / "drawn.json"
     begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
     if not drawn.is_file() and (folder / "prompt.json").is_file():
-        raise UserError(f"{folder} holds a set that was not drawn here: give another folder.")
+        raise Mismatch(f"{folder} holds a set that was not drawn here: give another folder.")
     if begun != settings:
         ours, theirs = (" and ".join(f"{key} {value}" for key, value in of.items()) for of in (settings, begun))
-        raise UserError(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
+        raise Mismatch(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
     write_atomic(drawn, (json.dumps(settings) + "\n").encode())

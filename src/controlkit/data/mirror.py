@@ -1,28 +1,27 @@
-"""Pairs seen in a mirror: what the picture shows, what its hint says, and what must not be mirrored."""
+"""Pairs seen in a mirror: picture, hint and scene; pairs whose prompts name a side are not mirrored."""
 
 import re
 from dataclasses import replace
 
 import numpy as np
 
-from controlkit.annotators import maps, parts_of
+from controlkit.annotators import kind_or_bare, parts_of
 from controlkit.data.pairs import Pair, hint_for_pair
-from controlkit.errors import UserError
-from controlkit.images import DEEPEST, HintSpec
+from controlkit.errors import Invalid
+from controlkit.images import HintSpec
+from controlkit.mini.truth import MIRRORED
 
-POSES = ("pose", "openpose")
-"""Hints whose colours tell left from right."""
 SIDES = re.compile(r"\b(left|right|clockwise|counterclockwise|anticlockwise)", re.IGNORECASE)
 """Words of prompts that would be wrong of a mirror image."""
 
 
 def mirrored(pair: Pair, contract: HintSpec) -> Pair | None:
-    """The pair seen in a mirror; None where its prompt tells left from right, and would be wrong of it.
+    """The pair seen in a mirror; None where its prompt names left or right, and would be wrong of it.
 
-    What is known of the picture is mirrored, and a hint drawn from that; an annotation is that of the mirrored picture.
-    Of a hint that is only a picture the left and right limbs change colours, normals change the sign of their x, and
-    everything else is mirrored as it is: labels that tell left from right would be wrong. ``UserError`` where it cannot
-    be done rightly.
+    A scene's truth is mirrored, and its hint drawn from that; an annotation is that of the mirrored picture. A hint of
+    the pair's own is mirrored by its kind's rule (``HintKind.mirror``): limbs exchange their colours, normals the sign
+    of their x, others only change places, so that labels that name a side would be wrong. ``Invalid`` where the kind is
+    not known, or a hint cannot be mirrored exactly.
     """
     if SIDES.search(pair.prompt):
         return None
@@ -38,20 +37,11 @@ def mirrored(pair: Pair, contract: HintSpec) -> Pair | None:
 
 def _mirrored_hint(hint: np.ndarray, contract: HintSpec) -> np.ndarray:
     if not contract.annotator:
-        raise UserError(
-            "data.flip mirrors hints, and nobody says what these are: of normals and poses more changes than places. "
+        raise Invalid(
+            "data.flip mirrors hints, and these are of no named kind: of normals and poses more changes than places. "
             "Set control.annotator, or data.flip: 0."
         )
-    turned = np.ascontiguousarray(hint[:, ::-1])
-    if contract.annotator in POSES:
-        return maps.swap_sides(turned)
-    if contract.annotator != "normal":
-        return turned
-    if turned.dtype == np.uint8:
-        return maps.turn_normals(turned)
-    most = DEEPEST.get(turned.dtype.name)
-    turned[..., 0] = (contract.low + contract.high if most is None else most) - turned[..., 0]
-    return turned
+    return kind_or_bare(contract.annotator).mirror(np.ascontiguousarray(hint[:, ::-1]), contract)
 
 
 def mirrored_scene(scene):  # type: ignore[no-untyped-def]  # numba's import takes a second, so no type of it
@@ -61,5 +51,5 @@ def mirrored_scene(scene):  # type: ignore[no-untyped-def]  # numba's import tak
     width = scene.picture.shape[1]
     normals = scene.normals[:, ::-1] * np.float32([-1, 1, 1])
     lines = np.float32([width, 0, width, 0]) + scene.lines * np.float32([-1, 1, -1, 1])
-    keypoints = scene.keypoints[:, maps.POSE_MIRROR] * np.float32([-1, 1, 1]) + np.float32([width, 0, 0])
+    keypoints = scene.keypoints[:, MIRRORED] * np.float32([-1, 1, 1]) + np.float32([width, 0, 0])
     return replace(scene, **turned, normals=normals, lines=lines, keypoints=keypoints)

@@ -2,33 +2,32 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from controlkit.annotators import annotate, maps, parts_of
+from controlkit.annotators import annotate_all, kind_of, kind_or_bare, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import folder_of, read_listing
 from controlkit.data.layouts.rows import Row, rows_digest
-from controlkit.errors import UserError
+from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.images import HintSpec, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
 if TYPE_CHECKING:
-    from controlkit.mini.observer import Truth
     from controlkit.mini.scenes import Scene
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture nobody generated, uint8 (H, W, 3), and its prompt.
+    """A real picture, uint8 (H, W, 3), its prompt, and where its hint comes from.
 
-    And its hint, of any size, where the source has one of its own, a picture or an array (``images``); or what is known
-    of it (a scene's truth), from which its hints are drawn; else the picture's annotation is the hint.
+    ``hint``: its own, of any size, a picture or an array (``images``). ``truth``: of a scene, from which hints are
+    drawn. With neither the hint is an annotation of the picture.
     """
 
     picture: np.ndarray
@@ -41,39 +40,33 @@ class Pair:
     """Further hints of its own, which become channels of one."""
 
 
-TRUTHS: dict[str, Callable[["Truth"], np.ndarray]] = {
-    "depth": lambda truth: maps.depth_picture(truth.depth),
-    "normal": lambda truth: maps.normal_picture(truth.normals),
-    "seg": lambda truth: maps.label_picture(truth.labels, _palette()),
-    "pose": lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
-}
-"""Hints drawn from what is known of a picture, or was read off it by an observer, by name."""
-
-
-def _palette() -> np.ndarray:
-    from controlkit.mini.scenes import PALETTE  # numba's import takes a second
-
-    return PALETTE
-
-
 def hint_for_pair(pair: Pair, contract: HintSpec) -> np.ndarray:
-    """The pair's hint, at the picture's size, as the contract says: its own, drawn from its truth, or annotated.
+    """The pair's hint, (H, W, C) at the picture's size, as the contract says.
 
-    Several become channels of one, in the contract's order. ``UserError`` where its own is not as the contract says.
+    Its own hint comes first, then what its scene's truth draws, then the picture's annotation. Several become channels
+    of one, in the contract's order. ``Invalid`` where its own is not as the contract says, ``Unsupported`` where there
+    is nothing to make a hint of.
     """
     parts = parts_of(contract)
     if pair.hint is not None:
         return _own_hint(pair, contract, parts)
     if len(parts) > 1:
         return np.concatenate([hint_for_pair(pair, part) for part in parts], 2)
-    if contract.annotator in TRUTHS:
-        if pair.truth is None:
-            raise UserError(
-                f"Hints of {contract.annotator} are drawn from what is known of a picture, and of these nothing is: "
-                "take data.source: scenes, or a folder with hints of its own."
-            )
-        return TRUTHS[contract.annotator](pair.truth)
-    return annotate(pair.picture, contract)
+    kind = kind_or_bare(contract.annotator)
+    if kind.truth is not None and pair.truth is not None:
+        return kind.truth(pair.truth)
+    if kind.truth is not None and not kind.makes:
+        raise Unsupported(
+            f"Hints of {contract.annotator} are drawn from a scene's truth, and these pictures have none: "
+            "take data.source: scenes, or a folder with hints of its own."
+        )
+    return annotate_all([pair.picture], contract)[0]
+
+
+def is_annotated(pair: Pair, contract: HintSpec) -> bool:
+    """Whether the pair's hint is made of its picture alone."""
+    kinds = [kind_or_bare(part.annotator) for part in parts_of(contract)]
+    return pair.hint is None and all(kind.makes and not (kind.truth and pair.truth is not None) for kind in kinds)
 
 
 def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.ndarray:
@@ -82,7 +75,7 @@ def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.n
     if len(given) == 1:  # channels of several, side by side in one array, are one hint
         rules = [contract]
     elif len(given) != len(parts):
-        raise UserError(
+        raise Mismatch(
             f"A pair has {len(given)} hints, and {len(parts)} are named: expected as many of control.annotators as "
             "hints, in their order."
         )
@@ -90,7 +83,7 @@ def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.n
         rules = list(parts)
     for hint, rule in zip(given, rules, strict=True):
         if words := rule.fault(hint):
-            raise UserError(f"A hint {words}. `controlkit data doctor` says which.")
+            raise Invalid(f"A hint {words}. `controlkit data doctor` says which.")
     fitted = [fit(hint, size, rule.resize) for hint, rule in zip(given, rules, strict=True)]
     if len(fitted) == 1:
         return fitted[0]
@@ -101,9 +94,7 @@ def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.n
 
 
 MOST_PIXELS = 64_000_000
-"""Of a picture that is trained on; a larger one is taken for a mistake, or for a trap."""
-LINES = ("canny", "scribble", "lineart", "softedge", "mlsd")
-"""Hints that are light lines on a black ground."""
+"""Of a picture that is trained on; a larger one is taken for a mistake, or for an attack."""
 
 
 def out_of_place(picture: np.ndarray, hint: np.ndarray) -> str:
@@ -115,8 +106,8 @@ def out_of_place(picture: np.ndarray, hint: np.ndarray) -> str:
 
 
 def turned_over(contract: HintSpec, greys: Sequence[float]) -> str:
-    """Why line hints of these mean greys (0 to 1) are dark on light; "" where they are not, or are no lines."""
-    if contract.annotator not in LINES or not greys or (mean := float(np.mean(greys))) <= 0.5:
+    """Why line hints of these mean greys (0 to 1) are inverted, in words; "" where they are not, or are no lines."""
+    if not kind_or_bare(contract.annotator).lines or not greys or (mean := float(np.mean(greys))) <= 0.5:
         return ""
     return f"their mean grey is {mean:.2f}: {contract.annotator} is light lines on black"
 
@@ -147,10 +138,10 @@ class EmojiPairs(Sequence[Pair]):
 
 
 class ScenePairs(Sequence[Pair]):
-    """Ray-cast scenes with their truth, scenes 0 to ``drawn`` of a seed.
+    """Ray-cast scenes with their truth, of scenes 0 to ``drawn`` of a seed.
 
-    ``heldout``: those with something in them that no control has seen (``scenes.HELDOUT``); else those without.
-    ``person``: only those with a figure. Prompts come in the scenes' several wordings.
+    ``heldout``: those with something in them that no control was trained on (``scenes.HELDOUT``); else those without.
+    ``person``: only those with a figure. A scene's prompt is one of its wordings, drawn by seed.
     """
 
     def __init__(
@@ -180,8 +171,8 @@ class ScenePairs(Sequence[Pair]):
 class TypedPairs(Sequence[Pair]):
     """Pairs of several sources, each with one type of hint, for a Union to learn from.
 
-    A source's pairs take the types in turn, those drawn from truth three times as often; what is not known of a pair is
-    passed over. ``visits``: how often each source's pairs come, each time with another type.
+    A source's pairs take the types in turn, those drawn from truth three times as often; types that a pair's truth
+    lacks are left out. ``visits``: how often each source's pairs come, each time with another type.
     """
 
     def __init__(self, sources: Sequence[Sequence[Pair]], types: Sequence[str], visits: Sequence[int]) -> None:
@@ -189,11 +180,12 @@ class TypedPairs(Sequence[Pair]):
         self._rows: list[tuple[int, int, str]] = []
         for number, source in enumerate(sources):
             known = len(source) > 0 and source[0].truth is not None
-            turns = [t for t in types if t not in TRUTHS] + [t for t in types if t in TRUTHS and known] * 3
+            drawn = [t for t in types if kind_of(t).truth]
+            turns = [t for t in types if t not in drawn] + drawn * (3 if known else 0)
             for row in range(len(source) * visits[number] if turns else 0):
                 visit, index = divmod(row, len(source))
                 kind = turns[(index + visit) % len(turns)]
-                if kind == "pose" and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
+                if kind_of(kind).needs_person and not len(source[index].truth.keypoints):  # type: ignore[union-attr]
                     continue
                 self._rows.append((number, index, kind))
 
@@ -225,8 +217,7 @@ class FolderPairs(Sequence[Pair]):
     """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
 
     ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
-    ``columns``: as with ``read_listing``. ``UserError`` where its listing has something wrong with it that nothing
-    should be trained on.
+    ``columns``: as with ``read_listing``. ``Invalid`` where its listing has a fatal problem.
     """
 
     def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
@@ -234,16 +225,16 @@ class FolderPairs(Sequence[Pair]):
         fatal = [problem for problem in listing.problems if problem.fatal]
         if fatal:
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
-            raise UserError(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
+            raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
         self._rows, self._size, self._masked = listing.rows, size, masked
         self._sizes: list[Size] | None = None
         self.hinted = any(row.hint for row in listing.rows)
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
         """Hints a row has."""
         if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
-            raise UserError(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
+            raise Invalid(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
         if fewer := sum(len(row.hints) < self.hints for row in listing.rows):
-            raise UserError(f"{fewer} of {len(listing.rows)} rows in {folder} have fewer than {self.hints} hints.")
+            raise Invalid(f"{fewer} of {len(listing.rows)} rows in {folder} have fewer than {self.hints} hints.")
 
     def part(self, rows: slice) -> "FolderPairs":
         """Some of the rows; pictures are still read one at a time."""
@@ -264,7 +255,7 @@ class FolderPairs(Sequence[Pair]):
         return self._sizes[index] if self._sizes else (self._size, self._size)
 
     def digest(self) -> str:
-        """Of what its pictures are called and their prompts say, in their order."""
+        """The digest of its pictures' names and prompts, in their order."""
         return rows_digest(self._rows)
 
     def mix(self) -> None:
@@ -279,11 +270,11 @@ class FolderPairs(Sequence[Pair]):
         picture = decode_picture(row.picture.read(), row.picture.name)
         height, width = picture.shape[:2]
         if height * width > MOST_PIXELS:
-            raise UserError(f"{row.picture.name} is {width}x{height}: expected at most {MOST_PIXELS:,} pixels.")
+            raise Invalid(f"{row.picture.name} is {width}x{height}: expected at most {MOST_PIXELS:,} pixels.")
         hints = self._hints(row)
         for held, hint in zip(row.hints, hints, strict=True):
             if words := out_of_place(picture, hint):
-                raise UserError(f"{held.name} {words}. `controlkit data doctor` lists all such pairs.")
+                raise Invalid(f"{held.name} {words}. `controlkit data doctor` lists all such pairs.")
         fitted = fit(picture, self.size_of(index))
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
@@ -291,15 +282,13 @@ class FolderPairs(Sequence[Pair]):
         return [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
 
     def check_hints(self, contract: HintSpec) -> None:
-        """``UserError`` where a few hints, from all over the set, are lines the wrong way round."""
+        """``Invalid`` where a few hints, from all over the set, are inverted lines."""
         few = [self._rows[i] for i in np.linspace(0, len(self) - 1, min(len(self), 16)).astype(int)]
         for place, rule in enumerate(parts_of(contract)[: self.hints]):
-            hints = [self._hints(row)[place] for row in few] if rule.annotator in LINES else []
+            hints = [self._hints(row)[place] for row in few] if kind_or_bare(rule.annotator).lines else []
             greys = [rule.picture(hint).mean() / 255 for hint in hints if not rule.fault(hint)]
             if words := turned_over(rule, greys):
-                raise UserError(
-                    f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet."
-                )
+                raise Invalid(f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet.")
 
 
 def trained_count(pairs: int) -> int:
@@ -313,19 +302,19 @@ def split_folder(
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with
-    ``FolderPairs``.
+    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with ``FolderPairs``.
+    ``Invalid`` for fewer than 3 pairs.
     """
     pairs = FolderPairs(folder, size, masked, columns)
     trained = trained_count(len(pairs))
     if not trained:
-        raise UserError(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
+        raise Invalid(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
     pairs.mix()
     return pairs.part(slice(trained)), pairs.part(slice(trained, None))
 
 
 SCENES_EVALUATED = 800
-"""Scenes drawn of a seed that trains nothing: those with something held out to measure on, the others for FID."""
+"""Scenes drawn of a seed that no recipe trains on: the held-out ones to measure on, the others for FID."""
 
 
 def evaluation_pairs(
@@ -336,11 +325,11 @@ def evaluation_pairs(
     masked: bool = False,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
-    """(``num`` held-out pairs to measure a control on, pictures nothing has seen as FID's reference).
+    """(``num`` held-out pairs to measure a control on, pictures that nothing was trained on as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``).
+    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -348,7 +337,7 @@ def evaluation_pairs(
     if source == "scenes":
         scenes = ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED, heldout=True, count=num, person=person)
         if len(scenes) < num:
-            raise UserError(f"{len(scenes)} held-out scenes are at hand: measure on at most as many.")
+            raise Invalid(f"--num is {num}, and {len(scenes)} held-out scenes are at hand: measure on at most as many.")
         return scenes, [pair.picture for pair in ScenePairs(size, SCENES_EVALUATED, _EVALUATION_SEED)]
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)

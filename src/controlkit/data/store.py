@@ -1,4 +1,4 @@
-"""What was computed on this machine, kept by what it was computed from: a content-addressed store.
+"""A content-addressed store: results computed on this machine, by what they were computed from.
 
 One file of SQLite's: it takes many small entries without a file and an fsync for each, and several processes may read
 and write at once. It belongs on a local disk. An entry's key is a digest of the bytes that went in, of what was done to
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def key_of(*parts: str | bytes | np.ndarray) -> bytes:
-    """The key of what is computed of these: 32 bytes, other ones for any other parts."""
+    """The key of a result computed from these: 32 bytes, other ones for any other parts."""
     total = hashlib.blake2b(digest_size=32)
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -118,7 +118,7 @@ class Store:
         return connection
 
     def _do(self, action: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What the action gives; None from a store that cannot be used."""
+        """The result of an action; None from a store that cannot be used."""
         for _ in range(_TRIES if self._usable else 0):
             try:
                 self._connection = self._connection or self._open()
@@ -146,7 +146,7 @@ def remembered(
     make: Callable[[list[int]], Iterable[Entry]],
     dense: bool = True,
 ) -> list[Entry]:
-    """The entry of each key: from the store, else made, all at once, and kept. ``make`` is told the places to make."""
+    """The entry of each key: from the store, else made and kept. ``make`` is called once, with the places to make."""
     held: list[Entry | None] = [*store.get(keys)] if store else [None] * len(keys)
     if absent := [place for place, entry in enumerate(held) if entry is None]:
         made = dict(zip(absent, make(absent), strict=True))

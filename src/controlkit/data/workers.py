@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ _PARTS = 4096
 
 
 def ranges_of(count: int) -> list[range]:
-    """The places of so many rows in parts that are worth sending: 16 rows, more where there would be too many parts."""
+    """The places of ``count`` rows in parts worth sending: 16 rows, more where there would be too many parts."""
     step = max(_ROWS, -(-count // _PARTS))
     return [range(first, min(first + step, count)) for first in range(0, count, step)]
 
@@ -29,12 +29,12 @@ def ranges_of(count: int) -> list[range]:
 def parallel_map(
     work: Callable[[Part], Iterable[Result]], parts: Sequence[Part], workers: int = 1, stop_file: Path | None = None
 ) -> Iterator[Result]:
-    """What ``work`` gives of each part, in the parts' order; by ``workers`` processes, or here where that is one.
+    """The results of ``work`` on each part, in the parts' order; by ``workers`` processes, or here where that is one.
 
-    What it raises of the user's (``UserError``, ``OSError``) is raised here where it would have come without workers;
-    these may have begun later parts meanwhile. ``stop_file`` is a path that all workers see, at which a file tells them to
-    stop; by default one on this machine. Ray is used as it is where it runs already, so that its workers may be a
-    cluster's; else for as long as this takes, here.
+    A ``UserError`` or ``OSError`` of the work is raised here at the place where it would have come without workers;
+    these may have begun later parts meanwhile. ``stop_file``: a path that all workers see; they stop once a file lies
+    there; by default one on this machine. Where Ray runs already it is used as it is, so that its workers may be a
+    cluster's; else it is started here and ended. ``Unsupported`` where several workers are asked for without Ray.
     """
     if workers < 2 or len(parts) < 2:
         for part in parts:
@@ -45,7 +45,7 @@ def parallel_map(
         import ray.data
         from ray import cloudpickle
     except ImportError as error:
-        raise UserError(
+        raise Unsupported(
             f"{workers} workers need Ray. Install it with: pip install 'controlkit[scale]', or leave out --workers."
         ) from error
     own = not ray.is_initialized()
@@ -85,7 +85,7 @@ def parallel_map(
 
 
 def _results_of(batch: Mapping[str, "np.ndarray"], held: Any, stop_file: Path) -> dict[str, list[bytes]]:
-    """In a worker: what comes of the parts whose numbers it is sent, until it is to stop."""
+    """In a worker: the results of the parts whose numbers it is sent, until it is to stop."""
     from ray import cloudpickle
 
     work, parts = _unpacked(held)
@@ -95,7 +95,7 @@ def _results_of(batch: Mapping[str, "np.ndarray"], held: Any, stop_file: Path) -
         failure: Exception | None = None
         try:
             for result in () if stop_file.exists() else work(parts[place]):
-                results.append(result)  # what there is before an error counts
+                results.append(result)  # results before an error are kept
                 if stop_file.exists():
                     break
         except (UserError, OSError) as error:

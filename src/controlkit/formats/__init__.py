@@ -9,14 +9,16 @@ from controlkit.formats.control import (
     shipped_folder,
     write_tensors,
 )
-from controlkit.formats.convert import Converted, attach, convert, save_control_lora
-from controlkit.formats.describe import WEIGHTS, Description, describe
+from controlkit.formats.convert import Converted, WriteOptions, attach, convert, save_control_lora
+from controlkit.formats.describe import Description, describe
+from controlkit.formats.metadata import WEIGHTS
 
 __all__ = [
     "WEIGHTS",
     "Converted",
     "Description",
     "SavedControl",
+    "WriteOptions",
     "attach",
     "control_path",
     "convert",

@@ -1,4 +1,4 @@
-"""Controls in use: read from any format for a base, and written as diffusers folders that also hold the contract."""
+"""Controls with their contracts: read from any format for a base, and written as diffusers folders."""
 
 import json
 import math
@@ -12,58 +12,60 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.annotators import contract
+from controlkit.annotators import contract, kind_or_bare
 from controlkit.backbones import Backbone
 from controlkit.backbones.families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
-from controlkit.errors import UserError, nearest
-from controlkit.formats.describe import WEIGHTS, WEIGHTS_FILES, Description
+from controlkit.errors import Invalid, Mismatch, NotFound, nearest
+from controlkit.formats.describe import Description
+from controlkit.formats.metadata import WEIGHTS, WEIGHTS_FILES, json_object, metadata_entry
 from controlkit.formats.networks import network_weights, read_network, stored_spec
 from controlkit.formats.weights import (
     Weights,
     as_controlnet,
     as_json,
     labelled,
-    metadata_entry,
     read_weights,
-    tells_types_by_code,
+    types_differ_by_code,
 )
 from controlkit.hub import shipped_names, shipped_path
 from controlkit.images import SCRATCH, HintSpec, write_atomic
 
+_SCALE_KEY = "guidance"
+"""The key of ``hint_cfg_scale`` in a file's ``controlkit.use``: weights that are shipped have it."""
+
 
 @dataclass(frozen=True)
 class SavedControl:
-    """A branch with what it needs to be used rightly: its hint's contract, and what it was trained on."""
+    """A control with its hint's contract and the record of its training."""
 
     branch: ControlNetwork
     hint: HintSpec
     trained: Mapping[str, Any] = field(default_factory=dict)
-    """``base``, ``base_digest``, ``step``, ``data`` and what else the recipe records."""
+    """``base``, ``base_digest``, ``step``, ``data``, ``recipe`` and other facts that its training recorded."""
     hints: Mapping[str, HintSpec] = field(default_factory=dict)
     """A Union's contracts by type, where it was trained here."""
     hint_cfg_scale: float = 1.0
-    """How many times guidance should count the hint (``sample.Control.hint_cfg_scale``); 1 unless its recipe says more."""
+    """The scale of guidance by its hint that it is meant to be used with, from 0; 1 unless its recipe says more."""
 
     def contract_of(self, kind: str) -> HintSpec:
-        """The contract of a Union's hints of a type: its own, or what that name means everywhere."""
-        return self.hints.get(kind) or self.hint.made_by(contract(kind))
+        """The contract of a Union's hints of a type: its own, or the annotator's of that name."""
+        return self.hints.get(kind) or self.hint.made_by(contract(kind, foreign=True))
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
 def control_weights(control: SavedControl, base: Backbone) -> Weights:
-    """A control's weights under diffusers' names, with all that is known of it in the metadata.
+    """A control's weights under diffusers' names, with its contract, spec and record in the metadata.
 
-    Joins that ``taps: mid`` leaves out are zeros, which is what they are; a body trained in low ranks is written as
-    the copy that it amounts to.
+    A body trained in low ranks is written as the copy that it amounts to. Raises ``Unsupported`` where the control's
+    kind has no file.
     """
     branch = control.branch
     kind, tensors, config = network_weights(branch, base, control.hint)
@@ -71,7 +73,7 @@ def control_weights(control: SavedControl, base: Backbone) -> Weights:
     if branch.spec is not None:
         facts["spec"] = asdict(stored_spec(branch.spec))
     if control.hint_cfg_scale != 1.0:
-        facts["use"] = {"guidance": control.hint_cfg_scale}
+        facts["use"] = {_SCALE_KEY: control.hint_cfg_scale}
     if control.hints:
         facts |= {"hints": {kind: hint.to_json() for kind, hint in control.hints.items()}}
     metadata = {f"controlkit.{key}": as_json(value) for key, value in facts.items()}
@@ -79,12 +81,12 @@ def control_weights(control: SavedControl, base: Backbone) -> Weights:
 
 
 def save_control(folder: Path, control: SavedControl, base: Backbone, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``folder`` whole or not at all. Branches with body ``copy`` or ``xs`` make one of diffusers."""
+    """Write ``folder`` whole or not at all; one that diffusers reads, but for a ControlNet-lite's."""
     write_folder(folder, control_weights(control, base), dtype)
 
 
 def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = None) -> None:
-    """Weights as a diffusers folder, whole or not at all; in the type they have, or in ``dtype``."""
+    """Write weights as a diffusers folder, whole or not at all; in the type they have, or in ``dtype``."""
     from diffusers import __version__ as diffusers_version
 
     head = {"_class_name": KINDS[weights.kind].diffusers_class, "_diffusers_version": diffusers_version}
@@ -105,13 +107,13 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """A safetensors file of these tensors, whole or absent; in the type they have, or in ``dtype``."""
+    """Write a safetensors file of these tensors, whole or not at all; in the type they have, or in ``dtype``."""
     made = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     write_atomic(path, lambda scratch: save_file(made, scratch, dict(metadata)))
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
-    """Rename ``scratch`` to ``folder``; what was there goes last, and comes back if the renaming fails."""
+    """Rename ``scratch`` to ``folder``; a folder that it replaces goes last, and comes back if the renaming fails."""
     before = scratch.with_name(f"{scratch.name}.before")
     if folder.exists():
         os.replace(folder, before)
@@ -140,16 +142,19 @@ def shipped_controls() -> dict[str, tuple[Path, str]]:
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder of what is shipped under a name; of a Union's type, the Union's."""
+    """The folder that is shipped under a name; of a Union's type, the Union's. ``NotFound`` for any other name."""
     controls = shipped_controls()
     if name not in controls and name not in shipped_names():
         known = sorted({*controls, *shipped_names()})
-        raise UserError(f'Nothing is shipped under the name "{name}": {nearest(name, known)}')
+        raise NotFound(f'Nothing is shipped under the name "{name}": {nearest(name, known)}')
     return controls[name][0] if name in controls else shipped_path(name)
 
 
 def control_path(name: str | Path) -> Path:
-    """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder."""
+    """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder.
+
+    Raises ``NotFound`` if there is none, ``Invalid`` if a folder holds several.
+    """
     if str(name) in shipped_names():
         return shipped_path(str(name))
     path = Path(name)
@@ -163,8 +168,8 @@ def control_path(name: str | Path) -> Path:
     for folder in (path, path / "control"):  # a run whose hints are branches
         within = sorted(file.parent for file in folder.glob(f"*/{WEIGHTS}"))
         if len(within) > 1:
-            raise UserError(f"{folder} holds several controls: name one of {', '.join(map(str, within))}.")
-    raise UserError(
+            raise Invalid(f"{folder} holds several controls: name one of {', '.join(map(str, within))}.")
+    raise NotFound(
         f'There is no control "{name}": expected one of {", ".join(shipped_controls()) or "(none is shipped)"}, '
         f"a file of weights, or a folder that holds {WEIGHTS}."
     )
@@ -181,30 +186,27 @@ def type_of(name: str | Path) -> tuple[str | Path, str]:
 
 
 def load_control(name: str | Path, base: Backbone, annotator: str | None = None) -> SavedControl:
-    """Read a control of any format for ``base``; ``UserError`` if it was made for a base of another shape.
+    """Read a control of any format for ``base``, frozen, on its device and in its type.
 
-    ``annotator`` names what the hints of a file are that does not say it itself (``canny``, ``inpaint``, ...). A
-    Union's type is a control by itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
+    ``annotator`` names the hints (``canny``, ``inpaint``, ...) where the file does not. A Union's type is a control by
+    itself, named ``UNION:TYPE``, or by the type's name where it is shipped.
+
+    Raises ``NotFound`` if there is none, ``Mismatch`` if it was made for a base of another shape, ``Invalid`` if the
+    file is damaged or its metadata contradicts it, ``Unsupported`` if it is of a kind that is not run.
     """
     path, weights, described = read_control(name, base)
-    spec = metadata_entry(weights, path, "controlkit.spec", lambda text: ControlSpec(**json.loads(text)), ControlSpec())
+    facts = weights.metadata
+    spec = metadata_entry(facts, path, "controlkit.spec", _spec, ControlSpec())
     if weights.config.get("global_pool_conditions"):
         spec = replace(spec, pool="mean")
     hint = spec_of_weights(name, weights, described, annotator)
     kind = type_of(name)[1] if weights.kind == "union" else ""
-    hints = metadata_entry(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
-    trained = metadata_entry(weights, path, "controlkit.trained", json.loads, {})
-    guidance = metadata_entry(weights, path, "controlkit.use", _guidance, 1.0)
-    signature = metadata_entry(weights, path, "controlkit.signature", json.loads, None)
-    if signature is not None and signature != json.loads(json.dumps(base.signature)):
-        differing = [key for key in base.signature if signature.get(key) != json.loads(json.dumps(base.signature[key]))]
-        raise UserError(
-            f'The control "{name}" was made for the base "{described.base or "unknown"}" and not for "{base.name}": '
-            f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
-        )
-    _check_family(name, described, base)
-    if described.hint_channels not in (None, hint.channels):
-        raise UserError(
+    hints = metadata_entry(facts, path, "controlkit.hints", _hints, {})
+    trained = metadata_entry(facts, path, "controlkit.trained", json_object, {})
+    hint_cfg_scale = metadata_entry(facts, path, "controlkit.use", _hint_cfg_scale, 1.0)
+    _check_base(name, path, weights, described, base)
+    if described.hint_channels not in (None, base.hint_shape(hint.channels)[0]):
+        raise Invalid(
             f'The control "{name}" reads hints of {described.hint_channels} channels, and its contract says '
             f"{hint.channels}."
         )
@@ -216,83 +218,93 @@ def load_control(name: str | Path, base: Backbone, annotator: str | None = None)
             stacklevel=2,
         )
     ready = branch.to(base.device, base.dtype).eval().requires_grad_(False)
-    saved = SavedControl(ready, hint, trained, hints, guidance)
+    saved = SavedControl(ready, hint, trained, hints, hint_cfg_scale)
     if kind:
-        saved = replace(
-            saved, branch=OneType(cast("UnionBranch", branch), kind), hint=saved.contract_of(kind), hints={}
-        )
+        one = OneType(cast("UnionBranch", branch), kind)
+        saved = replace(saved, branch=one, hint=saved.contract_of(kind), hints={})
     return saved
 
 
 def read_control(name: str | Path, base: Backbone | None) -> tuple[Path, Weights, Description]:
-    """Where a control lies and what is there; a Union's type as an ordinary ControlNet, where it can be one."""
+    """(path, weights, description) of a control; a Union's type as an ordinary ControlNet, where it can be one.
+
+    Raises as ``load_control`` does.
+    """
     union, kind = type_of(name)
     path = control_path(union)
     weights, described = read_weights(path, base)
     if not kind:
         return path, weights, described
     if weights.kind != "union":
-        raise UserError(f'"{union}" is no Union and has no types: name it without ":{kind}".')
+        raise Invalid(f'"{union}" is no Union and has no types: name it without ":{kind}".')
     if not TYPES[kind] < weights.config["num_control_type"]:
-        raise UserError(
-            f'The Union "{union}" knows {weights.config["num_control_type"]} types; {kind} is none of them.'
-        )
-    if tells_types_by_code(weights):
-        hints = metadata_entry(weights, path, "controlkit.hints", lambda text: _hints(json.loads(text)), {})
+        raise NotFound(f'The Union "{union}" knows {weights.config["num_control_type"]} types; {kind} is none of them.')
+    if types_differ_by_code(weights):
+        hints = metadata_entry(weights.metadata, path, "controlkit.hints", _hints, {})
         weights = as_controlnet(weights, TYPES[kind])
-        own = {"controlkit.hint": (hints.get(kind) or contract(kind)).to_json()}
+        own = {"controlkit.hint": (hints.get(kind) or contract(kind, foreign=True)).to_json()}
         weights = replace(weights, metadata={**weights.metadata, **own})
         described = replace(described, kind="controlnet")
     return path, weights, described
 
 
-def _hints(texts: Mapping[str, str]) -> dict[str, HintSpec]:
-    """A Union's contracts by type; ``ValueError`` for what is none of its types."""
+def _spec(text: str) -> ControlSpec:
+    """The spec in a file's metadata; ``ValueError`` for keys or values that no spec has."""
+    try:
+        return ControlSpec(**json_object(text))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _hints(text: str) -> dict[str, HintSpec]:
+    """A Union's contracts by type; ``ValueError`` for a type that no Union has, or a contract that is none."""
+    texts = json_object(text)
     if strange := texts.keys() - TYPES.keys():
         raise ValueError(f"there is no type {sorted(strange)[0]}")
-    return {kind: _hint(text) for kind, text in texts.items()}
+    if not all(isinstance(one, str) for one in texts.values()):
+        raise ValueError("a contract is no text")
+    return {kind: HintSpec.from_json(one) for kind, one in texts.items()}
 
 
-def _hint(text: str) -> HintSpec:
-    """The contract in a file's metadata; ``ValueError`` if it is of the wrong types, which Python itself would take."""
-    hint = HintSpec.from_json(text)
-    TypeAdapter(HintSpec).validate_json(text, strict=True)
-    numbers = (hint.low, hint.high, hint.mask_value or 0.0, *hint.options.values())
-    if not all(map(math.isfinite, numbers)) or len(hint.annotator) > 100 or not hint.annotator.isprintable():
-        raise ValueError("its numbers are not finite, or its annotator's name is none")
-    return hint
-
-
-def _guidance(text: str) -> float:
-    """How often guidance should count the hint; ``ValueError`` if that is no number from 0 on."""
-    value = float(json.loads(text)["guidance"])
-    if not 0 <= value < math.inf:
+def _hint_cfg_scale(text: str) -> float:
+    """The scale of guidance by the hint in a file's metadata; ``ValueError`` if it is no number from 0 on."""
+    value = json_object(text).get(_SCALE_KEY)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"guidance by the hint is {value}")
-    return value
+    return float(value)
 
 
 def spec_of_weights(name: str | Path, weights: Weights, described: Description, annotator: str | None) -> HintSpec:
-    """The contract of a file's hints, with ``annotator`` named where the file does not say it itself.
+    """The contract of a file's hints, made by ``annotator`` where the file names none.
 
-    A file of someone else's has its family's: ControlNets and T2I-Adapters alike read hints in [0, 1].
+    A file without a contract has its family's: ControlNets and T2I-Adapters alike read hints in [0, 1]. Raises
+    ``Invalid`` for a contract that is none, ``Mismatch`` if the file names another annotator.
     """
-    said_order = (f"{prefix}conditioning_channel_order" for prefix in ("controlnet_", ""))
-    order = next((str(weights.config[key]).upper() for key in said_order if key in weights.config), "RGB")
+    keys = ("controlnet_conditioning_channel_order", "conditioning_channel_order")
+    order = next((str(weights.config[key]).upper() for key in keys if key in weights.config), "RGB")
     foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
-    hint = metadata_entry(weights, Path(name), "controlkit.hint", _hint, foreign)
-    if not annotator or annotator == hint.annotator:
+    hint = metadata_entry(weights.metadata, name, "controlkit.hint", HintSpec.from_json, foreign)
+    if not annotator or kind_or_bare(annotator).name == hint.annotator:
         return hint
     if hint.annotator:
-        raise UserError(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
-    return hint.made_by(contract(annotator))
+        raise Mismatch(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')
+    return hint.made_by(contract(annotator, foreign=True))
 
 
-def _check_family(name: str | Path, described: Description, base: Backbone) -> None:
+def _check_base(name: str | Path, path: Path, weights: Weights, described: Description, base: Backbone) -> None:
+    """Raise ``Mismatch`` where a control was made for a base of another shape, or of another family."""
+    signature = metadata_entry(weights.metadata, path, "controlkit.signature", json_object, None)
+    own = json.loads(json.dumps(base.signature))
+    if signature is not None and signature != own:
+        differing = [key for key in own if signature.get(key) != own[key]]
+        raise Mismatch(
+            f'The control "{name}" was made for the base "{described.base or "unknown"}" and not for "{base.name}": '
+            f"they differ in {', '.join(differing)}. Use the control with its own base, or train one for this base."
+        )
     width = described.config.get("cross_attention_dim")
-    own = base.signature["text_width"]
-    if width is not None and width != own:
-        families = [f"{row.title} " if (row := family_of_width(w)) else "" for w in (width, own)]
-        raise UserError(
+    if width is not None and width != own.get("text_width"):
+        families = [f"{row.title} " if (row := family_of_width(w)) else "" for w in (width, own["text_width"])]
+        raise Mismatch(
             f'The control "{name}" is for {families[0]}bases that read prompts {width} wide; "{base.name}" reads '
-            f"{families[1]}prompts {own} wide. Use a control made for this base, or its own base."
+            f"{families[1]}prompts {own['text_width']} wide. Use a control made for this base, or its own base."
         )

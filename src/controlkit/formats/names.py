@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from controlkit.branch import ControlBranch
 
 PREFIX = "control_model."
-"""What the original's names begin with inside a whole ControlLDM checkpoint, and in most files cut from one."""
+"""The beginning of the original's names inside a whole ControlLDM checkpoint, and in most files cut from one."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -115,7 +115,7 @@ def is_light_adapter(names: Iterable[str]) -> bool:
 def rename(names: Iterable[str], paths: Mapping[str, str], back: bool = False) -> dict[str, str]:
     """Each name in the other spelling; names whose module the table lacks are left out.
 
-    The longest path that is the name's beginning counts, so that a whole transformer moves under one entry.
+    The longest path that a name begins with decides, so that a whole transformer moves under one entry.
     """
     table = {value: key for key, value in paths.items()} if back else paths
     renamed = {}

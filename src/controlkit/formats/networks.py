@@ -1,8 +1,8 @@
 """Networks as tensors and configurations of diffusers, and back: one row a kind of control.
 
-A kind says how its weights are written under diffusers' names, and how a network is built on a file's tensors for a
-base. A body that no diffusers class has (ControlNet-lite, a base that is no U-Net) is written under our own names,
-without a configuration.
+A row says how the weights of a kind are written under diffusers' names, and how a network is built on a file's tensors
+for a base. A body that no diffusers class has (ControlNet-lite, a base that is no U-Net) is written under our own
+names, without a configuration.
 """
 
 import inspect
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from controlkit.backbones import Backbone, UNetEncoder
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, HintEncoder
 from controlkit.controls import KINDS, Adapter, UnionBranch, XSBranch
-from controlkit.controls.xs import new_adapter, shape_of
-from controlkit.errors import UserError
+from controlkit.controls.union import UnionShape, time_width
+from controlkit.controls.xs import shape_of, xs_network
+from controlkit.errors import Mismatch, Unsupported
 from controlkit.formats.names import key_table
 from controlkit.formats.weights import Weights
 from controlkit.images import HintSpec
@@ -35,16 +36,16 @@ def stored_spec(spec: ControlSpec) -> ControlSpec:
 def network_weights(
     network: ControlNetwork, base: Backbone, hint: HintSpec
 ) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """(kind, tensors, configuration) of a network, to be written; ``UserError`` where its kind has no file."""
+    """(kind, tensors, configuration) of a network, to be written; ``Unsupported`` where its kind has no file."""
     if network.kind not in FILES:
-        raise UserError(f"A {KINDS[network.kind].title} is not written as a file by itself: write what it is made of.")
+        raise Unsupported(f"A {KINDS[network.kind].title} has no file of its own: write its parts.")
     return network.kind, *FILES[network.kind].write(network, base, hint)
 
 
 def read_network(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
-    """The network of a file's weights, for a base, on copies of its tensors; ``UserError`` if it does not fit.
+    """The network of a file's weights, for a base, in float32; ``name`` is the control's in messages.
 
-    Copies, because a mapped file's tensors lie at odd places in memory, and sums then depend on the place.
+    Raises ``Mismatch`` if it does not fit the base, ``Unsupported`` if the base has no place for a network of its kind.
     """
     return FILES[weights.kind].read(name, weights, base, spec)
 
@@ -64,10 +65,8 @@ def _absent_joins(branch: ControlBranch) -> dict[str, tuple[int, ...]]:
 
 def _diffusers_config(own: Mapping[str, Any], branch: ControlBranch, hint: HintSpec) -> dict[str, Any]:
     """The configuration of a ``ControlNetModel`` with this branch's shapes, for a base of the configuration ``own``."""
-    import diffusers
-
-    network = getattr(diffusers, KINDS[branch.kind].diffusers_class or "")
-    theirs = {name: own[name] for name in inspect.signature(network.__init__).parameters if name in own}
+    settings = inspect.signature(KINDS[branch.kind].network_class().__init__).parameters
+    theirs = {name: own[name] for name in settings if name in own}
     convs = branch.hint_encoder.convs
     widths = [convs[0].out_channels] + [conv.out_channels for conv in convs[2:-1:2]]
     theirs |= {"conditioning_channels": convs[0].in_channels, "conditioning_embedding_out_channels": widths}
@@ -76,7 +75,7 @@ def _diffusers_config(own: Mapping[str, Any], branch: ControlBranch, hint: HintS
 
 
 def _write_branch(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Written:
-    """Joins that ``taps: mid`` leaves out are zeros, which is what they are."""
+    """Joins that ``taps: mid`` leaves out are written as zeros, which act the same."""
     branch = cast("ControlBranch", network)
     table = key_table(branch)
     tensors = {table[key]: value.detach().cpu() for key, value in branch.weights().items()}
@@ -89,65 +88,63 @@ def _write_branch(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Wr
 def _write_union(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Written:
     union = cast("UnionBranch", network)
     tensors, config = _write_branch(union, base, hint)
-    types, width = union.task_embedding.shape
-    config |= {"num_control_type": types, "num_trans_channel": width, "num_trans_layer": union.layers}
-    config |= {"num_proj_channel": union.taps[0].channels}
-    return tensors, config | {"num_trans_head": union.heads, "addition_time_embed_dim": union.type_code.num_channels}
+    shape = union.shape
+    config |= {"num_control_type": shape.types, "num_trans_channel": shape.width, "num_trans_layer": shape.layers}
+    config |= {"num_proj_channel": union.taps[0].channels, "num_trans_head": shape.heads}
+    return tensors, config | {"addition_time_embed_dim": shape.code_width}
 
 
 def _read_branch(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
     tensors = _copied(weights)
+    channels, stride = _hint_shape(tensors, base)
     with torch.device("meta"):
         body = _body(weights, base) if spec.body == "copy" else base.conv_body()
-        channels = tensors["controlnet_cond_embedding.conv_in.weight"].shape[1]
-        stride = base.hint_shape(channels)[1]
         branch = ControlBranch(base.branch_taps, body, stride, channels, spec)
     return _filled(name, branch, tensors, base)
 
 
 def _read_union(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
     tensors, config = _copied(weights), weights.config
+    channels, stride = _hint_shape(tensors, base)
+    types, width = tensors["task_embedding"].shape
+    sizes = {"types": types, "heads": config["num_trans_head"], "layers": config["num_trans_layer"]}
     with torch.device("meta"):
-        body: Any = _body(weights, base)
-        union = UnionBranch(
-            base.branch_taps,
-            body,
-            base.stride,
-            tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
-            ControlSpec(pool=spec.pool),
-            types=tensors["task_embedding"].shape[0],
-            width=tensors["task_embedding"].shape[1],
-            heads=config["num_trans_head"],
-            layers=config["num_trans_layer"],
-            code_width=config["addition_time_embed_dim"],
-            embedding=body.time_embedding.linear_2.out_features,
-        )
+        body = _body(weights, base)
+        shape = UnionShape(width, config["addition_time_embed_dim"], time_width(body, base.name), **sizes)
+        union = UnionBranch(base.branch_taps, body, stride, shape, channels, ControlSpec(pool=spec.pool))
     return _filled(name, union, tensors, base)
 
 
+def _hint_shape(tensors: Mapping[str, Tensor], base: Backbone) -> tuple[int, int]:
+    """(channels, pixels a place) of what the hint encoder in these tensors reads on this base."""
+    channels = tensors["controlnet_cond_embedding.conv_in.weight"].shape[1]
+    return channels, base.hint_shape(channels)[1]
+
+
 def _copied(weights: Weights) -> dict[str, Tensor]:
+    """The tensors in float32, as copies: a mapped file's lie at odd places in memory, and sums depend on the place."""
     return {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.tensors.items()}
 
 
 def _filled(name: str | Path, branch: ControlBranch, tensors: Mapping[str, Tensor], base: Backbone) -> ControlBranch:
-    """The branch on these tensors; ``UserError`` if they are not all and only its own, of its shapes."""
+    """The branch on these tensors; ``Mismatch`` if they are not all and only its own, in its shapes."""
     table = key_table(branch)
     missing = [theirs for theirs in table.values() if theirs not in tensors]
     if missing:
-        raise UserError(
+        raise Mismatch(
             f'The control "{name}" does not fit the base "{base.name}": it lacks {len(missing)} of the {len(table)} '
             f"tensors this base's branch has, first {missing[0]}."
         )
     strange = sorted(tensors.keys() - set(table.values()) - _absent_joins(branch).keys())
     if strange:
-        raise UserError(
+        raise Mismatch(
             f'The control "{name}" does not fit the base "{base.name}": its branch has no '
             f"place for {len(strange)} of the file's tensors, first {strange[0]}."
         )
     state = {ours: tensors[theirs] for ours, theirs in table.items()}
     for key, value in branch.state_dict().items():
         if value.shape != state[key].shape:
-            raise UserError(
+            raise Mismatch(
                 f'The control "{name}" does not fit the base "{base.name}": {table[key]} is {tuple(state[key].shape)} '
                 f"in the file, expected {tuple(value.shape)}."
             )
@@ -161,15 +158,15 @@ def _body(weights: Weights, base: Backbone) -> nn.Module:
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     if all(shapes.get(name) == tensor.shape for name, tensor in copied.state_dict().items()):
         return copied
-    import diffusers
-
-    network = getattr(diffusers, KINDS[weights.kind].diffusers_class or "")(**weights.config)
+    if not weights.config:  # a body that no diffusers class has
+        return copied
+    network = KINDS[weights.kind].network_class()(**weights.config)
     features = [network.conv_in.out_channels]
     for block in network.down_blocks:
         features += [resnet.out_channels for resnet in block.resnets]
         features += [features[-1]] if block.downsamplers is not None else []
     if [*features, features[-1]] != [tap.channels for tap in base.branch_taps]:
-        return copied  # of another base altogether: what does not fit is told tensor by tensor
+        return copied  # of another base altogether: the error then names the first tensor that does not fit
     return UNetEncoder(network)
 
 
@@ -185,17 +182,17 @@ def _write_walker(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Wr
 def _read_walker(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
     own = base.network_config
     if own is None:
-        raise UserError(f'The ControlNet-XS "{name}" walks beside a U-Net; "{base.name}" is none.')
+        raise Unsupported(f'The ControlNet-XS "{name}" walks beside a U-Net; "{base.name}" is none.')
     wanted = {"base_block_out_channels": list(own["block_out_channels"]), **shape_of(own)}
     wanted["conditioning_embedding_out_channels"] = HintEncoder.widths(base.stride)
     for key, value in wanted.items():
         if weights.config[key] != value:
-            raise UserError(
+            raise Mismatch(
                 f'The ControlNet-XS "{name}" does not fit the base "{base.name}": its {key} is {weights.config[key]}, '
                 f"expected {value}."
             )
     with torch.device("meta"):
-        network = new_adapter(weights.config)
+        network = xs_network(weights.config)
     network.load_state_dict(_copied(weights), assign=True)
     return XSBranch(network, base.branch_taps)
 
@@ -207,11 +204,9 @@ def _write_adapter(network: ControlNetwork, base: Backbone, hint: HintSpec) -> W
 
 
 def _read_adapter(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
-    from diffusers import T2IAdapter
-
     with torch.device("meta"):
-        network: nn.Module = T2IAdapter(**weights.config)
-    network.load_state_dict({key: tensor.float() for key, tensor in weights.tensors.items()}, assign=True)
+        network: nn.Module = KINDS[weights.kind].network_class()(**weights.config)
+    network.load_state_dict(_copied(weights), assign=True)
     adapter = Adapter(network, base.taps)
     kind = weights.config["adapter_type"]
     channels = list(weights.config["channels"])
@@ -219,7 +214,7 @@ def _read_adapter(name: str | Path, weights: Weights, base: Backbone, spec: Cont
     wanted = [tap.channels for tap in adapter.taps]
     finest = weights.config["downscale_factor"]
     if channels != wanted or finest != adapter.taps[0].stride:
-        raise UserError(
+        raise Mismatch(
             f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, '
             f"the finest at 1/{finest} of the picture; the base takes {wanted} from 1/{adapter.taps[0].stride} on."
         )
@@ -228,7 +223,7 @@ def _read_adapter(name: str | Path, weights: Weights, base: Backbone, spec: Cont
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """How a kind's weights are written, and read for a base."""
+    """The two functions for files of one kind: one writes a network, one reads it for a base."""
 
     write: Callable[[ControlNetwork, Backbone, HintSpec], Written]
     read: Callable[[str | Path, Weights, Backbone, ControlSpec], ControlNetwork]

@@ -1,4 +1,4 @@
-"""Weights of any format brought to one: diffusers' names, whole tensors, a configuration, and what was said of them.
+"""Weights of any format brought to one: diffusers' names, whole tensors, a configuration and metadata.
 
 Every reader ends here and every writer begins here, so a conversion is a reading and a writing.
 """
@@ -16,12 +16,13 @@ import yaml
 from torch import Tensor
 
 from controlkit.backbones import Backbone
-from controlkit.backbones.families import family_of_width
-from controlkit.errors import UserError, one_line
-from controlkit.formats.describe import (
-    Description,
-    describe_tensors,
+from controlkit.errors import Invalid, Mismatch, Unsupported
+from controlkit.formats.configs import family_of_config
+from controlkit.formats.describe import Description, describe_tensors
+from controlkit.formats.metadata import (
     json_object,
+    metadata_entry,
+    metadata_object,
     stored_config,
     text_beside,
     weights_file,
@@ -43,33 +44,34 @@ class Weights:
 
 
 def read_weights(path: Path, base: Backbone | None = None) -> tuple[Weights, Description]:
-    """Any control that ControlKit runs, whole; ``UserError`` says what else a file is, or what it lacks.
+    """Read any control that ControlKit runs, whole.
 
     ``base``: the base it belongs to, for files that hold only a difference to it (Control-LoRA, ``difference``).
+    Raises ``Unsupported`` for a file that is something else, ``Invalid`` for one that lacks tensors, has tensors that
+    its network has no place for, or no base where it needs one; ``Mismatch`` for a difference to another base.
     """
     header = open_tensors(weights_file(path))
     stored = stored_config(header)
     described = describe_tensors(header, stored)
     if described.kind is None:
-        raise UserError(f"{path}: {described.sentence()}")
+        raise Unsupported(f"{path}: {described.sentence()}")
     for key in header.metadata:
         if key.startswith("controlkit."):
-            metadata_entry(header, path, key, json_object, {})
+            metadata_entry(header.metadata, path, key, json_object, {})
     if not described.runs:
-        raise UserError(f"{path} is damaged or cut: {described.sentence()}")
+        raise Invalid(f"{path} is damaged or cut: {described.sentence()}")
     if described.format == "controlkit":
         return Weights("controlnet", _float(header.read()), {}, header.metadata), described
     if strange := [name for name in described.unexpected if name in described.names]:
-        raise UserError(
+        raise Invalid(
             f"{path} cannot be read as it is: its network has no place for {len(strange)} of its tensors, first "
             f"{strange[0]}."
         )
-    needs_base = described.format in ("control-lora", "cldm-difference")
-    if needs_base and base is None:
-        raise UserError(f"{path} holds only the difference to its base: name the base it belongs to (--base).")
+    is_difference = described.format in ("control-lora", "cldm-difference")
+    if is_difference and base is None:
+        raise Invalid(f"{path} holds only the difference to its base: name the base it belongs to (--base).")
     tensors = {described.names[name]: t for name, t in header.read(described.names).items()}
-    if needs_base:
-        assert base is not None
+    if is_difference and base is not None:
         tensors = _rebuilt(path, tensors, base, described)
     config = dict(described.config)
     if _pools(header, stored):
@@ -82,17 +84,19 @@ def _float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
-    """Whether residuals are averaged over the picture. Tensors do not show it; the original has it in a YAML beside."""
+    """Whether residuals are averaged over the picture. Tensors do not show it; the original has a YAML beside."""
     if stored.get("global_pool_conditions"):
         return True
     beside = header.path.with_suffix(".yaml")
     if not beside.is_file():
         return False
     try:
-        content = yaml.safe_load(text_beside(beside, 2**14))  # YAML takes its time; the original's have 2**11
-        return bool(content["model"]["params"].get("global_average_pooling", False))
-    except (yaml.YAMLError, OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
+        content = yaml.safe_load(text_beside(beside, 2**14))  # YAML takes its time; the original's have 2**11 letters
+    except Exception:  # PyYAML raises anything where a tag and its value do not go together
         return False
+    for key in ("model", "params", "global_average_pooling"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return bool(content)
 
 
 def encoder_tensors(base: Backbone) -> dict[str, Tensor]:
@@ -101,7 +105,7 @@ def encoder_tensors(base: Backbone) -> dict[str, Tensor]:
 
 
 def _rebuilt(path: Path, tensors: dict[str, Tensor], base: Backbone, described: Description) -> dict[str, Tensor]:
-    """Whole weights of a difference: added to the base's, and what the file leaves out taken from it."""
+    """The whole weights of a difference: it is added to the base's, and tensors that the file lacks are the base's."""
     of_base = encoder_tensors(base)
     whole = {}
     for name, tensor in tensors.items():
@@ -113,7 +117,7 @@ def _rebuilt(path: Path, tensors: dict[str, Tensor], base: Backbone, described: 
     for name, difference in whole.items():
         if name not in of_base or of_base[name].shape != difference.shape:
             came = tuple(of_base[name].shape) if name in of_base else "nothing"
-            raise UserError(
+            raise Mismatch(
                 f'{path} is not of the base "{base.name}": {name} is {tuple(difference.shape)} in the file and {came} '
                 f"in the base. {described.sentence()}"
             )
@@ -145,10 +149,10 @@ def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> 
 
     The two share the scale evenly, so that both survive half precision.
     """
-    kept = vectors[:, :rank]
+    chosen = vectors[:, :rank]
     root = values[:rank].clamp(min=values[0] * 1e-12 + 1e-30).sqrt()
-    up = (kept * root).float()
-    down = ((kept.mT @ difference.double().flatten(1)) / root[:, None]).float()
+    up = (chosen * root).float()
+    down = ((chosen.mT @ difference.double().flatten(1)) / root[:, None]).float()
     if difference.dim() == 4:
         return up[..., None, None].contiguous(), down.reshape(-1, *difference.shape[1:]).contiguous()
     return up.contiguous(), down.contiguous()
@@ -157,15 +161,15 @@ def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> 
 _UNION_ALONE = ("task_embedding", "transformer_layes.", "spatial_ch_projs.", "control_add_embedding.")
 
 
-def tells_types_by_code(weights: Weights) -> bool:
-    """Whether a Union tells its types apart by their code beside the time embedding alone, as those trained here do."""
+def types_differ_by_code(weights: Weights) -> bool:
+    """Whether a Union's types differ by their code beside the time embedding alone, as in those trained here."""
     return not any(weights.tensors[f"spatial_ch_projs.{name}"].any() for name in ("weight", "bias"))
 
 
 def as_controlnet(weights: Weights, number: int) -> Weights:
     """One type of a Union as an ordinary ControlNet, exactly: the type's code is a constant beside the time embedding.
 
-    Only where ``tells_types_by_code``; a released Union also shifts its features by what a hint shows.
+    Only where ``types_differ_by_code``; a released Union also shifts its features by what a hint shows.
     """
     from diffusers import ControlNetModel
     from diffusers.models.embeddings import Timesteps
@@ -184,32 +188,21 @@ def as_controlnet(weights: Weights, number: int) -> Weights:
     return Weights("controlnet", tensors, config | {"addition_time_embed_dim": None}, metadata)
 
 
-def metadata_entry(weights: Weights | TensorFile, path: Path, key: str, parse: Any, default: Any) -> Any:
-    """A metadata entry's value, ``default`` if it is not there; ``UserError`` if it cannot be read."""
-    try:
-        return parse(weights.metadata[key]) if key in weights.metadata else default
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f'{path} has a "{one_line(key)}" that cannot be read ({one_line(error)}).') from error
-
-
 _ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sd21": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
 def labelled(weights: Weights, layout: str, title: str) -> dict[str, str]:
-    """The metadata to write: what was known, the configuration, and the keys other tools show (``modelspec.*``)."""
+    """The metadata to write: ours, the configuration, and the keys that other tools show (``modelspec.*``)."""
     known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
-    family = family_of_width(weights.config.get("cross_attention_dim", 0))
-    channels = weights.config.get("base_block_out_channels") or weights.config.get("block_out_channels", [])
-    if family and list(family.channels) == list(channels):
-        base = _ARCHITECTURES[family.name]
-    else:
-        base = json.loads(known.get("controlkit.trained", "{}")).get("base", "unknown")
+    family = family_of_config(weights.config)
+    base = metadata_object(known, "controlkit.trained").get("base", "unknown")
+    architecture = _ARCHITECTURES[family.name] if family else base
     kinds = {"adapter": "t2i-adapter", "xs": "controlnet-xs"}
-    what = "control-lora" if layout == "control-lora" else kinds.get(weights.kind, "controlnet")
+    network = "control-lora" if layout == "control-lora" else kinds.get(weights.kind, "controlnet")
     return known | {
         "controlkit.config": as_json(dict(weights.config)),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{base}/{what}",
+        "modelspec.architecture": f"{architecture}/{network}",
         "modelspec.implementation": "diffusers" if layout in ("diffusers", "union") else "sgm",
         "modelspec.title": known.get("modelspec.title", title),
     }

@@ -1,6 +1,6 @@
-"""How well-made a picture is, on 0 to 10: a small head on the features of the referee's image tower.
+"""A rating of how well-made a picture is, 0 to 10: a small head on the features of the referee's image tower.
 
-ControlNetwork by ``recipes/referees.py``: the world's pictures against the same ones damaged by a known amount. It knows the
+Trained by ``recipes/referees.py`` on the world's pictures and the same ones damaged by a known amount. It knows the
 damages of this file, not beauty.
 """
 
@@ -14,7 +14,7 @@ from controlkit.mini.observer import Stored
 
 
 class AestheticHead(Stored):
-    """A rating from ``ImageTextTower.features``. ``config``: ``features``, how many there are; ``width`` within."""
+    """A rating from ``ImageTextTower.features``. ``config``: the number of ``features``, and the hidden ``width``."""
 
     def __init__(self, config: dict) -> None:
         super().__init__(config)
@@ -105,13 +105,3 @@ def damage(
         damaged = DAMAGES[kind](pixels, amount / len(chosen) ** 0.5, rng)
         pixels = np.clip(np.round(damaged), 0, 255).astype(np.uint8)
     return pixels
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two lists of numbers (N,); equal numbers share the mean of their ranks."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - counts / 2)[which]
-
-    return float(np.corrcoef(np.stack([ranks(a), ranks(b)]))[0, 1])

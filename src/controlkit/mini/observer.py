@@ -1,8 +1,8 @@
 """The referee that reads truth off a picture: depth, normals, classes and body joints, from one small network.
 
-ControlNetwork by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. What it
-reads follows the conventions of ``scenes.Scene``, so that an ``Observation`` can stand wherever a scene's truth can.
-It needs nothing that drawing scenes needs.
+Trained by ``recipes/referees.py`` on the scenes of ``controlkit.mini.scenes``, which know all of these exactly. An
+``Observation`` follows the conventions of ``scenes.Scene`` and can take the place of a scene's truth. Nothing that
+draws scenes is imported here.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import cv2
 import numpy as np
@@ -20,40 +20,24 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from controlkit.annotators.maps import depth_picture
 from controlkit.images import to_tensor
+from controlkit.mini.truth import JOINTS, MIRRORED, Truth
 from controlkit.precision import autocast
 
-JOINTS = 18
-MIRRORED = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
-"""The joint that each joint (OpenPose's order) is in a mirror: left for right."""
 _FIGURE = {"skin", "hair", "shirt", "trousers", "shoes"}
 _NECK = 1
 _THRESHOLD = 0.3  # of a heatmap's peak, to be a joint
 _FEWEST = 3  # joints that make a person
 
 Maps = dict[str, Tensor]
-"""What is to be seen in pictures (B, 3, H, W), true or read: ``depth`` (B, 1, H, W), 1/m, 0 for sky; ``normals`` (B, 3,
+"""Maps of pictures (B, 3, H, W), true or read: ``depth`` (B, 1, H, W), 1/m, 0 for sky; ``normals`` (B, 3,
 H, W), zero for sky; ``labels``, int64 (B, H, W), or, read, their logits (B, classes, H, W); ``joints`` (B, 18, h, w),
 heatmaps in [0, 1], or, read, their logits."""
 
 
-class Truth(Protocol):
-    """What a ``scenes.Scene`` and an ``Observation`` share; fields as there."""
-
-    @property
-    def depth(self) -> np.ndarray: ...
-    @property
-    def normals(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def keypoints(self) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class Observation:
-    """What was read off a picture (H, W), in the conventions of ``scenes.Scene``.
+    """The maps read off a picture (H, W), in the conventions of ``scenes.Scene``.
 
     depth: float32 (H, W), metres along the view; infinite where the label says sky.
     normals: float32 (H, W, 3), unit, camera space (x right, y up, z towards the camera); zero where there is sky.
@@ -83,7 +67,7 @@ class Stored(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """What was saved in ``folder``, float32, frozen."""
+        """Read a module that was saved in ``folder``, float32, frozen."""
         module = cls(json.loads((folder / "config.json").read_text()))
         module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return module.eval().requires_grad_(False)
@@ -133,7 +117,7 @@ class Observer(Stored):
         return {"depth": F.softplus(depth - 2), "normals": normals, "labels": labels, "joints": joints}
 
     def loss(self, pixels: Tensor, truth: Maps) -> tuple[Tensor, dict[str, float]]:
-        """How far what is read off pictures of its own side lies from ``maps_of`` them: a balanced sum, and its terms.
+        """The distance of maps read off pictures of its own side from ``maps_of`` them: a balanced sum, and its terms.
 
         Mean error of inverse depth (x 10), 1 - cosine of normals where there are any, cross-entropy of classes, and
         of heatmaps a cross-entropy per pixel that is joint.
@@ -153,7 +137,7 @@ class Observer(Stored):
 
     @torch.no_grad()
     def observe(self, pictures: Sequence[np.ndarray], batch: int = 32) -> list[Observation]:
-        """What is to be seen in pictures, uint8 (H, W, 3), of any sizes."""
+        """Read the maps off pictures, uint8 (H, W, 3), of any sizes."""
         found = []
         device = self.conv_in.weight.device
         for start in range(0, len(pictures), batch):
@@ -189,7 +173,7 @@ class Observer(Stored):
 
 
 class _Block(ResnetBlock2D):
-    """GroupNorm, SiLU and convolution, twice, and what came in added; no timestep."""
+    """GroupNorm, SiLU and convolution, twice, with the input added; no timestep."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(in_channels=channels, temb_channels=None, groups=8)
@@ -289,59 +273,3 @@ def mirrored(maps: Maps, where: Tensor) -> Maps:
         name: torch.where(where.view(-1, *[1] * (values.ndim - 1)), turned[name], values)
         for name, values in maps.items()
     }
-
-
-# --- accuracy -----------------------------------------------------------------------------------------------------
-
-
-def score(observations: Sequence[Truth], scenes: Sequence[Truth]) -> dict[str, float]:
-    """How well pictures of scenes were read; the figures that accompany every use of an observer.
-
-    depth_rmse: of inverse depth stretched to [0, 1] over each picture, mean over pictures.
-    normal_degrees: the mean angle between normals where the scene has any; one not read counts as 90 degrees.
-    miou: intersection over union of each class in all pictures together, mean over the classes that the scenes have.
-    pck: the share of visible joints that were found within a tenth of the larger side of the box about their person's
-        visible joints, and at least within 2% of the picture; nan where no joint is visible.
-    """
-    errors, angles, joints = [], [], []
-    most = 1 + max(int(t.labels.max()) for t in [*scenes, *observations])
-    confusion = np.zeros((most, most), np.int64)  # true, read
-    for seen, true in zip(observations, scenes, strict=True):
-        light, target = (depth_picture(t.depth)[..., 0] / 255.0 for t in (seen, true))
-        errors.append(float(np.sqrt(((light - target) ** 2).mean())))
-        solid = true.normals.any(-1)
-        # The same angle as the arc cosine's, but exact where normals agree.
-        a, b = seen.normals[solid].astype(np.float64), true.normals[solid].astype(np.float64)
-        angles.append(np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1))))
-        angles[-1][~a.any(-1)] = 90.0
-        confusion += np.bincount(
-            true.labels.astype(np.int64).ravel() * most + seen.labels.ravel(), minlength=most**2
-        ).reshape(most, most)
-        joints += _found(seen.keypoints, true.keypoints, max(true.labels.shape))
-    hits, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
-    there = confusion.sum(1) > 0
-    return {
-        "depth_rmse": float(np.mean(errors)),
-        "normal_degrees": float(np.concatenate(angles).mean()),
-        "miou": float((hits[there] / union[there]).mean()),
-        "pck": float(np.mean(joints)) if joints else float("nan"),
-    }
-
-
-def _found(seen: np.ndarray, true: np.ndarray, side: int) -> list[bool]:
-    """Of each visible joint, whether the same joint of anybody was read close by."""
-    found = []
-    for person in true:
-        visible = person[:, 2] > 0
-        if visible.any():
-            box = np.ptp(person[visible, :2], axis=0).max()
-            for joint in np.flatnonzero(visible):
-                read = seen[seen[:, joint, 2] > 0, joint, :2]
-                away = np.hypot(*(read - person[joint, :2]).T)
-                found.append(bool((away <= max(0.1 * box, 0.02 * side)).any()))
-    return found
-
-
-def accuracy(observer: Observer, scenes: Sequence) -> dict[str, float]:
-    """``score`` of an observer on ``scenes.Scene`` objects that it was not trained on."""
-    return score(observer.observe([scene.picture for scene in scenes]), scenes)

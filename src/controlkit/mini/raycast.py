@@ -1,23 +1,24 @@
 """An analytic ray caster for solids on a floor under a sky: a ray a pixel for the truth, more for colour at borders.
 
-Everything is plain arrays, compiled by numba. Rays are (o, d); d need not have length 1. Camera rays have depth 1 along
-the view, so that t is depth.
+Plain arrays in named tuples, compiled by numba. Rays are (o, d); d need not have length 1. Camera rays have depth 1
+along the view, so that t is depth.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from controlkit.errors import UserError
+from controlkit.errors import NotFound
 
 try:
     from numba import njit
 except ImportError as error:
-    raise UserError("Drawing scenes needs numba. Install it with: pip install 'controlkit[world]'") from error
+    raise NotFound("Drawing scenes needs numba. Install it with: pip install 'controlkit[world]'") from error
 
 BALL, BOX, CYLINDER, CONE, RING, CAPSULE = range(6)
-"""Kinds of primitives; ``scenes`` says what their sizes mean."""
+"""Kinds of primitives; ``scenes`` explains their sizes."""
 
 _FAR = 1e30
 _NEAR = 1e-6
@@ -25,8 +26,49 @@ _LIGHT_SAMPLES = 16
 _fast: Callable = njit(cache=True, nogil=True)
 
 
+class View(NamedTuple):
+    """A camera: pixels of a side, focal length in widths of the picture, camera space to world, place in metres."""
+
+    size: int
+    focal: float
+    turn: np.ndarray  # (3, 3)
+    place: np.ndarray  # (3,)
+
+
+class Solids(NamedTuple):
+    """P primitives in G groups that stand apart, with spheres (centre and radius) that hold each."""
+
+    groups: np.ndarray  # (G, 2), the first primitive and the one after the last
+    bounds: np.ndarray  # (G, 4), spheres
+    kinds: np.ndarray  # (P,), BALL to CAPSULE
+    centres: np.ndarray  # (P, 4), spheres
+    turns: np.ndarray  # (P, 3, 3), own axes to the world's
+    sizes: np.ndarray  # (P, 3), by kind
+
+
+class Looks(NamedTuple):
+    """Surfaces, lights and surroundings; colours are linear light in [0, 1]."""
+
+    colours: np.ndarray  # (P, 3)
+    materials: np.ndarray  # (P,), 0 matt, 1 shiny, 2 metal, 3 striped
+    lights: np.ndarray  # (L, 5): x, y, z, radius, strength
+    spots: np.ndarray  # (S, 2), from spots_of_a_light
+    skies: np.ndarray  # (2, 3), at the zenith and at the horizon
+    floors: np.ndarray  # (2, 3), the colours of the pattern
+    pattern: int  # 0 plain, 1 planks, 2 checkered
+
+
+class _Found(NamedTuple):
+    """Arrays (3,) that ``_shade`` fills for a ray; made once, as making them takes longer than filling."""
+
+    normal: np.ndarray
+    light: np.ndarray
+    point: np.ndarray
+    spare: np.ndarray
+
+
 def spots_of_a_light() -> np.ndarray:
-    """Points of a disc: the middle, four of the rim, and a spiral."""
+    """Points (16, 2) of a disc: the middle, four of the rim, and a spiral."""
     first = [(0.0, 0.0), (0.97, 0.0), (-0.97, 0.0), (0.0, 0.97), (0.0, -0.97)]
     golden = math.pi * (3 - math.sqrt(5))
     rest = [
@@ -37,91 +79,114 @@ def spots_of_a_light() -> np.ndarray:
 
 
 @_fast
-def _hit(kind, a, b, c, ox, oy, oz, dx, dy, dz):  # type: ignore[no-untyped-def]
-    """The first t > 0 at which a ray meets a primitive in its own axes, with the outward normal there."""
+def _hit_box(size, o, d):  # type: ignore[no-untyped-def]
     best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
-    if kind == BOX:
-        near, far, axis, sign = -_FAR, _FAR, 0, 1.0
-        for k in range(3):
-            o = ox if k == 0 else (oy if k == 1 else oz)
-            d = dx if k == 0 else (dy if k == 1 else dz)
-            h = a if k == 0 else (b if k == 1 else c)
-            if abs(d) < 1e-12:
-                if abs(o) > h:
-                    return _FAR, 0.0, 0.0, 0.0
-                continue
-            t0, t1, s = (-h - o) / d, (h - o) / d, -1.0
-            if t0 > t1:
-                t0, t1, s = t1, t0, 1.0
-            if t0 > near:
-                near, axis, sign = t0, k, s
-            far = min(far, t1)
-        if near <= far and near > _NEAR:
-            best = near
-            nx, ny, nz = sign if axis == 0 else 0.0, sign if axis == 1 else 0.0, sign if axis == 2 else 0.0
-        return best, nx, ny, nz
-    if kind == RING:
-        # Steps as long as the distance to the ring, which never pass through it.
-        length = math.sqrt(dx * dx + dy * dy + dz * dz)
-        ux, uy, uz = dx / length, dy / length, dz / length
-        along = -(ox * ux + oy * uy + oz * uz)
-        past = along + (a + b)
-        t = max(along - (a + b), _NEAR)
-        for _ in range(96):
-            x, y, z = ox + t * ux, oy + t * uy, oz + t * uz
-            ring = math.sqrt(x * x + z * z)
-            q = ring - a
-            reach = math.sqrt(q * q + y * y)
-            gap = reach - b
-            if gap < 1e-6:
-                return t / length, q * x / (ring * reach), y / reach, q * z / (ring * reach)
-            t += gap
-            if t > past:
-                break
-        return _FAR, 0.0, 0.0, 0.0
-    if kind in (CYLINDER, CAPSULE):
-        qa = dx * dx + dz * dz
-        qb = ox * dx + oz * dz
-        qc = ox * ox + oz * oz - a * a
-        disc = qb * qb - qa * qc
-        if disc > 0 and qa > 1e-14:
-            t = (-qb - math.sqrt(disc)) / qa
+    near, far, axis, sign = -_FAR, _FAR, 0, 1.0
+    for k in range(3):
+        if abs(d[k]) < 1e-12:
+            if abs(o[k]) > size[k]:
+                return _FAR, 0.0, 0.0, 0.0
+            continue
+        t0, t1, s = (-size[k] - o[k]) / d[k], (size[k] - o[k]) / d[k], -1.0
+        if t0 > t1:
+            t0, t1, s = t1, t0, 1.0
+        if t0 > near:
+            near, axis, sign = t0, k, s
+        far = min(far, t1)
+    if near <= far and near > _NEAR:
+        best = near
+        nx, ny, nz = sign if axis == 0 else 0.0, sign if axis == 1 else 0.0, sign if axis == 2 else 0.0
+    return best, nx, ny, nz
+
+
+@_fast
+def _hit_ring(size, o, d):  # type: ignore[no-untyped-def]
+    a, b, _c = size
+    ox, oy, oz = o
+    dx, dy, dz = d
+    # Steps as long as the distance to the ring, which never pass through it.
+    length = math.sqrt(dx * dx + dy * dy + dz * dz)
+    ux, uy, uz = dx / length, dy / length, dz / length
+    along = -(ox * ux + oy * uy + oz * uz)
+    past = along + (a + b)
+    t = max(along - (a + b), _NEAR)
+    for _ in range(96):
+        x, y, z = ox + t * ux, oy + t * uy, oz + t * uz
+        ring = math.sqrt(x * x + z * z)
+        q = ring - a
+        reach = math.sqrt(q * q + y * y)
+        gap = reach - b
+        if gap < 1e-6:
+            return t / length, q * x / (ring * reach), y / reach, q * z / (ring * reach)
+        t += gap
+        if t > past:
+            break
+    return _FAR, 0.0, 0.0, 0.0
+
+
+@_fast
+def _hit_cylinder(size, o, d, closed):  # type: ignore[no-untyped-def]
+    """Of a cylinder; not ``closed``, of its side alone."""
+    a, b, _c = size
+    ox, oy, oz = o
+    dx, dy, dz = d
+    best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
+    qa = dx * dx + dz * dz
+    qb = ox * dx + oz * dz
+    qc = ox * ox + oz * oz - a * a
+    disc = qb * qb - qa * qc
+    if disc > 0 and qa > 1e-14:
+        t = (-qb - math.sqrt(disc)) / qa
+        y = oy + t * dy
+        if t > _NEAR and abs(y) <= b:
+            best, nx, ny, nz = t, (ox + t * dx) / a, 0.0, (oz + t * dz) / a
+    if closed and abs(dy) > 1e-12:
+        s = 1.0 if dy < 0 else -1.0
+        t = (s * b - oy) / dy
+        x, z = ox + t * dx, oz + t * dz
+        if t > _NEAR and t < best and x * x + z * z <= a * a:
+            best, nx, ny, nz = t, 0.0, s, 0.0
+    return best, nx, ny, nz
+
+
+@_fast
+def _hit_cone(size, o, d):  # type: ignore[no-untyped-def]
+    a, b, _c = size
+    ox, oy, oz = o
+    dx, dy, dz = d
+    best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
+    k = (a / (2 * b)) ** 2
+    h = b - oy
+    qa = dx * dx + dz * dz - k * dy * dy
+    qb = ox * dx + oz * dz + k * h * dy
+    qc = ox * ox + oz * oz - k * h * h
+    disc = qb * qb - qa * qc
+    if disc > 0 and abs(qa) > 1e-14:
+        root = math.sqrt(disc)
+        for s in (-1.0, 1.0):
+            t = (-qb + s * root) / qa
             y = oy + t * dy
-            if t > _NEAR and abs(y) <= b:
-                best, nx, ny, nz = t, (ox + t * dx) / a, 0.0, (oz + t * dz) / a
-        if kind == CYLINDER and abs(dy) > 1e-12:
-            s = 1.0 if dy < 0 else -1.0
-            t = (s * b - oy) / dy
-            x, z = ox + t * dx, oz + t * dz
-            if t > _NEAR and t < best and x * x + z * z <= a * a:
-                best, nx, ny, nz = t, 0.0, s, 0.0
-        if kind == CYLINDER:
-            return best, nx, ny, nz
-    if kind == CONE:
-        k = (a / (2 * b)) ** 2
-        h = b - oy
-        qa = dx * dx + dz * dz - k * dy * dy
-        qb = ox * dx + oz * dz + k * h * dy
-        qc = ox * ox + oz * oz - k * h * h
-        disc = qb * qb - qa * qc
-        if disc > 0 and abs(qa) > 1e-14:
-            root = math.sqrt(disc)
-            for s in (-1.0, 1.0):
-                t = (-qb + s * root) / qa
-                y = oy + t * dy
-                if t > _NEAR and t < best and abs(y) <= b:
-                    x, z = ox + t * dx, oz + t * dz
-                    m = math.sqrt(x * x + z * z + (k * (b - y)) ** 2) + 1e-12
-                    best, nx, ny, nz = t, x / m, k * (b - y) / m, z / m
-        if abs(dy) > 1e-12:
-            t = (-b - oy) / dy
-            x, z = ox + t * dx, oz + t * dz
-            if t > _NEAR and t < best and x * x + z * z <= a * a:
-                best, nx, ny, nz = t, 0.0, -1.0, 0.0
-        return best, nx, ny, nz
-    # A ball, or a capsule's two ends.
+            if t > _NEAR and t < best and abs(y) <= b:
+                x, z = ox + t * dx, oz + t * dz
+                m = math.sqrt(x * x + z * z + (k * (b - y)) ** 2) + 1e-12
+                best, nx, ny, nz = t, x / m, k * (b - y) / m, z / m
+    if abs(dy) > 1e-12:
+        t = (-b - oy) / dy
+        x, z = ox + t * dx, oz + t * dz
+        if t > _NEAR and t < best and x * x + z * z <= a * a:
+            best, nx, ny, nz = t, 0.0, -1.0, 0.0
+    return best, nx, ny, nz
+
+
+@_fast
+def _hit_balls(size, o, d, count):  # type: ignore[no-untyped-def]
+    """Of a ball, or of the two at the ends of a capsule."""
+    a, b, _c = size
+    ox, oy, oz = o
+    dx, dy, dz = d
+    best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
     for s in (-1.0, 1.0):
-        y0 = oy - s * b if kind == CAPSULE else oy
+        y0 = oy - s * b if count == 2 else oy
         qa = dx * dx + dy * dy + dz * dz
         qb = ox * dx + y0 * dy + oz * dz
         qc = ox * ox + y0 * y0 + oz * oz - a * a
@@ -130,9 +195,26 @@ def _hit(kind, a, b, c, ox, oy, oz, dx, dy, dz):  # type: ignore[no-untyped-def]
             t = (-qb - math.sqrt(disc)) / qa
             if t > _NEAR and t < best:
                 best, nx, ny, nz = t, (ox + t * dx) / a, (y0 + t * dy) / a, (oz + t * dz) / a
-        if kind == BALL:
+        if count == 1:
             break
     return best, nx, ny, nz
+
+
+@_fast
+def _hit(kind, size, o, d):  # type: ignore[no-untyped-def]
+    """The first t > 0 at which a ray meets a primitive in its own axes, with the outward normal there (t, x, y, z)."""
+    if kind == BOX:
+        return _hit_box(size, o, d)
+    if kind == RING:
+        return _hit_ring(size, o, d)
+    if kind == CYLINDER:
+        return _hit_cylinder(size, o, d, True)
+    if kind == CONE:
+        return _hit_cone(size, o, d)
+    if kind == BALL:
+        return _hit_balls(size, o, d, 1)
+    side, ends = _hit_cylinder(size, o, d, False), _hit_balls(size, o, d, 2)
+    return ends if ends[0] < side[0] else side
 
 
 @_fast
@@ -147,27 +229,30 @@ def _misses(centre, reach, o, d):  # type: ignore[no-untyped-def]
 
 
 @_fast
-def _first(o, d, limit, anything, groups, bounds, kinds, centres, turns, sizes, n):  # type: ignore[no-untyped-def]
-    """The nearest part before ``limit`` (or any, for shadows): (index or -1, t); its normal goes into ``n``."""
+def _first(o, d, limit, shadow, solids, n):  # type: ignore[no-untyped-def]
+    """The nearest part before ``limit`` (any at all for a shadow): (index or -1, t); its normal goes into ``n``."""
     best, found = limit, -1
-    for g in range(len(groups)):
-        if _misses(bounds[g, :3], bounds[g, 3], o, d):
+    for g in range(len(solids.groups)):
+        if _misses(solids.bounds[g, :3], solids.bounds[g, 3], o, d):
             continue
-        for i in range(groups[g, 0], groups[g, 1]):
-            if _misses(centres[i], centres[i, 3], o, d):
+        for i in range(solids.groups[g, 0], solids.groups[g, 1]):
+            centre, m = solids.centres[i], solids.turns[i]
+            if _misses(centre, centre[3], o, d):
                 continue
-            m = turns[i]
-            x, y, z = o[0] - centres[i, 0], o[1] - centres[i, 1], o[2] - centres[i, 2]
-            t, nx, ny, nz = _hit(
-                kinds[i], sizes[i, 0], sizes[i, 1], sizes[i, 2],
+            x, y, z = o[0] - centre[0], o[1] - centre[1], o[2] - centre[2]
+            own = (
                 m[0, 0] * x + m[1, 0] * y + m[2, 0] * z, m[0, 1] * x + m[1, 1] * y + m[2, 1] * z,
                 m[0, 2] * x + m[1, 2] * y + m[2, 2] * z,
+            )  # fmt: skip
+            way = (
                 m[0, 0] * d[0] + m[1, 0] * d[1] + m[2, 0] * d[2], m[0, 1] * d[0] + m[1, 1] * d[1] + m[2, 1] * d[2],
                 m[0, 2] * d[0] + m[1, 2] * d[1] + m[2, 2] * d[2],
             )  # fmt: skip
+            size = (solids.sizes[i, 0], solids.sizes[i, 1], solids.sizes[i, 2])
+            t, nx, ny, nz = _hit(solids.kinds[i], size, own, way)
             if t < best:
                 best, found = t, i
-                if anything:
+                if shadow:
                     return found, best
                 for k in range(3):
                     n[k] = m[k, 0] * nx + m[k, 1] * ny + m[k, 2] * nz
@@ -175,7 +260,7 @@ def _first(o, d, limit, anything, groups, bounds, kinds, centres, turns, sizes, 
 
 
 @_fast
-def _lit(p, light, spots, groups, bounds, kinds, centres, turns, sizes, spare):  # type: ignore[no-untyped-def]
+def _lit(p, light, spots, solids, spare):  # type: ignore[no-untyped-def]
     """The share of a ball-shaped light seen from ``p``: five of its points, and all where those disagree."""
     to = np.empty(3)
     across = np.empty(3)
@@ -190,7 +275,7 @@ def _lit(p, light, spots, groups, bounds, kinds, centres, turns, sizes, spare): 
     for s in range(len(spots)):
         u, v = spots[s, 0] * light[3], spots[s, 1] * light[3]
         across[0], across[1], across[2] = to[0] + u * ax + v * bx, to[1] + v * by, to[2] + u * az + v * bz
-        if _first(p, across, 1.0, True, groups, bounds, kinds, centres, turns, sizes, spare)[0] < 0:
+        if _first(p, across, 1.0, True, solids, spare)[0] < 0:
             seen += 1
         if s == 4 and (seen == 0 or seen == 5):
             return seen / 5.0
@@ -209,12 +294,50 @@ def _sky(y, skies):  # type: ignore[no-untyped-def]
 
 
 @_fast
-def _shade(  # type: ignore[no-untyped-def]
-    o, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies, floors,
-    pattern, n, rgb, p, spare,
-):  # fmt: skip
-    """What a ray sees: (part, or -1 for the floor, -2 for the sky; t). Normal into ``n``, light into ``rgb``."""
-    part, t = _first(o, d, _FAR, False, groups, bounds, kinds, centres, turns, sizes, n)
+def _striped(part, p, solids):  # type: ignore[no-untyped-def]
+    """Whether a point of a striped primitive is in a light stripe."""
+    centre, m = solids.centres[part], solids.turns[part]
+    y = m[0, 1] * (p[0] - centre[0]) + m[1, 1] * (p[1] - centre[1])
+    y += m[2, 1] * (p[2] - centre[2])
+    if solids.kinds[part] == RING:  # stripes around its body
+        x = m[0, 0] * (p[0] - centre[0]) + m[1, 0] * (p[1] - centre[1])
+        x += m[2, 0] * (p[2] - centre[2])
+        z = m[0, 2] * (p[0] - centre[0]) + m[1, 2] * (p[1] - centre[1])
+        z += m[2, 2] * (p[2] - centre[2])
+        y = 0.2 * math.atan2(z, x) * 8 / math.pi
+    return math.floor(y / 0.2 + 0.5) & 1
+
+
+@_fast
+def _surface(part, p, solids, looks, base):  # type: ignore[no-untyped-def]
+    """(gloss, mirror) of a surface at a point, each in [0, 1]; its colour goes into ``base``."""
+    if part == -1:
+        which = 0
+        if looks.pattern == 1:  # planks
+            which = math.floor(p[0] / 0.3) & 1
+        elif looks.pattern == 2:
+            which = (math.floor(p[0] / 0.5) + math.floor(p[2] / 0.5)) & 1
+        for k in range(3):
+            base[k] = looks.floors[which, k]
+        return 0.0, 0.0
+    material = looks.materials[part]
+    for k in range(3):
+        base[k] = looks.colours[part, k]
+    if material == 1:
+        return 0.7, 0.0
+    if material == 2:
+        return 1.0, 0.55
+    if material == 3 and _striped(part, p, solids):
+        for k in range(3):
+            base[k] = 0.25 * base[k] + 0.75 * 0.85
+    return 0.0, 0.0
+
+
+@_fast
+def _shade(o, d, solids, looks, found):  # type: ignore[no-untyped-def]
+    """The part that a ray meets, or -1 for the floor, -2 for the sky, and t; normal and light go into ``found``."""
+    n, rgb, p = found.normal, found.light, found.point
+    part, t = _first(o, d, _FAR, False, solids, n)
     if d[1] < 0:
         ground = -o[1] / d[1]
         if ground < t:
@@ -224,96 +347,69 @@ def _shade(  # type: ignore[no-untyped-def]
         part = -2
     length = math.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
     if part == -2:
-        rgb[0], rgb[1], rgb[2] = _sky(d[1] / length, skies)
+        rgb[0], rgb[1], rgb[2] = _sky(d[1] / length, looks.skies)
         n[0], n[1], n[2] = 0.0, 0.0, 0.0
         return part, _FAR
     for k in range(3):
         p[k] = o[k] + t * d[k]
-    gloss, mirror, base = 0.0, 0.0, np.empty(3)
-    if part == -1:
-        which = 0
-        if pattern == 1:  # planks
-            which = math.floor(p[0] / 0.3) & 1
-        elif pattern == 2:
-            which = (math.floor(p[0] / 0.5) + math.floor(p[2] / 0.5)) & 1
-        for k in range(3):
-            base[k] = floors[which, k]
-    else:
-        look = looks[part]
-        for k in range(3):
-            base[k] = colours[part, k]
-        if look == 1:
-            gloss = 0.7
-        elif look == 2:
-            gloss, mirror = 1.0, 0.55
-        elif look == 3:
-            m = turns[part]
-            y = m[0, 1] * (p[0] - centres[part, 0]) + m[1, 1] * (p[1] - centres[part, 1])
-            y += m[2, 1] * (p[2] - centres[part, 2])
-            if kinds[part] == RING:  # stripes around its body
-                x = m[0, 0] * (p[0] - centres[part, 0]) + m[1, 0] * (p[1] - centres[part, 1])
-                x += m[2, 0] * (p[2] - centres[part, 2])
-                z = m[0, 2] * (p[0] - centres[part, 0]) + m[1, 2] * (p[1] - centres[part, 1])
-                z += m[2, 2] * (p[2] - centres[part, 2])
-                y = 0.2 * math.atan2(z, x) * 8 / math.pi
-            if math.floor(y / 0.2 + 0.5) & 1:
-                for k in range(3):
-                    base[k] = 0.25 * base[k] + 0.75 * 0.85
+    base = np.empty(3)
+    gloss, mirror = _surface(part, p, solids, looks, base)
     for k in range(3):
         p[k] += 2e-4 * n[k]
     side = 0.5 + 0.5 * n[1]
-    zenith = _sky(0.5, skies)
+    zenith = _sky(0.5, looks.skies)
     for k in range(3):  # light from the sky above and, weaker, from the floor below
-        around = 0.42 * zenith[k] * side + 0.2 * floors[0, k] * (1 - side)
+        around = 0.42 * zenith[k] * side + 0.2 * looks.floors[0, k] * (1 - side)
         rgb[k] = base[k] * around
     dot = (n[0] * d[0] + n[1] * d[1] + n[2] * d[2]) / length
     rx, ry, rz = d[0] / length - 2 * dot * n[0], d[1] / length - 2 * dot * n[1], d[2] / length - 2 * dot * n[2]
-    for i in range(len(lights)):
-        x, y, z = lights[i, 0] - p[0], lights[i, 1] - p[1], lights[i, 2] - p[2]
+    for i in range(len(looks.lights)):
+        light = looks.lights[i]
+        x, y, z = light[0] - p[0], light[1] - p[1], light[2] - p[2]
         far = math.sqrt(x * x + y * y + z * z)
         facing = (n[0] * x + n[1] * y + n[2] * z) / far
         if facing <= 0:
             continue
-        lit = _lit(p, lights[i], spots, groups, bounds, kinds, centres, turns, sizes, spare)
+        lit = _lit(p, light, looks.spots, solids, found.spare)
         if lit == 0:
             continue
         shine = max((rx * x + ry * y + rz * z) / far, 0.0) ** 40 * gloss
         for k in range(3):
             tint = base[k] if mirror > 0 else 1.0
-            rgb[k] += lit * lights[i, 4] * (facing * base[k] * (1 - 0.6 * mirror) + 0.6 * shine * tint)
+            rgb[k] += lit * light[4] * (facing * base[k] * (1 - 0.6 * mirror) + 0.6 * shine * tint)
     if mirror > 0:
-        above = _sky(ry, skies)
+        above = _sky(ry, looks.skies)
         for k in range(3):
-            around = above[k] if ry > 0 else floors[0, k] * (0.35 + 0.3 * (1 + ry))
+            around = above[k] if ry > 0 else looks.floors[0, k] * (0.35 + 0.3 * (1 + ry))
             rgb[k] += mirror * around * base[k]
     if part == -1:  # haze, so that the floor meets the sky softly
         haze = 1.0 - math.exp(-(t * length) / 60.0)
-        rgb[0] += haze * (skies[1, 0] - rgb[0])
-        rgb[1] += haze * (skies[1, 1] - rgb[1])
-        rgb[2] += haze * (skies[1, 2] - rgb[2])
+        rgb[0] += haze * (looks.skies[1, 0] - rgb[0])
+        rgb[1] += haze * (looks.skies[1, 1] - rgb[1])
+        rgb[2] += haze * (looks.skies[1, 2] - rgb[2])
     return part, t
 
 
 @_fast
-def cast(  # type: ignore[no-untyped-def]
-    size, focal, turn, place, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies,
-    floors, pattern,
-):  # fmt: skip
-    """One ray a pixel for the truth; four more for the colour where neighbours differ."""
+def cast(view, solids, looks):  # type: ignore[no-untyped-def]
+    """One ray a pixel for the truth; four more for the colour where neighbours differ.
+
+    Takes a ``View``, ``Solids`` and ``Looks``. Returns the part seen, -1 for the floor, -2 for the sky, int64 (H, W);
+    depth (H, W); normals in camera space (H, W, 3); linear light in [0, 1] (H, W, 3).
+    """
+    size, focal, turn = view.size, view.focal, view.turn
     seen = np.empty((size, size), np.int64)
     depth = np.empty((size, size))
     normals = np.empty((size, size, 3))
     light = np.empty((size, size, 3))
-    n, rgb, p, d, spare = np.empty(3), np.empty(3), np.empty(3), np.empty(3), np.empty(3)
+    found, d = _Found(np.empty(3), np.empty(3), np.empty(3), np.empty(3)), np.empty(3)
+    n, rgb = found.normal, found.light
     for y in range(size):
         for x in range(size):
             u, v = ((x + 0.5) / size - 0.5) / focal, (0.5 - (y + 0.5) / size) / focal
             for k in range(3):
                 d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
-            part, t = _shade(
-                place, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots, skies,
-                floors, pattern, n, rgb, p, spare,
-            )  # fmt: skip
+            part, t = _shade(view.place, d, solids, looks, found)
             seen[y, x], depth[y, x] = part, t
             for k in range(3):
                 light[y, x, k] = min(rgb[k], 1.0)
@@ -337,10 +433,7 @@ def cast(  # type: ignore[no-untyped-def]
                     u, v = ((x + fx) / size - 0.5) / focal, (0.5 - (y + fy) / size) / focal
                     for k in range(3):
                         d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
-                    _shade(
-                        place, d, groups, bounds, kinds, centres, turns, sizes, colours, looks, lights, spots,
-                        skies, floors, pattern, n, rgb, p, spare,
-                    )  # fmt: skip
+                    _shade(view.place, d, solids, looks, found)
                     total0 += min(rgb[0], 1.0)
                     total1 += min(rgb[1], 1.0)
                     total2 += min(rgb[2], 1.0)

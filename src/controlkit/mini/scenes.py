@@ -1,4 +1,4 @@
-"""Scenes about which everything is known: solids and jointed figures on a floor, drawn by an analytic ray caster.
+"""Scenes with their full truth: solids and jointed figures on a floor, drawn by an analytic ray caster.
 
 ``draw_scene(size, seed, index)`` gives a picture, captions in several wordings, and the truth of every pixel: depth,
 normals, classes, things, edges, straight lines, body joints. A scene depends on its seed and index alone, whatever the
@@ -24,7 +24,7 @@ from controlkit.seeds import numpy_rng
 CLASSES = (
     "sky", "floor", "ball", "box", "cylinder", "cone", "ring", "skin", "hair", "shirt", "trousers", "shoes"
 )  # fmt: skip
-"""What a pixel can show; ``Scene.labels`` are indices into this."""
+"""The classes of pixels; ``Scene.labels`` are indices into this."""
 PALETTE = np.array(
     [(120, 180, 230), (110, 100, 90), (230, 60, 60), (250, 170, 50), (60, 170, 80), (150, 80, 200), (40, 200, 200),
      (250, 200, 170), (90, 50, 20), (220, 80, 160), (50, 70, 200), (20, 20, 20)], np.uint8
@@ -47,7 +47,7 @@ COLOURS = {
 }
 """Of solids and clothes: name -> sRGB."""
 MATERIALS = ("", "shiny", "metal", "striped")
-"""What a solid is made of, as captions say it; the first is plain and matt."""
+"""Materials of solids, in the words of captions; the first is plain and matt."""
 FLOORS = {
     "grey": ((150, 150, 155), (150, 150, 155)),
     "green": ((95, 150, 80), (95, 150, 80)),
@@ -110,7 +110,10 @@ HELDOUT = frozenset(
 )  # fmt: skip
 """Pairings of colour and solid, and poses, that the base has seen in scenes and no control has."""
 
-# --- what a scene is made of --------------------------------------------------------------------------------------
+# --- the parts of a scene -----------------------------------------------------------------------------------------
+
+
+Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class _Part:
     centre: np.ndarray
     turn: np.ndarray
     size: tuple[float, float, float]
-    colour: tuple[float, float, float]  # linear
+    colour: Colour  # linear
     material: int
     label: int
 
@@ -139,10 +142,10 @@ class _Part:
 
 @dataclass
 class _Thing:
-    """A solid or a figure, its feet at the origin: primitives, joints, and what captions call it."""
+    """A solid or a figure, its feet at the origin: primitives, joints, and its name in captions."""
 
     name: str
-    keys: tuple[str, ...]  # what of it may be held out
+    keys: tuple[str, ...]  # names that ``HELDOUT`` may list
     parts: list[_Part]
     joints: np.ndarray | None = None  # (18, 3)
     at: tuple[float, float] = (0.0, 0.0)  # x, z on the floor
@@ -155,13 +158,13 @@ class _Thing:
         self.height = max(p.centre[1] + p.reach for p in self.parts)
 
 
-def _linear(colour: Sequence[float]) -> tuple[float, float, float]:
+def _linear(colour: Sequence[float]) -> Colour:
     """sRGB 0-255 as light (by a plain power of 2.2)."""
     r, g, b = (min(max(c, 0.0), 255.0) / 255.0 for c in colour)
     return r**2.2, g**2.2, b**2.2
 
 
-def _jittered(rng: np.random.Generator, colour: Sequence[int], by: float = 12.0) -> tuple[float, float, float]:
+def _jittered(rng: np.random.Generator, colour: Sequence[int], by: float = 12.0) -> Colour:
     return _linear([c + rng.uniform(-by, by) for c in colour])
 
 
@@ -204,6 +207,27 @@ def _solid(rng: np.random.Generator) -> _Thing:
     return _Thing(words, (f"{colour} {name}",), [part])
 
 
+def _limb(a: np.ndarray, b: np.ndarray, radius: float, colour: Colour, name: str) -> _Part:
+    half = float(np.linalg.norm(b - a)) / 2
+    return _Part(raycast.CAPSULE, (a + b) / 2, _along(b - a), (radius, half, 0.0), colour, 0, CLASSES.index(name))
+
+
+def _ball(centre: np.ndarray, radius: float, colour: Colour, name: str) -> _Part:
+    return _Part(raycast.BALL, centre, np.eye(3), (radius, 0.0, 0.0), colour, 0, CLASSES.index(name))
+
+
+def _head(joints: np.ndarray, at: np.ndarray, skin: Colour, hair: Colour) -> Iterator[_Part]:
+    """The parts of a head whose middle is ``at``; the places of nose, eyes and ears go into ``joints``."""
+    yield _ball(at, 0.115, skin, "skin")
+    yield _ball(at + np.array([0, 0.025, -0.03]), 0.118, hair, "hair")
+    yield _ball(at + np.array([0, -0.01, 0.115]), 0.022, skin, "skin")
+    joints[0] = at + np.array([0, -0.01, 0.125])
+    for sign, eye, ear in ((-1, 14, 16), (1, 15, 17)):
+        joints[eye] = at + np.array([0.042 * sign, 0.025, 0.1])
+        joints[ear] = at + np.array([0.112 * sign, 0.0, 0.01])
+        yield _ball(joints[eye], 0.02, _linear((30, 25, 25)), "skin")
+
+
 def _figure(rng: np.random.Generator) -> _Thing:
     """A person of capsules and balls, about 1.7 m tall, in a pose with some jitter, turned about."""
     pose_name = list(POSES)[rng.integers(len(POSES))]
@@ -228,27 +252,8 @@ def _figure(rng: np.random.Generator) -> _Thing:
     joints = np.zeros((18, 3))
     joints[1] = neck
     head = neck + 0.21 * spine
-    parts: list[_Part] = []
-
-    def limb(a: np.ndarray, b: np.ndarray, radius: float, colour: tuple[float, float, float], name: str) -> None:
-        half = float(np.linalg.norm(b - a)) / 2
-        parts.append(
-            _Part(raycast.CAPSULE, (a + b) / 2, _along(b - a), (radius, half, 0.0), colour, 0, CLASSES.index(name))
-        )
-
-    def ball(centre: np.ndarray, radius: float, colour: tuple[float, float, float], name: str) -> None:
-        parts.append(_Part(raycast.BALL, centre, np.eye(3), (radius, 0.0, 0.0), colour, 0, CLASSES.index(name)))
-
-    limb(0.02 * spine, neck - 0.12 * spine, 0.14, above, "shirt")
-    limb(neck - 0.05 * spine, neck + 0.1 * spine, 0.05, skin, "skin")
-    ball(head, 0.115, skin, "skin")
-    ball(head + np.array([0, 0.025, -0.03]), 0.118, hair, "hair")
-    ball(head + np.array([0, -0.01, 0.115]), 0.022, skin, "skin")
-    joints[0] = head + np.array([0, -0.01, 0.125])
-    for sign, eye, ear in ((-1, 14, 16), (1, 15, 17)):
-        joints[eye] = head + np.array([0.042 * sign, 0.025, 0.1])
-        joints[ear] = head + np.array([0.112 * sign, 0.0, 0.01])
-        ball(joints[eye], 0.02, _linear((30, 25, 25)), "skin")
+    parts = [_limb(0.02 * spine, neck - 0.12 * spine, 0.14, above, "shirt")]
+    parts += [_limb(neck - 0.05 * spine, neck + 0.1 * spine, 0.05, skin, "skin"), *_head(joints, head, skin, hair)]
     shoulders, hips = [], []
     for side, sign, s, e, w, h, k, a in (("right", -1, 2, 3, 4, 8, 9, 10), ("left", 1, 5, 6, 7, 11, 12, 13)):
         joints[s] = neck + np.array([0.185 * sign, -0.03, 0])
@@ -259,15 +264,19 @@ def _figure(rng: np.random.Generator) -> _Thing:
         joints[a] = joints[k] + 0.42 * direction(side, "shin")
         shoulders.append(joints[s])
         hips.append(joints[h])
-        limb(joints[s], joints[e], 0.062, above, "shirt")
-        limb(joints[e], joints[w], 0.05, skin if bare else above, "skin" if bare else "shirt")
-        ball(joints[w] + 0.05 * (joints[w] - joints[e]) / 0.25, 0.055, skin, "skin")
-        limb(joints[h], joints[k], 0.085, below, "trousers")
-        limb(joints[k], joints[a], 0.065, below, "trousers")
-        limb(joints[a] + np.array([0, -0.035, -0.02]), joints[a] + np.array([0.02 * sign, -0.05, 0.13]), 0.05, shoes,
-             "shoes")  # fmt: skip
-    limb(shoulders[0], shoulders[1], 0.075, above, "shirt")
-    limb(hips[0], hips[1], 0.105, below, "trousers")
+        heel, toe = joints[a] + np.array([0, -0.035, -0.02]), joints[a] + np.array([0.02 * sign, -0.05, 0.13])
+        parts += [
+            _limb(joints[s], joints[e], 0.062, above, "shirt"),
+            _limb(joints[e], joints[w], 0.05, skin if bare else above, "skin" if bare else "shirt"),
+            _ball(joints[w] + 0.05 * (joints[w] - joints[e]) / 0.25, 0.055, skin, "skin"),
+            _limb(joints[h], joints[k], 0.085, below, "trousers"),
+            _limb(joints[k], joints[a], 0.065, below, "trousers"),
+            _limb(heel, toe, 0.05, shoes, "shoes"),
+        ]
+    parts += [
+        _limb(shoulders[0], shoulders[1], 0.075, above, "shirt"),
+        _limb(hips[0], hips[1], 0.105, below, "trousers"),
+    ]
     # Feet on the floor, turned about: mostly towards the viewer, one in six away.
     low = min(float(p.centre[1] - abs(p.turn[1, 1]) * p.size[1] - p.size[0]) for p in parts)
     up = -low + (0.12 if pose_name == "jumping" else 0.0)
@@ -332,7 +341,7 @@ def _arranged(rng: np.random.Generator) -> tuple[list[_Thing], _Camera]:
         [(t.at[0] + sx * 0.8 * t.radius, y, t.at[1]) for t in placed for sx in (-1, 1) for y in (0.0, t.height)]
     )
     while True:
-        for _ in range(3):  # look at the middle of what stands there
+        for _ in range(3):  # turn to the middle of the things
             seen = _Camera(height, distance, pitch, focal).project(corners, 1)
             pitch += math.atan(((seen[:, 1].min() + seen[:, 1].max()) / 2 - 0.5) / focal)
         pitch = min(max(pitch, -0.1), 0.5)
@@ -519,12 +528,17 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
         middle = np.mean([p.centre for p in own], axis=0)
         bounds.append([*middle, max(float(np.linalg.norm(p.centre - middle)) + p.reach for p in own)])
     only = [p for _, p in parts]
-    seen, depth, normals, light = raycast.cast(
-        size, camera.focal, camera.turn, camera.place, groups, np.array(bounds),
-        np.array([p.kind for p in only]), np.array([[*p.centre, p.reach] for p in only]),
-        np.array([p.turn for p in only]), np.array([p.size for p in only]), np.array([p.colour for p in only]),
-        np.array([p.material for p in only]), lights, raycast.spots_of_a_light(), skies, floors, pattern,
+    solids = raycast.Solids(
+        groups, np.array(bounds), np.array([p.kind for p in only]), np.array([[*p.centre, p.reach] for p in only]),
+        np.array([p.turn for p in only]), np.array([p.size for p in only]),
     )  # fmt: skip
+    looks = raycast.Looks(
+        np.array([p.colour for p in only]), np.array([p.material for p in only]), lights, raycast.spots_of_a_light(),
+        skies, floors, pattern,
+    )  # fmt: skip
+    seen, depth, normals, light = raycast.cast(
+        raycast.View(size, camera.focal, camera.turn, camera.place), solids, looks
+    )
     labels = np.array([p.label for p in only] + [0, 1], np.uint8)[seen]  # -2 sky, -1 floor
     instances = np.array([i for i, _ in parts] + [0, 0], np.uint8)[seen]
     depth = np.where(seen == -2, np.inf, depth)
@@ -546,16 +560,16 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
 def draw_scenes(size: int, seed: int, indices: Sequence[int], workers: int = 2) -> Iterator[Scene]:
     """Scenes in order, drawn by several threads (the ray caster lets go of Python's lock)."""
     with ThreadPoolExecutor(workers) as pool:
-        for first in range(0, len(indices), 8 * workers):  # whoever reads slowly does not make them heap up
+        for first in range(0, len(indices), 8 * workers):  # a slow reader does not make them heap up
             yield from pool.map(lambda index: draw_scene(size, seed, index), indices[first : first + 8 * workers])
 
 
 _EDITION = 1
-"""Raised when what is drawn changes, so that no older drawing is read from a cache."""
+"""Raised when the drawing changes, so that no older drawing is read from a cache."""
 
 
 def load_scenes(size: int, seed: int, count: int) -> list[Scene]:
-    """Scenes 0 to ``count`` of a seed, drawn once and then kept in the cache (20 a second at 128 px)."""
+    """Scenes 0 to ``count`` - 1 of a seed, drawn once and then read from the cache (20 a second at 128 px)."""
     path = cache_dir() / "world" / f"scenes-{_EDITION}-{size}-{seed}-{count}.npz"
     if not path.exists():
         drawn = [vars(scene) for scene in draw_scenes(size, seed, range(count))]

@@ -1,7 +1,7 @@
-"""The pictures ``mini`` knows: emoji in five styles on coloured grounds, and flat shapes in the CSS colours.
+"""The pictures of ``mini``: emoji in five styles on coloured grounds, and flat shapes in the CSS colours.
 
 Emoji come as npm packages (see ``PACKAGES`` for names, versions and licences) and are rasterised once into
-the cache; they are not redistributed. Shapes are drawn here. Two lists hold every claim honest:
+the cache; they are not redistributed. Shapes are drawn here. Two lists separate training from measuring:
 
 - ``heldout_concepts.txt``: the base has seen these concepts, no control ever has;
 - ``heldout_pictures.txt``: nothing has ever seen these pictures (FID, prompt adherence, VAE error).
@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageColor
 
-from controlkit.errors import UserError
+from controlkit.errors import NotFound
 from controlkit.hub import Package, cache_dir, fetch_package
 from controlkit.seeds import numpy_rng
 
@@ -184,7 +184,7 @@ def _render_svg(svg: str, side: int) -> np.ndarray:
     try:
         import resvg_py
     except ImportError as error:
-        raise UserError("Drawing emoji needs resvg-py. Install it with: pip install 'controlkit[world]'") from error
+        raise NotFound("Drawing emoji needs resvg-py. Install it with: pip install 'controlkit[world]'") from error
     with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))) as picture:
         rgba = picture.convert("RGBA")
     return np.asarray(rgba if rgba.size == (side, side) else rgba.resize((side, side)))

@@ -1,14 +1,37 @@
-"""Controlled sampling."""
+"""Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
-from controlkit.sample.loop import *  # noqa: F403
-from controlkit.sample.loop import (
-    PLAIN_PROMPT,
-    Control,
-    Job,
-    Picture,
+from controlkit.sample.loop import Denoised, HintTensors, Maker, denoise, generate, maker, pictures
+from controlkit.sample.prepare import (
+    Prepared,
+    PreparedControl,
     SamplingSettings,
-    denoise,
-    generate,
+    check_pictures,
+    load,
     picture_size,
-    strength_table,
+    prepare,
 )
+from controlkit.sample.request import PLAIN_PROMPT, ControlRequest, Picture, Request, Step
+from controlkit.sample.scales import scale_table
+
+__all__ = [
+    "PLAIN_PROMPT",
+    "ControlRequest",
+    "Denoised",
+    "HintTensors",
+    "Maker",
+    "Picture",
+    "Prepared",
+    "PreparedControl",
+    "Request",
+    "SamplingSettings",
+    "Step",
+    "check_pictures",
+    "denoise",
+    "generate",
+    "load",
+    "maker",
+    "picture_size",
+    "pictures",
+    "prepare",
+    "scale_table",
+]

@@ -1,2 +1,7 @@
-from controlkit.tensors.reader import *  # noqa
-from controlkit.tensors.reader import TensorWriter, read_filled, open_tensors, TensorFile, PICKLES, Shape
+"""Files of named tensors: read without trusting them, and written in place where they are larger than memory."""
+
+from controlkit.tensors.pickles import PICKLES
+from controlkit.tensors.reader import Shape, TensorFile, open_tensors
+from controlkit.tensors.writer import TensorWriter, read_filled
+
+__all__ = ["PICKLES", "Shape", "TensorFile", "TensorWriter", "open_tensors", "read_filled"]

@@ -13,24 +13,27 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.data import Pair, hint_for_pair
+from controlkit.data import Pair
 from controlkit.errors import Invalid
+from controlkit.formats import SavedControl
 from controlkit.images import HintSpec, fit, grid, read_hint, write_png
 from controlkit.measure import (
     COLOURS,
     WAYS,
+    EvaluationPlan,
+    Maker,
     Obedience,
-    Referee,
     Way,
-    ceiling_pictures,
+    ceiling_of,
     colours,
     fidelity,
     metric_of,
     obedience,
     three_ways,
     unmeasurable,
+    world_of,
 )
-from controlkit.sample import Control, Job, SamplingSettings, generate
+from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import EvaluationRecipe, Recipe
 
@@ -39,6 +42,8 @@ SHOWN = 8
 QUALITY = ("clip_score", "clip_score_no_control")
 SEEDS = 4
 """Pictures of each hint of one's own."""
+CONTROL = "trained"
+"""The name of the control that learns, in requests."""
 
 
 def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndarray]]:
@@ -54,11 +59,11 @@ def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndar
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation found.
+    """An evaluation's figures.
 
-    ``drift``: by name of ``COLOURS`` the mean over the pairs of what a picture has under control less what it has
-    without, same seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control and without, of the
-    shipped base, the one world that the referee knows.
+    ``drift``: by name of ``COLOURS`` the mean over the pairs of a picture's value under control less that without, same
+    seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control and without; empty for a base
+    whose world has no referee here.
     """
 
     obedience: Obedience | None
@@ -67,8 +72,10 @@ class Measured:
 
 
 class Evaluator:
-    """Obedience on held-out hints, where it can be measured, and pictures of them; what does not depend on the branch
-    is made once, by the ``locked`` base where ``base`` learns, too."""
+    """Obedience on held-out hints, where it can be measured, and pictures of them.
+
+    What does not depend on the branch is made once, by the ``locked`` base where ``base`` learns, too.
+    """
 
     def __init__(
         self,
@@ -80,22 +87,25 @@ class Evaluator:
         together: Ranks | None = None,
         locked: Backbone | None = None,
     ) -> None:
-        self.base, self.locked, self.contract, self.out = base, locked or base, contract, out
+        self.base, self.locked, self.out = base, locked or base, out
         self.ranks = together or Ranks()
-        self.pairs = [pairs[i] for i in range(len(pairs))]
-        self.own = self.ranks.share(len(self.pairs))
-        self.measures = not unmeasurable(contract, self.pairs)
-        self.hints = [hint_for_pair(pair, contract) for pair in self.pairs]
-        self.settings = SamplingSettings(recipe.evaluation.steps, recipe.evaluation.guidance)
+        evaluation = recipe.evaluation
+        heldout = [pairs[i] for i in range(len(pairs))]
+        self.plan = EvaluationPlan(
+            ControlRequest(name=CONTROL), contract, heldout, evaluation.steps, evaluation.guidance
+        )
+        self.own = self.ranks.share(len(heldout))
+        self.measures = not unmeasurable(contract, heldout)
         self.hint_cfg_scale = recipe.control.hint_cfg_scale
         self.shown = own_hints(recipe.evaluation, contract) if self.ranks.first else []
-        self.referee = Referee(device=base.device.type) if base.name == "mini" else None
+        world = world_of(base)
+        self.referee = world.referee(base.device.type) if world else None
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
 
     @property
-    def _wanted(self) -> list[Way]:
+    def _ways(self) -> list[Way]:
         """How the next evaluation makes pictures: without control once, with others' hints to measure against."""
         left = {"no_control"} if self._without is not None else set()
         left |= set() if self.measures else {"shuffled"}
@@ -104,76 +114,75 @@ class Evaluator:
     @property
     def work(self) -> int:
         """Picture-steps this process's next evaluation takes."""
-        pictures = len(self.own) * len(self._wanted) + len(self.shown) * SEEDS
-        return pictures * self.settings.steps
+        pictures = len(self.own) * len(self._ways) + len(self.shown) * SEEDS
+        return pictures * self.plan.steps
+
+    def _maker(self, branch: ControlNetwork, on_advance: Callable[[int], None]) -> Maker:
+        """Makes pictures under control by the base that learns, and those without by the locked one."""
+        loaded = {CONTROL: SavedControl(branch, self.plan.spec, hint_cfg_scale=self.hint_cfg_scale)}
+        controlled, plain = (maker(base, loaded, on_step=on_advance) for base in (self.base, self.locked))
+        return lambda requests: (controlled if any(one.controls for one in requests) else plain)(requests)
 
     def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
-        """What comes of a branch; sheets of samples are written besides."""
+        """Measure a branch, and write sheets of samples."""
         branch.eval()
-        control = Control(branch, self.contract, hint_cfg_scale=self.hint_cfg_scale)
-        made = three_ways(
-            self.base,
-            control,
-            self.pairs,
-            self.hints,
-            self.settings,
-            on_step=on_advance,
-            wanted=self._wanted,
-            plain=self.locked,
-            rows=self.own,
-        )
+        make = self._maker(branch, on_advance)
+        made = three_ways(make, self.plan, self._ways, self.own)
         if self.shown:
-            self._write_own(control, step, on_advance)
+            self._write_own(make, step)
         branch.train()
         without = made["no_control"] if self._without is None else self._without
         scores = self._scores(made, without) if self.measures else []
         self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
         quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
-        seen = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
-        parts = self.ranks.gather((scores, drift, quality, seen))
+        sheet = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
+        parts = self.ranks.gather((scores, drift, quality, sheet))
         if self.ranks.first:
-            self._write_sheet([two for *_, seen in parts for two in seen], step)
+            self._write_sheet([two for *_, sheet in parts for two in sheet], step)
         measured = None
         if self.measures:
             got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
-            measured = obedience(got, no_control, shuffled, top, metric_of(self.contract).name)
+            measured = obedience(got, no_control, shuffled, top, metric_of(self.plan.spec).name)
         drifted = np.mean([row for _, rows, *_ in parts for row in rows], 0)
-        told = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
+        clip_scores = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
         return Measured(
             measured,
             dict(zip(COLOURS, drifted.tolist(), strict=True)),
-            {name: float(score) for name, score in zip(QUALITY, told, strict=False)},
+            {name: float(score) for name, score in zip(QUALITY, clip_scores, strict=False)},
         )
 
     def _scores(self, made: Mapping[Way, list[np.ndarray]], without: list[np.ndarray]) -> list[np.ndarray]:
         """Fidelity under control, with others' hints, without control, and of the ceiling."""
-        hints = [self.hints[i] for i in self.own]
+        hints, spec = [self.plan.hints[i] for i in self.own], self.plan.spec
         if self._without is None:
-            ceiling = ceiling_pictures(self.base, [self.pairs[i].picture for i in self.own])
-            self._fixed = [fidelity(p, hints, self.contract) for p in (without, ceiling)]
-        return [*(fidelity(made[way], hints, self.contract) for way in ("controlled", "shuffled")), *self._fixed]
+            ceiling = ceiling_of(self.base)([self.plan.pairs[i].picture for i in self.own])
+            self._fixed = [fidelity(p, hints, spec) for p in (without, ceiling)]
+        return [*(fidelity(made[way], hints, spec) for way in ("controlled", "shuffled")), *self._fixed]
 
     def _clip_scores(self, pictures: list[np.ndarray]) -> np.ndarray:
         if not (self.referee and pictures):
             return np.empty(0)
-        return self.referee.clip_scores(pictures, [self.pairs[i].prompt for i in self.own])
+        return self.referee.clip_scores(pictures, [self.plan.pairs[i].prompt for i in self.own])
 
-    def _write_own(self, control: Control, step: int, on_advance: Callable[[int], None]) -> None:
-        jobs = [Job(prompt, seed, (hint,)) for prompt, hint in self.shown for seed in range(SEEDS)]
-        pixels = (p.pixels for p in generate(self.base, jobs, [control], self.settings, on_step=on_advance))
-        size = (self.base.size, self.base.size)
-        rows = [
-            [fit(self.contract.picture(hint), size, self.contract.resize), *islice(pixels, SEEDS)]
-            for _, hint in self.shown
+    def _write_own(self, make: Maker, step: int) -> None:
+        """A row for each hint of one's own: the hint, and a picture for each of ``SEEDS`` seeds."""
+        steps, guidance, control = self.plan.steps, self.plan.guidance, self.plan.with_hint
+        requests = [
+            Request(prompt=prompt, seed=seed, steps=steps, guidance=guidance, controls=(control(hint),))
+            for prompt, hint in self.shown
+            for seed in range(SEEDS)
         ]
+        pixels = (picture.pixels for picture in make(requests))
+        size, spec = (self.base.size, self.base.size), self.plan.spec
+        rows = [[fit(spec.picture(hint), size, spec.resize), *islice(pixels, SEEDS)] for _, hint in self.shown]
         write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
 
     def _write_sheet(self, made: list[list[np.ndarray]], step: int) -> None:
         """``made``: of the first few pairs, with control and without."""
         rows = [
-            [self.contract.picture(hint), pair.picture, *two]
-            for hint, pair, two in zip(self.hints, self.pairs, made, strict=False)
+            [self.plan.spec.picture(hint), pair.picture, *two]
+            for hint, pair, two in zip(self.plan.hints, self.plan.pairs, made, strict=False)
         ]
         sheet = grid(rows, ["hint", "truth", "controlled", "no control"])
         write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from controlkit.annotators import ANNOTATORS, contract, joined, parts_of
+from controlkit.annotators import contract, joined, kind_of, kind_or_bare, names_of, parts_of
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec
 from controlkit.controls import TYPES, MultiBranch, new_control, new_union, start_from
@@ -87,10 +87,10 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
             f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
             "control.annotators, in their order, or take the others out."
         )
-    if not folder.hinted and (unmade := [name for name in names if name not in ANNOTATORS]):
+    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).makes]):
         raise Unsupported(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{unmade[0]}": set control.annotator to one of {", ".join(ANNOTATORS)}.'
+            f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.makes))}.'
         )
     folder = folder.part(slice(data.count))
     folder.check_hints(spec)
@@ -105,14 +105,14 @@ def hint_specs(control: ControlRecipe) -> dict[str, HintSpec]:
     Raises ``Unsupported`` for options of hints that nothing here makes, ``Invalid`` for what a Union does not have.
     """
     if not control.types:
-        made = ANNOTATORS.get(control.annotator)
-        if control.options and (control.annotators or not made):
+        if control.options and (control.annotators or not kind_or_bare(control.annotator).makes):
             names = "+".join(control.annotators) or control.annotator
             raise Unsupported(f"Nothing here makes hints of {names} with options: leave out control.options.")
         if control.annotators:
             hint = joined(control.annotators)
         else:
-            hint = made.hint(**control.options) if made else contract(control.annotator)
+            name, options = control.annotator, control.options
+            hint = kind_of(name).spec(**options) if options else contract(name)
         return {"": replace(hint, channels=control.channels or hint.channels, low=control.low, high=control.high)}
     plain = ControlRecipe()
     words = {"annotator", "annotators", "options", "channels", "low", "high"}
@@ -121,7 +121,7 @@ def hint_specs(control: ControlRecipe) -> dict[str, HintSpec]:
         raise Invalid(f"A Union has no control.{changed[0]}: with control.types it is the paper's copy, all of it.")
     if unknown := [kind for kind in control.types if kind not in TYPES]:
         raise Invalid(f'control.types has "{unknown[0]}": {nearest(unknown[0], TYPES)}')
-    return {kind: ANNOTATORS[kind].hint() if kind in ANNOTATORS else contract(kind) for kind in control.types}
+    return {kind: contract(kind) for kind in control.types}
 
 
 def new_branch(

@@ -1,4 +1,4 @@
-"""Data sets as people have them: one reader a layout, told apart by what lies in the folder.
+"""Data sets as people have them: one reader a layout, chosen by what lies in the folder.
 
 A reader lists a set without opening its pictures: a ``Row`` for each pair, and a ``Problem`` for whatever the listing
 itself has wrong. ``LAYOUTS`` is the order in which they are tried:
@@ -22,11 +22,11 @@ from controlkit.data.layouts.folders import plain, two_folders
 from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
 from controlkit.data.layouts.rows import Listing, Names, Problem, Row
 from controlkit.data.layouts.tables import huggingface
-from controlkit.errors import UserError, one_line
+from controlkit.errors import Invalid, NotFound, Unsupported, one_line
 from controlkit.hub import cache_dir, names_a_repository
 
 BUILT = "built.json"
-"""What marks a folder that ``build`` writes, and says whether it is whole."""
+"""The file that ``build`` writes into its folder; it says whether the set is whole."""
 LAYOUTS: dict[str, Callable[[Path, list[Problem], Names], list[Row] | None]] = {
     "huggingface": huggingface,
     "simpletuner": simpletuner,
@@ -39,7 +39,10 @@ LAYOUTS: dict[str, Callable[[Path, list[Problem], Names], list[Row] | None]] = {
 
 
 def folder_of(source: str) -> Path:
-    """The folder of a data set, which may also be a hub's, ``owner/name``: fetched into the cache, whole, once."""
+    """The folder of a data set; one of the hub, ``owner/name``, is fetched into the cache, whole, once.
+
+    ``NotFound`` where it cannot be fetched.
+    """
     path = Path(source)
     if path.exists() or not names_a_repository(source):
         return path
@@ -54,7 +57,7 @@ def folder_of(source: str) -> Path:
         branch = "refs/convert/parquet" if program else None
         snapshot_download(source, repo_type="dataset", revision=branch, local_dir=target)
     except Exception as error:  # what a lost connection surfaces as depends on the client's HTTP library
-        raise UserError(
+        raise NotFound(
             f"There is no folder {source}, and no data set of that name could be fetched from the hub "
             f"({one_line(error)})."
         ) from error
@@ -63,32 +66,34 @@ def folder_of(source: str) -> Path:
 
 
 def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:
-    """The rows of a data set, in the first layout that its folder shows; ``UserError`` if it shows none.
+    """The rows of a data set, in the first layout that its folder shows.
 
-    ``columns``: what its ``image``, ``hint`` or ``caption`` is called, where that is none of the usual names.
+    ``columns``: the names of its ``image``, ``hint`` or ``caption``, where they are none of the usual ones.
+    ``NotFound`` for no folder, ``Unsupported`` if it shows no layout, ``Invalid`` if it is not whole or has other
+    columns.
     """
     names = Names.of(columns or {})
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
+        raise NotFound(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
     if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
-        raise UserError(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
+        raise Invalid(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
     if _half_built(folder):
-        raise UserError(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
+        raise Invalid(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     for name, reader in LAYOUTS.items():
         problems: list[Problem] = []
         rows = reader(folder, problems, names)
         if rows is not None:
             if names.given and name not in ("huggingface", "metadata"):
-                raise UserError(f"{folder} is read as {name}, which has no columns: give none.")
+                raise Invalid(f"{folder} is read as {name}, which has no columns: give none.")
             return Listing(name, rows, problems)
-    raise UserError(
+    raise Unsupported(
         f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
         "tar files, a folder of pictures beside one of hints, or pictures."
     )
 
 
 def _half_built(folder: Path) -> bool:
-    """Whether ``build`` began this folder and did not end; others' files of the marker's name say nothing."""
+    """Whether ``build`` began this folder and did not end; other tools' files of the same name are ignored."""
     marker = folder / BUILT
     try:
         facts = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None

@@ -1,4 +1,8 @@
-"""WebDataset's tar shards."""
+"""WebDataset's tar shards.
+
+Listed here and not by the webdataset library, which reads shards from end to end: rows must be counted, sized and
+read in any order, so members are read where they lie, without a dependency.
+"""
 
 import json
 import tarfile
@@ -49,8 +53,8 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], name
     facts: dict[str, Any] = {}
     prompt: str | None = None
     try:
-        said = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
-        prompt = said.read().decode("utf-8").strip() if said else None
+        text = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
+        prompt = text.read().decode("utf-8").strip() if text else None
         if "json" in parts:
             held = json.loads(parts["json"].read().decode("utf-8"))
             facts = held if isinstance(held, dict) else {}

@@ -4,24 +4,21 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from controlkit.annotators import all_kinds
 from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Names, Problem, Row, file_at, text_of
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
 FOLDERS = ("conditioning", "control", "controls", "hint", "hints", "cond")
 """The first word of a name that says a folder holds hints."""
-KINDS = (
-    "canny", "depth", "edge", "edges", "hed", "lineart", "lines", "mask", "masks", "mlsd", "normal", "normals",
-    "openpose", "pose", "scribble", "seg", "segmentation", "sketch", "softedge", "tile",
-)  # fmt: skip
-"""First words that say so too, where most of a folder's names are those of pictures beside it."""
 
 
 def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
-    """A folder of pictures, with captions beside them, and one of hints, told by its name (``FOLDERS``, ``KINDS``).
+    """A folder of pictures, with captions beside them, and one of hints, known by its name.
 
-    The pictures may lie in the folder itself. Further hints lie in folders of its name with ``_2``, ``_3`` and so on.
-    Where a folder is named as one of hints and it cannot be told whose, that is a problem: taken as pictures, hints
-    would be trained on.
+    The name begins with one of ``FOLDERS``; or with a word of a kind of hint (``HintKind.folders``), where most of the
+    folder's names are those of pictures beside it. The pictures may lie in the folder itself. Further hints lie in
+    folders of its name with ``_2``, ``_3`` and so on. A folder named as one of hints whose pictures are not clear is a
+    problem: taken as pictures, hints would be trained on.
     """
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     held = {path: _names_in(path, HINT_SUFFIXES) for path in inside}
@@ -30,7 +27,8 @@ def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row
     if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
         pictures[folder] = own
     if not hints:
-        likely = [path for path in inside if held[path] and _first_word(path.name) in KINDS]
+        words = {word for kind in all_kinds() for word in kind.folders}
+        likely = [path for path in inside if held[path] and _first_word(path.name) in words]
         rest = [path for path in pictures if path not in likely]
         if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
             return None
@@ -51,8 +49,8 @@ def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row
         )
     whose = [path for path, found in pictures.items() if found & held[hints[0]]]
     if len(whose) != 1:
-        said = f"{len(whose)} folders have" if whose else "no folder has"
-        return unclear(f"{said} pictures of the names in {called}: expected one, beside it or around it")
+        several = f"{len(whose)} folders have" if whose else "no folder has"
+        return unclear(f"{several} pictures of the names in {called}: expected one, beside it or around it")
     for path in pictures.keys() - set(whose):
         problems.append(Problem("other folder", str(path), f"has nothing to do with {called}: not read", fatal=False))
     return paired(whose[0], hints, lambda path: caption_beside(path, problems), problems)
@@ -70,8 +68,8 @@ def plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | No
         return []
     rows = []
     for path in found:
-        said = caption_beside(path, problems)
-        rows.append(Row(file_at(path), words_of(path) if said is None else said, named=said is None))
+        caption = caption_beside(path, problems)
+        rows.append(Row(file_at(path), words_of(path) if caption is None else caption, named=caption is None))
     return rows
 
 
@@ -122,7 +120,7 @@ def _first_word(name: str) -> str:
 
 
 def _names_in(folder: Path, suffixes: Sequence[str]) -> set[Path]:
-    """What a folder's pictures are called, without suffix."""
+    """The names of a folder's pictures, without suffix."""
     return {path.relative_to(folder).with_suffix("") for path in pictures_in(folder, suffixes)}
 
 
@@ -137,7 +135,7 @@ def caption_file(path: Path) -> Path | None:
 
 
 def caption_beside(path: Path, problems: list[Problem]) -> str | None:
-    """What stands in the caption file of a picture's name; None if there is none."""
+    """The text of the caption file of a picture's name; None if there is none."""
     beside = caption_file(path)
     return None if beside is None else " ".join(text_of(beside, problems).split())
 
@@ -149,13 +147,13 @@ _MACHINES = (
 )  # fmt: skip
 """Words of names that cameras and programs give."""
 _SERIAL = re.compile(r"[0-9a-f]{8,}|[a-z]{0,2}\d{4,}|\d+")
-"""Numbers and digests: they count pictures, and say nothing of them."""
+"""Numbers and digests: they count pictures, and do not describe them."""
 
 
 def words_of(path: Path) -> str:
-    """What a file's name calls its picture: ``001_red-apple_3d (2).png`` -> ``red apple 3d``.
+    """The words in a file's name: ``001_red-apple_3d (2).png`` -> ``red apple 3d``.
 
-    Numbers at either end are counters and are dropped. A name that a machine gave (``IMG_1234``) says nothing: "".
+    Numbers at either end are counters and are dropped. A name that a machine gave (``IMG_1234``) has none: "".
     """
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", path.stem.lower())
     while words and words[-1].isdigit():
@@ -164,5 +162,5 @@ def words_of(path: Path) -> str:
         words.pop(0)
     if words:
         words[-1] = re.sub(r"(?<=[^\W\d_]{3})\d+$", "", words[-1])  # apple01, but not mp3
-    said = [word for word in words if word not in _MACHINES and not _SERIAL.fullmatch(word)]
-    return " ".join(words) if said else ""
+    meant = any(word not in _MACHINES and not _SERIAL.fullmatch(word) for word in words)
+    return " ".join(words) if meant else ""

@@ -21,7 +21,7 @@ from controlkit.data.layouts.rows import (
     text_of,
     wording,
 )
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, nearest
 
 
 def prompt_json(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
@@ -86,7 +86,7 @@ def _unnamed(folder: Path, rows: Sequence[Row], problems: Sequence[Problem]) -> 
 
 
 def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a listing of pictures says of each, and where it says so."""
+    """The values a listing has for each picture, and where they stand."""
     if listing.suffix == ".jsonl":
         yield from _json_lines(listing, problems)
     elif listing.suffix == ".csv":
@@ -129,7 +129,10 @@ def _json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
 
 
 def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
-    """``multidatabackend.json``: backends of pictures with ``conditioning_data``, the id of a backend of hints."""
+    """``multidatabackend.json``: backends of pictures with ``conditioning_data``, the id of a backend of hints.
+
+    ``Invalid`` for a file that cannot be read, or an unknown caption strategy or id.
+    """
     path = folder / "multidatabackend.json"
     if not path.is_file():
         return None
@@ -141,7 +144,7 @@ def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row
             problems += _left_out(str(path), one)
         pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
+        raise Invalid(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
 
     def place(backend: Mapping[str, Any]) -> Path:
         return folder / str(backend["instance_data_dir"])
@@ -155,14 +158,14 @@ def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row
             "instanceprompt": partial(_fixed_prompt, str(backend.get("instance_prompt", ""))),
         }
         if strategy not in prompts:
-            raise UserError(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
-        said = backend.get("conditioning_data")
-        others = said if isinstance(said, list) else [said]
-        if said is None:
+            raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
+        named_hints = backend.get("conditioning_data")
+        others = named_hints if isinstance(named_hints, list) else [named_hints]
+        if named_hints is None:
             named = strategy == "filename"
             rows += [Row(file_at(p), prompts[strategy](p) or "", named=named) for p in pictures_in(place(backend))]
         elif unknown := [other for other in others if other not in backends]:
-            raise UserError(f'{path}: conditioning_data is "{unknown[0]}": {nearest(str(unknown[0]), backends)}')
+            raise Invalid(f'{path}: conditioning_data is "{unknown[0]}": {nearest(str(unknown[0]), backends)}')
         else:
             hints = [place(backends[other]) for other in others]
             rows += paired(place(backend), hints, prompts[strategy], problems)
@@ -174,13 +177,13 @@ def _fixed_prompt(prompt: str, path: Path) -> str:
 
 
 def _left_out(where: str, backend: Mapping[str, Any]) -> Iterator[Problem]:
-    """What of a backend's settings is not read, where it would change what is trained on."""
+    """Settings of a backend that are not read though they would change the training data."""
     name = f"{where}, {backend['id']}"
     if backend.get("dataset_type", "image") not in ("image", "conditioning"):
         return  # caches of text and latents
     if "instance_data_dir" not in backend:
-        said = f"is of type {backend.get('type', 'unknown')} without instance_data_dir: its pictures are left out"
-        yield Problem("other backend", name, said, fatal=False)
+        words = f"is of type {backend.get('type', 'unknown')} without instance_data_dir: its pictures are left out"
+        yield Problem("other backend", name, words, fatal=False)
     instead = {
         "repeats": "its pictures come as often as others",
         "conditioning": "name a backend of hints by conditioning_data, or an annotator",

@@ -1,4 +1,4 @@
-"""What a data set's listing is made of: rows, with nothing opened, and what is wrong; and how readers make them."""
+"""Rows of a data set's listing, with nothing opened, problems of the listing, and how readers make them."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, nearest
 from controlkit.seeds import numpy_rng
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -24,7 +24,7 @@ CAPTION_NAMES = ("text", "prompt", "caption")
 
 @dataclass(frozen=True)
 class Names:
-    """What picture, hint and caption are called in columns and keys; the first found counts.
+    """The names of picture, hint and caption in columns and keys; the first that is found is used.
 
     A hint may also be called ``control_`` and something (ControlNet++), unless the name is ``given``. Further hints of
     a row have that name with ``_2``, ``_3`` after it.
@@ -38,13 +38,13 @@ class Names:
 
     @classmethod
     def of(cls, columns: Mapping[str, str]) -> "Names":
-        """With a set's own names for ``image``, ``hint`` or ``caption``."""
+        """With a set's own names for ``image``, ``hint`` or ``caption``; ``Invalid`` for another part."""
         if unknown := [kind for kind in columns if kind not in COLUMNS]:
-            raise UserError(f'A row has no "{unknown[0]}" to be named: {nearest(unknown[0], COLUMNS)}')
+            raise Invalid(f'A row has no "{unknown[0]}" to be named: {nearest(unknown[0], COLUMNS)}')
         return cls(**{kind: (name,) for kind, name in columns.items()}, given=frozenset(columns))
 
     def hints(self, names: Sequence[str]) -> list[str]:
-        """What of these is called a hint: the likeliest, and what has its name with ``_2`` and so on after it."""
+        """Those of these names that mean hints: the likeliest, and its name with ``_2`` and so on after it."""
         likely = [name for name in self.hint if name in names]
         likely += [name for name in names if name.startswith("control_") and "hint" not in self.given]
         found = likely[:1]
@@ -53,14 +53,14 @@ class Names:
         return found
 
     def check(self, names: Sequence[str], where: str) -> None:
-        """Refuse names that were given and are not there."""
+        """``Invalid`` where a name was given and is not among these."""
         for kind in sorted(self.given):
             if getattr(self, kind)[0] not in names:
-                raise UserError(f"{where} has no {kind} column {getattr(self, kind)[0]!r}: it has {', '.join(names)}.")
+                raise Invalid(f"{where} has no {kind} column {getattr(self, kind)[0]!r}: it has {', '.join(names)}.")
 
 
 COLUMNS = ("image", "hint", "caption")
-"""What of a row may have a name of the set's own."""
+"""The parts of a row that may have a name of the set's own."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a data set: what kind, where, and what to do. Where ``fatal``, nothing trains on it."""
+    """Something wrong with a data set: its kind, where, and what to do. With a ``fatal`` one, nothing trains on it."""
 
     kind: str
     where: str
@@ -112,7 +112,7 @@ class Listing:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """Of what rows are called and say, in their order."""
+    """The digest of rows' names and prompts, in their order."""
     text = json.dumps([[Path(row.picture.name).name, row.prompt] for row in rows])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -137,7 +137,7 @@ def inside(folder: Path, name: str, problems: list[Problem]) -> Held | None:
 
 
 def one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """What stands under the first of these names that has something."""
+    """The value of the first of these names that has one."""
     return next((values[name] for name in names if values.get(name) not in (None, "")), None)
 
 

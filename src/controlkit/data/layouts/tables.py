@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, row_of, wording
-from controlkit.errors import UserError
+from controlkit.errors import Invalid, Unsupported
 from controlkit.hub import cache_dir
 
 
@@ -19,7 +19,7 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
+        raise Unsupported(
             f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
         ) from error
     if saved:
@@ -33,7 +33,7 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
     picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
     hints = names.hints(columns)
     if picture is None:
-        raise UserError(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
+        raise Invalid(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
     for name in (picture, *hints):
         if isinstance(table.features[name], datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
@@ -56,10 +56,10 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
         return inside(beside, name, problems)
 
     rows = []
-    for place, said in enumerate(table[caption] if caption else [""] * len(table)):
+    for place, captions in enumerate(table[caption] if caption else [""] * len(table)):
         own, others = held(place, picture), [held(place, name) for name in hints]
         if own and all(others):
-            rows.append(row_of(own, wording(said, place), others))
+            rows.append(row_of(own, wording(captions, place), others))
     return rows
 
 

@@ -1,0 +1,83 @@
+"""Hints as their contracts say: contracts by name, and pictures or drawings turned into hints."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from controlkit.annotators.kinds import kind_of
+from controlkit.errors import Unsupported
+from controlkit.images import HintSpec, fit
+
+
+def contract(name: str, foreign: bool = False) -> HintSpec:
+    """The contract of hints of a kind, made with its default options; of ``canny+depth``, of two as channels of one.
+
+    ``foreign``: as controls from elsewhere read them, whose files do not say. ``NotFound`` for an unknown name.
+    """
+    if "+" in name:
+        return joined(name.split("+"))
+    kind = kind_of(name)
+    return kind.spec(**kind.foreign) if foreign else kind.spec()
+
+
+def joined(names: Sequence[str]) -> HintSpec:
+    """The contract of several hints that are channels of one, three of each, in this order.
+
+    ``Unsupported`` where one of them has a mask.
+    """
+    parts = [contract(name) for name in names]
+    if masked := [part.annotator for part in parts if part.mask_value is not None]:
+        raise Unsupported(f"Hints of {masked[0]} have masks and cannot be channels beside others.")
+    return HintSpec("+".join(part.annotator for part in parts), channels=3 * len(parts))
+
+
+def parts_of(hint: HintSpec) -> list[HintSpec]:
+    """The contracts of the hints that are this one's channels, in order; of a hint by itself, its own alone."""
+    names = hint.annotator.split("+")
+    return [replace(contract(name), low=hint.low, high=hint.high) for name in names] if len(names) > 1 else [hint]
+
+
+def annotate(picture: np.ndarray, hint: HintSpec, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Annotate a picture, uint8 (H, W, 3), as a hint's contract says: uint8 (H, W, 3 for each part).
+
+    Give the ``size`` (height, width) of the picture to be made for a picture of another size: it is brought to that
+    size first, as training did. Lines found at one size and shrunk to another are not the lines found there. Hints that
+    nothing makes are the picture itself; and so is one for inpainting that has a mask, uint8 (H, W, 4).
+    """
+    return annotate_all([picture], hint, size)[0]
+
+
+def annotate_all(
+    pictures: Sequence[np.ndarray], hint: HintSpec, size: tuple[int, int] | None = None, device: str = "cpu"
+) -> list[np.ndarray]:
+    """Annotate pictures as ``annotate`` does each; an annotator that is a network reads them at once, on ``device``.
+
+    ``NotFound`` for hints of an unknown kind, ``Invalid`` for wrong options, ``Unsupported`` where an extra is missing.
+    """
+    if len(parts := parts_of(hint)) > 1:
+        if given := [part.annotator for part in parts if not kind_of(part.annotator).makes]:
+            raise Unsupported(
+                f'Nothing here makes hints of "{given[0]}" of a picture: give those of {hint.annotator} as one '
+                f".npy file, (height, width, {hint.channels})."
+            )
+        made = [annotate_all(pictures, part, size, device) for part in parts]
+        return [np.concatenate(one, 2) for one in zip(*made, strict=True)]
+    kind = kind_of(hint.annotator)
+    if size:
+        pictures = [fit(picture, size, "area" if kind.makes else hint.resize) for picture in pictures]
+    return kind.make(pictures, hint.options, device) if kind.makes else list(pictures)
+
+
+def white_on_black(lines: np.ndarray) -> np.ndarray:
+    """A line drawing as a hint of lines: one drawn dark on light paper is inverted."""
+    return 255 - lines if lines.mean() > 127 else lines
+
+
+def drawn_hint(drawing: np.ndarray, hint: HintSpec, size: tuple[int, int]) -> np.ndarray:
+    """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made.
+
+    Lines drawn dark on light paper are inverted, as lines in hints are light on dark. Arrays are taken as they are.
+    """
+    drawn = hint.resize == "lines" and drawing.dtype == np.uint8
+    return fit(white_on_black(drawing) if drawn else drawing, size, hint.resize)

@@ -1,0 +1,116 @@
+"""Annotators of lines: light on a black ground. A picture in and a hint out, both uint8 RGB (H, W, 3).
+
+They need OpenCV and numpy alone. Keywords are options; their annotations say the ranges.
+"""
+
+from typing import Annotated
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+Level = Annotated[float, Field(ge=0)]
+"""A threshold in grey levels."""
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A share of the picture's short side, or of the full contrast."""
+Least = Annotated[float, Field(ge=0, le=1)]
+"""A least share of the short side."""
+
+
+def canny(picture: np.ndarray, low: Level = 100.0, high: Level = 200.0) -> np.ndarray:
+    """Canny edges on the colour picture; thresholds in grey levels, by default the released annotator's 100 and 200."""
+    return np.repeat(cv2.Canny(np.ascontiguousarray(picture), low, high)[..., None], 3, axis=2)
+
+
+def scribble(picture: np.ndarray, width: Share = 2 / 64, detail: Least = 0.12) -> np.ndarray:
+    """A synthetic user scribble: the main outlines, straightened as a quick hand would, with a thick pen.
+
+    The paper makes its scribbles from HED boundaries with random morphology; this needs no network: blurred Canny
+    contours, short ones dropped, simplified to polygons.
+
+    Args:
+        width: of the pen, as a share of the picture's short side.
+        detail: contours whose extent is less than this share of the short side are left out.
+    """
+    side = min(picture.shape[:2])
+    soft = cv2.GaussianBlur(np.ascontiguousarray(picture), (0, 0), side / 64)
+    edges = cv2.Canny(soft, 50, 120)
+    contours, _ = cv2.findContours(edges, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    drawn = np.zeros(picture.shape[:2], np.uint8)
+    for contour in contours:
+        extent = np.ptp(contour.reshape(-1, 2), axis=0).max()
+        if extent >= detail * side:
+            strokes = cv2.approxPolyDP(contour, 0.02 * side, True)
+            cv2.polylines(drawn, [strokes], True, 255, max(round(width * side), 1))
+    return np.repeat(drawn[..., None], 3, axis=2)
+
+
+def _side(picture: np.ndarray) -> int:
+    return min(picture.shape[:2])
+
+
+def _as_hint(light: np.ndarray) -> np.ndarray:
+    """Values (H, W) in [0, 1] as a grey hint picture."""
+    return np.repeat((255 * light).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def softedge(picture: np.ndarray, width: Share = 1 / 128, strength: Share = 0.12) -> np.ndarray:
+    """Soft boundaries, light on black, as HED's: the stronger and the larger an edge, the lighter and the wider.
+
+    The released annotators (HED, PiDiNet) are networks; this needs none: the mean of the colour gradient at three
+    scales, each twice the last, over that of the picture's strongest edges.
+
+    Args:
+        width: of the finest scale's blur, as a share of the short side.
+        strength: what is white is at least this share of the full contrast, so that of a picture without edges the
+            noise is not drawn.
+    """
+    colours = picture.astype(np.float32) / 255.0
+    edges = np.zeros(picture.shape[:2], np.float32)
+    for scale in (1, 2, 4):
+        sigma = max(scale * width * _side(picture), 0.5)
+        soft = cv2.GaussianBlur(colours, (0, 0), sigma)
+        slopes = [cv2.Sobel(soft, cv2.CV_32F, *axis, scale=1 / 8) for axis in ((1, 0), (0, 1))]
+        # A step of height 1 has the slope 1 / (sigma sqrt(2 pi)) at its middle, once blurred.
+        edges += np.sqrt(slopes[0] ** 2 + slopes[1] ** 2).max(-1) * sigma * np.sqrt(2 * np.pi) / 3
+    white = max(float(np.quantile(edges, 0.98)), strength)
+    return _as_hint((edges / white).clip(0, 1))
+
+
+def lineart(picture: np.ndarray, width: Share = 1 / 200, contrast: Share = 0.01) -> np.ndarray:
+    """A drawing in thin soft lines, light on black: where the picture is darker than what lies about it.
+
+    A difference of Gaussians with a soft threshold, after XDoG (Winnemöller, Kyprianidis and Olsen, 2012), in the
+    colour that changes most there; the released annotator is a network.
+
+    Args:
+        width: of the finer Gaussian, as a share of the short side.
+        contrast: differences below this share of the full contrast are not drawn; four times it is a full line.
+    """
+    colours = picture.astype(np.float32) / 255.0
+    sigma = max(width * _side(picture), 0.5)
+    fine, coarse = (cv2.GaussianBlur(colours, (0, 0), k * sigma) for k in (1.0, 1.6))
+    darker = coarse - fine
+    # One colour for both sides of an edge: where red falls and blue rises, each would draw its own line.
+    span = 2 * int(np.ceil(2 * sigma)) + 1
+    decides = cv2.dilate(abs(darker), np.ones((span, span), np.uint8)).argmax(-1)
+    darker = np.take_along_axis(darker, decides[..., None], 2)[..., 0]
+    return _as_hint(((darker - contrast) / (3 * contrast)).clip(0, 1))
+
+
+def mlsd(picture: np.ndarray, length: Least = 0.15, width: Share = 1 / 128) -> np.ndarray:
+    """Straight segments only, white on black, found by OpenCV's LSD; the released annotator, M-LSD, is a network.
+
+    Args:
+        length: segments shorter than this share of the short side are left out.
+        width: of the drawn lines, as a share of the short side; at least one pixel.
+    """
+    drawn = np.zeros(picture.shape[:2], np.uint8)
+    grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
+    # A narrow tolerance of direction: the usual 22.5 degrees let the arcs of a circle pass as straight.
+    found = cv2.createLineSegmentDetector(cv2.LSD_REFINE_STD, scale=1.0, ang_th=10.0).detect(grey)[0]
+    for x0, y0, x1, y1 in () if found is None else found.reshape(-1, 4):
+        if np.hypot(x1 - x0, y1 - y0) >= length * _side(picture):
+            start, end = (round(float(x0)), round(float(y0))), (round(float(x1)), round(float(y1)))
+            cv2.line(drawn, start, end, 255, max(round(width * _side(picture)), 1))
+    return np.repeat(drawn[..., None], 3, axis=2)

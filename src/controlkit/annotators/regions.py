@@ -1,0 +1,75 @@
+"""Annotators that keep the picture: low-passed, or with a hole. Keywords are options; annotations say the ranges."""
+
+import hashlib
+from typing import Annotated
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from controlkit.errors import Invalid
+from controlkit.seeds import numpy_rng
+
+Part = Annotated[float, Field(gt=0, lt=1)]
+"""A share of the picture."""
+
+
+def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1)] = 8.0) -> np.ndarray:
+    """The picture low-passed: made ``shrink`` (1 or more) times smaller and grown back; 1 leaves it as it is."""
+    height, width = picture.shape[:2]
+    small = (max(round(width / shrink), 1), max(round(height / shrink), 1))
+    if small == (width, height):
+        return picture
+    shrunk = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def inpaint(picture: np.ndarray, least: Part = 0.1, most: Part = 0.4) -> np.ndarray:
+    """The picture with a hole, uint8 RGBA (H, W, 4): alpha 0 (and black) in the hole, 255 elsewhere.
+
+    A picture that has a mask, (H, W, 4), keeps it. Else a hole is drawn that depends on the picture alone, so that it
+    is the same each time: a box, an ellipse or one to three strokes of a thick brush.
+
+    Args:
+        least, most: the least and largest share of the picture that the hole takes; ``Invalid`` if out of order.
+    """
+    if picture.shape[-1] == 4:
+        return picture
+    if not 0 < least <= most < 1:
+        raise Invalid(f"inpaint's hole takes {least:g} to {most:g} of the picture: expected 0 < least <= most < 1.")
+    content = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
+    hole = _hole(picture.shape[:2], numpy_rng("inpaint", *picture.shape, content), least, most)
+    alpha = np.where(hole, 0, 255).astype(np.uint8)
+    return np.dstack([np.where(hole[..., None], 0, picture), alpha]).astype(np.uint8)
+
+
+def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: float) -> np.ndarray:
+    """A hole (H, W), boolean, of a share between ``least`` and ``most``, as nearly as whole pixels allow."""
+    height, width = size
+    hole = np.zeros(size, np.uint8)
+    kind = ("box", "ellipse", "strokes")[rng.integers(3)]
+    if kind == "strokes":
+        thick = max(round(rng.uniform(0.08, 0.16) * min(size)), 1)
+        # A last dab, a disc and a half of the brush, goes beyond the share at which it was due.
+        share = rng.uniform(least, max(most - 1.5 * thick**2 / (height * width), least))
+        count = rng.integers(1, 4)
+        for stroke in range(1, count + 1):
+            at, heading = rng.uniform((0, 0), (width, height)), rng.uniform(0, 2 * np.pi)
+            while hole.mean() < share * stroke / count:
+                heading += rng.normal(0, 0.5)
+                step = at + thick / 2 * np.array([np.cos(heading), np.sin(heading)])
+                if ((step < 0) | (step >= (width, height))).any():  # turn back at the margin
+                    heading += np.pi / 2
+                    continue
+                cv2.line(hole, (int(at[0]), int(at[1])), (int(step[0]), int(step[1])), 1, thick)
+                at = step
+        return hole > 0
+    share, aspect = rng.uniform(least, most), 2 ** rng.uniform(-0.5, 0.5)
+    part = share if kind == "box" else min(share * 4 / np.pi, 1.0)  # of the box about it
+    across = np.clip(np.sqrt(part * aspect), part, 1.0)
+    down = part / across
+    left, top = rng.uniform(0, 1 - across) * width, rng.uniform(0, 1 - down) * height
+    y, x = np.mgrid[:height, :width] + 0.5
+    u, v = (x - left) / (across * width), (y - top) / (down * height)
+    inside = (abs(u - 0.5) < 0.5) & (abs(v - 0.5) < 0.5)
+    return inside if kind == "box" else (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.25

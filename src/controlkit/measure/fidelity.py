@@ -1,0 +1,62 @@
+"""Fidelity: each output is annotated again and compared with its hint, by the metric of such hints."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from controlkit.annotators import annotate, parts_of
+from controlkit.data import Pair
+from controlkit.errors import Unsupported, UserError
+from controlkit.images import HintSpec
+from controlkit.measure.kinds import is_made_here, metric_of, truth_of
+from controlkit.measure.world import EMBEDDED
+
+Finder = Callable[[np.ndarray], np.ndarray]
+"""Annotates an output again: a picture, uint8 (H, W, 3), to the hint picture found in it."""
+
+
+def finder_of(spec: HintSpec) -> Finder:
+    """The function that annotates outputs again for such hints; ``Unsupported`` if there is none here.
+
+    Depth, normals, labels and poses are read off by the observer of the embedded world, which knows no other pictures.
+    """
+    if not metric_of(spec).annotates:
+        return lambda picture: picture
+    if draw := truth_of(spec):
+        observer = EMBEDDED.observer()
+        return lambda picture: draw(observer.observe([picture])[0])
+    spec = parts_of(spec)[0]
+    if not is_made_here(spec):
+        raise Unsupported(
+            f'Nothing here finds "{spec.annotator}" in a picture: give a `finder`, a function from a picture to it.'
+        )
+    return lambda picture: annotate(picture, spec)
+
+
+def check_findable(spec: HintSpec, pairs: Iterable[Pair]) -> None:
+    """Raise ``Unsupported`` if such hints can be read off pictures of the embedded world alone, and a pair is not."""
+    if truth_of(spec) and any(pair.truth is None for pair in pairs):
+        name = parts_of(spec)[0].annotator
+        raise Unsupported(f'"{name}" can be found again in the embedded scenes alone: measure on scenes.')
+
+
+def unmeasurable(spec: HintSpec, pairs: Iterable[Pair]) -> str:
+    """The reason why obedience to such hints cannot be measured on these pairs, as a sentence; "" where it can."""
+    try:
+        check_findable(spec, pairs)
+        finder_of(spec)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def fidelity(
+    pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], spec: HintSpec, finder: Finder | None = None
+) -> np.ndarray:
+    """The metric of each picture, uint8 (H, W, 3), annotated again, against its hint, (N,); NaN where there is none.
+
+    ``finder``: for hints that nothing here makes, such as a network that estimates depth.
+    """
+    metric, finder = metric_of(spec), finder or finder_of(spec)
+    pairs = zip(pictures, hints, strict=True)
+    return np.array([metric.function(finder(picture), spec.picture(hint)) for picture, hint in pairs])

@@ -1,0 +1,145 @@
+"""Picture quality beside obedience: CLIP-score, FID, an aesthetic rating, and colours.
+
+A referee judges pictures of the world it was trained on, and no others: see ``world``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from controlkit.errors import NotFound
+from controlkit.hub import shipped_path
+from controlkit.images import to_tensor
+from controlkit.measure.obedience import Figure, mean_figure
+from controlkit.mini.aesthetic import AestheticHead
+from controlkit.mini.tower import ImageTextTower
+from controlkit.seeds import numpy_rng
+
+KEPT = 0.95
+"""Quality is kept if the CLIP-score is at least this share of that without control, and FID at most ``FID_KEPT``."""
+FID_KEPT = 1.1
+COLOURS = ("red", "green", "blue", "contrast", "saturation")
+
+
+def colours(picture: np.ndarray) -> np.ndarray:
+    """A picture's ``COLOURS``, (5,), each a share of the full range: the mean of red, green and blue; the standard
+    deviation of grey; and the mean over pixels of the greatest channel less the least."""
+    values = picture[..., :3].astype(np.float64) / 255
+    range_ = values.max(-1) - values.min(-1)
+    return np.array([*values.mean((0, 1)), values.mean(-1).std(), range_.mean()])
+
+
+class Referee:
+    """An image-text tower that the base was not trained with: prompt adherence, and the features of FID.
+
+    Where the folder ``aesthetic`` lies beside its own, also the head that rates how well-made a picture is.
+    """
+
+    def __init__(self, folder: Path | None = None, device: str = "cpu") -> None:
+        from transformers import CLIPTokenizer
+
+        folder = folder or shipped_path("referee")
+        self.tower = ImageTextTower.load(folder).to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        beside = folder.parent / "aesthetic"
+        self.head = AestheticHead.load(beside).to(device) if beside.is_dir() else None
+        self.device = device
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        window = self.tower.config["text"]["max_position_embeddings"]
+        rows = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=window, return_tensors="pt"
+        )
+        return rows.input_ids.to(self.device)
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Unit vectors (N, space) of pictures, uint8 (H, W, 3)."""
+        return torch.cat([self.tower.embed_images(b) for b in to_tensor(pictures).to(self.device).split(128)])
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Pooled features (N, C) of pictures, uint8 (H, W, 3)."""
+        return torch.cat([self.tower.features(b) for b in to_tensor(pictures).to(self.device).split(128)])
+
+    @torch.no_grad()
+    def ratings(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """How well-made each picture is, 0 to 10, (N,); ``NotFound`` without a head."""
+        if self.head is None:
+            raise NotFound("This referee has no aesthetic head: expected a folder `aesthetic` beside its own.")
+        return self.head(self.features(pictures)).cpu().numpy()
+
+    @torch.no_grad()
+    def clip_scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Cosine of each picture with its prompt, (N,), -1 to 1 (Hessel et al., 2021, without their factor)."""
+        return (self.embed(pictures) * self.tower.embed_texts(self._tokens(prompts))).sum(-1).cpu().numpy()
+
+    @torch.no_grad()
+    def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """For each picture, the index of the caption that fits best, (N,)."""
+        images = self.embed(pictures)
+        chosen = [
+            int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax())
+            for image, texts in zip(images, captions, strict=True)
+        ]
+        return np.array(chosen)
+
+
+def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
+    """Fréchet distance between features (N, C) of made and (M, C) of real pictures; the interval redraws the made.
+
+    Heusel et al., 2017, equation 6, with a referee's features in place of Inception's. With few pictures the distance
+    is biased upwards: compare only figures of equal N and M.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    features = nn.Identity()
+    features.num_features = made.shape[1]  # type: ignore[assignment]  # torchmetrics asks the module for it
+    metric = FrechetInceptionDistance(feature=features, reset_real_features=False).set_dtype(torch.float64)
+    made, real = made.cpu(), real.cpu()
+    metric.update(real.double(), real=True)
+
+    def distance(rows: Tensor) -> float:
+        metric.reset()
+        metric.update(rows.double(), real=False)
+        return float(metric.compute())
+
+    rng = numpy_rng("fid", len(made))
+    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(resamples)]
+    whole = distance(made)
+    # A redrawn set repeats pictures, which alone raises the distance: the interval takes only its width from them.
+    low, high = np.quantile(redrawn, [0.025, 0.975]) - np.mean(redrawn) + whole
+    return Figure(whole, float(low), float(high))
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """A referee, and real pictures, uint8 (H, W, 3), that no base or control was trained on: FID's reference."""
+
+    referee: Referee
+    real: Sequence[np.ndarray]
+
+    @cached_property
+    def _reference(self) -> Tensor:
+        return self.referee.features(self.real)
+
+    def figures(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Figure]:
+        """``clip_score``, ``fid`` and, of a referee with a head, ``aesthetic``, of pictures made of these prompts."""
+        found = {
+            "clip_score": mean_figure(self.referee.clip_scores(pictures, prompts)),
+            "fid": fid(self.referee.features(pictures), self._reference),
+        }
+        if self.referee.head is not None:
+            found["aesthetic"] = mean_figure(self.referee.ratings(pictures))
+        return found
+
+
+def quality_kept(controlled: Mapping[str, Figure], no_control: Mapping[str, Figure]) -> bool:
+    """Whether pictures under control are as good as those without, by ``Quality.figures`` of both."""
+    adheres = controlled["clip_score"].mean >= KEPT * no_control["clip_score"].mean
+    return adheres and controlled["fid"].mean <= FID_KEPT * no_control["fid"].mean

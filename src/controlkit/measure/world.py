@@ -1,0 +1,93 @@
+"""Worlds: held-out pictures, the truth about them, and networks that judge pictures like them.
+
+Figures of quality are measured by the referee of a base's own world or not at all: a referee that was not trained on
+such pictures gives numbers that mean nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.data import Pair, evaluation_pairs
+from controlkit.formats import SavedControl
+from controlkit.hub import shipped_path
+from controlkit.images import HintSpec
+from controlkit.measure.kinds import first_kind, truth_of
+from controlkit.measure.quality import Referee
+from controlkit.mini.observer import Observer
+
+
+@dataclass(frozen=True)
+class World:
+    """A set of pictures with a base that makes them; its networks and data by the names they are shipped under."""
+
+    name: str
+    text_digest: str
+    """``Backbone.text_digest`` of the base that was trained on this world."""
+    referee_name: str
+    observer_name: str
+    pictures: str
+    """The source of pictures of which nothing but the prompt is known."""
+    scenes: str
+    """The source of pictures whose depth, normals, labels and poses are known."""
+
+    def heldout(self, spec: HintSpec, size: int, num: int) -> tuple[Sequence[Pair], list[np.ndarray]]:
+        """(``num`` held-out pairs to measure such hints on, real pictures for FID), of ``size`` pixels.
+
+        Of scenes where the hints are drawn from the known truth; for poses, of those with a person.
+        """
+        source = self.scenes if truth_of(spec) else self.pictures
+        return evaluation_pairs(source, size, num, person=first_kind(spec).needs_person)
+
+    def judges(self, base: Backbone) -> bool:
+        """Whether ``base`` makes pictures of this world: it reads prompts by the text encoder of the world's own base.
+
+        So do bases tuned from that one, whatever their number format; a base with other text weights does not.
+        """
+        return base.text_digest == self.text_digest
+
+    def referee(self, device: str = "cpu") -> Referee:
+        """The referee of pictures, loaded once a device."""
+        return _referee(self.referee_name, device)
+
+    def observer(self) -> Observer:
+        """The network that reads depth, normals, labels and poses off pictures, loaded once."""
+        return _observer(self.observer_name)
+
+
+@cache
+def _referee(name: str, device: str) -> Referee:
+    return Referee(shipped_path(name), device)
+
+
+@cache
+def _observer(name: str) -> Observer:
+    return Observer.load(shipped_path(name))
+
+
+EMBEDDED = World("embedded", "f9b343eb4f80fc9e", "referee", "observer", pictures="emoji", scenes="scenes")
+"""The world of emoji and rendered scenes that ``mini`` was trained on."""
+WORLDS = (EMBEDDED,)
+
+
+def heldout_for(
+    saved: SavedControl, size: int, num: int, source: str | None = None
+) -> tuple[Sequence[Pair], list[np.ndarray]]:
+    """(``num`` held-out pairs to measure a control on, real pictures for FID), of ``size`` pixels.
+
+    ``source``: ``evaluation_pairs``'; by default what the control was trained on, with its names of columns.
+    """
+    spec, recipe = saved.hint, saved.trained.get("recipe") or {}
+    columns = {} if source else recipe.get("data", {}).get("columns", {})
+    source = source or str(saved.trained.get("data", "emoji"))
+    if source == "world":
+        return EMBEDDED.heldout(spec, size, num)
+    return evaluation_pairs(source, size, num, first_kind(spec).needs_person, spec.mask_value is not None, columns)
+
+
+def world_of(base: Backbone) -> World | None:
+    """The world whose pictures ``base`` makes; None if no world here knows them."""
+    return next((world for world in WORLDS if world.judges(base)), None)

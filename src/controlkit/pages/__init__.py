@@ -1,0 +1,100 @@
+"""HTML pages of pictures and curves, from one jinja2 template (``page.html``) that escapes whatever it is given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: its address (a file beside the page, or a ``data:`` URI) and its label."""
+
+    source: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line over steps, drawn as SVG. ``points`` are (step, value); ``band`` is (step, low, high) around the line."""
+
+    title: str
+    points: Points
+    band: Sequence[tuple[float, float, float]] = ()
+    wide: bool = False
+
+    @property
+    def box(self) -> tuple[int, int, int, int, int]:
+        """Width and height, and the margins left, above and below, in the SVG's units."""
+        return (720, 200, 44, 20, 18) if self.wide else (240, 120, 40, 20, 16)
+
+    @property
+    def value(self) -> float:
+        """The last value."""
+        return self.points[-1][1]
+
+    @property
+    def last(self) -> float:
+        """The last step, at least 1."""
+        return max(self.points[-1][0], 1)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest value of line and band, never equal."""
+        values = [y for _, y in self.points] + [y for _, *ends in self.band for y in ends]
+        return min(values), max(max(values), min(values) + 1e-3)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where step ``x`` and value ``y`` lie in the SVG."""
+        width, height, left, top, foot = self.box
+        low, high = self.limits
+        return left + x / self.last * (width - left - 8), top + (high - y) / (high - low) * (height - top - foot)
+
+    def path(self, points: Points) -> str:
+        """The places of ``points`` as SVG's ``points`` attribute."""
+        return " ".join("{:.1f},{:.1f}".format(*self.place(x, y)) for x, y in points)
+
+    @property
+    def outline(self) -> str:
+        """The band's outline: its lower end forwards and its upper end back."""
+        return self.path([(x, low) for x, low, _ in self.band] + [(x, high) for x, _, high in reversed(self.band)])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words: a row of headings, and rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it: rows of pictures (None is a gap), charts, a picture as wide as the page,
+    and a paragraph."""
+
+    title: str
+    rows: Sequence[Sequence[Figure | None]] = ()
+    charts: Sequence[Chart] = ()
+    sheet: Figure | None = None
+    text: str = ""
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("controlkit", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def render(title: str, heading: str, body: Sequence[str | Table | Section]) -> str:
+    """A whole HTML page: ``heading``, then paragraphs (strings), tables and sections in the order given."""
+    return _template().render(title=title, heading=heading, body=body)

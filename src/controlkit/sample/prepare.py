@@ -1,0 +1,227 @@
+"""Requests made ready for a base: controls loaded, hints read or annotated, everything checked."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from controlkit.annotators import annotate, contract, drawn_hint
+from controlkit.backbones import Backbone
+from controlkit.branch import ControlNetwork
+from controlkit.errors import Invalid, Mismatch, nearest
+from controlkit.formats import SavedControl, load_control
+from controlkit.images import HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
+from controlkit.sample.request import ControlRequest, Request
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings that all pictures of a batch share. ``size`` is (height, width) in pixels; None is the base's own."""
+
+    steps: int = 20
+    guidance: float = 4.0
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PreparedControl:
+    """A control in use, for one picture. Two are equal where all but their hints is, and can share a batch.
+
+    ``scale``, ``start``, ``end``, ``guess``, ``hint_cfg_scale``: see ``ControlRequest``.
+    """
+
+    network: ControlNetwork
+    specs: Mapping[str, HintSpec]
+    """The contract of its hint, under ""; of a Union's hints, by type."""
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+    hint_cfg_scale: float = 1.0
+    hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
+
+    @classmethod
+    def of(cls, saved: SavedControl, asked: ControlRequest, hints: Mapping[str, np.ndarray]) -> "PreparedControl":
+        """A control that was loaded, used as asked for."""
+        counted = saved.hint_cfg_scale if asked.hint_cfg_scale is None else asked.hint_cfg_scale
+        specs = {kind: spec_for(saved, kind) for kind in hints or [""]}
+        return cls(saved.branch, specs, asked.scale, asked.start, asked.end, asked.guess, counted, hints)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Its hints as pictures to look at, uint8 (H, W, 3 or 4)."""
+        return {kind: self.specs[kind].picture(hint) for kind, hint in self.hints.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be sampled as it is."""
+
+    request: Request
+    settings: SamplingSettings
+    """With the size in pixels, also where the request leaves it to the base."""
+    controls: tuple[PreparedControl, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Notes to the author: the end of a prompt that is cut off, controls trained on other weights."""
+
+    def settled(self) -> Request:
+        """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
+        used = zip(self.request.controls, self.controls, strict=True)
+        controls = tuple(one.model_copy(update={"hint_cfg_scale": prepared.hint_cfg_scale}) for one, prepared in used)
+        return self.request.model_copy(update={"size": self.settings.size, "controls": controls})
+
+    def is_like(self, other: "Prepared") -> bool:
+        """Whether both can be sampled in one batch."""
+        return (self.settings, self.controls) == (other.settings, other.controls)
+
+
+def spec_for(saved: SavedControl, kind: str) -> HintSpec:
+    """The contract of a control's hints; of a Union's, of that type."""
+    return saved.contract_of(kind) if kind else saved.hint
+
+
+def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of the pictures to make; ``Invalid`` where the base cannot make that size."""
+    height, width = size or (base.size, base.size)
+    if height % base.multiple or width % base.multiple or min(height, width) <= 0:
+        good = [max(round(side / base.multiple), 1) * base.multiple for side in (height, width)]
+        raise Invalid(
+            f'The base "{base.name}" makes pictures with sides that {base.multiple} divides; got {width}x{height}. '
+            f"The nearest is {good[1]}x{good[0]}."
+        )
+    return height, width
+
+
+def check_pictures(control: ControlRequest) -> None:
+    """Raise what ``prepare`` would of a control's annotator and picture files; needs no base."""
+    if control.annotator:
+        contract(control.annotator)
+    for source in control.images.values():
+        if isinstance(source, Path):
+            _read(source, control.ready, masked=False)
+
+
+def load(name: str, base: Backbone, annotator: str | None = None) -> tuple[SavedControl, list[str]]:
+    """A control for a base, and what is to be known of it: ``load_control``'s warnings, and other weights."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        saved = load_control(name, base, annotator)
+    notes = [str(one.message) for one in caught if one.category is UserWarning]
+    trained_on = saved.trained.get("base_digest")
+    # A digest takes seconds on a large base, and bfloat16's rounding gives another.
+    comparable = trained_on and base.dtype != torch.bfloat16
+    if difference := saved.trained.get("base_difference"):
+        if comparable and trained_on == base.digest:
+            notes.append(
+                f'"{name}" was trained together with its base: merge what that learnt by --lora .../{difference}'
+            )
+    elif comparable and trained_on != base.digest:
+        notes.append(
+            f'"{name}" was trained on other weights ({trained_on}) than those of "{base.name}" ({base.digest})'
+        )
+    return saved, notes
+
+
+def prepare(
+    base: Backbone, requests: Sequence[Request], loaded: Mapping[str, SavedControl] | None = None
+) -> list[Prepared]:
+    """Make requests ready to be sampled on a base, in their order.
+
+    Args:
+        loaded: controls in memory, by the names that requests use; others are loaded, each once.
+
+    Raises ``UserError`` of the kind that fits: ``NotFound`` (a picture, a control), ``Invalid`` (a size, a hint, a
+    number of steps), ``Mismatch`` (a control of another base; types of hint for a control that has none).
+    """
+    preparation = _Preparation(base, loaded or {})
+    return [preparation.prepared(request) for request in requests]
+
+
+class _Preparation:
+    """Controls and hints of several requests, each loaded, read and annotated once."""
+
+    def __init__(self, base: Backbone, loaded: Mapping[str, SavedControl]) -> None:
+        self.base, self.loaded = base, loaded
+        self.controls: dict[tuple[str, str | None], tuple[SavedControl, list[str]]] = {}
+        self.ready: dict[tuple[ControlRequest, tuple[int, int]], PreparedControl] = {}
+        self.cut: dict[str, str] = {}
+
+    def prepared(self, request: Request) -> Prepared:
+        most = self.base.noise.count
+        if request.steps > most:
+            raise Invalid(f'Sampling takes 1 to {most} steps on the base "{self.base.name}"; got {request.steps}.')
+        size = picture_size(self.base, request.size)
+        notes = [note for prompt in (request.prompt, request.negative_prompt or "") for note in self._notes(prompt)]
+        controls = []
+        for control in request.controls:
+            notes += self._loaded(control)[1]
+            key = (control, size)
+            if key not in self.ready:
+                self.ready[key] = self._control(control, size)
+            controls.append(self.ready[key])
+        settings = SamplingSettings(request.steps, request.guidance, size)
+        return Prepared(request, settings, tuple(controls), tuple(dict.fromkeys(notes)))
+
+    def _notes(self, prompt: str) -> list[str]:
+        if prompt not in self.cut:
+            self.cut[prompt] = self.base.cut_words(prompt)
+        if not (cut := self.cut[prompt]):
+            return []
+        return [f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads; cut off: "{cut}"']
+
+    def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
+        if saved := self.loaded.get(asked.name):
+            if asked.annotator not in (None, saved.hint.annotator):
+                raise Invalid(
+                    f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
+                )
+            return saved, []
+        key = (asked.name, asked.annotator)
+        if key not in self.controls:
+            self.controls[key] = load(asked.name, self.base, asked.annotator)
+        return self.controls[key]
+
+    def _control(self, asked: ControlRequest, size: tuple[int, int]) -> PreparedControl:
+        name, types = asked.name, [kind for kind in asked.images if kind]
+        if not asked.images:
+            raise Invalid(f'The control "{name}" needs a picture: none was given.')
+        if types and asked.annotator:
+            raise Invalid(f'"{name}" has hints by type, and the types say what makes them: leave out annotator.')
+        network = (saved := self._loaded(asked)[0]).branch
+        if network.hint_types and "" in asked.images:
+            known = ", ".join(network.hint_types)
+            raise Invalid(f'"{name}" is a Union: say of which type the hint is, as {name}:TYPE=IMAGE. Types: {known}.')
+        if types and not network.hint_types:
+            raise Mismatch(f'"{name}" is no Union and has no types: give it as {name}=IMAGE.')
+        if unknown := [kind for kind in types if kind not in network.hint_types]:
+            raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
+        hints = {kind: _hint(source, asked, spec_for(saved, kind), size) for kind, source in asked.images.items()}
+        return PreparedControl.of(saved, asked, hints)
+
+
+def _read(path: Path, ready: bool, masked: bool) -> np.ndarray:
+    if path.suffix.lower() == ".npy" and not ready:
+        raise Invalid(f"{path} is an array, and arrays are hints already: say so by ready (--hint-ready).")
+    return (read_hint if ready else read_picture)(path, masked)
+
+
+def _hint(source: Path | np.ndarray, asked: ControlRequest, spec: HintSpec, size: tuple[int, int]) -> np.ndarray:
+    """A hint (*size, channels) of a source: as it is where it is ready, else annotated."""
+    masked, where = spec.mask_value is not None, f'of "{asked.name}"'
+    if isinstance(source, Path):
+        pixels, where = _read(source, asked.ready, masked), f"in {source}"
+    elif asked.ready:
+        pixels = source
+    elif source.dtype == np.uint8 and source.shape[-1] in (3, 4):
+        pixels = decode_picture(png_bytes(source), "the picture", masked)  # as if it were a file
+    else:
+        shape = " x ".join(map(str, source.shape))
+        raise Invalid(f'"{asked.name}" got {shape} of {source.dtype}, which is no picture: if it is a hint, set ready.')
+    if not asked.ready:
+        return annotate(pixels, spec, size)
+    if words := spec.fault(pixels):
+        raise Invalid(f"The hint {where} {words}.")
+    return drawn_hint(pixels, spec, size) if isinstance(source, Path) else fit(pixels, size, spec.resize)

@@ -1,0 +1,215 @@
+"""A generation as a value: what to make, checked, written to JSON and read from it; and what comes of it."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor
+
+from controlkit.errors import Invalid, nearest
+from controlkit.images import decode_hint, png_bytes
+
+PLAIN_PROMPT = "a high-quality, detailed, and professional image"
+"""The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
+
+ARRAY_TYPES = ("uint8", "uint16", "float32")
+PNG, NPY = "data:image/png;base64,", "data:application/x-npy;base64,"
+RGBA = b"\x06"
+"""The colour type of a PNG with transparency, its 26th byte."""
+
+
+def _read_source(value: Any) -> Path | np.ndarray:
+    """A path, or an array (H, W, C) that cannot be written to; of a ``data:`` URI the array in it."""
+    if isinstance(value, str) and value.startswith("data:"):
+        value = _from_uri(value)
+    if isinstance(value, str | Path) and str(value):
+        return Path(value)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{value!r:.80}; expected a path, a data: URI or an array")
+    if value.ndim != 3 or not value.size or value.dtype.name not in ARRAY_TYPES:
+        shape = " x ".join(map(str, value.shape))
+        raise ValueError(f"{shape} of {value.dtype}; expected height x width x channels of {', '.join(ARRAY_TYPES)}")
+    locked = value.astype(value.dtype.newbyteorder("="), copy=False).view()
+    locked.flags.writeable = False
+    return locked
+
+
+def _from_uri(uri: str) -> np.ndarray:
+    head, _, code = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError(f'"{head[:40]}" is not coded in base64; expected "{PNG}..." or "{NPY}..."')
+    try:
+        data = base64.b64decode(code, validate=True)
+    except ValueError as error:
+        raise ValueError(f"a data: URI whose base64 cannot be read ({error})") from None
+    pixels = decode_hint(data, "the data: URI", masked=True)
+    whole = pixels.dtype == np.uint8 and pixels.shape[-1] == 4 and pixels[..., 3].min() == 255
+    return pixels[..., :3] if whole and data[25:26] != RGBA and uri.startswith("data:image") else pixels
+
+
+def _write_source(source: Path | np.ndarray) -> str:
+    """A path as text; an array as a ``data:`` URI, a PNG where it is a picture and else a ``.npy`` file."""
+    if isinstance(source, Path):
+        return str(source)
+    if source.dtype == np.uint8 and source.shape[-1] in (3, 4):
+        return PNG + base64.b64encode(png_bytes(source)).decode()
+    buffer = io.BytesIO()
+    np.save(buffer, source, allow_pickle=False)
+    return NPY + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _by_type(value: Any) -> Any:
+    """One picture as the only one, under ""."""
+    return {"": value} if isinstance(value, str | Path | np.ndarray) else value
+
+
+HintSource = Annotated[Path | np.ndarray, PlainValidator(_read_source), PlainSerializer(_write_source, return_type=str)]
+"""A file, or pixels in memory: a picture, uint8 (H, W, 3 or 4), or a hint (H, W, C) of uint8, uint16 or float32."""
+
+
+class _Checked(BaseModel):
+    """Frozen values; ``Invalid`` names the first key that is not as it must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise Invalid(_sentence(error, type(self))) from None
+
+    def to_json(self) -> str:
+        """All of it as JSON; arrays as ``data:`` URIs."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The value that ``to_json`` wrote; ``Invalid`` where the text is none."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise Invalid(f"The text is not JSON ({error}): expected what {cls.__name__}.to_json() writes.") from None
+        if not isinstance(values, dict):
+            raise Invalid(f"The JSON holds a {type(values).__name__}; expected keys and values of a {cls.__name__}.")
+        return cls(**values)
+
+
+def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault: key, value and what was expected."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "")
+    inner = first.get("ctx", {}).get("error")
+    if first["type"] == "extra_forbidden":
+        return f'A {model.__name__} has no "{name}": {nearest(name, model.model_fields)}'
+    if isinstance(inner, Invalid):  # a whole sentence, of a value within this one
+        return f"{name}: {inner}"
+    if isinstance(inner, Exception):
+        quoted = f'"{name}" is ' if name else ""
+        return f"{model.__name__}: {quoted}{str(inner).rstrip('.')}."
+    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
+    return f'{model.__name__}: "{name}" is {found}; {first["msg"][0].lower()}{first["msg"][1:]}.'
+
+
+class ControlRequest(_Checked):
+    """One control of a picture, with its own settings."""
+
+    name: str = Field(min_length=1)
+    """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
+    images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
+    """Its pictures: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
+    as that under "". ``prepare`` asks for at least one; without any it is a template, for ``model_copy``."""
+    ready: bool = False
+    """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
+    drawn dark on light is inverted; arrays are taken as they are."""
+    annotator: str | None = None
+    """Name of the annotator, for a control that does not say it itself."""
+    scale: FiniteFloat = 1.0
+    """A factor on its residuals; 0 is no control."""
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    """It acts on the steps between these shares of all steps."""
+    guess: bool = False
+    """Guess mode (Section 4.2 of the paper's first version), for use without a prompt: the control acts on the
+    conditional half of guidance alone, and the less the finer the resolution (0.1 at the finest, 1 at the middle)."""
+    hint_cfg_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """How many times guidance counts the hint, 0 to ``Request.guidance``; see ``scales.unconditional_share``. None: as
+    the control's file says, or 1."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"start is {self.start:g} and end is {self.end:g}; expected start <= end")
+        return self
+
+    def _key(self) -> tuple[Any, ...]:
+        """All of it, to compare: of arrays their type, shape and bytes."""
+        images = {
+            kind: s if isinstance(s, Path) else (s.dtype.name, s.shape, s.tobytes()) for kind, s in self.images.items()
+        }
+        others = (getattr(self, name) for name in type(self).model_fields if name != "images")
+        return frozenset(images.items()), *others
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, ControlRequest) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class Request(_Checked):
+    """One picture to make.
+
+    The same request on the same base gives the same picture, whatever is made beside it.
+    """
+
+    prompt: str = PLAIN_PROMPT
+    """Words for the picture; "" is no prompt."""
+    negative_prompt: str | None = None
+    """Words for what the picture must not show; None is no prompt at all (for SDXL not the same as an empty one)."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """The starting noise depends on it alone, as ``torch.Generator().manual_seed(seed)`` gives it."""
+    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    """(height, width) in pixels; None is the base's own."""
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(4.0, ge=0, allow_inf_nan=False)
+    """Of classifier-free guidance; 1 is none."""
+    controls: tuple[ControlRequest, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step made of a batch of ``count`` pictures: number ``step`` of ``steps``, from 1."""
+
+    step: int
+    steps: int
+    count: int
+    draw: Callable[[], list[np.ndarray]]
+
+    def preview(self) -> list[np.ndarray]:
+        """A rough picture of each, uint8 (h, w, 3), at the latents' size; nothing is computed before this call."""
+        return self.draw()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A finished picture, uint8 (H, W, 3), with its request and final latents (C, h, w)."""
+
+    request: Request
+    pixels: np.ndarray
+    latents: Tensor
