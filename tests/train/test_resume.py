@@ -9,7 +9,6 @@ import os
 import pkgutil
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
@@ -198,7 +197,7 @@ def test_resuming_on_other_weights_of_the_base_is_refused(tiny_recipe, stopped, 
         next(train_control(tiny_recipe(), stopped, other_base))
 
 
-LONG = {"steps": 12, "checkpoint_every": 3, "evaluation": {"every": 4, "num": 2, "steps": 1}}
+LONG = {"steps": 15, "checkpoint_every": 3, "evaluation": {"every": 4, "num": 2, "steps": 1}}
 CALLS = {  # what a process is killed at: a function of the run
     "encode": "controlkit.backbones.unet.UNetBase.encode_moments",
     "rename": "os.replace",
@@ -213,8 +212,8 @@ CALLS = {  # what a process is killed at: a function of the run
     "finish": "controlkit.train.run.Run.finish",
 }
 KILLS = [  # one run, killed again and again: at which of a process's calls, before it or after it
-    ("encode", 1, "before"), ("encode", 2, "after"),
-    *(("rename", number, when) for number in (1, 2, 3, 5) for when in ("before", "after")),
+    ("encode", 1, "before"), ("encode", 1, "after"), ("rename", 1, "before"), ("rename", 1, "after"),
+    ("rename", 2, "before"), ("rename", 3, "before"), ("rename", 3, "after"), ("rename", 5, "after"),
     ("step", 1, "before"), ("step", 2, "after"), ("log", 3, "before"), ("keep", 1, "before"), ("control", 1, "after"),
     ("state", 1, "before"), ("state", 1, "after"), ("keep", 1, "after"), ("measure", 1, "before"), ("log", 1, "after"),
     ("sample", 1, "before"), ("sample", 1, "after"), ("delete", 1, "before"), ("keep", 2, "after"),
@@ -222,11 +221,8 @@ KILLS = [  # one run, killed again and again: at which of a process's calls, bef
 ]  # fmt: skip
 
 
-def _train_until(place, number, when, recipe, base_folder, out):
-    """The run in a process of its own, which kills itself before or after its numbered call of a place."""
-    precision.bf16_pays = lambda device_type: False
-    torch.set_num_threads(1)
-    base = load_base(base_folder)
+def _train_until(place, number, when, recipe, base, out):
+    """The run in this process, which kills itself before or after its numbered call of a place."""
     holder, name = CALLS[place].rsplit(".", 1)
     holder = pkgutil.resolve_name(holder)
     real, calls = getattr(holder, name), itertools.count(1)
@@ -244,22 +240,36 @@ def _train_until(place, number, when, recipe, base_folder, out):
     list(train_control(recipe, out, base))
 
 
+def _train_and_be_killed(recipe, base_folder, out, says):
+    """The run in processes of its own, one after the other; says how each ended, and goes on when told."""
+    precision.bf16_pays = lambda device_type: False
+    torch.set_num_threads(1)
+    base = load_base(base_folder)
+    for kill in KILLS:
+        if not (child := os.fork()):
+            _train_until(*kill, recipe, base, out)
+            os._exit(0)
+        says.send((kill, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        says.recv()
+
+
 def test_a_run_killed_at_every_place_loses_nothing(tiny_recipe, toy_folder, toy_base, tmp_path):
     recipe, out = tiny_recipe(**LONG), tmp_path / "run"
     list(train_control(recipe, tmp_path / "whole", toy_base))
     wanted = log_of(tmp_path / "whole")
-    context = multiprocessing.get_context("forkserver")  # one process imports all that takes long, and forks
-    slow = ("controlkit", "diffusers", "transformers")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(slow)])
+    hears, says = multiprocessing.Pipe()
+    arguments = (recipe, toy_folder, out, says)
+    process = multiprocessing.get_context("spawn").Process(target=_train_and_be_killed, args=arguments, daemon=True)
+    process.start()
+    says.close()
     for kill in KILLS:
-        process = context.Process(target=_train_until, args=(*kill, recipe, toy_folder, out))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"{kill}: it ended before it was killed"
+        assert hears.recv() == (kill, -signal.SIGKILL), "it ended before it was killed"
         log = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").is_file() else []
         whole_lines = [json.loads(line) for line in log if line.endswith("\n")]
         assert [{k: v for k, v in line.items() if k != "seconds"} for line in whole_lines] == wanted[: len(whole_lines)]
         assert not (out / "control").exists(), f"{kill}: all its steps were made before"
+        hears.send("go on")
+    process.join()
     list(train_control(recipe, out, toy_base))
     assert_like(tmp_path / "whole", out)
 
