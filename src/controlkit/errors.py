@@ -41,6 +41,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(text: object) -> str:
-    """Another program's words, fit for a sentence of ours: one line, at most 200 letters, none that a terminal obeys."""
+    """Another program's words, fit for a sentence of ours: one line, at most 200 letters, no control characters."""
     kept = " ".join(str(text).split())[:200]
     return "".join(letter if letter.isprintable() else "?" for letter in kept)

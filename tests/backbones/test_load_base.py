@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import FAMILIES, families, load_base
-from controlkit.backbones.families import clip_tokenizer, pipeline_configs, unet_config
+from controlkit.backbones.unet_families import clip_tokenizer, pipeline_configs, unet_config
 from controlkit.errors import UserError
 
 PROMPTS = ["a photo of a cat!", ""]

@@ -17,7 +17,7 @@ from torch import nn
 from controlkit.backbones import ActiveControl, Backbone, Flow, TextEmbedding
 from controlkit.branch import Tap, add_residuals
 from controlkit.controls import new_control
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported, UserError
 from controlkit.formats import load_control
 from controlkit.hub import digest
 from controlkit.train import train_control
@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
 class TransformerBase:
     """A ``Backbone``. Latents are pixels rearranged; a hint enters as latents."""
 
-    name, size, stride, window, hint_space = "transformer", 32, 4, 8, "latents"
+    name, size, stride, window = "transformer", 32, 4, 8
     device, dtype, multiple, latent_channels = torch.device("cpu"), torch.float32, 4, 48
     network_config = None
 
@@ -165,7 +165,7 @@ class TransformerBase:
         return copy.deepcopy(self.encoder).to("meta")
 
     def conv_body(self):
-        raise UserError("A body of convolutions adds to maps, and this base takes tokens.")
+        raise Unsupported("A body of convolutions adds to maps, and this base takes tokens.")
 
     def networks(self):
         return {"transformer": self.denoiser}

@@ -194,7 +194,7 @@ def test_other_pixels_options_or_weights_are_other_entries(toy_base, counted, tm
 def test_an_annotator_gives_the_same_hint_each_time():
     picture = CirclePairs(64, 1)[0].picture
     for kind in all_kinds():
-        if kind.makes:
+        if kind.is_made_here:
             assert np.array_equal(kind.make([picture]), kind.make([picture])), kind.name
 
 

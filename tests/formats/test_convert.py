@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import draw_inputs, relative, stock_inputs
 from controlkit.annotators import contract
 from controlkit.backbones import UNetBase
-from controlkit.backbones.families import FAMILIES, unet_config
+from controlkit.backbones.unet_families import FAMILIES, unet_config
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
 from controlkit.errors import UserError

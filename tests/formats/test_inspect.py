@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import T2IAdapter
 
-from controlkit.backbones.families import FAMILIES, unet_config
+from controlkit.backbones.unet_families import FAMILIES, unet_config
 from controlkit.controls.xs import xs_settings
 from controlkit.formats import describe
 from controlkit.formats.configs import expected_shapes

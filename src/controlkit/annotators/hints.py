@@ -56,7 +56,7 @@ def annotate_all(
     ``NotFound`` for hints of an unknown kind, ``Invalid`` for wrong options, ``Unsupported`` where an extra is missing.
     """
     if len(parts := parts_of(hint)) > 1:
-        if given := [part.annotator for part in parts if not kind_of(part.annotator).makes]:
+        if given := [part.annotator for part in parts if not kind_of(part.annotator).is_made_here]:
             raise Unsupported(
                 f'Nothing here makes hints of "{given[0]}" of a picture: give those of {hint.annotator} as one '
                 f".npy file, (height, width, {hint.channels})."
@@ -65,8 +65,8 @@ def annotate_all(
         return [np.concatenate(one, 2) for one in zip(*made, strict=True)]
     kind = kind_of(hint.annotator)
     if size:
-        pictures = [fit(picture, size, "area" if kind.makes else hint.resize) for picture in pictures]
-    return kind.make(pictures, hint.options, device) if kind.makes else list(pictures)
+        pictures = [fit(picture, size, "area" if kind.is_made_here else hint.resize) for picture in pictures]
+    return kind.make(pictures, hint.options, device) if kind.is_made_here else list(pictures)
 
 
 def white_on_black(lines: np.ndarray) -> np.ndarray:

@@ -71,14 +71,14 @@ class HintKind:
     folders: tuple[str, ...] = ()
     """First words of folders' names that say that these hints lie in them."""
     version: int = 1
-    """To be raised where its hints change without a change of its function's file or weights."""
+    """Add 1 if its hints change, but neither the file of its function nor its weights do."""
     weights: Callable[[], str] | None = None
     """The digest of its network's weights, where it is one."""
     extra: str = ""
     """The optional dependencies (of ``pip install 'controlkit[...]'``) that its function imports."""
 
     @property
-    def makes(self) -> bool:
+    def is_made_here(self) -> bool:
         """Whether hints can be made of pictures."""
         return self.function is not None
 
@@ -168,7 +168,7 @@ def all_kinds() -> list[HintKind]:
 
 
 def names_of(which: Callable[[HintKind], object] = lambda kind: True) -> list[str]:
-    """The names of all kinds, or of those for which ``which`` says so."""
+    """The names of all kinds, or of those that pass the test ``which``."""
     return [kind.name for kind in all_kinds() if which(kind)]
 
 
@@ -192,10 +192,10 @@ def kind_or_bare(name: str) -> HintKind:
 
 def annotator(name: str) -> HintKind:
     """The kind of that name or alias, whose hints can be made here; ``NotFound`` for any other name."""
-    made = names_of(lambda kind: kind.makes)
+    made = names_of(lambda kind: kind.is_made_here)
     if not name:
         raise NotFound(f"No annotator of these hints is named: expected one of {', '.join(made)}.")
-    if (kind := _found(name)) is None or not kind.makes:
+    if (kind := _found(name)) is None or not kind.is_made_here:
         raise NotFound(f'There is no annotator "{name}": {nearest(name, made)}')
     return kind
 

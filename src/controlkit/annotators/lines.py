@@ -62,8 +62,7 @@ def softedge(picture: np.ndarray, width: Share = 1 / 128, strength: Share = 0.12
 
     Args:
         width: of the finest scale's blur, as a share of the short side.
-        strength: what is white is at least this share of the full contrast, so that of a picture without edges the
-            noise is not drawn.
+        strength: edges weaker than this share of the full contrast never become white, so that noise is not drawn.
     """
     colours = picture.astype(np.float32) / 255.0
     edges = np.zeros(picture.shape[:2], np.float32)

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from controlkit.backbones.families import (
+from controlkit.backbones.noise import Diffusion, Prediction
+from controlkit.backbones.protocol import Backbone
+from controlkit.backbones.unet import TextTower, UNetBase
+from controlkit.backbones.unet_families import (
     FAMILIES,
     Family,
     clip_tokenizer,
     family_of_width,
     pipeline_configs,
 )
-from controlkit.backbones.noise import Diffusion, Prediction
-from controlkit.backbones.protocol import Backbone
-from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.hub import names_a_repository, shipped_names, shipped_path
 from controlkit.images import write_atomic

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.backbones.protocol import ActiveControl, HintSpace, Layer, TextEmbedding, Walker
+from controlkit.backbones.protocol import ActiveControl, Layer, TextEmbedding, Walker
 from controlkit.branch import ConvBody, Tap, add_residuals
 from controlkit.errors import Invalid
 from controlkit.hub import digest
@@ -208,8 +208,6 @@ class UNetBase:
 
     ``zeros_for_none``: no prompt at all is zeros, and not the encoding of an empty one (SDXL).
     """
-
-    hint_space: HintSpace = "pixels"
 
     def __init__(
         self,

@@ -51,12 +51,12 @@ class KindsCommand(TyperCommand):
         """Fill the kinds of hints into the options' help."""
         from controlkit.annotators import all_kinds
 
-        makers = [kind for kind in all_kinds() if kind.makes]
+        made = [kind for kind in all_kinds() if kind.is_made_here]
         options = [
-            f"{', '.join(kind.options.model_fields)} ({kind.name})" for kind in makers if kind.options.model_fields
+            f"{', '.join(kind.options.model_fields)} ({kind.name})" for kind in made if kind.options.model_fields
         ]
         names = {
-            "{annotators}": ", ".join(f"`{kind.name}`" for kind in makers),
+            "{annotators}": ", ".join(f"`{kind.name}`" for kind in made),
             "{options}": "; ".join(options),
             "{kinds}": ", ".join(f"`{kind.name}`" for kind in all_kinds()),
             "{truths}": ", ".join(f"`{kind.name}`" for kind in all_kinds() if kind.truth),

@@ -85,7 +85,7 @@ def build_set(
     """
     if layout not in {*TARGETS, "webdataset"}:
         raise Unsupported(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
-    made = all(kind_or_bare(part.annotator).makes for part in parts_of(contract))
+    made = all(kind_or_bare(part.annotator).is_made_here for part in parts_of(contract))
     if not made and any(row.hint is None for row in listing.rows):
         raise Unsupported("There are rows without a hint, and no annotator to make them: name one, such as canny.")
     settings = {

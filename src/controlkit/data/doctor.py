@@ -108,7 +108,7 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
             hints.append((rule or HintSpec("")).picture(hint)[..., :3])
         made = hints
         if picture is not None and not row.hints and place in shown and contract:
-            made = [annotate(picture, p)[..., :3] for p in parts_of(contract) if kind_or_bare(p.annotator).makes]
+            made = [annotate(picture, p)[..., :3] for p in parts_of(contract) if kind_or_bare(p.annotator).is_made_here]
         yield Finding(
             row,
             tuple(problems),

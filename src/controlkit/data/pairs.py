@@ -55,7 +55,7 @@ def hint_for_pair(pair: Pair, contract: HintSpec) -> np.ndarray:
     kind = kind_or_bare(contract.annotator)
     if kind.truth is not None and pair.truth is not None:
         return kind.truth(pair.truth)
-    if kind.truth is not None and not kind.makes:
+    if kind.truth is not None and not kind.is_made_here:
         raise Unsupported(
             f"Hints of {contract.annotator} are drawn from a scene's truth, and these pictures have none: "
             "take data.source: scenes, or a folder with hints of its own."
@@ -66,7 +66,8 @@ def hint_for_pair(pair: Pair, contract: HintSpec) -> np.ndarray:
 def is_annotated(pair: Pair, contract: HintSpec) -> bool:
     """Whether the pair's hint is made of its picture alone."""
     kinds = [kind_or_bare(part.annotator) for part in parts_of(contract)]
-    return pair.hint is None and all(kind.makes and not (kind.truth and pair.truth is not None) for kind in kinds)
+    drawn = [kind.truth and pair.truth is not None for kind in kinds]
+    return pair.hint is None and all(k.is_made_here and not d for k, d in zip(kinds, drawn, strict=True))
 
 
 def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.ndarray:

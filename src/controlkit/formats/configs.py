@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from controlkit.backbones.families import FAMILIES, Family, family_of_width
+from controlkit.backbones.unet_families import FAMILIES, Family, family_of_width
 from controlkit.controls import KINDS
 from controlkit.controls.xs import xs_network
 from controlkit.formats.names import EncoderShape, is_light_adapter

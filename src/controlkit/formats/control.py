@@ -18,7 +18,7 @@ from torch import Tensor
 
 from controlkit.annotators import contract, kind_or_bare
 from controlkit.backbones import Backbone
-from controlkit.backbones.families import family_of_width
+from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, nearest

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.backbones.families import Family, family_of_width
+from controlkit.backbones.unet_families import Family, family_of_width
 from controlkit.formats.configs import (
     Shapes,
     controlnet_config,

@@ -1,10 +1,11 @@
 """The whole report on a control: fidelity, floors, ceiling, obedience, and the quality of the pictures.
 
-Works on whatever makes pictures: a ``Maker`` turns requests into pictures, and may be a model or not.
+Measures anything that makes pictures: a ``Maker`` turns requests into pictures, and may be a model or not. A pair's
+hint is in ``request.controls[0].images``; without control there is none.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -23,10 +24,8 @@ from controlkit.measure.obedience import obedience
 from controlkit.measure.quality import Quality, quality_kept
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
-from controlkit.sample import ControlRequest, Picture, Request
+from controlkit.sample import ControlRequest, Maker, Request
 
-Maker = Callable[[Sequence[Request]], Iterable[Picture]]
-"""Makes the picture of each request, in order."""
 Reconstruct = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """Pictures, uint8 (H, W, 3), as they come back from a maker's VAE: the most that any control can reach."""
 Way = Literal["controlled", "shuffled", "no_control"]

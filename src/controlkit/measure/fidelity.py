@@ -34,7 +34,7 @@ def finder_of(spec: HintSpec) -> Finder:
 
 
 def check_findable(spec: HintSpec, pairs: Iterable[Pair]) -> None:
-    """Raise ``Unsupported`` if such hints can be read off pictures of the embedded world alone, and a pair is not."""
+    """Raise ``Unsupported`` if such hints need pictures of the embedded scenes, and some pair has another."""
     if truth_of(spec) and any(pair.truth is None for pair in pairs):
         name = parts_of(spec)[0].annotator
         raise Unsupported(f'"{name}" can be found again in the embedded scenes alone: measure on scenes.')

@@ -37,4 +37,4 @@ def truth_of(spec: HintSpec) -> Callable[[Truth], np.ndarray] | None:
 
 def is_made_here(spec: HintSpec) -> bool:
     """Whether an annotator here makes such hints of a picture."""
-    return first_kind(spec).makes
+    return first_kind(spec).is_made_here

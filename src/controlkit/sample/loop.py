@@ -22,7 +22,7 @@ from controlkit.sample.scales import scale_table
 
 HintTensors = Tensor | Mapping[str, Tensor]
 """A control's hints (B, channels, H, W) as its network reads them; a Union's by type."""
-Maker = Callable[[Sequence[Request]], Iterator[Picture]]
+Maker = Callable[[Sequence[Request]], Iterable[Picture]]
 """Anything that makes the pictures of requests, in their order."""
 
 

@@ -28,7 +28,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class PreparedControl:
-    """A control in use, for one picture. Two are equal where all but their hints is, and can share a batch.
+    """A control in use, for one picture. Two are equal if all but their hints is equal; then they can share a batch.
 
     ``scale``, ``start``, ``end``, ``guess``, ``hint_cfg_scale``: see ``ControlRequest``.
     """

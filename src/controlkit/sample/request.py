@@ -1,4 +1,8 @@
-"""A generation as a value: what to make, checked, written to JSON and read from it; and what comes of it."""
+"""Requests: what to make, checked, saved as JSON; and the results, steps and pictures.
+
+A new option of sampling goes from ``Request`` through ``prepare`` (``SamplingSettings``) to ``loop.denoise``. It is an
+option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.EvaluationPlan`` may need it.
+"""
 
 import base64
 import io
@@ -146,7 +150,7 @@ class ControlRequest(_Checked):
     """It acts on the steps between these shares of all steps."""
     guess: bool = False
     """Guess mode (Section 4.2 of the paper's first version), for use without a prompt: the control acts on the
-    conditional half of guidance alone, and the less the finer the resolution (0.1 at the finest, 1 at the middle)."""
+    conditional half of guidance alone, and is weaker at finer resolutions (0.1 at the finest, 1 at the middle)."""
     hint_cfg_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     """How many times guidance counts the hint, 0 to ``Request.guidance``; see ``scales.unconditional_share``. None: as
     the control's file says, or 1."""
@@ -208,8 +212,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A finished picture, uint8 (H, W, 3), with its request and final latents (C, h, w)."""
+    """A finished picture, uint8 (H, W, 3), with its request; and final latents (C, h, w), where its maker has such."""
 
     request: Request
     pixels: np.ndarray
-    latents: Tensor
+    latents: Tensor | None = None

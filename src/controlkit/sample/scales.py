@@ -36,10 +36,12 @@ def scale_table(
 def unconditional_share(control: PreparedControl, guidance: float) -> float:
     """The share, 0 to 1, of a control's scale that acts on guidance's unconditional half.
 
-    With share u, a residual's first-order effect r comes out of u r + guidance (r - u r) as r (guidance - u
-    (guidance - 1)): u is what makes that ``control.hint_cfg_scale`` times r. So 1 is as released: both halves of
-    guidance get the control, and the difference of the two is the prompt's. The paper's other way, control in the
-    conditional half alone (Section 3.4), counts a hint as often as the prompt, ``guidance`` times.
+    A residual's first-order effect r on the prediction is, with share u:
+
+        u r + guidance (r - u r) = r (guidance - u (guidance - 1)) = r x hint_cfg_scale
+
+    ``hint_cfg_scale`` 1 is u = 1, as in other tools: both halves get the control. ``guidance`` is u = 0, the paper's
+    other way (Section 3.4): the conditional half alone gets it.
     """
     if control.guess or control.network.pools:
         return 0.0

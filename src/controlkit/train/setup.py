@@ -87,10 +87,10 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
             f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
             "control.annotators, in their order, or take the others out."
         )
-    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).makes]):
+    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
         raise Unsupported(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.makes))}.'
+            f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.is_made_here))}.'
         )
     folder = folder.part(slice(data.count))
     folder.check_hints(spec)
@@ -105,7 +105,7 @@ def hint_specs(control: ControlRecipe) -> dict[str, HintSpec]:
     Raises ``Unsupported`` for options of hints that nothing here makes, ``Invalid`` for what a Union does not have.
     """
     if not control.types:
-        if control.options and (control.annotators or not kind_or_bare(control.annotator).makes):
+        if control.options and (control.annotators or not kind_or_bare(control.annotator).is_made_here):
             names = "+".join(control.annotators) or control.annotator
             raise Unsupported(f"Nothing here makes hints of {names} with options: leave out control.options.")
         if control.annotators:
