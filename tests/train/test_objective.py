@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import CANNY, equal
 
-from conftest import randomised, stock_inputs
+from conftest import make, randomised, stock_inputs
 from controlkit.backbones import TextEmbedding, UNetBase
 from controlkit.controls import new_control, new_union
 from controlkit.controls.union import OneType
@@ -15,7 +15,6 @@ from controlkit.data import Cached, CirclePairs, build_cache
 from controlkit.formats import SavedControl, save_control
 from controlkit.formats.names import key_table
 from controlkit.images import HintSpec
-from controlkit.sample import Control, Job, SamplingSettings, generate
 from controlkit.train import Batch, BatchPlan, draw_batch, objective
 
 
@@ -228,7 +227,7 @@ def test_the_hint_a_step_trains_on_is_the_hint_a_run_reads(tiny_recipe, name, co
     branch = new_control(base, hint_channels=contract.channels)
     read = []
     branch.hint_encoder.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    list(generate(base, [Job("", 0, (pair.hint,))], [Control(branch, contract)], SamplingSettings(1)))
+    make(base, [SavedControl(branch, contract)], [pair.hint], prompt="", steps=1)
     assert torch.equal(read[0], trained_on)
 
 

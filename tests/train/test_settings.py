@@ -203,7 +203,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
         weights = load_file(first / WEIGHTS)
         branch, recipe = load_control(first, toy_base).branch, read_recipe(out / "recipe.yaml")
         born = branch if more else new_branch(recipe.control, resolve(recipe).specs, toy_base, recipe.seed)
-        own = [[value.float() for value in one.state_dict().values()] for one in (branch, born)]
+        own, first_own = ({k: v.float() for k, v in one.weights().items()} for one in (branch, born))
         hints = [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
         return {
             "base": load_control(first, toy_base).trained["base"],
@@ -215,8 +215,8 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "tensors": weights.keys(),
             "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             "size": sum(tensor.float().abs().sum().item() for tensor in weights.values()),
-            "moved": sum((a - b).abs().sum().item() for a, b in zip(*own, strict=True)),
-            "parameters": sum(len(value.flatten()) for value in own[0]),
+            "moved": sum((value - first_own[name]).abs().sum().item() for name, value in own.items()),
+            "parameters": sum(value.numel() for value in own.values()),
             "joins": len(getattr(branch, "joins", ())),
             "channels": branch.hint_encoder.convs[0].in_channels if hasattr(branch, "hint_encoder") else None,
             "losses": [record.loss for record in records],
