@@ -90,14 +90,11 @@ class TransformerBase:
         torch.manual_seed(0)
         self.noise = Flow()
         self.denoiser = Denoiser(self.latent_channels).eval().requires_grad_(False)
+        first, own = Encoder(self.latent_channels, COPIED), self.denoiser.encoder.state_dict()
+        first.load_state_dict({name: value for name, value in own.items() if name in first.state_dict()})
+        self.encoder = first.requires_grad_(False)  # here, not when it is asked for: new weights draw random numbers
 
     taps = branch_taps = tuple(Tap(f"block_{i}", "block", WIDTH, 4) for i in range(COPIED))
-
-    @cached_property
-    def encoder(self):
-        first = Encoder(self.latent_channels, COPIED)
-        first.load_state_dict({k: v for k, v in self.denoiser.encoder.state_dict().items() if k in first.state_dict()})
-        return first.requires_grad_(False)
 
     @property
     def signature(self):
