@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from controlkit.backbones import load_base
 from controlkit.data import Pair, evaluation_pairs
-from controlkit.errors import UserError
+from controlkit.errors import NotFound
 from controlkit.formats import load_control
 from controlkit.images import grid, write_atomic, write_png
 from controlkit.measure import EvaluationPlan, evaluate_base
@@ -59,7 +59,7 @@ def drawings(folder: Path, count: int, size: int) -> list[Pair]:
         pairs.append(Pair(np.asarray(sheet.convert("RGB")), prompt))
         if len(pairs) == count:
             return pairs
-    raise UserError(f"{folder} holds {len(pairs)} drawings with a transparent background: expected {count}.")
+    raise NotFound(f"{folder} holds {len(pairs)} drawings with a transparent background: expected {count}.")
 
 
 def main(

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from controlkit.errors import UserError
+from controlkit.errors import Invalid
 from controlkit.images import write_png
 from controlkit.mini import world
 
@@ -24,7 +24,7 @@ def lay_out(folder: Path, size: int = 128, variants: int = 2, count: int | None 
     ``count``: so many pictures of all, evenly.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there and not empty: give a new folder.")
+        raise Invalid(f"{folder} is there and not empty: give a new folder.")
     emoji = world.load_emoji(size)
     drawn = [(row, visit) for row in world.rows(emoji, "control") for visit in range(variants)]
     step = max(len(drawn) // (count or len(drawn)), 1)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from controlkit.backbones import UNetBase, load_base
-from controlkit.errors import UserError, nearest
+from controlkit.errors import Invalid, nearest
 from controlkit.images import grid, read_picture, to_tensor, write_png
 from controlkit.mini import world
 from controlkit.precision import autocast, training_attention
@@ -37,7 +37,7 @@ SHOWN = {
 CONCEPTS = ("red-apple", "cat-face", "red-heart", "strawberry", "smiling-face", "soccer-ball")
 
 
-def spread(base: UNetBase) -> float:
+def style_effect(base: UNetBase) -> float:
     """How far the word for a style changes a picture: grey levels between the same seed's pictures, on average."""
     asked = [Request(prompt=world.caption(c, s, "teal"), seed=i) for i, c in enumerate(CONCEPTS) for s in world.STYLES]
     made = np.stack([p.pixels for p in pictures(generate(base, asked, batch=len(asked)))]).astype(np.float32)
@@ -65,7 +65,7 @@ def main(
 ) -> None:
     """Tune the base's U-Net on one style."""
     if style not in world.STYLES:
-        raise UserError(f'--style is "{style}": {nearest(style, world.STYLES)}')
+        raise Invalid(f'--style is "{style}": {nearest(style, world.STYLES)}')
     model = load_base(base)
     emoji = world.load_emoji(model.size)
     rows = [row for row in world.rows(emoji, "base") if emoji.styles[row] == style]
@@ -74,7 +74,7 @@ def main(
         pixels = to_tensor([picture for picture, _ in drawn])
         moments = torch.cat([model.encode_moments(chunk).float() for chunk in pixels.split(64)])
     before, drawings = controlled(model, control), [read_picture(DRAWINGS / f"{name}.png") for name in SHOWN]
-    console.print(f"a style's word moves a picture by {spread(model):.1f} grey levels", highlight=False)
+    console.print(f"a style's word moves a picture by {style_effect(model):.1f} grey levels", highlight=False)
     unet = model.unet.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=0.01)
     most = model.scheduler.config.num_train_timesteps
@@ -104,7 +104,7 @@ def main(
     rows = list(zip(drawings, before, controlled(model, control), strict=True))
     labels = ["drawing", f"{Path(control).name} on {Path(base).name}", f"on {out.name}"]
     write_png(out.with_name(f"{out.name}.png"), grid(rows, labels))
-    console.print(f"after: by {spread(model):.1f}", highlight=False)
+    console.print(f"after: by {style_effect(model):.1f}", highlight=False)
     save_base(out, model.vae, model.towers[0].encoder, model.towers[0].tokenizer, unet)
     console.print(f"[bold green]done[/]: {out}; the same control on both: {out}.png")
 

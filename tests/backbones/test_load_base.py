@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from conftest import draw_inputs, relative, stock_inputs
-from controlkit.backbones import FAMILIES, families, load_base
+from controlkit.backbones import FAMILIES, load_base, unet_families
 from controlkit.backbones.unet_families import clip_tokenizer, pipeline_configs, unet_config
 from controlkit.errors import UserError
 
@@ -151,8 +151,8 @@ def toy_families(monkeypatch):
             "pooled_width": 64,
         },
     }
-    whole = families._vae_config
-    monkeypatch.setattr(families, "_vae_config", lambda row: whole(row) | {"block_out_channels": [32, 32, 64, 64]})
+    whole = unet_families._vae_config
+    monkeypatch.setattr(unet_families, "_vae_config", lambda row: whole(row) | {"block_out_channels": [32, 32, 64, 64]})
     for name, narrow in sizes.items():
         monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], **narrow))
 

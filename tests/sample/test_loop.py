@@ -10,6 +10,7 @@ from controlkit.backbones import load_base
 from controlkit.backbones.noise import Diffusion, Flow
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
+from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec, fit
 from controlkit.sample import (
@@ -183,8 +184,15 @@ def test_where_memory_runs_out_fewer_pictures_are_made_at_once(toy_base, prepare
     assert given == [3, 1, 1, 1] and len(found) == len(ready) == 3
     assert all(torch.allclose(ours, expected, atol=1e-5) for ours, expected in zip(found, alone, strict=True))
     most = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfRoom, match="does not hold one picture of this size"):
         latents_of(toy_base, ready)
+
+
+def test_requests_and_prepared_ones_are_not_mixed_and_nothing_else_is_made(toy_base, prepared):
+    ready = prepared([{}])
+    for strange in ([ready[0], ready[0].request], [{"prompt": "a red apple"}]):
+        with pytest.raises(Invalid, match="give one kind of them"):
+            list(generate(toy_base, strange))
 
 
 def test_the_global_generator_is_neither_read_nor_moved(toy_base, prepared):

@@ -29,7 +29,7 @@ def test_control_is_found_at_the_first_of_two_successive_evaluations(lows, found
 def test_obedience_that_does_not_count_finds_no_control():
     evaluations = [EvaluationSummary(100, 0.9, is_meaningful=False), EvaluationSummary(200, 0.9, is_meaningful=False)]
     assert found_step(evaluations) is None
-    assert verdict(evaluations).startswith("control cannot be told here")
+    assert verdict(evaluations).startswith("it cannot be decided whether there is control")
 
 
 def test_a_run_ends_where_it_got_where_it_should_or_no_longer_gets_better():

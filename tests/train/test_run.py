@@ -32,7 +32,9 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(tiny_recipe, toy_b
         "step", "loss", "fidelity", "floor", "ceiling", "obedience", "obedience_interval", "is_meaningful", "verdict",
         "relative_loss", "colour_drift", "residuals",
     }  # fmt: skip
-    assert not evaluated["is_meaningful"] and evaluated["verdict"].startswith("control cannot be told here")
+    assert not evaluated["is_meaningful"] and evaluated["verdict"].startswith(
+        "it cannot be decided whether there is control"
+    )
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     assert read_recipe(whole / "recipe.yaml") == tiny_recipe()

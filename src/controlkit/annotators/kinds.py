@@ -122,7 +122,7 @@ class HintKind:
         checked = self.checked(options or {})
         try:
             return list(self.function(pictures, device, **checked))
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             if not self.extra:
                 raise
             raise Unsupported(
@@ -143,7 +143,9 @@ class HintKind:
 @cache
 def _code(function: Annotate | None) -> str:
     """The digest of the file a function, or a callable object's class, is written in."""
-    module = sys.modules.get(getattr(inspect.unwrap(function), "__module__", "")) if function else None
+    while function is not None and (inner := getattr(function, "func", getattr(function, "__wrapped__", None))):
+        function = inner  # of a partial, or of what ``each`` wraps
+    module = sys.modules.get(getattr(function, "__module__", "")) if function else None
     file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 

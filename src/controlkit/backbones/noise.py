@@ -64,11 +64,11 @@ class Diffusion:
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noisy latents, sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps; see ``NoiseProcess.add``."""
-        return self.scheduler.add_noise(latents, noise, t)
+        return self.scheduler.add_noise(latents, noise, t.long())
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noise, or v; see ``NoiseProcess.target``."""
-        return noise if self.prediction == "eps" else self.scheduler.get_velocity(latents, noise, t)
+        return noise if self.prediction == "eps" else self.scheduler.get_velocity(latents, noise, t.long())
 
     def sampler(self, steps: int) -> "SchedulerRun":
         """A run of the scheduler; see ``NoiseProcess.sampler``."""

@@ -239,7 +239,7 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
         )
     last = path.rpartition(",")[2]
     key = last.partition("=")[0]
-    if "," in path and key.isidentifier() and not Path(path).exists():
+    if "," in path and key.replace("-", "_").isidentifier() and not Path(path).exists():
         raise Invalid(f'--control {name} has no setting "{last}": {nearest(key, KEYS)}')
     file, colon, kind = name.rpartition(":")
     typed = bool(colon) and (kind in TYPES or not Path(name).exists())

@@ -161,7 +161,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:
-    """Look at a run while it goes on: its loss, the loss relative to no control, obedience, and what was said of it.
+    """Look at a run while it goes on: its loss, the loss relative to no control, obedience and verdict.
 
     Reads the run's folder alone, so it does not matter where the run goes on. Ends with the run.
     """
@@ -177,10 +177,10 @@ def watch(
     seen = read_run(run)
     with Live(refresh_per_second=4) as live:
         while True:
-            said, window = lines(seen), live.console.size
-            parts = [Text("\n".join(said))]
+            shown, window = lines(seen), live.console.size
+            parts = [Text("\n".join(shown))]
             if pictures and seen.sheet and live.console.is_terminal:
-                parts.append(blocks(read_picture(seen.sheet), window.width, max(window.height - len(said) - 1, 1)))
+                parts.append(blocks(read_picture(seen.sheet), window.width, max(window.height - len(shown) - 1, 1)))
             live.update(Group(*parts))
             if html:
                 write_atomic(html, page(seen).encode())
@@ -205,7 +205,7 @@ def evaluate(
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Scale of the control: what its residuals are multiplied by.")] = 1.0,
     lora: LoraOption = None,
     vae: VaeOption = None,
     steps: StepsOption = 20,

@@ -44,6 +44,8 @@ KINDS = {
 
 
 def _new_copy(base: Backbone, spec: ControlSpec, hint_channels: int, size_ratio: float | None) -> ControlBranch:
+    if spec.body == "lora" and base.network_config is None:
+        raise Unsupported(f'A Control-LoRA is written in a U-Net\'s layout; "{base.name}" is none: train body copy.')
     body = base.conv_body() if spec.body == "conv" else base.copy_encoder()
     if spec.body == "lora":
         body = low_rank(body, spec.rank)

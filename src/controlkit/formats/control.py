@@ -303,8 +303,9 @@ def _check_base(name: str | Path, path: Path, weights: Weights, described: Descr
         )
     width = described.config.get("cross_attention_dim")
     if width is not None and width != own.get("text_width"):
-        families = [f"{row.title} " if (row := family_of_width(w)) else "" for w in (width, own["text_width"])]
+        reads = own.get("text_width")
+        families = [f"{row.title} " if (row := family_of_width(w or 0)) else "" for w in (width, reads)]
         raise Mismatch(
             f'The control "{name}" is for {families[0]}bases that read prompts {width} wide; "{base.name}" reads '
-            f"{families[1]}prompts {own['text_width']} wide. Use a control made for this base, or its own base."
+            f"{families[1]}prompts {reads} wide. Use a control made for this base, or its own base."
         )

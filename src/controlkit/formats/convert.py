@@ -180,12 +180,15 @@ def write(weights: Weights, target: Path, to: str, base: Backbone | None, option
 def _check_fits(weights: Weights, to: str) -> None:
     """Raise ``Unsupported`` where a layout has no place for a control of this kind."""
     if not weights.config:
-        raise Unsupported("A branch with body: conv (ControlNet-lite) has no other layout than its own.")
+        raise Unsupported(
+            "No class of diffusers has this branch's body (ControlNet-lite, or of a base that is no U-Net): it has no "
+            "other layout than its own."
+        )
     if weights.kind in ("adapter", "xs") and to != "diffusers":
         raise Unsupported(f"A {KINDS[weights.kind].title} is another network and cannot be {to}: only --to diffusers.")
     if weights.kind == "union" and to not in ("union", "diffusers"):
         raise Unsupported(
-            f"A Union's types of hint cannot be told apart in {to}: only --to union, or one type of it, as NAME:TYPE."
+            f"{to} cannot hold a Union's several types: only --to union, or one type of it, as NAME:TYPE."
         )
 
 

@@ -122,7 +122,7 @@ def _hint_shape(tensors: Mapping[str, Tensor], base: Backbone) -> tuple[int, int
 
 
 def _copied(weights: Weights) -> dict[str, Tensor]:
-    """The tensors in float32, as copies: a mapped file's lie at odd places in memory, and sums depend on the place."""
+    """The tensors in float32, as copies: a mapped file's are not aligned, which changes rounding."""
     return {key: tensor.to(torch.float32, copy=True) for key, tensor in weights.tensors.items()}
 
 

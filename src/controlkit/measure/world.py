@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from controlkit.backbones import Backbone
+from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, evaluation_pairs
 from controlkit.formats import SavedControl
 from controlkit.hub import shipped_path
@@ -25,8 +25,8 @@ class World:
     """A set of pictures with a base that makes them; its networks and data by the names they are shipped under."""
 
     name: str
-    text_digest: str
-    """``Backbone.text_digest`` of the base that was trained on this world."""
+    base: str
+    """The shipped base that was trained on this world."""
     referee_name: str
     observer_name: str
     pictures: str
@@ -47,7 +47,7 @@ class World:
 
         So do bases tuned from that one, whatever their number format; a base with other text weights does not.
         """
-        return base.text_digest == self.text_digest
+        return base.text_digest == _text_digest(self.base)
 
     def referee(self, device: str = "cpu") -> Referee:
         """The referee of pictures, loaded once a device."""
@@ -56,6 +56,11 @@ class World:
     def observer(self) -> Observer:
         """The network that reads depth, normals, labels and poses off pictures, loaded once."""
         return _observer(self.observer_name)
+
+
+@cache
+def _text_digest(base: str) -> str:
+    return load_base(base).text_digest
 
 
 @cache
@@ -68,7 +73,7 @@ def _observer(name: str) -> Observer:
     return Observer.load(shipped_path(name))
 
 
-EMBEDDED = World("embedded", "f9b343eb4f80fc9e", "referee", "observer", pictures="emoji", scenes="scenes")
+EMBEDDED = World("embedded", "mini", "referee", "observer", pictures="emoji", scenes="scenes")
 """The world of emoji and rendered scenes that ``mini`` was trained on."""
 WORLDS = (EMBEDDED,)
 

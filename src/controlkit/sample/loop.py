@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
+from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import to_pictures
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
@@ -109,7 +110,8 @@ def _hint_tensors(base: Backbone, controls: Sequence[PreparedControl], size: tup
         return base.hint_input(pixels.to(base.device, base.dtype))
 
     first = controls[0]
-    return {kind: read(kind) for kind in first.hints} if first.network.hint_types else read("")
+    with base.autocast():  # for a base whose hints are latents
+        return {kind: read(kind) for kind in first.hints} if first.network.hint_types else read("")
 
 
 def generate(
@@ -121,9 +123,13 @@ def generate(
     half as many from then on. Close the iterator to cancel: nothing is computed after the step last yielded. Requests
     are prepared here, their notes given as warnings; see ``prepare`` for what it raises.
     """
+    plain = [one for one in requests if isinstance(one, Request)]
     prepared = [one for one in requests if isinstance(one, Prepared)]
-    if given := [one for one in requests if isinstance(one, Request)]:
-        prepared = prepare(base, given)
+    if len(plain) < len(requests) and len(prepared) < len(requests):
+        kinds = ", ".join(sorted({type(one).__name__ for one in requests}))
+        raise Invalid(f"Expected Requests, or the results of prepare, and got {kinds}: give one kind of them.")
+    if plain:
+        prepared = prepare(base, plain)
         for note in dict.fromkeys(note for one in prepared for note in one.notes):
             warnings.warn(note, stacklevel=2)
     return _generate(base, prepared, batch)
@@ -135,9 +141,12 @@ def _generate(base: Backbone, prepared: list[Prepared], batch: int) -> Generator
         alike = list(takewhile(prepared[0].is_like, prepared[:batch]))
         try:
             made = yield from _one_batch(base, alike, previewer)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(alike) == 1:
-                raise
+                raise OutOfRoom(
+                    f"The device's memory does not hold one picture of this size ({str(error).splitlines()[0]}). "
+                    "Take a smaller size, weights of half precision, or another device."
+                ) from error
             batch = len(alike) // 2
             continue
         yield from made

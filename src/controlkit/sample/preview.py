@@ -16,7 +16,7 @@ def clean_latents(noise: NoiseProcess, x: Tensor, prediction: Tensor, t: Tensor)
 
     Noisy latents and target are linear in latents and noise, x = a z + b e and p = c z + d e; solved for z.
     """
-    one, zero, at = x.new_ones(1, 1, 1, 1), x.new_zeros(1, 1, 1, 1), t.to(x.device).long().view(1)
+    one, zero, at = x.new_ones(1, 1, 1, 1), x.new_zeros(1, 1, 1, 1), t.to(x.device).view(1)
     a, b = noise.add(one, zero, at), noise.add(zero, one, at)
     c, d = noise.target(one, zero, at), noise.target(zero, one, at)
     return ((d * x - b * prediction) / (a * d - b * c)).nan_to_num()
@@ -32,7 +32,7 @@ class Previewer:
     def colours(self) -> Tensor:
         """(C + 1, 3): the map of a latent, and of 1; fitted on first use to 20 pictures of 1 to 64 coloured fields.
 
-        By least squares, between latents and the mean colours of their places. Fields of one colour alone do not do:
+        By least squares, between latents and the mean colours of their places. Pictures of one colour are not enough:
         the latents of flat pictures lie apart.
         """
         side, rng = 2 * self.base.multiple, torch_rng("preview")

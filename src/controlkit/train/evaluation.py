@@ -74,7 +74,7 @@ class Measured:
 class Evaluator:
     """Obedience on held-out hints, where it can be measured, and pictures of them.
 
-    What does not depend on the branch is made once, by the ``locked`` base where ``base`` learns, too.
+    What does not depend on the branch is made once, by the ``frozen`` base where ``base`` learns, too.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class Evaluator:
         contract: HintSpec,
         recipe: Recipe,
         out: Path,
-        together: Ranks | None = None,
-        locked: Backbone | None = None,
+        ranks: Ranks | None = None,
+        frozen: Backbone | None = None,
     ) -> None:
-        self.base, self.locked, self.out = base, locked or base, out
-        self.ranks = together or Ranks()
+        self.base, self.frozen, self.out = base, frozen or base, out
+        self.ranks = ranks or Ranks()
         evaluation = recipe.evaluation
         heldout = [pairs[i] for i in range(len(pairs))]
         self.plan = EvaluationPlan(
@@ -118,9 +118,9 @@ class Evaluator:
         return pictures * self.plan.steps
 
     def _maker(self, branch: ControlNetwork, on_advance: Callable[[int], None]) -> Maker:
-        """Makes pictures under control by the base that learns, and those without by the locked one."""
+        """Makes pictures under control by the base that learns, and those without by the frozen one."""
         loaded = {CONTROL: SavedControl(branch, self.plan.spec, hint_cfg_scale=self.hint_cfg_scale)}
-        controlled, plain = (maker(base, loaded, on_step=on_advance) for base in (self.base, self.locked))
+        controlled, plain = (maker(base, loaded, on_step=on_advance) for base in (self.base, self.frozen))
         return lambda requests: (controlled if any(one.controls for one in requests) else plain)(requests)
 
     def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:

@@ -133,5 +133,5 @@ def verdict(evaluations: Sequence[EvaluationSummary]) -> str:
     if evaluations and evaluations[-1].control:
         return f"control perhaps found at step {evaluations[-1].step}: the next evaluation will confirm"
     if evaluations and not evaluations[-1].is_meaningful:
-        return "control cannot be told here: floor and ceiling are too close, or the ceiling too low"
+        return "it cannot be decided whether there is control: floor and ceiling are too close, or the ceiling too low"
     return "no control yet"
