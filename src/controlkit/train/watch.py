@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunLog:
     """A run as its folder shows it: the log's records, the recipe's number of steps, the newest sheet of samples."""
 
     folder: Path
@@ -84,7 +84,7 @@ class Run:
         return next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), "")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunLog:
     """Read a run's folder as it is, without a last line that is half written. ``NotFound`` where there is no run."""
     recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
     if not recipe.is_file():
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
             break
     sheets = sorted((folder / "samples").glob("*.png"))
     steps = int(yaml.safe_load(recipe.read_text())["steps"])
-    return Run(folder, records, steps, sheets[-1] if sheets else None)
+    return RunLog(folder, records, steps, sheets[-1] if sheets else None)
 
 
 def bars(values: Sequence[float], width: int = 40) -> str:
@@ -107,7 +107,7 @@ def bars(values: Sequence[float], width: int = 40) -> str:
     return "".join(BARS[int((value - low) / (high - low or 1) * (len(BARS) - 1) + 0.5)] for value in shown)
 
 
-def lines(run: Run) -> list[str]:
+def lines(run: RunLog) -> list[str]:
     """Describe the run in lines of text: step, time left, loss, obedience and the last verdict."""
     if not run.records:
         return [f"{run.folder}: no step yet"]
@@ -154,7 +154,7 @@ _TITLES = {
 }
 
 
-def page(run: Run, facts: Mapping[str, Any] | None = None) -> str:
+def page(run: RunLog, facts: Mapping[str, Any] | None = None) -> str:
     """The run as one HTML file, pictures included; ``facts`` stand below its title."""
     body: list[str | Section] = [run.verdict] if run.verdict else []
     if facts:
