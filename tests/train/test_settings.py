@@ -76,7 +76,7 @@ def third_step(before, after):
 
 SETTINGS = [  # key, another value, what of the run it must change and how, and in what recipe, where not the probed one
     ("base", "other", "base", becomes("other")),
-    ("vae", "other", "losses", changed),
+    ("vae", "other", "moments", changed),
     ("size", 64, "hints", lambda before, after: [len(hint) for hint in after] == [4 * len(hint) for hint in before]),
     ("control.annotator", "scribble", "hints", changed),
     ("control.types", ["canny"], "tensors", lambda before, after: after > before, {"evaluation": {"every": 0}}),
@@ -143,10 +143,18 @@ SETTINGS = [  # key, another value, what of the run it must change and how, and 
 
 @pytest.fixture(scope="module")
 def other_base(toy_folder):
-    """The toy base with other weights."""
+    """The toy base with another U-Net."""
     other = load_base(toy_folder)
     other.unet.conv_out.weight.data *= 2
     other.name = "other"
+    return other
+
+
+@pytest.fixture(scope="module")
+def other_vae(toy_folder):
+    """The toy base with another VAE, and its own U-Net."""
+    other = load_base(toy_folder)
+    other.vae.quant_conv.weight.data *= 2
     return other
 
 
@@ -165,11 +173,11 @@ def neighbour(toy_base, drawn_joins, tmp_path_factory):
 
 
 @pytest.fixture
-def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch):
+def trace(toy_base, other_base, other_vae, neighbour, fake_packages, tmp_path, monkeypatch):
     """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed; all that can
     be seen of the run."""
-    bases = {"toy": toy_base, "other": other_base}
-    monkeypatch.setattr("controlkit.train.run.load_base", lambda name, vae=None: bases[vae or name])
+    bases = {("toy", None): toy_base, ("other", None): other_base, ("toy", "other"): other_vae}
+    monkeypatch.setattr("controlkit.train.run.load_base", lambda name, vae=None: bases[name, vae])
     monkeypatch.chdir(neighbour.parent)
 
     def run(key=None, value=None, within=None):
@@ -210,6 +218,7 @@ def trace(toy_base, other_base, neighbour, fake_packages, tmp_path, monkeypatch)
             "controls": 1 + len(more),
             "edges": sum(int((hint > 0).sum()) for hint in hints),
             "hints": sorted(hint.numpy().tobytes() for hint in hints),
+            "moments": [rows.numpy().tobytes() for name, rows in held.items() if name.endswith("moments")],
             "pairs": len(hints),
             "stored": len(stored),
             "tensors": weights.keys(),
