@@ -33,7 +33,7 @@ FILL = 0.86  # of the side, as emoji span it
 
 
 def words_of(path: Path) -> str:
-    """What a file's name calls its picture: ``cat_jeff_01.png`` -> ``cat jeff``."""
+    """The words in a file's name: ``cat_jeff_01.png`` -> ``cat jeff``."""
     return " ".join(re.findall(r"[a-z]{2,}", path.stem.lower())) or "thing"
 
 

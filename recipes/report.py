@@ -83,10 +83,9 @@ def main(
         task = progress.add_task("generating", total=count * steps)
 
         def make(prompts: Sequence[str], seed: int | None = None) -> list[np.ndarray]:
-            asked = [
-                Request(prompt=prompt, seed=i if seed is None else seed, steps=steps, guidance=guidance)
-                for i, prompt in enumerate(prompts)
-            ]
+            seeds = range(len(prompts)) if seed is None else [seed] * len(prompts)
+            each = zip(prompts, seeds, strict=True)
+            asked = [Request(prompt=prompt, seed=own, steps=steps, guidance=guidance) for prompt, own in each]
             return [picture.pixels for picture in maker(model, on_step=lambda n: progress.advance(task, n))(asked)]
 
         sheet = [

@@ -336,6 +336,20 @@ def write_png(
     write_atomic(path, png_bytes(picture, info, colours))
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG that ``write_png`` wrote; ``Invalid`` where it has none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            settings = json.loads(opened.text["parameters"])  # type: ignore[attr-defined]  # of PNG files alone
+    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError, RecursionError) as error:
+        raise Invalid(
+            f"{path} holds no settings ({one_line(error)}): expected a PNG as `generate` writes it."
+        ) from error
+    if not isinstance(settings, dict):
+        raise Invalid(f"{path} holds a {type(settings).__name__} as settings: expected keys and values.")
+    return settings
+
+
 def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, colours: int | None = None) -> bytes:
     """A picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file's bytes; ``colours`` as in ``write_png``."""
     buffer = io.BytesIO()

@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from controlkit.annotators import contract
-from controlkit.cli.pictures import control_requests, split_control
+from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, split_control
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
@@ -58,9 +59,21 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
     assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
     code, _, err = run(*repeat, "--steps", 3)
     assert code == 2 and "leave out steps" in err
+    own = ["generate", "--request", out / "picture-5.png", "--base", toy_folder, "--out", tmp_path / "own"]
+    code, _, err = run(*own, "--num-images", 2)  # as many at once: a batch's size may change a last bit
+    assert code == 0, err
+    assert (tmp_path / "own" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
+    code, _, err = run("generate", "--request", drawing, "--base", toy_folder)
+    assert code == 2 and "drawing.png holds no settings" in err
     (tmp_path / "request.json").write_text('{"steps": 0}')
     code, _, err = run(*repeat)
     assert code == 2 and "request.json" in err and '"steps" is 0' in err
+
+
+def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
+    """Or one given beside ``--request`` would be left unread without a word."""
+    beside = {"context", "request", "out", "base", "num_images", "lora", "vae", "embedding", "dtype", "device"}
+    assert set(inspect.signature(generate).parameters) == {*IN_REQUEST} | beside and not {*IN_REQUEST} & beside
 
 
 def test_settings_of_a_control_are_its_own_and_others_serve_those_that_have_none():

@@ -11,7 +11,7 @@ import torch
 from diffusers import T2IAdapter
 from safetensors.torch import load_file
 
-from conftest import draw_inputs, relative
+from conftest import TINY, draw_inputs, relative
 from controlkit import precision
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
@@ -25,20 +25,13 @@ from controlkit.train import controlled, train_control
 from controlkit.train.recipe import ControlRecipe, parse_recipe, read_recipe
 from controlkit.train.run import DIFFERENCE
 
-TINY = {
-    "data": {"source": "fill50k", "count": 8},
-    "steps": 4,
-    "batch": 2,
-    "lr": 1e-2,
-    "checkpoint_every": 2,
-    "evaluation": {"every": 0},
-}
+OWN = TINY | {"steps": 4, "lr": 1e-2, "evaluation": {"every": 0}}
 RANK = 2
 BODIES = {"conv": {}, "lora": {"rank": RANK}, "adapter": {}}
 
 
 def recipe_of(body, **changes):
-    return parse_recipe({**TINY, "control": {"body": body, **BODIES[body]}, **changes})
+    return parse_recipe({**OWN, "control": {"body": body, **BODIES[body]}, **changes})
 
 
 def trained(recipe, out, base):
@@ -88,7 +81,7 @@ def test_what_any_body_learns_is_what_is_loaded_and_its_base_stays_as_it_was(bod
     plain = toy_base.decode_noise(toy_base.encode_noise(*inputs[:3]))
     assert relative(prediction(toy_base, first.branch, inputs), prediction(toy_base, last.branch, inputs)) > 1e-3
     assert relative(prediction(toy_base, last.branch, inputs), plain) > 1e-3
-    assert last.hint == contract("canny") and last.trained["step"] == TINY["steps"]
+    assert last.hint == contract("canny") and last.trained["step"] == OWN["steps"]
 
 
 # --- differences of low rank --------------------------------------------------------------------------------
@@ -171,7 +164,7 @@ def test_a_saved_adapter_is_a_diffusers_one(runs, toy_base):
 
 def test_a_run_starts_from_a_neighbouring_adapter(runs, toy_base, tmp_path):
     asked = {"body": "adapter", "start_from": str(runs("adapter"))}
-    (record, *_) = train_control(parse_recipe({**TINY, "control": asked, "steps": 1}), tmp_path / "next", toy_base)
+    (record, *_) = train_control(parse_recipe({**OWN, "control": asked, "steps": 1}), tmp_path / "next", toy_base)
     (fresh, *_) = train_control(recipe_of("adapter", steps=1), tmp_path / "fresh", toy_base)
     assert record.loss != fresh.loss
 
@@ -179,7 +172,7 @@ def test_a_run_starts_from_a_neighbouring_adapter(runs, toy_base, tmp_path):
 @pytest.mark.parametrize("words", [{"taps": "mid"}, {"join": "gaussian"}])
 def test_an_adapter_has_no_joins(words, toy_base, tmp_path):
     with pytest.raises(UserError, match=rf"control\.{next(iter(words))} is .* with body adapter"):
-        recipe = parse_recipe({**TINY, "control": {"body": "adapter", **words}})
+        recipe = parse_recipe({**OWN, "control": {"body": "adapter", **words}})
         next(train_control(recipe, tmp_path / "run", toy_base))
 
 
@@ -187,7 +180,7 @@ def test_a_control_of_the_other_kind_is_no_start(runs, toy_base, tmp_path, drawn
     save_control(tmp_path / "copy", SavedControl(drawn_joins(new_control(toy_base)), HintSpec("canny")), toy_base)
     with pytest.raises(UserError, match="is a ControlNet; this recipe starts from a T2I-Adapter"):
         asked = {"body": "adapter", "start_from": str(tmp_path / "copy")}
-        next(train_control(parse_recipe({**TINY, "control": asked}), tmp_path / "run", toy_base))
+        next(train_control(parse_recipe({**OWN, "control": asked}), tmp_path / "run", toy_base))
 
 
 # --- an unlocked base ---------------------------------------------------------------------------------------
@@ -198,12 +191,12 @@ UNLOCKED = {"control": {"body": "copy"}, "unfreeze_after": 2, "steps": 5}
 @pytest.fixture(scope="module")
 def unlocked(toy_base, tmp_path_factory):
     out = tmp_path_factory.mktemp("unlocked") / "run"
-    return out, trained(parse_recipe({**TINY, **UNLOCKED}), out, toy_base)
+    return out, trained(parse_recipe({**OWN, **UNLOCKED}), out, toy_base)
 
 
 def test_until_it_is_unlocked_the_base_is_locked_and_the_callers_stays_so(unlocked, toy_base, tmp_path):
     before = {name: value.clone() for name, value in toy_base.unet.state_dict().items()}
-    plain = [r.loss for r in train_control(parse_recipe({**TINY, "steps": 5}), tmp_path / "plain", toy_base)]
+    plain = [r.loss for r in train_control(parse_recipe({**OWN, "steps": 5}), tmp_path / "plain", toy_base)]
     assert unlocked[1][:3] == plain[:3] and unlocked[1][3:] != plain[3:]  # the third step's loss is before it learns
     assert all(torch.equal(value, before[name]) for name, value in toy_base.unet.state_dict().items())
     assert not any(p.requires_grad for p in toy_base.unet.parameters())
@@ -225,7 +218,7 @@ def test_the_base_and_its_difference_are_the_base_that_learnt(unlocked, toy_base
 
 
 def test_a_run_with_an_unlocked_base_goes_on_as_if_it_had_never_stopped(unlocked, toy_base, tmp_path):
-    recipe = parse_recipe({**TINY, **UNLOCKED})
+    recipe = parse_recipe({**OWN, **UNLOCKED})
     for _ in itertools.islice(train_control(recipe, tmp_path, toy_base), 5):
         pass
     shutil.rmtree(tmp_path / "checkpoints" / "step-0000005", ignore_errors=True)
@@ -238,7 +231,7 @@ def test_a_run_with_an_unlocked_base_goes_on_as_if_it_had_never_stopped(unlocked
 
 def test_what_an_unlocked_base_is_measured_against_is_the_base_as_it_was(toy_base, tmp_path):
     """After an interruption the pictures without control are made anew, when the base has learnt."""
-    recipe = parse_recipe({**TINY, **UNLOCKED, "evaluation": {"every": 1, "num": 2, "steps": 1}})
+    recipe = parse_recipe({**OWN, **UNLOCKED, "evaluation": {"every": 1, "num": 2, "steps": 1}})
     whole = [record.figures() for record in train_control(recipe, tmp_path / "whole", toy_base)]
     assert all(figures["colour_drift/red"] for figures in whole[3:])
     list(itertools.islice(train_control(recipe, tmp_path / "run", toy_base), 5))
@@ -254,7 +247,7 @@ def test_a_difference_to_another_base_is_refused(unlocked, request, tmp_path):
 
 def test_averages_and_an_unlocked_base_do_not_go_together():
     with pytest.raises(UserError, match="ema averages"):
-        parse_recipe({**TINY, "unfreeze_after": 2, "ema": 0.9})
+        parse_recipe({**OWN, "unfreeze_after": 2, "ema": 0.9})
 
 
 @pytest.mark.slow  # a minute or two each

@@ -18,7 +18,7 @@ from diffusers import ControlNetModel
 from safetensors.torch import load_file
 from tiny_runs import heldout_loss
 
-from conftest import relative
+from conftest import TINY, relative
 from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, load_control
@@ -29,12 +29,10 @@ from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.state import TrainState
 
-RECIPE = {
-    "data": {"source": "fill50k", "count": 8},
+RECIPE = TINY | {
     "steps": 2,
     "batch": 8,
     "noises_per_pair": 2,
-    "lr": 1e-3,
     "checkpoint_every": 1,
     "evaluation": {"every": 1, "num": 2, "steps": 1},
 }

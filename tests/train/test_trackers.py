@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import StandIn
+from conftest import TINY, StandIn
 from controlkit.errors import UserError
 from controlkit.images import write_png
 from controlkit.train import learning_rate, resolve, train_control
 from controlkit.train.recipe import parse_recipe
 
-RECIPE = {
-    "data": {"source": "fill50k", "count": 8},
-    "steps": 6,
-    "batch": 2,
-    "lr": 1e-3,
-    "warmup": 3,
-    "checkpoint_every": 2,
-    "evaluation": {"every": 3, "num": 2, "steps": 1},
-}
+RECIPE = TINY | {"warmup": 3}
 
 
 def sent_to(*names, **changes):

@@ -58,7 +58,10 @@ def generate(
     ] = None,
     request: Annotated[
         Path | None,
-        typer.Option(help="A JSON file with the whole request: prompts, seed, size, steps, guidance, controls."),
+        typer.Option(
+            help="A JSON file with the whole request: prompts, seed, size, steps, guidance, controls; or a PNG that "
+            "this command wrote, whose request is repeated (its base, LoRAs and VAE are options still)."
+        ),
     ] = None,
     out: OutOption = Path("out"),
     base: BaseOption = "mini",
@@ -122,7 +125,7 @@ def generate(
     model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
-    facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or []}
+    facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
     _make(model, prepared, out, facts | {"embedding": [path.stem for path in embedding or []]})
 
 
@@ -165,14 +168,17 @@ IN_REQUEST = (
 
 
 def _read_request(context: typer.Context, file: Path) -> "Request":
+    from controlkit.images import read_settings
     from controlkit.sample import Request
 
     sources = {name: context.get_parameter_source(name) for name in IN_REQUEST}
     if also := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
         raise Invalid(f"--request holds the whole request: leave out {', '.join(also)}, or write it into {file}.")
     if not file.is_file():
-        raise NotFound(f"There is no request at {file}: expected a JSON file.")
+        raise NotFound(f"There is no request at {file}: expected a JSON file, or a PNG that generate wrote.")
     try:
+        if file.suffix.lower() == ".png":
+            return Request(**{key: value for key, value in read_settings(file).items() if key in Request.model_fields})
         return Request.from_json(file.read_bytes())
     except Invalid as error:
         raise Invalid(f"{file}: {error}") from None
