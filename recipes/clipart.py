@@ -21,8 +21,9 @@ from rich.progress import Progress
 from controlkit.backbones import load_base
 from controlkit.data import Pair, evaluation_pairs
 from controlkit.errors import NotFound
+from controlkit.files import write_atomic
 from controlkit.formats import load_control
-from controlkit.images import grid, write_atomic, write_png
+from controlkit.images import grid, write_png
 from controlkit.measure import EvaluationPlan, evaluate_base
 from controlkit.mini import world
 from controlkit.sample import ControlRequest, maker

@@ -20,8 +20,9 @@ from rich.progress import Progress, TaskID
 
 from controlkit.backbones import load_base
 from controlkit.data import Pair
+from controlkit.files import write_atomic
 from controlkit.formats import load_control
-from controlkit.images import HintSpec, grid, write_atomic, write_png
+from controlkit.images import HintSpec, grid, write_png
 from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, first_kind, truth_of
 from controlkit.sample import ControlRequest, Request, maker
 

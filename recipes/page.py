@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.images import write_atomic, write_png
+from controlkit.files import write_atomic
+from controlkit.images import write_png
 from controlkit.pages import Figure, Section, Table, render
 
 Labelled = tuple[str, np.ndarray]

@@ -20,7 +20,8 @@ from rich.progress import Progress
 
 from controlkit.backbones import load_base
 from controlkit.data import EmojiPairs
-from controlkit.images import grid, write_atomic, write_png
+from controlkit.files import write_atomic
+from controlkit.images import grid, write_png
 from controlkit.measure import Referee, ceiling_of, fid, mean_figure, psnr
 from controlkit.mini import world
 from controlkit.mini.scenes import draw_scenes

@@ -12,8 +12,9 @@ from PIL import Image, TiffImagePlugin
 from safetensors import SafetensorError, safe_open
 
 from controlkit.errors import UserError
+from controlkit.files import write_atomic
 from controlkit.hub import shipped_path
-from controlkit.images import HintSpec, fit, grid, read_picture, to_pictures, to_tensor, write_atomic, write_png
+from controlkit.images import HintSpec, fit, grid, read_picture, to_pictures, to_tensor, write_png
 
 
 def noise(height, width, seed=0):

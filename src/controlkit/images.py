@@ -7,14 +7,10 @@ Hints are pictures, too, or arrays (H, W, C) of any number of channels: uint8 an
 largest value; float32 are values in the range of the ``HintSpec`` already.
 """
 
-import errno
 import io
 import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +21,15 @@ import pydantic_core
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from torch import Tensor
 
 from controlkit.errors import Invalid, NotFound, one_line
+from controlkit.files import write_atomic
 
 Resize = Literal["area", "lines", "nearest"]
 
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
-
-SCRATCH = ".writing-"
-"""The beginning of the name of a file or folder until it is whole and renamed."""
-
 
 _FILE_KEYS = {"mask_value": "mark"}
 """``HintSpec``'s fields that have another key in files: weights that are shipped have it."""
@@ -291,35 +283,6 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
     """A tensor (B, 3, H, W) in [-1, 1] as uint8 pictures (H, W, 3)."""
     pixels = ((tensor.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: to a neighbour first, then renamed over the target.
-
-    ``data``: the bytes, or, where they are too many to be held twice, a function that writes them to a path. Raises
-    ``OSError`` as writing does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
-    try:
-        if callable(data):
-            scratch.touch(exist_ok=False)
-            mode = scratch.stat().st_mode  # the writer may make the file anew, for its owner alone
-            try:
-                data(scratch)
-            except SafetensorError as error:  # which is what its writer makes of a full disk, too
-                full = shutil.disk_usage(path.parent).free < 1 << 20
-                raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
-            scratch.chmod(mode)
-        with scratch.open("ab") as file:
-            if isinstance(data, bytes):
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def write_png(

@@ -26,8 +26,8 @@ from controlkit.backbones.unet_families import (
     pipeline_configs,
 )
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
+from controlkit.files import write_atomic
 from controlkit.hub import names_a_repository, shipped_names, shipped_path
-from controlkit.images import write_atomic
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -90,7 +90,8 @@ def doctor(
     """
     from controlkit.annotators import contract
     from controlkit.data import add_up, examine, read_listing, sheet_rows
-    from controlkit.images import grid, write_atomic, write_png
+    from controlkit.files import write_atomic
+    from controlkit.images import grid, write_png
 
     check_folder(out)
     made_by = contract(annotator) if annotator else None

@@ -171,7 +171,8 @@ def watch(
     from rich.live import Live
     from rich.text import Text
 
-    from controlkit.images import read_picture, write_atomic
+    from controlkit.files import write_atomic
+    from controlkit.images import read_picture
     from controlkit.train.watch import blocks, lines, page, read_run
 
     seen = read_run(run)
@@ -221,7 +222,7 @@ def evaluate(
     Held-out pairs, seeds 0..N-1; 95% intervals by a paired bootstrap. Obedience 0 is no control, 1 is all the VAE
     lets through. CLIP-score and FID are measured on `mini` and bases tuned from it alone: the referee knows no others.
     """
-    from controlkit.images import write_atomic
+    from controlkit.files import write_atomic
     from controlkit.measure import EvaluationPlan, evaluate_base, heldout_for, metric_of
     from controlkit.sample import ControlRequest, maker
 

@@ -20,7 +20,8 @@ from controlkit.data.layouts.rows import Listing, Row, rows_digest
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
-from controlkit.images import SCRATCH, HintSpec, decode_hint, decode_picture, fit, png_bytes, write_atomic
+from controlkit.files import SCRATCH, write_atomic
+from controlkit.images import HintSpec, decode_hint, decode_picture, fit, png_bytes
 
 SHARD = 1000
 """Pairs in a tar."""

@@ -16,7 +16,8 @@ from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair, is_annotated
 from controlkit.data.store import Entry, Store, key_of, remembered
 from controlkit.errors import Mismatch
-from controlkit.images import HintSpec, to_tensor, write_atomic
+from controlkit.files import write_atomic
+from controlkit.images import HintSpec, to_tensor
 from controlkit.tensors import TensorWriter, read_filled
 
 

@@ -15,7 +15,8 @@ import torch
 from controlkit.data.layouts.folders import caption_file
 from controlkit.data.layouts.rows import Listing, Row
 from controlkit.errors import Invalid, NotFound, Unsupported, UserError, one_line
-from controlkit.images import decode_picture, write_atomic
+from controlkit.files import write_atomic
+from controlkit.images import decode_picture
 
 CAPTIONER = "Salesforce/blip-image-captioning-base"
 JOURNAL = "captions.jsonl"

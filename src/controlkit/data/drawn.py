@@ -11,7 +11,8 @@ import numpy as np
 from controlkit.annotators import all_kinds
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
-from controlkit.images import write_atomic, write_png
+from controlkit.files import write_atomic
+from controlkit.images import write_png
 
 if TYPE_CHECKING:
     from controlkit.mini.scenes import Scene

@@ -22,6 +22,7 @@ from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, nearest
+from controlkit.files import SCRATCH, write_atomic
 from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, WEIGHTS_FILES, json_object, metadata_entry
 from controlkit.formats.networks import network_weights, read_network, stored_spec
@@ -34,7 +35,7 @@ from controlkit.formats.weights import (
     types_differ_by_code,
 )
 from controlkit.hub import shipped_names, shipped_path
-from controlkit.images import SCRATCH, HintSpec, write_atomic
+from controlkit.images import HintSpec
 
 _SCALE_KEY = "guidance"
 """The key of ``hint_cfg_scale`` in a file's ``controlkit.use``: weights that are shipped have it."""

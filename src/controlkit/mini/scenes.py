@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from controlkit.files import write_atomic
 from controlkit.hub import cache_dir
-from controlkit.images import write_atomic
 from controlkit.mini import raycast
 from controlkit.seeds import numpy_rng
 

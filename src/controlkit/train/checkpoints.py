@@ -18,8 +18,8 @@ from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.errors import Invalid, Mismatch, OutOfRoom, Unsupported
+from controlkit.files import SCRATCH, write_atomic
 from controlkit.formats import SavedControl, save_control, write_tensors
-from controlkit.images import SCRATCH, write_atomic
 from controlkit.precision import faster_format, settle_format
 from controlkit.train.recipe import FORMATS, Recipe, read_recipe
 from controlkit.train.records import EvaluationSummary, summary_of

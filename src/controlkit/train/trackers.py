@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from controlkit.errors import NotFound
-from controlkit.images import read_picture, write_atomic
+from controlkit.files import write_atomic
+from controlkit.images import read_picture
 from controlkit.train.recipe import TrackingRecipe
 from controlkit.train.records import Record
 
