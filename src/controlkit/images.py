@@ -321,6 +321,15 @@ def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, c
     return buffer.getvalue()
 
 
+def hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
+    """(suffix, content) of a hint's file: ``.png`` where it is a picture, uint8 (H, W, 3 or 4), else ``.npy``."""
+    if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
+        return ".png", png_bytes(hint)
+    buffer = io.BytesIO()
+    np.save(buffer, hint, allow_pickle=False)
+    return ".npy", buffer.getvalue()
+
+
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
     """Lay out pictures in rows and columns, each scaled to fit a square of ``cell`` pixels, on white.
 

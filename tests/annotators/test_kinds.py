@@ -143,7 +143,7 @@ def test_a_kind_of_one_s_own_is_built_and_its_folder_is_known(toy, run, folder, 
     assert np.array_equal(read_picture(hints / "0.png"), ridge(pictures[0]))
     hints.rename(tmp_path / "out/ridge")
     listing = read_listing(tmp_path / "out")
-    assert listing.layout == "paired" and all(row.hint for row in listing.rows) and len(listing.rows) == 8
+    assert listing.layout == "paired" and all(row.hints for row in listing.rows) and len(listing.rows) == 8
 
 
 def test_a_kind_of_one_s_own_trains_is_measured_and_saved(toy, toy_base, folder, tmp_path):

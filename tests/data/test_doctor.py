@@ -144,6 +144,6 @@ def test_hints_that_training_will_make_are_on_the_sheet(tutorial):
         path.unlink()
     report = report_of(tutorial, annotator("canny").spec())
     assert report.layout == "pictures" and report.hints == 0 and report.may_train
-    above, below = sheet_rows(report, SIDE)
-    assert len(above) == 3 and all(set(np.unique(hint)) <= {0, 255} for hint in below)
+    assert [len(row) for row in sheet_rows(report)] == [3, 3]
+    assert all(set(np.unique(hint)) <= {0, 255} for _, hint in report.shown)
     assert [p.kind for p in report.problems] == ["no captions"], "a number is no name"

@@ -239,7 +239,7 @@ def test_arrays_in_a_folder_called_by_a_kind_of_hint_are_hints(tutorial, tmp_pat
         copied(tmp_path / "set", f"images/{i}.png", tutorial[0] / "target/0.png")
         np.save(tmp_path / "set" / "depth" / f"{i}.npy", np.full((SIDE, SIDE), i, np.float32))
     listing = read_listing(tmp_path / "set")
-    assert (listing.layout, [row.hint is not None for row in listing.rows]) == ("paired", [True] * COUNT)
+    assert (listing.layout, [len(row.hints) for row in listing.rows]) == ("paired", [1] * COUNT)
 
 
 def test_folders_of_pictures_whose_names_say_nothing_of_hints_are_pictures(tutorial, tmp_path):

@@ -1,7 +1,7 @@
 """Data sets: drawn, examined, captioned, written anew."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -13,6 +13,7 @@ from controlkit.cli.shared import (
     KindsCommand,
     OutOption,
     check_folder,
+    parse_settings,
     parse_size,
     progress_bars,
     ready,
@@ -21,7 +22,7 @@ from controlkit.cli.shared import (
 from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
-    from controlkit.data import Finding, Listing, Over, Report
+    from controlkit.data import Listing, Over, Report
 
 app = typer.Typer(help="Make and look at training data.", no_args_is_help=True)
 make_app = typer.Typer(help="Draw a data set.", no_args_is_help=True)
@@ -53,12 +54,12 @@ def _over(replace: str) -> "Over":
     return cast("Over", replace)
 
 
-def _columns(given: list[str] | None) -> dict[str, str]:
-    """Columns' names by kind, of ``--column``."""
-    pairs = [one.partition("=") for one in given or []]
-    if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
-        raise Invalid(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
-    return {kind: name for kind, _, name in pairs}
+def _follow(words: str, total: int, done: Iterable[int]) -> None:
+    """Show a bar while work is done that yields how much of it is done so far."""
+    with progress_bars() as progress:
+        task = progress.add_task(words, total=total, figures="")
+        for count in done:
+            progress.update(task, completed=count)
 
 
 @app.command(
@@ -99,16 +100,11 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path, _columns(column))
+    listing = read_listing(path, parse_settings("--column", column, "image=photo"))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
-
-        def opened() -> Iterator["Finding"]:
-            for finding in examine(listing, made_by, workers):
-                progress.advance(task)
-                yield finding
-
-        report = add_up(listing, opened(), made_by)
+        found = progress.track(examine(listing, made_by, workers), total=len(listing.rows), task_id=task)
+        report = add_up(listing, found, made_by)
     _say_report(path, listing, report, annotator)
     if report.shown:
         write_png(out / "sheet.png", grid(sheet_rows(report)))
@@ -151,10 +147,7 @@ def fill50k(
     from controlkit.data import make_fill50k
 
     check_folder(out)
-    with progress_bars() as progress:
-        task = progress.add_task("drawing", total=count, figures="")
-        for done in make_fill50k(out, count, size, seed):
-            progress.update(task, completed=done)
+    _follow("drawing", count, make_fill50k(out, count, size, seed))
     say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
 
 
@@ -175,10 +168,7 @@ def scenes(
     from controlkit.data import make_scenes
 
     check_folder(out)
-    with progress_bars() as progress:
-        task = progress.add_task("drawing", total=count, figures="")
-        for done in make_scenes(out, count, size, seed, hint):
-            progress.update(task, completed=done)
+    _follow("drawing", count, make_scenes(out, count, size, seed, hint))
     say(f"{count} scenes in {out}; listed in {out / 'prompt.json'} and {out / 'metadata.jsonl'}")
 
 
@@ -196,25 +186,18 @@ def caption(
 
     What people wrote stays as it is, unless `--replace all` is given. Run again to go on after an interruption.
     """
-    from controlkit.data import check_beside, load_captioner, read_listing, unwritten, wanting, write_captions
+    from controlkit.data import load_captioner, sound_listing, unwritten, write_captions
 
     over = _over(replace)
-    listing = read_listing(path)
-    if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
-    check_beside(listing)
-    places = wanting(listing.rows, over)
-    places = places if over == "all" else unwritten(listing, places)
+    listing = sound_listing(path)
+    places = unwritten(listing, over)
     named = sum(row.named and bool(row.prompt) for row in listing.rows)
     if not places:
         more = f"; {named} of them are their files' names: --replace names has them captioned" if named else ""
         say(f"All {len(listing.rows)} pictures have captions{more}.")
         return
     model = load_captioner(captioner, ready(device))
-    with progress_bars() as progress:
-        task = progress.add_task("captioning", total=len(places), figures="")
-        for done in write_captions(listing, model, places):
-            progress.update(task, completed=done)
+    _follow("captioning", len(places), write_captions(listing, model, places))
     first = Path(listing.rows[places[0]].picture.name).with_suffix(".txt")
     say(
         f"{len(places)} captions written, {len(listing.rows) - len(places)} left as they were. "
@@ -252,25 +235,20 @@ def build(
     Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
     """
     from controlkit.annotators import contract
-    from controlkit.data import Captioning, build_set, load_captioner, read_listing, wanting
+    from controlkit.data import Captioning, build_set, load_captioner, sound_listing, wanting
 
     check_folder(out)
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = read_listing(path, _columns(column))
-    if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+    listing = sound_listing(path, parse_settings("--column", column, "image=photo"))
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0
         side = progress.add_task("captioning", total=bare, visible=bool(bare), figures="")
         task = progress.add_task("writing", total=len(listing.rows), figures="")
 
-        def captioned(count: int) -> None:
-            progress.advance(side, count)
-
-        captioning = Captioning(model, over, captioned) if model else None
+        captioning = Captioning(model, over, lambda count: progress.advance(side, count)) if model else None
         for done in build_set(listing, out, layout, contract(annotator), parse_size(size), captioning, workers):
             progress.update(task, completed=done)
     say(f"{len(listing.rows)} pairs in {out} ({layout})")

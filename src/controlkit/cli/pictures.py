@@ -18,6 +18,7 @@ from controlkit.cli.shared import (
     VaeOption,
     check_folder,
     loaded_base,
+    parse_settings,
     parse_size,
     progress_bars,
     say,
@@ -277,7 +278,7 @@ def annotate(
     from controlkit.annotators import annotator as find
     from controlkit.images import read_picture, write_png
 
-    contract = find(annotator).spec(**_options(option or []))
+    contract = find(annotator).spec(**parse_settings("--option", option, "low=50"))
     sides = parse_size(size)
     check_folder(out)
     if len({path.stem for path in images}) < len(images):
@@ -291,11 +292,3 @@ def annotate(
         made_by = {"annotator": annotator, "options": contract.options}
         write_png(target, annotate_picture(picture, contract, sides), made_by)
         say(str(target))
-
-
-def _options(given: list[str]) -> dict[str, str]:
-    """The values of ``--option``, by key."""
-    pairs = [one.partition("=") for one in given]
-    if wrong := [one for one, (key, _, value) in zip(given, pairs, strict=True) if not (key and value)]:
-        raise Invalid(f'--option is "{wrong[0]}"; expected KEY=VALUE, such as low=50.')
-    return {key: value for key, _, value in pairs}

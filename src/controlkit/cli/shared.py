@@ -137,6 +137,14 @@ def warn(text: str) -> None:
     typer.echo(f"note: {text}", err=True)
 
 
+def parse_settings(option: str, given: list[str] | None, example: str) -> dict[str, str]:
+    """The values of a repeatable option, KEY=VALUE each, by key."""
+    pairs = [one.partition("=") for one in given or []]
+    if wrong := [one for one, (key, _, value) in zip(given or [], pairs, strict=True) if not (key and value)]:
+        raise Invalid(f'{option} is "{wrong[0]}"; expected KEY=VALUE, such as {example}.')
+    return {key: value for key, _, value in pairs}
+
+
 def split_lora(text: str) -> tuple[Path, float]:
     """FILE[=WEIGHT] as (path, weight)."""
     path, equals, weight = text.rpartition("=")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from controlkit.errors import UserError
 from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
 
 _SHOWN = 8  # rows on the sheet
+_SIDE = 128  # of a picture on it
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class Finding:
     row: Row
     problems: tuple[Problem, ...] = ()
     picture_size: tuple[int, int] | None = None  # height, width
-    hint_size: tuple[int, int] | None = None
     digest: str = ""
-    hint_light: float = float("nan")  # mean grey, 0 to 1
+    hint_light: float | None = None  # mean grey, 0 to 1
     hint_kinds: tuple[str, ...] = ()  # what arrays they are, such as "3 channels of uint8"
     shown: tuple[np.ndarray, ...] = field(default=(), repr=False)  # picture and hints, where they belong on the sheet
 
@@ -60,24 +61,18 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values, without pictures."""
         sizes = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
-        words = {
-            name: int(value)
-            for name, value in zip(("least", "median", "most"), _least_median_most(self.words), strict=True)
-        }
+        words = self.words or [0]
+        counted = {"least": min(words), "median": int(np.median(words)), "most": max(words)}
         return {
             "layout": self.layout,
             "rows": self.rows,
             "with_hints": self.hints,
             "may_train": self.may_train,
             "picture_sizes": sizes,
-            "caption_words": words | {"none": self.words.count(0)},
+            "caption_words": counted | {"none": self.words.count(0)},
             "hint_mean_grey": round(float(np.mean(self.hint_light)), 4) if self.hint_light else None,
             "problems": [{"kind": p.kind, "where": p.where, "words": p.words, "fatal": p.fatal} for p in self.problems],
         }
-
-
-def _least_median_most(values: Sequence[int]) -> tuple[float, float, float]:
-    return (min(values), float(np.median(values)), max(values)) if values else (0, 0, 0)
 
 
 def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1) -> Iterator[Finding]:
@@ -113,9 +108,8 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
             row,
             tuple(problems),
             None if picture is None else picture.shape[:2],
-            hints[0].shape[:2] if hints else None,
             hashlib.sha256(data).hexdigest() if data else "",
-            float(hints[0].mean()) / 255 if hints else float("nan"),
+            float(hints[0].mean()) / 255 if hints else None,
             tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in read if hint is not None),
             tuple(one for one in (picture, *made) if one is not None) if place in shown else (),
         )
@@ -133,26 +127,25 @@ def _rules(row: Row, contract: HintSpec | None, problems: list[Problem]) -> list
 
 def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | None = None) -> Report:
     """The report of a set, from ``examine``'s findings."""
-    words = [len(row.prompt.split()) for row in listing.rows]
-    report = Report(listing.layout, len(listing.rows), list(listing.problems), words, Counter())
+    lengths = [len(row.prompt.split()) for row in listing.rows]
+    report = Report(listing.layout, len(listing.rows), list(listing.problems), lengths, Counter())
     seen: dict[str, str] = {}
     kinds: dict[int, Counter[str]] = {}
     for finding in findings:
         name = finding.row.picture.name
         report.problems += finding.problems
-        report.hints += finding.row.hint is not None
+        report.hints += bool(finding.row.hints)
         if finding.picture_size:
             report.sizes[finding.picture_size] += 1
-        if finding.hint_size:
+        if finding.hint_light is not None:
             report.hint_light.append(finding.hint_light)
         for place, kind in enumerate(finding.hint_kinds):
             kinds.setdefault(place, Counter())[kind] += 1
         if finding.shown:
             report.shown.append(finding.shown)
         if finding.digest in seen:
-            report.problems.append(
-                Problem("duplicate", name, f"is the very picture {seen[finding.digest]}", fatal=False)
-            )
+            words = f"is the very picture {seen[finding.digest]}"
+            report.problems.append(Problem("duplicate", name, words, fatal=False))
         elif finding.digest:
             seen[finding.digest] = name
     report.problems += [*_of_the_set(listing, report, kinds)]
@@ -260,9 +253,8 @@ def _colour(picture: np.ndarray) -> float:
     return float((most - least).mean())
 
 
-def sheet_rows(report: Report, side: int = 128) -> list[list[np.ndarray]]:
+def sheet_rows(report: Report) -> list[list[np.ndarray]]:
     """Pictures above, their hints below, for a contact sheet; hints that training will make are made."""
-    columns = [[fit(one, (side, side)) for one in shown] for shown in report.shown]
-    depth = max((len(column) for column in columns), default=0)
-    blank = np.full((side, side, 3), 255, np.uint8)
-    return [[column[k] if k < len(column) else blank for column in columns] for k in range(depth)]
+    columns = [[fit(one, (_SIDE, _SIDE)) for one in shown] for shown in report.shown]
+    blank = np.full((_SIDE, _SIDE, 3), 255, np.uint8)
+    return [list(row) for row in zip_longest(*columns, fillvalue=blank)]

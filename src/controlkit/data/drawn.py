@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit.annotators import all_kinds
+from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
 from controlkit.files import write_atomic
@@ -35,9 +36,9 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
         for name, picture in zip(names.values(), (truth.hint, truth.picture), strict=True):
             if picture is not None and not (folder / name).exists():
                 write_png(folder / name, picture)
-        lines.append(json.dumps(names | {"prompt": truth.prompt}))
+        lines.append(names | {"prompt": truth.prompt})
         yield i + 1
-    write_atomic(folder / "prompt.json", ("\n".join(lines) + "\n").encode())
+    write_atomic(folder / "prompt.json", json_lines(lines))
 
 
 def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: str = "depth") -> Iterator[int]:
@@ -75,7 +76,7 @@ def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: 
     ]
     rows = [{"file_name": f"target/{i}.png", "text": facts["captions"][0], **facts} for i, facts in enumerate(facts_of)]
     for name, lines in (("metadata.jsonl", rows), ("prompt.json", pairs)):
-        write_atomic(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomic(folder / name, json_lines(lines))
 
 
 def _edge_picture(scene: "Scene") -> np.ndarray:

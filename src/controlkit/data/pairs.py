@@ -11,7 +11,7 @@ import numpy as np
 
 from controlkit.annotators import annotate_all, kind_of, kind_or_bare, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import folder_of, read_listing
+from controlkit.data.layouts import folder_of, sound_listing
 from controlkit.data.layouts.rows import Row, rows_digest
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.images import HintSpec, decode_hint, decode_picture, fit, sides_of
@@ -215,24 +215,19 @@ class CirclePairs(Sequence[Pair]):
 
 
 class FolderPairs(Sequence[Pair]):
-    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
+    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own, else annotations.
 
     ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
     ``columns``: as with ``read_listing``. ``Invalid`` where its listing has a fatal problem.
     """
 
     def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
-        listing = read_listing(folder, columns)
-        fatal = [problem for problem in listing.problems if problem.fatal]
-        if fatal:
-            more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
-            raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
+        listing = sound_listing(folder, columns)
         self._rows, self._size, self._masked = listing.rows, size, masked
         self._sizes: list[Size] | None = None
-        self.hinted = any(row.hint for row in listing.rows)
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
-        """Hints a row has."""
-        if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
+        """Hints a row has; with none they are annotations."""
+        if bare := sum(not row.hints for row in listing.rows) if self.hints else 0:
             raise Invalid(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
         if fewer := sum(len(row.hints) < self.hints for row in listing.rows):
             raise Invalid(f"{fewer} of {len(listing.rows)} rows in {folder} have fewer than {self.hints} hints.")

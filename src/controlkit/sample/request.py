@@ -5,7 +5,6 @@ option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.Eval
 """
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pydantic import (
 from torch import Tensor
 
 from controlkit.errors import Invalid, nearest
-from controlkit.images import decode_hint, png_bytes
+from controlkit.images import decode_hint, hint_bytes
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -71,11 +70,8 @@ def _write_source(source: Path | np.ndarray) -> str:
     """A path as text; an array as a ``data:`` URI, a PNG where it is a picture and else a ``.npy`` file."""
     if isinstance(source, Path):
         return str(source)
-    if source.dtype == np.uint8 and source.shape[-1] in (3, 4):
-        return PNG + base64.b64encode(png_bytes(source)).decode()
-    buffer = io.BytesIO()
-    np.save(buffer, source, allow_pickle=False)
-    return NPY + base64.b64encode(buffer.getvalue()).decode()
+    suffix, content = hint_bytes(source)
+    return (PNG if suffix == ".png" else NPY) + base64.b64encode(content).decode()
 
 
 def _by_type(value: Any) -> Any:

@@ -87,7 +87,7 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
             f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
             "control.annotators, in their order, or take the others out."
         )
-    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
+    if not folder.hints and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
         raise Unsupported(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
             f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.is_made_here))}.'

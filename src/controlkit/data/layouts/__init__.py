@@ -1,16 +1,7 @@
 """Data sets as people have them: one reader a layout, chosen by what lies in the folder.
 
 A reader lists a set without opening its pictures: a ``Row`` for each pair, and a ``Problem`` for whatever the listing
-itself has wrong. ``LAYOUTS`` is the order in which they are tried:
-
-- ``huggingface``: what the datasets library saved, or parquet files, with columns for picture, hint and caption;
-- ``simpletuner``: ``multidatabackend.json``, a backend of pictures that names a backend of hints;
-- ``prompt.json``: the original repository's, JSON lines with ``source`` (hint), ``target`` (picture), ``prompt``;
-- ``metadata``: the datasets library's folder of pictures, ``metadata.jsonl`` or ``.csv`` (DiffSynth's columns too);
-- ``webdataset``: tar shards, whose members of one name belong together;
-- ``paired``: a folder of pictures beside a folder of hints of the same names (kohya, ai-toolkit), captions beside the
-  pictures;
-- ``pictures``: a plain folder; captions from ``NAME.txt`` or the file's name, hints by an annotator.
+itself has wrong. ``LAYOUTS`` is the order in which they are tried; docs/data.md says what each looks like.
 """
 
 import json
@@ -90,6 +81,15 @@ def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> List
         f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
         "tar files, a folder of pictures beside one of hints, or pictures."
     )
+
+
+def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:
+    """The rows of a data set, as ``read_listing`` gives them; ``Invalid`` where the listing has a fatal problem."""
+    listing = read_listing(folder, columns)
+    if fatal := [problem for problem in listing.problems if problem.fatal]:
+        more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
+        raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
+    return listing
 
 
 def _half_built(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.rows import HINT_NAMES, HINT_SUFFIXES, Held, Names, Problem, Row, one_of, row_of, wording
+from controlkit.data.layouts.rows import HINT_NAMES, HINT_SUFFIXES, Held, Names, Problem, Row, one_of, wording
 
 
 def webdataset(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
@@ -64,7 +64,7 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], name
         problems.append(Problem("unreadable line", where, f"its json cannot be read ({error})"))
     if prompt is None:
         prompt = wording(one_of(facts, names.caption), 0)
-    return row_of(own[0], prompt, hints)
+    return Row(own[0], prompt, tuple(hints))
 
 
 def _bytes_at(path: Path, offset: int, size: int) -> bytes:

@@ -90,8 +90,7 @@ def paired(
         prompt = prompt_of(path)
         if prompt is None:
             problems.append(Problem("no caption", str(path), "has no caption beside it; none is taken", fatal=False))
-        first, *more = (file_at(held[name]) for held in others)
-        rows.append(Row(file_at(path), prompt or "", first, tuple(more)))
+        rows.append(Row(file_at(path), prompt or "", tuple(file_at(held[name]) for held in others)))
     for held in others:
         for name in sorted(held.keys() - own.keys()):
             problems.append(Problem("extra hint", str(held[name]), f"has no picture of its name in {pictures}"))

@@ -17,7 +17,6 @@ from controlkit.data.layouts.rows import (
     file_at,
     inside,
     one_of,
-    row_of,
     text_of,
     wording,
 )
@@ -37,7 +36,7 @@ def prompt_json(folder: Path, problems: list[Problem], names: Names) -> list[Row
             continue
         hint, picture = (inside(folder, values[key], problems) for key in ("source", "target"))
         if hint and picture:
-            rows.append(Row(picture, values["prompt"], hint))
+            rows.append(Row(picture, values["prompt"], (hint,)))
     problems += _unnamed(folder, rows, problems)
     return rows
 
@@ -63,13 +62,13 @@ def metadata(folder: Path, problems: list[Problem], names: Names) -> list[Row] |
         picture = inside(listing.parent, named, problems)
         others = [inside(listing.parent, name, problems) for name in hinted]
         if picture and all(others):
-            rows.append(row_of(picture, wording(one_of(values, names.caption), number), others))
+            rows.append(Row(picture, wording(one_of(values, names.caption), number), tuple(filter(None, others))))
     problems += _unnamed(listing.parent, rows, problems)
-    if hints := sum(row.hint is not None for row in rows):
+    if hints := sum(bool(row.hints) for row in rows):
         for row in rows:
-            if row.hint is None:
+            if not row.hints:
                 problems.append(Problem("missing hint", row.picture.name, f"has no hint, and {hints} others have"))
-        rows = [row for row in rows if row.hint is not None]
+        rows = [row for row in rows if row.hints]
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,10 @@ class Row:
 
     picture: Held
     prompt: str
-    hint: Held | None = None
-    more: tuple[Held, ...] = ()
-    """Further hints, each of a kind of its own."""
+    hints: tuple[Held, ...] = ()
+    """Each of a kind of its own, in order."""
     named: bool = False
     """The prompt is what the picture's file is called; nobody wrote a caption."""
-
-    @property
-    def hints(self) -> tuple[Held, ...]:
-        """All of its hints, in order."""
-        return (self.hint, *self.more) if self.hint else ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,11 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def json_lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    """A file of JSON lines."""
+    return "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
+
+
 def file_at(path: Path) -> Held:
     """A file's bytes, when they are asked for."""
     return Held(str(path), path.read_bytes)
@@ -139,12 +138,6 @@ def inside(folder: Path, name: str, problems: list[Problem]) -> Held | None:
 def one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The value of the first of these names that has one."""
     return next((values[name] for name in names if values.get(name) not in (None, "")), None)
-
-
-def row_of(picture: Held, prompt: str, hints: Sequence[Held | None]) -> Row:
-    """A pair and its hints, if it has some."""
-    first, *more = hints or [None]
-    return Row(picture, prompt, first, tuple(held for held in more if held))
 
 
 def wording(captions: Any, place: int) -> str:

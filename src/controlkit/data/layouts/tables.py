@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, row_of, wording
+from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, wording
 from controlkit.errors import Invalid, Unsupported
 from controlkit.hub import cache_dir
 
@@ -38,16 +38,16 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
         if isinstance(table.features[name], datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
 
-    empty = {name: _nulls(table, name) for name in (picture, *hints)}
-    linked = {name: _linked(table, name) for name in (picture, *hints)}
+    contents = {name: _contents(table, name) for name in (picture, *hints)}
 
     def held(place: int, column: str) -> Held | None:
-        if place in empty[column]:
+        empty, linked = contents[column]
+        if place in empty:
             problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
             return None
 
         if isinstance(table.features[column], datasets.Image):
-            if link := linked[column].get(place):  # people's own tables may name files anywhere, a hub's may not
+            if link := linked.get(place):  # people's own tables may name files anywhere, a hub's may not
                 fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
                 return inside(folder, link, problems) if fetched else file_at(folder / link)
             return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
@@ -57,9 +57,9 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
 
     rows = []
     for place, captions in enumerate(table[caption] if caption else [""] * len(table)):
-        own, others = held(place, picture), [held(place, name) for name in hints]
+        own, *others = (held(place, name) for name in (picture, *hints))
         if own and all(others):
-            rows.append(row_of(own, wording(captions, place), others))
+            rows.append(Row(own, wording(captions, place), tuple(filter(None, others))))
     return rows
 
 
@@ -73,17 +73,12 @@ def _for_training(tables: Sequence[Path], folder: Path) -> list[str]:
     return [str(path) for path in split or tables]
 
 
-def _nulls(table: Any, column: str) -> set[int]:
-    """The rows of a table of the datasets library that have nothing in a column."""
+def _contents(table: Any, column: str) -> tuple[set[int], dict[int, str]]:
+    """Of a column: the rows that have nothing in it, and the paths of pictures that have a path instead of bytes."""
     values = table.select_columns([column]).with_format("arrow")[:].column(column)
-    return {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
-
-
-def _linked(table: Any, column: str) -> dict[int, str]:
-    """The rows whose picture is a path instead of bytes, and that path; the bytes are not read for it."""
-    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    empty = {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
     if not {"bytes", "path"} <= {field.name for field in getattr(values.type, "fields", ())}:
-        return {}
+        return empty, {}
     bare = [null for chunk in values.chunks for null in chunk.field("bytes").is_null().to_pylist()]
     paths = [path for chunk in values.chunks for path in chunk.field("path").to_pylist()]
-    return {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
+    return empty, {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
