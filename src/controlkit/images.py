@@ -26,6 +26,16 @@ from torch import Tensor
 from controlkit.errors import Invalid, NotFound, one_line
 from controlkit.files import write_atomic
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
+"""Formats of files, by Pillow's names, that are taken for pictures; of moving ones the first is read."""
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """The endings of files in ``FORMATS``, as far as this machine's Pillow reads them: ``.png``, ``.jpg`` and so on."""
+    known = Image.registered_extensions().items()
+    return tuple(sorted(suffix for suffix, format in known if format in FORMATS and format in Image.OPEN))
+
+
 Resize = Literal["area", "lines", "nearest"]
 
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}

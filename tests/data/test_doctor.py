@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator
-from controlkit.data import FolderPairs, add_up, doctor, examine, hint_for_pair, make_fill50k, read_listing, sheet_rows
+from controlkit.data import FolderPairs, add_up, examine, hint_for_pair, make_fill50k, opened, read_listing, sheet_rows
 from controlkit.errors import UserError
 from controlkit.train import resolve, train_control
 from controlkit.train.recipe import ControlRecipe, Recipe
@@ -42,7 +42,7 @@ def as_mode(mode, suffix):
 
 
 def huge(path):
-    Image.new("1", (doctor.MOST_PIXELS // 1000 + 1, 1000)).save(path)
+    Image.new("1", (opened.MOST_PIXELS // 1000 + 1, 1000)).save(path)
 
 
 def cut(path):
