@@ -321,6 +321,13 @@ def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, c
     return buffer.getvalue()
 
 
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as a ``.npy`` file's bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
     """Lay out pictures in rows and columns, each scaled to fit a square of ``cell`` pixels, on white.
 

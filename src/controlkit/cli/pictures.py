@@ -14,9 +14,11 @@ from controlkit.cli.shared import (
     KindsCommand,
     LoraOption,
     OutOption,
+    SizeOption,
     StepsOption,
     VaeOption,
     check_folder,
+    key_values,
     loaded_base,
     parse_size,
     progress_bars,
@@ -44,8 +46,7 @@ app = typer.Typer()
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None,
-        typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt at all.'),
+        str | None, typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt.')
     ] = None,
     control: Annotated[
         list[str] | None,
@@ -85,12 +86,11 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num_images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
+    size: SizeOption = None,
     lora: LoraOption = None,
     vae: VaeOption = None,
     embedding: Annotated[
-        list[Path] | None,
-        typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
+        list[Path] | None, typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
     device: DeviceOption = "auto",
@@ -258,18 +258,12 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     "    controlkit annotate canny photo.png --option low=50 --option high=100 --out hints",
 )
 def annotate(
-    annotator: Annotated[
-        str,
-        typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}."),
-    ],
+    annotator: Annotated[str, typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
     out: OutOption = Path("out"),
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Annotate at this size; the picture's by default.")
-    ] = None,
+    size: SizeOption = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable."),
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable.")
     ] = None,
 ) -> None:
     """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
@@ -277,7 +271,7 @@ def annotate(
     from controlkit.annotators import annotator as find
     from controlkit.images import read_picture, write_png
 
-    contract = find(annotator).spec(**_options(option or []))
+    contract = find(annotator).spec(**key_values(option, "--option", "KEY=VALUE, such as low=50"))
     sides = parse_size(size)
     check_folder(out)
     if len({path.stem for path in images}) < len(images):
@@ -291,11 +285,3 @@ def annotate(
         made_by = {"annotator": annotator, "options": contract.options}
         write_png(target, annotate_picture(picture, contract, sides), made_by)
         say(str(target))
-
-
-def _options(given: list[str]) -> dict[str, str]:
-    """The values of ``--option``, by key."""
-    pairs = [one.partition("=") for one in given]
-    if wrong := [one for one, (key, _, value) in zip(given, pairs, strict=True) if not (key and value)]:
-        raise Invalid(f'--option is "{wrong[0]}"; expected KEY=VALUE, such as low=50.')
-    return {key: value for key, _, value in pairs}

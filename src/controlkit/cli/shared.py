@@ -1,7 +1,7 @@
 """Shared by several commands: options of one meaning, loading, progress, messages."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,9 @@ BaseOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
+SizeOption = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Size in pixels; else the base's or picture's.")
+]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[
@@ -146,6 +149,14 @@ def split_lora(text: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+
+
+def key_values(given: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
+    """KEY=VALUE of a repeatable option, by key."""
+    pairs = [(one, *one.partition("=")[::2]) for one in given or []]
+    if wrong := [one for one, key, value in pairs if not (key and value)]:
+        raise Invalid(f'{option} is "{wrong[0]}"; expected {example}.')
+    return {key: value for _, key, value in pairs}
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
 from controlkit.files import SCRATCH, write_atomic
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, png_bytes
+from controlkit.images import HintSpec, array_bytes, decode_hint, decode_picture, fit, png_bytes
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -132,9 +132,7 @@ def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
     """(suffix, content) of a hint's file: a PNG where it is a picture, else an array."""
     if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
         return ".png", png_bytes(hint)
-    buffer = io.BytesIO()
-    np.save(buffer, hint)
-    return ".npy", buffer.getvalue()
+    return ".npy", array_bytes(hint)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.Eval
 """
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from pydantic import (
 )
 from torch import Tensor
 
-from controlkit.errors import Invalid, nearest
-from controlkit.images import decode_hint, png_bytes
+from controlkit.errors import Invalid, first_fault
+from controlkit.images import array_bytes, decode_hint, png_bytes
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -73,9 +72,7 @@ def _write_source(source: Path | np.ndarray) -> str:
         return str(source)
     if source.dtype == np.uint8 and source.shape[-1] in (3, 4):
         return PNG + base64.b64encode(png_bytes(source)).decode()
-    buffer = io.BytesIO()
-    np.save(buffer, source, allow_pickle=False)
-    return NPY + base64.b64encode(buffer.getvalue()).decode()
+    return NPY + base64.b64encode(array_bytes(source)).decode()
 
 
 def _by_type(value: Any) -> Any:
@@ -96,7 +93,7 @@ class _Checked(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise Invalid(_sentence(error, type(self))) from None
+            raise Invalid(first_fault(error, type(self).__name__, type(self).model_fields)) from None
 
     def to_json(self) -> str:
         """All of it as JSON; arrays as ``data:`` URIs."""
@@ -112,22 +109,6 @@ class _Checked(BaseModel):
         if not isinstance(values, dict):
             raise Invalid(f"The JSON holds a {type(values).__name__}; expected keys and values of a {cls.__name__}.")
         return cls(**values)
-
-
-def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault: key, value and what was expected."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "")
-    inner = first.get("ctx", {}).get("error")
-    if first["type"] == "extra_forbidden":
-        return f'A {model.__name__} has no "{name}": {nearest(name, model.model_fields)}'
-    if isinstance(inner, Invalid):  # a whole sentence, of a value within this one
-        return f"{name}: {inner}"
-    if isinstance(inner, Exception):
-        quoted = f'"{name}" is ' if name else ""
-        return f"{model.__name__}: {quoted}{str(inner).rstrip('.')}."
-    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
-    return f'{model.__name__}: "{name}" is {found}; {first["msg"][0].lower()}{first["msg"][1:]}.'
 
 
 class ControlRequest(_Checked):
