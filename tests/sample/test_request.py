@@ -102,7 +102,7 @@ BAD = {
     "an unknown key": ({"stepz": 3}, 'no "stepz": did you mean "steps"?'),
     "an unknown key of a control": (
         {"controls": [{"name": "x", "scael": 1}]},
-        'controls.0: A ControlRequest has no "scael"',
+        'controls.0: ControlRequest has no "scael"',
     ),
     "a control without a name": ({"controls": [{"images": "x.png"}]}, 'controls.0: ControlRequest: "name" is missing'),
     "an end before its start": (

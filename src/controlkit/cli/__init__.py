@@ -30,7 +30,7 @@ _PLACES = {"ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "ENOTDIR", "EISDIR", "E
 
 
 def _sentence(error: Exception) -> str | None:
-    """What the user can do about an error; None where that is nothing."""
+    """The sentence on what the user can do about an error; None where that is nothing."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _PLACES:
