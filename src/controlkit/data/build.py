@@ -4,6 +4,7 @@ The work can be interrupted and resumed; until it is whole, nothing reads the fo
 """
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
 from controlkit.data.captions import JOURNAL, Captioning, captioned
 from controlkit.data.layouts import BUILT
 from controlkit.data.layouts.rows import Listing, Row, rows_digest
@@ -197,6 +198,6 @@ class _Writer:
         picture = fit(picture, self.size) if self.size else picture
         if row.hint is None:
             return picture, annotate(picture, self.contract)
-        masked = self.contract.mask_value is not None
-        given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
+        grounds = itertools.cycle(grounds_of(self.contract))
+        given = [decode_hint(held.read(), held.name, next(grounds)) for held in row.hints]
         return picture, hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)
