@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
 from controlkit.data.captions import Captioning, captioned
 from controlkit.data.layouts import BUILT, JOURNAL
 from controlkit.data.layouts.rows import Listing, Row, json_lines, rows_digest
@@ -175,7 +175,7 @@ class _Writer:
     def _files(self, place: int) -> dict[str, bytes]:
         """A row's files; picture and hint are brought to the size through the same cut."""
         row = self.rows[place]
-        picture, given = open_row(row, self.contract.mask_value is not None).sound()
+        picture, given = open_row(row, grounds_of(self.contract)).sound()
         picture = fit(picture, self.size) if self.size else picture
         if given:
             hint = hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)

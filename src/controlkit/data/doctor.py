@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.annotators import annotate, grounds_of, is_empty, kind_or_bare, parts_of
 from controlkit.data.layouts.rows import Held, Listing, Problem, Row, unequal
 from controlkit.data.opened import open_row
 from controlkit.data.pairs import inverted, rules_of, too_few
@@ -85,10 +85,9 @@ def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1
 
 def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], places: range) -> Iterator[Finding]:
     """The findings of the rows at these places; those in ``shown`` with their pictures."""
-    masked = contract is not None and contract.mask_value is not None
     for place in places:
         row = rows[place]
-        opened = open_row(row, masked)
+        opened = open_row(row, grounds_of(contract))
         picture, problems = opened.picture, opened.problems
         hints = []  # as pictures
         for held, hint, rule in zip(row.hints, opened.hints, _rules(row, contract, problems), strict=True):
@@ -142,7 +141,7 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | N
         elif finding.digest:
             seen[finding.digest] = name
     report.problems += [*_of_the_set(listing, report, kinds)]
-    if contract and report.may_train and (dark := inverted(listing.rows, contract, contract.mask_value is not None)):
+    if contract and report.may_train and (dark := inverted(listing.rows, contract)):
         report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report
 
@@ -168,8 +167,8 @@ def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Probl
     """Problems of a hint that is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)
-    elif not hint.any():
-        yield Problem("empty hint", held.name, "is black all over: it controls nothing", fatal=False)
+    elif is_empty(hint, contract):
+        yield Problem("empty hint", held.name, "is all one value: it controls nothing", fatal=False)
     elif kind_or_bare(contract.annotator).lines and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 

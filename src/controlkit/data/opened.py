@@ -3,15 +3,16 @@
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from controlkit.data.layouts.rows import Held, Problem, Row
 from controlkit.errors import Invalid, UserError
-from controlkit.images import decode_hint, decode_picture, picture_error, sides_of
+from controlkit.images import Ground, decode_hint, decode_picture, picture_error, sides_of
 
 MOST_PIXELS = 64_000_000
 """Of a picture that is trained on; a larger one is taken for a mistake, or for an attack."""
@@ -35,14 +36,16 @@ class Opened:
         return self.picture, [hint for hint in self.hints if hint is not None]
 
 
-def open_row(row: Row, masked: bool = False) -> Opened:
-    """Open a row's files and hold its hints against its picture. ``masked``: as in ``images.decode_hint``."""
+def open_row(row: Row, grounds: Sequence[Ground] = ("black",)) -> Opened:
+    """Open a row's files and hold its hints against its picture. ``grounds``: of each hint, from the first
+    on again where there are more (``annotators.grounds_of``).
+    """
     opened = Opened()
     data = bytes_of(row.picture, opened.problems)
     opened.digest = hashlib.sha256(data).hexdigest() if data else ""
     opened.picture = _decoded(row.picture, data, opened.problems)
-    for held in row.hints:
-        hint = _decoded(held, bytes_of(held, opened.problems), opened.problems, is_hint=True, masked=masked)
+    for held, ground in zip(row.hints, cycle(grounds), strict=False):
+        hint = _decoded(held, bytes_of(held, opened.problems), opened.problems, True, ground)
         opened.hints.append(hint)
         if hint is not None and opened.picture is not None:
             opened.problems += _beside(held, opened.picture, hint)
@@ -71,7 +74,7 @@ def bytes_of(held: Held, problems: list[Problem]) -> bytes:
 
 
 def _decoded(
-    held: Held, data: bytes, problems: list[Problem], is_hint: bool = False, masked: bool = False
+    held: Held, data: bytes, problems: list[Problem], is_hint: bool = False, ground: Ground = "white"
 ) -> np.ndarray | None:
     """The array in a file's bytes; None, with a problem, where it is none; with notes on how it is read."""
     if not data:
@@ -86,7 +89,7 @@ def _decoded(
         elif not array and (many := _too_many_pixels(data)):
             kind, words = "huge picture", many
         elif is_hint:
-            return _noted(held, data, decode_hint(data, held.name, masked), problems)
+            return _noted(held, data, decode_hint(data, held.name, ground), problems)
         else:
             return _noted(held, data, decode_picture(data, held.name), problems)
     except UserError as error:

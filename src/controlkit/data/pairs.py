@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from controlkit.annotators import annotate_all, kind_of, kind_or_bare, parts_of
+from controlkit.annotators import annotate_all, grounds_of, kind_of, kind_or_bare, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import folder_of, sound_listing
 from controlkit.data.layouts.rows import Row, rows_digest, unequal
 from controlkit.data.opened import open_row, sides_of_row
 from controlkit.errors import Invalid, Mismatch, Unsupported
-from controlkit.images import HintSpec, fit
+from controlkit.images import Ground, HintSpec, fit
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -103,10 +103,10 @@ def _own_hint(pair: Pair, contract: HintSpec) -> np.ndarray:
     return np.concatenate(wide, 2)
 
 
-def inverted(rows: Sequence[Row], contract: HintSpec, masked: bool) -> str:
+def inverted(rows: Sequence[Row], contract: HintSpec) -> str:
     """Why the hints of these rows are inverted lines, in words, by the mean grey of a few; "" where they are not."""
     few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 16)).astype(int)) if rows and rows[0].hints else []
-    hints = [open_row(rows[place], masked).sound()[1] for place in few]
+    hints = [open_row(rows[place], grounds_of(contract)).sound()[1] for place in few]
     for place, rule in enumerate(rules_of(contract, len(hints[0])) if hints else []):
         greys = [rule.picture(row[place]).mean() / 255 for row in hints if not rule.fault(row[place])]
         if kind_or_bare(rule.annotator).lines and greys and (mean := float(np.mean(greys))) > 0.5:
@@ -218,14 +218,20 @@ class CirclePairs(Sequence[Pair]):
 class FolderPairs(Sequence[Pair]):
     """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own, else annotations.
 
-    ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
+    ``grounds``: the colour laid under what is transparent in each of a row's hints (``annotators.grounds_of``).
     ``columns``: as with ``read_listing``. ``Invalid`` where its listing has a fatal problem.
     """
 
-    def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        grounds: Sequence[Ground] = ("black",),
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         listing = sound_listing(folder, columns)
         self._rows = self._listed = listing.rows
-        self._size, self._masked = size, masked
+        self._size, self._grounds = size, grounds
         self._sizes: list[Size] | None = None
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
         """Hints a row has; with none they are annotations."""
@@ -262,13 +268,13 @@ class FolderPairs(Sequence[Pair]):
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self._rows[index]
-        picture, hints = open_row(row, self._masked).sound()
+        picture, hints = open_row(row, self._grounds).sound()
         fitted = fit(picture, self.size_of(index))
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
     def check_hints(self, contract: HintSpec) -> None:
         """``Invalid`` where a few hints, from all over the listed set, are inverted lines."""
-        if words := inverted(self._listed, contract, self._masked):
+        if words := inverted(self._listed, contract):
             raise Invalid(f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet.")
 
 
@@ -283,15 +289,15 @@ def too_few(pairs: int) -> str:
 
 
 def split_folder(
-    folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None
+    folder: Path, size: int, grounds: Sequence[Ground] = ("black",), columns: Mapping[str, str] | None = None
 ) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with ``FolderPairs``.
+    twice: they stay on one side, but for one caption at the border. ``grounds``, ``columns``: as with ``FolderPairs``.
     ``Invalid`` for fewer than 3 pairs.
     """
-    pairs = FolderPairs(folder, size, masked, columns)
+    pairs = FolderPairs(folder, size, grounds, columns)
     if words := too_few(len(pairs)):
         raise Invalid(f"{folder} {words}.")
     trained = trained_count(len(pairs))
@@ -308,14 +314,14 @@ def evaluation_pairs(
     size: int,
     num: int,
     person: bool = False,
-    masked: bool = False,
+    grounds: Sequence[Ground] = ("black",),
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures that nothing was trained on as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
+    held-out tenth; ``grounds``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -328,5 +334,5 @@ def evaluation_pairs(
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(folder_of(source), size, masked, columns)
+    _, held = split_folder(folder_of(source), size, grounds, columns)
     return held.part(slice(-num, None)), [pair.picture for pair in held]
