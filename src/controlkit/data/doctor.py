@@ -174,6 +174,10 @@ def add_up(
             words = f'has a longer caption than the base reads: "{one_line(rest)}" is not read'
             report.problems.append(Problem("long caption", name, words, fatal=False))
     report.problems += [*_of_the_set(listing, report, kinds)]
+    parts = parts_of(contract) if contract and not report.hints else []
+    if unmade := [part.annotator for part in parts if not kind_or_bare(part.annotator).is_made_here]:
+        words = f'nothing here makes hints of "{unmade[0]}": give them as files, or name another annotator'
+        report.problems.append(Problem("no hints", listing.layout, words))
     if contract and report.may_train and (dark := inverted(listing.rows, contract)):
         report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report

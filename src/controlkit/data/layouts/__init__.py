@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from controlkit.data.layouts.archives import webdataset
-from controlkit.data.layouts.folders import CAPTION_SUFFIXES, namesakes, plain, two_folders
+from controlkit.data.layouts.folders import CAPTION_SUFFIXES, OTHER_PICTURES, namesakes, plain, two_folders
 from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
 from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Listing, Names, Problem, Row
 from controlkit.data.layouts.tables import huggingface
@@ -113,7 +113,8 @@ def _taken_for_pictures(tree: Tree, layout: str, rows: Sequence[Row]) -> Iterato
     """The question whether pictures without hints are pictures and their hints."""
     if any(row.hints for row in rows):
         return
-    if words := namesakes({Path(os.path.normpath(row.picture.name.replace(".tar:", ".tar/"))) for row in rows}):
+    names = {Path(os.path.normpath(row.picture.name.replace(".tar:", ".tar/"))) for row in rows}
+    if words := namesakes(names.union(tree.under(tree.root, OTHER_PICTURES) if layout in _FOLDERS else ())):
         answer = "name both folders, as --column image=A --column hint=B; if all are pictures, --column image=."
         if layout == "metadata":
             answer = "name the column of the hints (--column hint=NAME); if all are pictures, that of the pictures"
