@@ -53,8 +53,8 @@ PARTS = [
 WORDS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=3)
 NAMES = st.tuples(WORDS, st.sampled_from([" ", "_", "-", ".", ""])).map(lambda drawn: drawn[1].join(drawn[0]))
 FOLDERS = NAMES | st.sampled_from(
-    ["images", "image", "A", "B", "train/x", "control", "conditions", "conditioning_2", "target", "source", "train_canny",
-     "masks", "..x", "deep/er/still", "images.tar"]
+    ["images", "image", "A", "B", "train/x", "control", "conditions", "conditioning_2", "target", "source", "masks",
+     "train_canny", "..x", "deep/er/still", "images.tar"]
 )  # fmt: skip
 ENDINGS = st.sampled_from(
     ["png", "png", "PNG", "jpg", "jfif", "webp", "gif", "bmp", "tif", "avif", "jp2", "heic", "npy"]
@@ -66,7 +66,7 @@ CODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig"] * 2 + ["utf-16", "latin-
 MODES = st.sampled_from(["RGB", "RGB", "RGB", "L", "P", "RGBA", "LA", "I;16", "1", "F", "cut", "empty", "text", "wide"])
 LINKS = st.sampled_from(["file", "folder", "gone", "round", "up", "device", "pipe", "copy"])
 JUNK = st.sampled_from(
-    [".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a/b.png", "Thumbs.db", ".hidden", "notes.txt", "clip.mp4", "a.pdf",
+    [".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a/b.png", "Thumbs.db", ".hidden", "notes.txt", "clip.mp4",
      "built.json", "drawn.json", "metadata.json", "run/samples/step-1.png", "empty/"]
 )  # fmt: skip
 RARE = st.integers(0, 15).map(lambda drawn: drawn == 11)  # small numbers are drawn more often

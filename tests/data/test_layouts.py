@@ -166,6 +166,7 @@ def test_others_files_of_the_names_we_use_do_not_stand_in_the_way(tutorial, tmp_
     copied(folder, "a.png", tutorial[0] / "target/0.png")
     for content in ("[1]", "{}", "no json"):
         (folder / "built.json").write_text(content)
+        (folder / "drawn.json").write_text(content)
         (folder / "metadata.json").write_text('{"licence": "CC0"}')
         assert read_listing(folder).layout == "pictures"
 

@@ -171,7 +171,8 @@ def add_up(
                 break
         seen |= {digest: name for digest in finding.digests if digest and digest not in seen}
         if rest := unread(finding.row.prompt):
-            words = f'has a longer caption than the base reads: "{one_line(rest)}" is not read'
+            count, start = len(rest.split()), one_line(" ".join(rest.split()[:5]))[:60]
+            words = f'has a longer caption than the base reads: not its last {count} words, from "{start}" on'
             report.problems.append(Problem("long caption", name, words, fatal=False))
     report.problems += [*_of_the_set(listing, report, kinds)]
     parts = parts_of(contract) if contract and not report.hints else []
