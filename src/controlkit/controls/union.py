@@ -180,13 +180,13 @@ def time_width(body: nn.Module, name: str) -> int:
     return body.time_embedding.linear_2.out_features  # type: ignore[union-attr, return-value]
 
 
-def new_union(base: Backbone, types: int = 8, code_width: int = 32) -> UnionBranch:
-    """A fresh Union for a base; released ones have codes 256 wide, which is much for a small base.
+def new_union(base: Backbone, types: int = 8) -> UnionBranch:
+    """A fresh Union for a base; released ones have codes 256 wide, which is much for a small base: here 32.
 
     Types differ by their code alone: the tokens' shift stays zero, so that each type can be taken out as an ordinary
     ControlNet. Raises ``Unsupported`` where the base has no time embedding that a code could be added to.
     """
     body = base.copy_encoder()
-    shape = UnionShape(base.branch_taps[0].channels, code_width, time_width(body, base.name), types)
+    shape = UnionShape(base.branch_taps[0].channels, 32, time_width(body, base.name), types)
     channels, stride = base.hint_shape(3)
     return UnionBranch(base.branch_taps, body, stride, shape, channels).begin().to(base.device, base.dtype)

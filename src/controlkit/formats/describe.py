@@ -78,15 +78,15 @@ class Description:
     """A file of weights, described. The first seven fields are the keys of ``inspect --json``."""
 
     format: str
-    base: str | None
+    base: str | None = None
     """``sd15``, ``sd21``, ``sdxl``, or the base that a control of ours names as its own; None where it is unknown."""
-    hint_channels: int | None
-    parameters: int
-    missing: tuple[str, ...]
+    hint_channels: int | None = None
+    parameters: int = 0
+    missing: tuple[str, ...] = ()
     """Tensors its network has and the file lacks, or has in another shape; in diffusers' names."""
-    unexpected: tuple[str, ...]
+    unexpected: tuple[str, ...] = ()
     """Tensors the network has no place for, as the file names them."""
-    runs: bool
+    runs: bool = False
     kind: str | None = None
     """``controlnet``, ``union``, ``xs`` or ``adapter``; None where ControlKit does not run it."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -230,8 +230,6 @@ def _describe_own(found: _Found) -> Description:
         base=found.trained_base,
         hint_channels=channels,
         parameters=found.parameters,
-        missing=(),
-        unexpected=(),
         runs=channels is not None,
         kind="controlnet",
         names={name: name for name in found.shapes},
@@ -261,7 +259,7 @@ def _describe_other(found: _Found) -> Description:
     if layout in ("base", "unet") and family is None:
         layout = "other-base"
     base = family.name if family else "sdxl" if layout == "lllite" else None
-    return Description(layout, base, None, found.parameters, (), (), False, family=family)
+    return Description(layout, base, parameters=found.parameters, family=family)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
