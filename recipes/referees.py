@@ -23,7 +23,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from controlkit.hub import shipped_path
 from controlkit.images import to_pictures, to_tensor
-from controlkit.measure.accuracy import accuracy
+from controlkit.measure.accuracy import score
 from controlkit.mini import world
 from controlkit.mini.aesthetic import AestheticHead, damage
 from controlkit.mini.observer import Maps, Observer, maps_of, mirrored
@@ -144,7 +144,8 @@ def main(
 
     observer = train_observer(run, pictures.scenes, minutes["observer"])
     observer.save(out / "observer")
-    found["observer"] = accuracy(Observer.load(out / "observer"), heldout)
+    seen = Observer.load(out / "observer").observe([scene.picture for scene in heldout])
+    found["observer"] = score(seen, heldout)
     observer.config["accuracy"] = found["observer"]  # goes wherever it goes
     observer.save(out / "observer")
 

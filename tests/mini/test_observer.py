@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from controlkit.images import to_tensor
-from controlkit.measure.accuracy import accuracy, score
+from controlkit.measure.accuracy import score
 from controlkit.mini.aesthetic import DAMAGES, AestheticHead, damage
 from controlkit.mini.observer import (
     MIRRORED,
@@ -293,7 +293,8 @@ def test_the_recipe_trains_both_referees_and_leaves_folders_that_load(
     assert -1 <= figures["aesthetic"]["rank_correlation"] <= 1
 
     scenes = load_scenes(32, referees.HELDOUT_SEED, 4)  # as the recipe reads them, rounded by the cache
-    assert accuracy(Observer.load(tmp_path / "observer"), scenes) == pytest.approx(figures["observer"], nan_ok=True)
+    seen = Observer.load(tmp_path / "observer").observe([scene.picture for scene in scenes])
+    assert score(seen, scenes) == pytest.approx(figures["observer"], nan_ok=True)
     head = AestheticHead.load(tmp_path / "aesthetic")
     rating = head(tower.eval().features(to_tensor([scenes[0].picture])))
     assert rating.shape == (1,) and 0 <= rating.item() <= 10

@@ -12,7 +12,7 @@ from controlkit.measure.evaluate import (
     three_ways,
 )
 from controlkit.measure.fidelity import Finder, check_findable, fidelity, finder_of, unmeasurable
-from controlkit.measure.kinds import first_kind, metric_of, truth_of
+from controlkit.measure.kinds import first_kind, metric_of
 from controlkit.measure.metrics import (
     METRICS,
     Metric,
@@ -71,7 +71,6 @@ __all__ = [
     "psnr",
     "quality_kept",
     "three_ways",
-    "truth_of",
     "unmeasurable",
     "world_of",
 ]

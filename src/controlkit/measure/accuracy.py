@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from controlkit.annotators.maps import depth_picture
-from controlkit.mini.observer import Observer
+from controlkit.measure.metrics import Joint, correct_joints
 from controlkit.mini.truth import Truth
 
 
@@ -15,8 +15,7 @@ def score(observations: Sequence[Truth], scenes: Sequence[Truth]) -> dict[str, f
     depth_rmse: of inverse depth stretched to [0, 1] over each picture, mean over pictures.
     normal_degrees: the mean angle between normals where the scene has any; one not read counts as 90 degrees.
     miou: intersection over union of each class in all pictures together, mean over the classes that the scenes have.
-    pck: the share of visible joints that were found within a tenth of the larger side of the box about their person's
-        visible joints, and at least within 2% of the picture; nan where no joint is visible.
+    pck: the share of visible joints that were found, by ``correct_joints`` of each person; nan where none is visible.
     """
     errors, angles, joints = [], [], []
     most = 1 + max(int(t.labels.max()) for t in [*scenes, *observations])
@@ -32,7 +31,9 @@ def score(observations: Sequence[Truth], scenes: Sequence[Truth]) -> dict[str, f
         confusion += np.bincount(
             true.labels.astype(np.int64).ravel() * most + seen.labels.ravel(), minlength=most**2
         ).reshape(most, most)
-        joints += _found(seen.keypoints, true.keypoints, max(true.labels.shape))
+        for person in true.keypoints:
+            if wanted := _visible([person]):
+                joints += correct_joints(_visible(seen.keypoints), wanted, min(true.labels.shape))
     hits, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
     there = confusion.sum(1) > 0
     return {
@@ -43,20 +44,5 @@ def score(observations: Sequence[Truth], scenes: Sequence[Truth]) -> dict[str, f
     }
 
 
-def _found(seen: np.ndarray, true: np.ndarray, side: int) -> list[bool]:
-    """Of each visible joint, whether the same joint of anybody was read close by."""
-    found = []
-    for person in true:
-        visible = person[:, 2] > 0
-        if visible.any():
-            box = np.ptp(person[visible, :2], axis=0).max()
-            for joint in np.flatnonzero(visible):
-                read = seen[seen[:, joint, 2] > 0, joint, :2]
-                away = np.hypot(*(read - person[joint, :2]).T)
-                found.append(bool((away <= max(0.1 * box, 0.02 * side)).any()))
-    return found
-
-
-def accuracy(observer: Observer, scenes: Sequence) -> dict[str, float]:
-    """``score`` of an observer on ``scenes.Scene`` objects that it was not trained on."""
-    return score(observer.observe([scene.picture for scene in scenes]), scenes)
+def _visible(people: Sequence[np.ndarray] | np.ndarray) -> list[Joint]:
+    return [(joint, x, y) for person in people for joint, (x, y, seen) in enumerate(person) if seen > 0]

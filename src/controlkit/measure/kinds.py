@@ -1,17 +1,9 @@
-"""Kinds of hints as measuring sees them: the metric, the known truth, and whether an annotator makes them.
-
-Of several hints that are channels of one, the first decides.
-"""
-
-from collections.abc import Callable
-
-import numpy as np
+"""The kind and the metric of hints; of several that are channels of one, the first decides."""
 
 from controlkit.annotators import HintKind, kind_or_bare, names_of, parts_of
 from controlkit.errors import Unsupported, nearest
 from controlkit.images import HintSpec
 from controlkit.measure.metrics import METRICS, Metric
-from controlkit.mini.truth import Truth
 
 
 def first_kind(spec: HintSpec) -> HintKind:
@@ -28,13 +20,3 @@ def metric_of(spec: HintSpec) -> Metric:
     if not kind.metric:
         raise Unsupported(f'Obedience to hints named "{kind.name}" is not measured: {nearest(kind.name, measured)}')
     return METRICS[kind.metric]
-
-
-def truth_of(spec: HintSpec) -> Callable[[Truth], np.ndarray] | None:
-    """The function that draws such hints from the truth about a picture; None for hints made of the picture itself."""
-    return first_kind(spec).truth
-
-
-def is_made_here(spec: HintSpec) -> bool:
-    """Whether an annotator here makes such hints of a picture."""
-    return first_kind(spec).is_made_here

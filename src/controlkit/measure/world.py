@@ -15,7 +15,7 @@ from controlkit.data import Pair, evaluation_pairs
 from controlkit.formats import SavedControl
 from controlkit.hub import shipped_path
 from controlkit.images import HintSpec
-from controlkit.measure.kinds import first_kind, truth_of
+from controlkit.measure.kinds import first_kind
 from controlkit.measure.quality import Referee
 from controlkit.mini.observer import Observer
 
@@ -39,8 +39,8 @@ class World:
 
         Of scenes where the hints are drawn from the known truth; for poses, of those with a person.
         """
-        source = self.scenes if truth_of(spec) else self.pictures
-        return evaluation_pairs(source, size, num, person=first_kind(spec).needs_person)
+        kind = first_kind(spec)
+        return evaluation_pairs(self.scenes if kind.truth else self.pictures, size, num, person=kind.needs_person)
 
     def judges(self, base: Backbone) -> bool:
         """Whether ``base`` makes pictures of this world: it reads prompts by the text encoder of the world's own base.
