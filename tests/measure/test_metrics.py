@@ -7,18 +7,8 @@ import torch
 from controlkit.annotators import annotate, annotator, contract
 from controlkit.annotators.maps import depth_picture, label_picture, normal_picture, pose_picture
 from controlkit.errors import UserError
-from controlkit.measure import (
-    METRICS,
-    depth_rmse,
-    edge_f1,
-    inpaint_distance,
-    metric_of,
-    miou,
-    ms_ssim,
-    normal_angle,
-    pck,
-    psnr,
-)
+from controlkit.measure import METRICS, metric_of
+from controlkit.measure.metrics import depth_rmse, edge_f1, inpaint_distance, miou, ms_ssim, normal_angle, pck, psnr
 from controlkit.mini.scenes import PALETTE
 
 

@@ -18,7 +18,7 @@ from controlkit.data import Pair, hint_for_pair
 from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
-from controlkit.measure.kinds import first_kind, metric_of
+from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.obedience import obedience
 from controlkit.measure.quality import Quality, quality_kept
 from controlkit.measure.world import EMBEDDED, world_of

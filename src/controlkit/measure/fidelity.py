@@ -8,7 +8,7 @@ from controlkit.annotators import annotate, parts_of
 from controlkit.data import Pair
 from controlkit.errors import Unsupported, UserError
 from controlkit.images import HintSpec
-from controlkit.measure.kinds import first_kind, metric_of
+from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.world import EMBEDDED
 
 Finder = Callable[[np.ndarray], np.ndarray]

@@ -1,6 +1,7 @@
 """Metrics of fidelity: a hint found in an output against the hint that was given.
 
-Each is a function ``(found, wanted) -> float`` of two hint pictures; NaN where a pair gives no information.
+Each is a function ``(found, wanted) -> float`` of two hint pictures; NaN where a pair gives no information. Of several
+hints that are channels of one, the first decides.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +11,10 @@ import cv2
 import numpy as np
 import torch
 
+from controlkit.annotators import HintKind, kind_or_bare, names_of, parts_of
 from controlkit.annotators.maps import FACING, keypoints_of, labels_of, normals_of
-from controlkit.errors import Invalid
+from controlkit.errors import Invalid, Unsupported, nearest
+from controlkit.images import HintSpec
 
 
 def edge_f1(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -183,3 +186,19 @@ METRICS = {
         Metric("low_pass_psnr", psnr, least_range=20 * float(np.log10(1.5))),
     )
 }
+
+
+def first_kind(spec: HintSpec) -> HintKind:
+    """The kind of these hints, or of the first of several."""
+    return kind_or_bare(parts_of(spec)[0].annotator)
+
+
+def metric_of(spec: HintSpec) -> Metric:
+    """The metric of fidelity to such hints, whether or not anything here makes them; ``Unsupported`` if none."""
+    kind = first_kind(spec)
+    measured = names_of(lambda kind: kind.metric)
+    if not kind.name:
+        raise Unsupported(f"No annotator of these hints is named: expected one of {', '.join(measured)}.")
+    if not kind.metric:
+        raise Unsupported(f'Obedience to hints named "{kind.name}" is not measured: {nearest(kind.name, measured)}')
+    return METRICS[kind.metric]
