@@ -5,10 +5,9 @@ hint is in ``request.controls[0].images``; without control there is none.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +18,7 @@ from controlkit.data import Pair, hint_for_pair
 from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
-from controlkit.measure.kinds import metric_of, truth_of
+from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.obedience import obedience
 from controlkit.measure.quality import Quality, quality_kept
 from controlkit.measure.world import EMBEDDED, world_of
@@ -31,6 +30,8 @@ Reconstruct = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 Way = Literal["controlled", "shuffled", "no_control"]
 WAYS: tuple[Way, ...] = get_args(Way)
 """The ways in which pictures are made for obedience."""
+_AT_ONCE = 32
+"""Pictures in a batch of the VAE."""
 NO_REFEREE = (
     "CLIP-score, FID and whether quality was kept are not measured: no referee here was trained on this base's world."
 )
@@ -88,14 +89,14 @@ def three_ways(
     return made
 
 
-def ceiling_of(base: Backbone, batch: int = 32) -> Reconstruct:
+def ceiling_of(base: Backbone) -> Reconstruct:
     """Reconstruction by the VAE of ``base``, from the mean of each posterior."""
 
     def reconstruct(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         done: list[np.ndarray] = []
-        for first in range(0, len(pictures), batch):
+        for first in range(0, len(pictures), _AT_ONCE):
             with torch.no_grad(), autocast(base.device.type):
-                moments = base.encode_moments(to_tensor(pictures[first : first + batch]).to(base.device))
+                moments = base.encode_moments(to_tensor(pictures[first : first + _AT_ONCE]).to(base.device))
                 done += to_pictures(base.decode_latents(base.mean_latents(moments)))
         return done
 
@@ -109,7 +110,6 @@ def evaluate(
     quality: Quality | None = None,
     finder: Finder | None = None,
     no_control: Sequence[np.ndarray] | None = None,
-    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Measure a control, in plain values that can be written as JSON.
 
@@ -119,7 +119,6 @@ def evaluate(
         quality: the referee of the maker's world; None leaves quality out.
         finder: ``fidelity``'s, for hints that nothing here finds.
         no_control: the pictures without control, where they were made before, of the same pairs and settings.
-        facts: about the maker, for ``settings``.
 
     Returns:
         ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and with
@@ -146,10 +145,17 @@ def evaluate(
             report |= {f"{name}{suffix}": asdict(figure) for name, figure in figures.items()}
     report["is_meaningful"] = measured.is_meaningful
     report |= {"quality_kept": quality_kept(controlled, plain)} if quality else {"notes": [NO_REFEREE]}
-    if finder is None and truth_of(plan.spec):
+    if finder is None and first_kind(plan.spec).truth:
         report["observer"] = EMBEDDED.observer().config.get("accuracy")
     report["num"] = len(plan.pairs)
-    report["settings"] = _settings_of(plan) | dict(facts)
+    report["settings"] = {
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "size": None,
+        "scale": plan.control.scale,
+        "hint_cfg_scale": plan.control.hint_cfg_scale,
+        "seeds": f"0-{len(plan.pairs) - 1}",
+    }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
 
@@ -167,16 +173,6 @@ def evaluate_base(
     """
     world = world_of(base)
     quality = Quality(world.referee(base.device.type), real) if world else None
-    facts = {"base": base.name, "base_digest": base.digest, "format": number_format(base.device.type)}
-    return evaluate(make, plan, ceiling_of(base), quality, no_control=no_control, facts=facts)
-
-
-def _settings_of(plan: EvaluationPlan) -> dict[str, Any]:
-    return {
-        "steps": plan.steps,
-        "guidance": plan.guidance,
-        "size": None,
-        "scale": plan.control.scale,
-        "hint_cfg_scale": plan.control.hint_cfg_scale,
-        "seeds": f"0-{len(plan.pairs) - 1}",
-    }
+    report = evaluate(make, plan, ceiling_of(base), quality, no_control=no_control)
+    report["settings"] |= {"base": base.name, "base_digest": base.digest, "format": number_format(base.device.type)}
+    return report

@@ -3,7 +3,7 @@
 A referee judges pictures of the world it was trained on, and no others: see ``world``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from controlkit.seeds import numpy_rng
 KEPT = 0.95
 """Quality is kept if the CLIP-score is at least this share of that without control, and FID at most ``FID_KEPT``."""
 FID_KEPT = 1.1
+_REDRAWN = 50
 COLOURS = ("red", "green", "blue", "contrast", "saturation")
 
 
@@ -57,15 +58,17 @@ class Referee:
         )
         return rows.input_ids.to(self.device)
 
-    @torch.no_grad()
     def embed(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Unit vectors (N, space) of pictures, uint8 (H, W, 3)."""
-        return torch.cat([self.tower.embed_images(b) for b in to_tensor(pictures).to(self.device).split(128)])
+        return self._in_parts(self.tower.embed_images, pictures)
 
-    @torch.no_grad()
     def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Pooled features (N, C) of pictures, uint8 (H, W, 3)."""
-        return torch.cat([self.tower.features(b) for b in to_tensor(pictures).to(self.device).split(128)])
+        return self._in_parts(self.tower.features, pictures)
+
+    @torch.no_grad()
+    def _in_parts(self, network: Callable[[Tensor], Tensor], pictures: Sequence[np.ndarray]) -> Tensor:
+        return torch.cat([network(part) for part in to_tensor(pictures).to(self.device).split(128)])
 
     @torch.no_grad()
     def ratings(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -82,15 +85,11 @@ class Referee:
     @torch.no_grad()
     def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """For each picture, the index of the caption that fits best, (N,)."""
-        images = self.embed(pictures)
-        chosen = [
-            int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax())
-            for image, texts in zip(images, captions, strict=True)
-        ]
-        return np.array(chosen)
+        pairs = zip(self.embed(pictures), captions, strict=True)
+        return np.array([int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax()) for image, texts in pairs])
 
 
-def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
+def fid(made: Tensor, real: Tensor) -> Figure:
     """Fréchet distance between features (N, C) of made and (M, C) of real pictures; the interval redraws the made.
 
     Heusel et al., 2017, equation 6, with a referee's features in place of Inception's. With few pictures the distance
@@ -110,7 +109,7 @@ def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
         return float(metric.compute())
 
     rng = numpy_rng("fid", len(made))
-    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(resamples)]
+    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(_REDRAWN)]
     whole = distance(made)
     # A redrawn set repeats pictures, which alone raises the distance: the interval takes only its width from them.
     low, high = np.quantile(redrawn, [0.025, 0.975]) - np.mean(redrawn) + whole
