@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from controlkit.annotators import lines, maps, regions
-from controlkit.errors import Invalid, NotFound, Unsupported, nearest
+from controlkit.errors import Invalid, NotFound, Unsupported, first_fault, nearest
 from controlkit.images import HintSpec, Resize
 from controlkit.mini.truth import Truth
 
@@ -98,13 +98,7 @@ class HintKind:
         try:
             return self.options.model_validate(dict(options)).model_dump()
         except ValidationError as error:
-            first = error.errors()[0]
-        key = first["loc"][0]
-        if first["type"] != "extra_forbidden":
-            expected = first["msg"].removeprefix("Input should be ")
-            raise Invalid(f"{self.name}'s {key} is {first['input']}: expected {expected}.")
-        known = nearest(str(key), self.options.model_fields) if self.options.model_fields else "it has none."
-        raise Invalid(f'{self.name} has no option "{key}": {known}')
+            raise Invalid(first_fault(error, self.name, self.options.model_fields)) from None
 
     def spec(self, **options: Any) -> HintSpec:
         """The contract of its hints: made with these options, and the defaults of the others."""

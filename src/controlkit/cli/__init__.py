@@ -25,42 +25,32 @@ for commands in (pictures, runs, weights):
 app.add_typer(data.app, name="data")
 
 
-_PLACES = (  # errors of a path or a disk, which the user can mend
-    errno.ENOSPC,
-    errno.EIO,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
+_PLACES = {"ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"}
+"""Errors of a path or a disk, which the user can mend."""
+
+
+def _sentence(error: Exception) -> str | None:
+    """The sentence on what the user can do about an error; None where that is nothing."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _PLACES:
+        place = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{place}. Make room, mend the permissions, or choose another path."
+    torch = sys.modules.get("torch")  # not imported for this alone
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The device's memory does not hold this ({str(error).splitlines()[0]}). Take fewer or smaller pictures "
+            "at once, or another device (--device cpu)."
+        )
+    return None
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     try:
         app()
-    except UserError as error:
-        typer.echo(f"controlkit: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in _PLACES:
+    except (UserError, OSError, RuntimeError) as error:
+        if (sentence := _sentence(error)) is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        typer.echo(
-            f"controlkit: {error.strerror}{place}. Make room, mend the permissions, or choose another path.",
-            err=True,
-        )
-        sys.exit(2)
-    except RuntimeError as error:
-        torch = sys.modules.get("torch")  # not imported for this alone
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
-            raise
-        typer.echo(
-            f"controlkit: The device's memory does not hold this ({str(error).splitlines()[0]}). Take fewer or smaller "
-            "pictures at once, or another device (--device cpu).",
-            err=True,
-        )
+        typer.echo(f"controlkit: {sentence}", err=True)
         sys.exit(2)

@@ -14,6 +14,7 @@ from controlkit.cli.shared import (
     KindsCommand,
     LoraOption,
     OutOption,
+    SizeOption,
     StepsOption,
     VaeOption,
     check_folder,
@@ -45,8 +46,7 @@ app = typer.Typer()
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None,
-        typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt at all.'),
+        str | None, typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt.')
     ] = None,
     control: Annotated[
         list[str] | None,
@@ -86,12 +86,11 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
     num_images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
+    size: SizeOption = None,
     lora: LoraOption = None,
     vae: VaeOption = None,
     embedding: Annotated[
-        list[Path] | None,
-        typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
+        list[Path] | None, typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
     device: DeviceOption = "auto",
@@ -259,18 +258,12 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     "    controlkit annotate canny photo.png --option low=50 --option high=100 --out hints",
 )
 def annotate(
-    annotator: Annotated[
-        str,
-        typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}."),
-    ],
+    annotator: Annotated[str, typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
     out: OutOption = Path("out"),
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Annotate at this size; the picture's by default.")
-    ] = None,
+    size: SizeOption = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable."),
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable.")
     ] = None,
 ) -> None:
     """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""

@@ -24,6 +24,7 @@ BaseOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; else the base's or picture's.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[

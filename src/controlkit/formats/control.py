@@ -55,7 +55,9 @@ class SavedControl:
     """The scale of guidance by its hint that it is meant to be used with, from 0; 1 unless its recipe says more."""
 
     def contract_of(self, kind: str) -> HintSpec:
-        """The contract of a Union's hints of a type: its own, or the annotator's of that name."""
+        """The contract of its hints, ""; of a Union's hints of a type: its own, or the annotator's of that name."""
+        if not kind:
+            return self.hint
         return self.hints.get(kind) or self.hint.made_by(contract(kind, foreign=True))
 
 

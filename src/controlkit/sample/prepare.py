@@ -48,7 +48,7 @@ class PreparedControl:
     def of(cls, saved: SavedControl, asked: ControlRequest, hints: Mapping[str, np.ndarray]) -> "PreparedControl":
         """A control that was loaded, used as asked for."""
         counted = saved.hint_cfg_scale if asked.hint_cfg_scale is None else asked.hint_cfg_scale
-        specs = {kind: spec_for(saved, kind) for kind in hints or [""]}
+        specs = {kind: saved.contract_of(kind) for kind in hints or [""]}
         return cls(saved.branch, specs, asked.scale, asked.start, asked.end, asked.guess, counted, hints)
 
     def pictures(self) -> dict[str, np.ndarray]:
@@ -76,11 +76,6 @@ class Prepared:
     def is_like(self, other: "Prepared") -> bool:
         """Whether both can be sampled in one batch."""
         return (self.settings, self.controls) == (other.settings, other.controls)
-
-
-def spec_for(saved: SavedControl, kind: str) -> HintSpec:
-    """The contract of a control's hints; of a Union's, of that type."""
-    return saved.contract_of(kind) if kind else saved.hint
 
 
 def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -198,7 +193,7 @@ class _Preparation:
             raise Mismatch(f'"{name}" is no Union and has no types: give it as {name}=IMAGE.')
         if unknown := [kind for kind in types if kind not in network.hint_types]:
             raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
-        hints = {kind: _hint(source, asked, spec_for(saved, kind), size) for kind, source in asked.images.items()}
+        hints = {kind: _hint(source, asked, saved.contract_of(kind), size) for kind, source in asked.images.items()}
         return PreparedControl.of(saved, asked, hints)
 
 

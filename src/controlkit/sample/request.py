@@ -25,7 +25,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from controlkit.errors import Invalid, nearest
+from controlkit.errors import Invalid, first_fault
 from controlkit.images import decode_hint, hint_bytes
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
@@ -92,7 +92,7 @@ class _Checked(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise Invalid(_sentence(error, type(self))) from None
+            raise Invalid(first_fault(error, type(self).__name__, type(self).model_fields)) from None
 
     def to_json(self) -> str:
         """All of it as JSON; arrays as ``data:`` URIs."""
@@ -108,22 +108,6 @@ class _Checked(BaseModel):
         if not isinstance(values, dict):
             raise Invalid(f"The JSON holds a {type(values).__name__}; expected keys and values of a {cls.__name__}.")
         return cls(**values)
-
-
-def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault: key, value and what was expected."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "")
-    inner = first.get("ctx", {}).get("error")
-    if first["type"] == "extra_forbidden":
-        return f'A {model.__name__} has no "{name}": {nearest(name, model.model_fields)}'
-    if isinstance(inner, Invalid):  # a whole sentence, of a value within this one
-        return f"{name}: {inner}"
-    if isinstance(inner, Exception):
-        quoted = f'"{name}" is ' if name else ""
-        return f"{model.__name__}: {quoted}{str(inner).rstrip('.')}."
-    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
-    return f'{model.__name__}: "{name}" is {found}; {first["msg"][0].lower()}{first["msg"][1:]}.'
 
 
 class ControlRequest(_Checked):
