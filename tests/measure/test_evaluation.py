@@ -7,15 +7,20 @@ import pytest
 
 from controlkit.controls import new_control
 from controlkit.images import HintSpec
-from controlkit.measure import COLOURS
-from controlkit.train import best_of, evaluation, resolve, should_stop, summary_of, training_pairs
+from controlkit.measure import COLOURS, EvaluationPlan
+from controlkit.sample import ControlRequest
+from controlkit.train import Record, best_of, evaluation, resolve, should_stop, summary_of, training_pairs
 from controlkit.train.evaluation import Evaluator
+from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import EvaluationRecipe, parse_recipe
 
 RECIPE = parse_recipe(
     {"data": {"source": "fill50k", "count": 4}, "batch": 2, "evaluation": {"every": 1, "num": 3, "steps": 1}}
 )
-CONTRACT = HintSpec("canny")
+
+
+def plan_of(pairs):
+    return EvaluationPlan(ControlRequest(name=evaluation.CONTROL), HintSpec("canny"), list(pairs), steps=1)
 
 
 def flat(*colour):
@@ -33,10 +38,10 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
 
     monkeypatch.setattr(evaluation, "three_ways", made)
     monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
-    evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
+    evaluator = Evaluator(toy_base, toy_base, plan_of(pairs), [], tmp_path, Ranks())
     branch = new_control(toy_base)
     for step in (1, 2):  # what is without control is made once, and remembered
-        drift = evaluator.measure(branch, step, lambda count: None).drift
+        drift = evaluator.measure(branch, Record(step, 0.0, 0.0), lambda count: None).drift
         assert tuple(drift) == COLOURS
         assert list(drift.values()) == pytest.approx([1, 0, -0.2, 0, 0.6])
     assert given == [["controlled", "shuffled", "no_control"], ["controlled", "shuffled"]]
@@ -58,11 +63,12 @@ def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, tmp_path, monk
     monkeypatch.setattr(evaluation, "three_ways", made)
     monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
     pairs = training_pairs(resolve(RECIPE).data, toy_base)[1]
-    assert Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path).measure(new_control(toy_base), 1, int).quality == {}
+    evaluator = Evaluator(toy_base, toy_base, plan_of(pairs), [], tmp_path, Ranks())
+    assert evaluator.measure(new_control(toy_base), Record(1, 0.0, 0.0), int).quality == {}
     monkeypatch.setattr(evaluation, "world_of", lambda base: Red())
-    evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
+    evaluator = Evaluator(toy_base, toy_base, plan_of(pairs), [], tmp_path, Ranks())
     for step in (1, 2):
-        found = evaluator.measure(new_control(toy_base), step, int).quality
+        found = evaluator.measure(new_control(toy_base), Record(step, 0.0, 0.0), int).quality
         assert found == {"clip_score": pytest.approx(0.6), "clip_score_no_control": pytest.approx(1.0)}
     line = {"step": 2, "obedience": 0.9, "obedience_interval": [0.8, 1.0], "is_meaningful": True, "quality": found}
     fell = summary_of(line)
