@@ -232,7 +232,7 @@ def test_columns_of_unusual_names_are_told_to_the_doctor_and_to_build(run, tmp_p
     built = ["data", "build", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "out"]
     assert run(*built, *columns)[0] == 0 and len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 3
     code, _, err = run("data", "doctor", tmp_path / "set", "--column", "photo")
-    assert code == 2 and "expected KEY=VALUE, such as image=photo" in err
+    assert code == 2 and "expected KIND=NAME" in err
 
 
 def test_the_doctor_says_whether_training_may_start(run, tmp_path):

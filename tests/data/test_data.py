@@ -174,7 +174,7 @@ def test_evaluation_sees_no_pair_of_a_training_run(source, fake_packages, tmp_pa
         b"7",
         b'{"source": "a", "target": "b"}',
         b'{"source": "a", "target": "b", "prompt": "c"}\n{"source":',
-        b"\xff\xfe",
+        b"\xff\xfa",
     ],
 )
 def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):

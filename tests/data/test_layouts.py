@@ -184,7 +184,7 @@ def test_one_of_several_captions_is_taken_and_always_the_same(tutorial, tmp_path
         ("prompt.json", lambda folder: (folder / "source/1.png").unlink(), "missing file", "source/1.png"),
         ("kohya", lambda folder: (folder / "conditioning_data_dir/1.png").unlink(), "missing hint", "1.png"),
         ("kohya", lambda folder: (folder / "image_dir/1.png").unlink(), "extra hint", "1.png"),
-        ("kohya", lambda folder: (folder / "image_dir/1.caption").write_bytes(b"\xff\xfe"), "not UTF-8", "1.caption"),
+        ("kohya", lambda folder: (folder / "image_dir/1.caption").write_bytes(b"\xff\xfa"), "not UTF-8", "1.caption"),
         ("WebDataset", lambda folder: (folder / "00000.tar").write_bytes(b"rubbish" * 99), "unreadable file", "00000"),
         ("imagefolder", lambda folder: edit(folder / "train/metadata.jsonl", "a/0.png", "../../x.png"), "path escapes",
          "../../x.png"),

@@ -5,10 +5,13 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 
 import errno
 import sys
+import warnings
+from pathlib import Path
 
 import typer
 
 from controlkit.cli import data, pictures, runs, weights
+from controlkit.cli.shared import warn
 from controlkit.errors import UserError
 
 app = typer.Typer(
@@ -45,10 +48,26 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+    """Show a warning of this package as a note; Python's own way shows the others."""
+    if category is UserWarning and Path(__file__).parents[1] in Path(filename).parents:
+        warn(str(message))
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno), err=True)
+
+
+def _with_home(argument: str) -> str:
+    """An argument whose path's ~ is replaced, which shells leave in ``--option=~/path`` and between quotes."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).expanduser()}" if value.startswith("~/") else argument
+
+
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            app([_with_home(argument) for argument in sys.argv[1:]])
     except (UserError, OSError, RuntimeError) as error:
         if (sentence := _sentence(error)) is None:
             raise

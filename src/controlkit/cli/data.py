@@ -13,7 +13,7 @@ from controlkit.cli.shared import (
     KindsCommand,
     OutOption,
     check_folder,
-    parse_settings,
+    key_values,
     parse_size,
     progress_bars,
     ready,
@@ -100,7 +100,7 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path, parse_settings("--column", column, "image=photo"))
+    listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
         found = progress.track(examine(listing, made_by, workers), total=len(listing.rows), task_id=task)
@@ -241,7 +241,7 @@ def build(
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = sound_listing(path, parse_settings("--column", column, "image=photo"))
+    listing = sound_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
-from controlkit.data.captions import JOURNAL, Captioning, captioned
-from controlkit.data.layouts import BUILT
+from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
+from controlkit.data.captions import Captioning, captioned
+from controlkit.data.layouts import BUILT, JOURNAL
 from controlkit.data.layouts.rows import Listing, Row, json_lines, rows_digest
+from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
 from controlkit.files import SCRATCH, write_atomic
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, hint_bytes, png_bytes
+from controlkit.images import HintSpec, fit, hint_bytes, png_bytes
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -174,10 +175,8 @@ class _Writer:
     def _files(self, place: int) -> dict[str, bytes]:
         """A row's files; picture and hint are brought to the size through the same cut."""
         row = self.rows[place]
-        picture = decode_picture(row.picture.read(), row.picture.name)
+        picture, given = open_row(row, grounds_of(self.contract)).sound()
         picture = fit(picture, self.size) if self.size else picture
-        masked = self.contract.mask_value is not None
-        given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
         if given:
             hint = hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)
         else:

@@ -19,8 +19,6 @@ from controlkit.files import write_atomic
 from controlkit.images import decode_picture
 
 CAPTIONER = "Salesforce/blip-image-captioning-base"
-JOURNAL = "captions.jsonl"
-"""In a folder that ``build`` writes: the captions that the captioner gave, by row."""
 Over = Literal["nothing", "names", "all"]
 """Captions that a captioner may replace: none, those that are only files' names, or all."""
 _BATCH = 8

@@ -4,8 +4,6 @@
 problem must not be trained on.
 """
 
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +12,14 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
-from controlkit.data.layouts.rows import Held, Listing, Problem, Row
-from controlkit.data.pairs import MOST_PIXELS, out_of_place, turned_over
+from controlkit.annotators import annotate, grounds_of, is_empty, kind_or_bare, parts_of
+from controlkit.data.layouts.rows import Held, Listing, Problem, Row, unequal
+from controlkit.data.opened import open_row
+from controlkit.data.pairs import inverted, rules_of, too_few
 from controlkit.data.workers import parallel_map, ranges_of
-from controlkit.errors import UserError
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
+from controlkit.errors import Mismatch
+from controlkit.images import HintSpec, fit
 
 _SHOWN = 8  # rows on the sheet
 _SIDE = 128  # of a picture on it
@@ -89,18 +87,13 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
     """The findings of the rows at these places; those in ``shown`` with their pictures."""
     for place in places:
         row = rows[place]
-        problems: list[Problem] = []
-        picture, data = _opened(row.picture, problems)
-        rules = _rules(row, contract, problems)
-        masked = contract is not None and contract.mask_value is not None
-        read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
+        opened = open_row(row, grounds_of(contract))
+        picture, problems = opened.picture, opened.problems
         hints = []  # as pictures
-        for held, hint, rule in zip(row.hints, read, rules, strict=True):
-            if hint is None:
-                continue
-            problems += _beside(held, picture, hint) if picture is not None else ()
-            problems += _against(held, hint, rule) if rule else ()
-            hints.append((rule or HintSpec("")).picture(hint)[..., :3])
+        for held, hint, rule in zip(row.hints, opened.hints, _rules(row, contract, problems), strict=True):
+            if hint is not None:
+                problems += _against(held, hint, rule) if rule else ()
+                hints.append((rule or HintSpec("")).picture(hint)[..., :3])
         made = hints
         if picture is not None and not row.hints and place in shown and contract:
             made = [annotate(picture, p)[..., :3] for p in parts_of(contract) if kind_or_bare(p.annotator).is_made_here]
@@ -108,21 +101,20 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
             row,
             tuple(problems),
             None if picture is None else picture.shape[:2],
-            hashlib.sha256(data).hexdigest() if data else "",
+            opened.digest,
             float(hints[0].mean()) / 255 if hints else None,
-            tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in read if hint is not None),
+            tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in opened.hints if hint is not None),
             tuple(one for one in (picture, *made) if one is not None) if place in shown else (),
         )
 
 
 def _rules(row: Row, contract: HintSpec | None, problems: list[Problem]) -> list[HintSpec | None]:
     """The contract that each hint of a row is compared with."""
-    parts = parts_of(contract) if contract else []
-    if contract and len(row.hints) > 1 and len(row.hints) != len(parts):
-        words = f"has {len(row.hints)} hints, and {contract.annotator} names {len(parts)}: name all, as canny+depth"
-        problems.append(Problem("other hints", row.picture.name, words))
+    try:
+        return [*rules_of(contract, len(row.hints))] if contract else [None] * len(row.hints)
+    except Mismatch as error:
+        problems.append(Problem("other hints", row.picture.name, str(error)))
         return [None] * len(row.hints)
-    return [contract] * len(row.hints) if len(row.hints) < 2 else [*parts] or [None] * len(row.hints)
 
 
 def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | None = None) -> Report:
@@ -149,7 +141,7 @@ def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | N
         elif finding.digest:
             seen[finding.digest] = name
     report.problems += [*_of_the_set(listing, report, kinds)]
-    if contract and (dark := turned_over(contract, report.hint_light)):
+    if contract and report.may_train and (dark := inverted(listing.rows, contract)):
         report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report
 
@@ -161,87 +153,22 @@ def _of_the_set(listing: Listing, report: Report, kinds: Mapping[int, Counter[st
         yield Problem("no captions", where, "no picture has one: prompts will mean little", fatal=False)
     elif none and not any(problem.kind == "no caption" for problem in report.problems):
         yield Problem("no caption", where, f"{none} of {rows} pictures have none", fatal=False)
-    if 0 < report.hints < rows:
-        yield Problem("missing hint", where, f"{rows - report.hints} of {rows} rows have no hint")
-    if len({len(row.hints) for row in listing.rows if row.hints}) > 1:
-        yield Problem("missing hint", where, "some rows have more hints than others")
+    if words := unequal(listing.rows):
+        yield Problem("missing hint", where, words)
     for counted in kinds.values():
         if len(counted) > 1:
             each = ", ".join(f"{n} have {kind}" for kind, n in counted.most_common())
             yield Problem("kinds differ", where, f"hints are of several kinds: {each}; one run reads one")
-    if not rows and not report.problems:
-        yield Problem("empty", where, "there is nothing in it")
-
-
-def _opened(
-    held: Held, problems: list[Problem], is_hint: bool = False, masked: bool = False
-) -> tuple[np.ndarray | None, bytes]:
-    """A picture or hint as training will read it, or None with the reason among ``problems``; and its file's bytes."""
-    try:
-        data = held.read()
-    except OSError as error:
-        problems.append(Problem("unreadable file", held.name, f"cannot be read ({error.strerror or error})"))
-        return None, b""
-    if not data:
-        problems.append(Problem("empty file", held.name, "has no bytes: write it anew, or take it out"))
-        return None, b""
-    if (is_hint and held.name.lower().endswith(".npy")) or data.startswith(b"\x93NUMPY"):
-        return _opened_array(held, data, problems, is_hint), data
-    try:
-        with Image.open(io.BytesIO(data)) as opened:  # the header alone
-            width, height = opened.size
-            mode = opened.mode
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        kind = "huge picture" if isinstance(error, Image.DecompressionBombError) else "unreadable picture"
-        problems.append(Problem(kind, held.name, f"{picture_error(error)}: write it anew, or take it out"))
-        return None, data
-    if width * height > MOST_PIXELS:
-        problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
-        return None, data
-    try:
-        picture = (decode_hint if is_hint else decode_picture)(data, held.name, masked)
-    except UserError as error:
-        problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
-        return None, data
-    read_as = {
-        "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
-        "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),
-        "I;16": ("16 bits", "has 16 bits a sample: read as 8"),
-    }
-    mode = "I;16" if mode.startswith("I;16") else mode
-    if mode in read_as and picture.dtype == np.uint8:
-        kind, words = read_as[mode]
-        problems.append(Problem(kind, held.name, words, fatal=False))
-    return picture, data
-
-
-def _opened_array(held: Held, data: bytes, problems: list[Problem], is_hint: bool) -> np.ndarray | None:
-    try:
-        if is_hint and data.startswith(b"\x93NUMPY"):
-            return decode_hint(data, held.name)
-        words = "is an array: pictures are read from PNG, JPEG or WebP files" if not is_hint else "is no .npy file"
-    except UserError as error:
-        words = str(error).removeprefix(f"{held.name} ")
-    problems.append(Problem("unreadable array", held.name, words))
-    return None
-
-
-def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
-    """Problems of a hint's size compared with its picture's."""
-    if words := out_of_place(picture, hint):
-        yield Problem("sizes differ", held.name, words)
-    elif picture.shape[:2] != hint.shape[:2]:
-        (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
-        words = f"is {wide}x{high}, its picture {width}x{height}: it will be scaled"
-        yield Problem("sizes differ", held.name, words, fatal=False)
+    if not any(problem.fatal for problem in report.problems) and (words := too_few(rows)):
+        yield Problem("too few", where, words)
 
 
 def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Problem]:
     """Problems of a hint that is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)
-    elif not hint.any():
-        yield Problem("empty hint", held.name, "is black all over: it controls nothing", fatal=False)
+    elif is_empty(hint, contract):
+        yield Problem("empty hint", held.name, "is all one value: it controls nothing", fatal=False)
     elif kind_or_bare(contract.annotator).lines and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 

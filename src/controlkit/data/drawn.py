@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit.annotators import all_kinds
+from controlkit.data.layouts import DRAWN
 from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
@@ -85,7 +86,7 @@ def _edge_picture(scene: "Scene") -> np.ndarray:
 
 def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
     """Write the file that says a folder holds a set drawn with these settings; refuse one that holds another."""
-    drawn = folder / "drawn.json"
+    drawn = folder / DRAWN
     begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
     if not drawn.is_file() and (folder / "prompt.json").is_file():
         raise Mismatch(f"{folder} holds a set that was not drawn here: give another folder.")

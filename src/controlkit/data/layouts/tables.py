@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, wording
-from controlkit.errors import Invalid, Unsupported
+from controlkit.data.layouts.tree import Tree
+from controlkit.errors import Invalid, Unsupported, one_line
 from controlkit.hub import cache_dir
 
 
-def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
+    folder = tree.root
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    tables = _for_training(sorted(folder.rglob("*.parquet")), folder)
+    tables = _for_training(tree.under(folder, [".parquet"]), folder)
     if not saved and not tables:
         return None
     try:
@@ -22,10 +24,13 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
         raise Unsupported(
             f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
         ) from error
-    if saved:
-        table = datasets.load_from_disk(str(folder))
-    else:
-        table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+    try:
+        if saved:
+            table = datasets.load_from_disk(str(folder))
+        else:
+            table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+    except Exception as error:  # what a damaged file is depends on the library's own readers
+        raise Invalid(f"{folder} cannot be read as a data set ({one_line(error)}): fetch or write it anew.") from error
     if isinstance(table, datasets.DatasetDict):
         table = table["train"] if "train" in table else next(iter(table.values()))
     columns = table.column_names
@@ -35,8 +40,12 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
     if picture is None:
         raise Invalid(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
     for name in (picture, *hints):
-        if isinstance(table.features[name], datasets.Image):
+        feature = table.features[name]
+        bare = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # written by another library
+        if isinstance(feature, datasets.Image) or bare or feature == datasets.Value("binary"):
             table = table.cast_column(name, datasets.Image(decode=False))
+        elif getattr(feature, "dtype", "") not in ("string", "large_string"):
+            raise Invalid(f"{folder} has a {one_line(feature)} in its column {name}: expected pictures, or paths.")
 
     contents = {name: _contents(table, name) for name in (picture, *hints)}
 
@@ -51,7 +60,7 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
                 fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
                 return inside(folder, link, problems) if fetched else file_at(folder / link)
             return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
-        name = str(table[place][column])
+        name = table[place][column]
         beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
         return inside(beside, name, problems)
 
