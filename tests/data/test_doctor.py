@@ -29,7 +29,13 @@ def report_of(folder, contract=None):
 
 
 def as_16_bit(path):
-    Image.fromarray(np.full((SIDE, SIDE), 40_000, np.uint16)).save(path)
+    Image.fromarray(np.linspace(0, 40_000, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)).save(path)
+
+
+def ramp(width, height, colours=("black", "white")):
+    """From one colour to another."""
+    grey = Image.linear_gradient("L").resize((width, height))
+    return Image.composite(*(Image.new("RGB", grey.size, colour) for colour in reversed(colours)), grey)
 
 
 def as_mode(mode, suffix):
@@ -55,8 +61,8 @@ BROKEN = {  # what is done to target/1.png or source/1.png: kind, fatal, change
     "no picture": ("source", lambda path: path.write_bytes(b"hello"), "unreadable picture", True),
     "huge": ("target", huge, "huge picture", True),
     "missing": ("source", lambda path: path.unlink(), "missing file", True),
-    "another shape": ("source", lambda path: Image.new("RGB", (64, 32), "white").save(path), "sizes differ", True),
-    "another size": ("source", lambda path: Image.new("RGB", (64, 64), "white").save(path), "sizes differ", False),
+    "another shape": ("source", lambda path: ramp(64, 32).save(path), "sizes differ", True),
+    "another size": ("source", lambda path: ramp(64, 64).save(path), "sizes differ", False),
     "16 bits": ("target", as_16_bit, "16 bits", False),
     "another kind": ("source", as_16_bit, "kinds differ", True),
     "palette": ("source", as_mode("P", "PNG"), "palette", False),
@@ -64,7 +70,9 @@ BROKEN = {  # what is done to target/1.png or source/1.png: kind, fatal, change
     "32 bits": ("source", lambda path: Image.fromarray(np.zeros((SIDE, SIDE), np.float32)).save(path, "TIFF"),
                 "unreadable picture", True),
     "black": ("source", lambda path: Image.new("RGB", (SIDE, SIDE)).save(path), "empty hint", False),
-    "coloured": ("source", lambda path: Image.new("RGB", (SIDE, SIDE), "red").save(path), "colours in a hint", False),
+    "white all over": ("source", lambda path: Image.new("RGB", (SIDE, SIDE), "white").save(path), "empty hint", False),
+    "clear all over": ("source", lambda path: Image.new("RGBA", (SIDE, SIDE)).save(path), "empty hint", False),
+    "coloured": ("source", lambda path: ramp(SIDE, SIDE, ("black", "red")).save(path), "colours in a hint", False),
 }  # fmt: skip
 
 

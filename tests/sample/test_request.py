@@ -94,15 +94,15 @@ def test_requests_are_equal_where_their_pixels_are_and_nothing_can_be_written_in
 
 
 BAD = {
-    "no step": ({"steps": 0}, '"steps" is 0; input should be greater than or equal to 1'),
-    "a word for a number": ({"guidance": "much"}, "\"guidance\" is 'much'; input should be a valid number"),
-    "no number": ({"guidance": float("nan")}, '"guidance" is nan; input should be a finite number'),
+    "no step": ({"steps": 0}, '"steps" is 0; expected greater than or equal to 1'),
+    "a word for a number": ({"guidance": "much"}, "\"guidance\" is 'much'; expected a valid number"),
+    "no number": ({"guidance": float("nan")}, '"guidance" is nan; expected a finite number'),
     "a negative seed": ({"seed": -1}, '"seed" is -1'),
     "a size of one side": ({"size": [64]}, '"size.1" is missing'),
     "an unknown key": ({"stepz": 3}, 'no "stepz": did you mean "steps"?'),
     "an unknown key of a control": (
         {"controls": [{"name": "x", "scael": 1}]},
-        'controls.0: A ControlRequest has no "scael"',
+        'controls.0: ControlRequest has no "scael"',
     ),
     "a control without a name": ({"controls": [{"images": "x.png"}]}, 'controls.0: ControlRequest: "name" is missing'),
     "an end before its start": (

@@ -37,7 +37,7 @@ from controlkit.backbones.unet_families import (
 )
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.files import parse_json, read_text, write_atomic
-from controlkit.hub import names_a_repository, shipped_names, shipped_path
+from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -73,15 +73,17 @@ def load_base(
     ``Unsupported`` for a model that is no text-to-image base of these families; ``Mismatch`` for a LoRA, difference,
     textual inversion or VAE of another base.
     """
-    text, path = str(source), Path(source)
-    if text in shipped_names() and (shipped_path(text) / "model_index.json").is_file():
-        base = _from_folder(text, shipped_path(text), dtype)
+    text = str(source)
+    shipped = [name for name in shipped_names() if _holds_base(shipped_path(name))]
+    path = meant_path(source, [*shipped, *FAMILIES], _holds_base)
+    if path is None:
+        base = _from_folder(text, shipped_path(text) if text in shipped else _from_hub(FAMILIES[text].hub), dtype)
     elif path.is_file():
         base = _from_single_file(path, dtype, prediction)
     elif path.is_dir():
         base = _from_folder(path.name, path, dtype)
-    elif text in FAMILIES or _names_a_repository(text):
-        base = _from_folder(text, _from_hub(FAMILIES[text].hub if text in FAMILIES else text), dtype)
+    elif _names_a_repository(text):
+        base = _from_folder(text, _from_hub(text), dtype)
     else:
         raise NotFound(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
@@ -104,25 +106,15 @@ def _names_a_repository(text: str) -> bool:
     return names_a_repository(text) and not text.endswith(_FILES)
 
 
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _holds_base(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
 
-    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
-        if all(any((folder / part).glob("*.safetensors")) for part in ("vae", "text_encoder", "unet")):
-            return folder  # and not only the configurations, which other programs fetch alone
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    try:
-        return Path(snapshot_download(repository, **wanted))
-    except Exception as error:  # the error of a lost connection depends on the client's HTTP library
-        raise NotFound(
-            f'The base "{repository}" is neither in the local cache nor could be fetched from the hub '
-            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while "
-            "there is a network."
-        ) from error
+
+def _from_hub(repository: str) -> Path:
+    def is_whole(folder: Path) -> bool:
+        return all(any((folder / part).glob("*.safetensors")) for part in ("vae", "text_encoder", "unet"))
+
+    return snapshot(repository, "base", _HUB_FILES, _HUB_LEFT, is_whole)
 
 
 # --- a diffusers folder -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from controlkit.cli.shared import (
     KindsCommand,
     OutOption,
     check_folder,
+    key_values,
     parse_size,
     progress_bars,
     ready,
@@ -53,14 +54,6 @@ def _over(replace: str) -> "Over":
     return cast("Over", replace)
 
 
-def _columns(given: list[str] | None) -> dict[str, str]:
-    """Columns' names by kind, of ``--column``."""
-    pairs = [one.partition("=") for one in given or []]
-    if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
-        raise Invalid(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
-    return {kind: name for kind, _, name in pairs}
-
-
 @app.command(
     cls=KindsCommand,
     epilog="Examples:\n\n    controlkit data doctor fill50k --annotator canny\n\n"
@@ -99,7 +92,7 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path, _columns(column))
+    listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
 
@@ -258,7 +251,7 @@ def build(
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = read_listing(path, _columns(column))
+    listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     if fatal := [problem for problem in listing.problems if problem.fatal]:
         raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None

@@ -1,7 +1,8 @@
 """Shared by several commands: options of one meaning, loading, progress, messages."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ BaseOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; else the base's or picture's.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[
@@ -140,16 +142,30 @@ def warn(text: str) -> None:
 def split_lora(text: str) -> tuple[Path, float]:
     """FILE[=WEIGHT] as (path, weight)."""
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return Path(text), 1.0
+    whole = Path(text).expanduser()
+    if not equals or whole.exists():
+        return whole, 1.0
     try:
-        return Path(path), float(weight)
+        factor = float(weight)
     except ValueError:
-        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+        factor = math.nan
+    if not abs(factor) <= 100:  # so written, it holds for nan as well
+        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, -100 to 100, such as style.safetensors=0.7.')
+    return Path(path).expanduser(), factor
+
+
+def key_values(given: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
+    """KEY=VALUE of a repeatable option, by key."""
+    pairs = [(one, *one.partition("=")[::2]) for one in given or []]
+    if wrong := [one for one, key, value in pairs if not (key and value)]:
+        raise Invalid(f'{option} is "{wrong[0]}"; expected {example}.')
+    return {key: value for _, key, value in pairs}
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """WxH, or one number for both, as (height, width)."""
+    from controlkit.images import MOST_SIDE
+
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
@@ -157,6 +173,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         sides = int(height or width), int(width)
     except ValueError:
         sides = (0, 0)
-    if min(sides) <= 0:
-        raise Invalid(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+    if not 0 < min(sides) <= max(sides) <= MOST_SIDE:
+        raise Invalid(
+            f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number, up to {MOST_SIDE}.'
+        )
     return sides

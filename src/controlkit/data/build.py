@@ -4,6 +4,7 @@ The work can be interrupted and resumed; until it is whole, nothing reads the fo
 """
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
 from controlkit.data.captions import JOURNAL, Captioning, captioned
 from controlkit.data.layouts import BUILT
 from controlkit.data.layouts.rows import Listing, Row, rows_digest
@@ -21,7 +22,7 @@ from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
 from controlkit.files import SCRATCH, write_atomic
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, png_bytes
+from controlkit.images import HintSpec, array_bytes, decode_hint, decode_picture, fit, png_bytes
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -132,9 +133,7 @@ def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
     """(suffix, content) of a hint's file: a PNG where it is a picture, else an array."""
     if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
         return ".png", png_bytes(hint)
-    buffer = io.BytesIO()
-    np.save(buffer, hint)
-    return ".npy", buffer.getvalue()
+    return ".npy", array_bytes(hint)
 
 
 @dataclass(frozen=True)
@@ -199,6 +198,6 @@ class _Writer:
         picture = fit(picture, self.size) if self.size else picture
         if row.hint is None:
             return picture, annotate(picture, self.contract)
-        masked = self.contract.mask_value is not None
-        given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
+        grounds = itertools.cycle(grounds_of(self.contract))
+        given = [decode_hint(held.read(), held.name, next(grounds)) for held in row.hints]
         return picture, hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)

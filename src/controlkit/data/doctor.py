@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
+from controlkit.annotators import annotate, grounds_of, is_empty, kind_or_bare, parts_of
 from controlkit.data.layouts.rows import Held, Listing, Problem, Row
 from controlkit.data.pairs import MOST_PIXELS, out_of_place, turned_over
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
+from controlkit.images import Ground, HintSpec, decode_hint, decode_picture, fit, picture_error
 
 _SHOWN = 8  # rows on the sheet
 
@@ -97,8 +97,8 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
         problems: list[Problem] = []
         picture, data = _opened(row.picture, problems)
         rules = _rules(row, contract, problems)
-        masked = contract is not None and contract.mask_value is not None
-        read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
+        grounds = [grounds_of(rule)[0] for rule in rules]
+        read = [_opened(held, problems, True, ground)[0] for held, ground in zip(row.hints, grounds, strict=True)]
         hints = []  # as pictures
         for held, hint, rule in zip(row.hints, read, rules, strict=True):
             if hint is None:
@@ -181,7 +181,7 @@ def _of_the_set(listing: Listing, report: Report, kinds: Mapping[int, Counter[st
 
 
 def _opened(
-    held: Held, problems: list[Problem], is_hint: bool = False, masked: bool = False
+    held: Held, problems: list[Problem], is_hint: bool = False, ground: Ground = "white"
 ) -> tuple[np.ndarray | None, bytes]:
     """A picture or hint as training will read it, or None with the reason among ``problems``; and its file's bytes."""
     try:
@@ -206,7 +206,7 @@ def _opened(
         problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
         return None, data
     try:
-        picture = (decode_hint if is_hint else decode_picture)(data, held.name, masked)
+        picture = (decode_hint if is_hint else decode_picture)(data, held.name, ground)
     except UserError as error:
         problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
         return None, data
@@ -247,8 +247,8 @@ def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Probl
     """Problems of a hint that is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)
-    elif not hint.any():
-        yield Problem("empty hint", held.name, "is black all over: it controls nothing", fatal=False)
+    elif is_empty(hint, contract):
+        yield Problem("empty hint", held.name, "is all one value: it controls nothing", fatal=False)
     elif kind_or_bare(contract.annotator).lines and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from controlkit.data.buckets import Size, nearest_bucket
 from controlkit.data.layouts import folder_of, read_listing
 from controlkit.data.layouts.rows import Row, rows_digest
 from controlkit.errors import Invalid, Mismatch, Unsupported
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, sides_of
+from controlkit.images import Ground, HintSpec, decode_hint, decode_picture, fit, sides_of
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -217,17 +218,23 @@ class CirclePairs(Sequence[Pair]):
 class FolderPairs(Sequence[Pair]):
     """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
 
-    ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
+    ``grounds``: the colour laid under what is transparent in each of a row's hints (``annotators.grounds_of``).
     ``columns``: as with ``read_listing``. ``Invalid`` where its listing has a fatal problem.
     """
 
-    def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        grounds: Sequence[Ground] = ("black",),
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         listing = read_listing(folder, columns)
         fatal = [problem for problem in listing.problems if problem.fatal]
         if fatal:
             more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
             raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
-        self._rows, self._size, self._masked = listing.rows, size, masked
+        self._rows, self._size, self._grounds = listing.rows, size, grounds
         self._sizes: list[Size] | None = None
         self.hinted = any(row.hint for row in listing.rows)
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
@@ -280,7 +287,10 @@ class FolderPairs(Sequence[Pair]):
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
     def _hints(self, row: Row) -> list[np.ndarray]:
-        return [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
+        return [
+            decode_hint(held.read(), held.name, ground)
+            for held, ground in zip(row.hints, itertools.cycle(self._grounds), strict=False)
+        ]
 
     def check_hints(self, contract: HintSpec) -> None:
         """``Invalid`` where a few hints, from all over the set, are inverted lines."""
@@ -298,15 +308,15 @@ def trained_count(pairs: int) -> int:
 
 
 def split_folder(
-    folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None
+    folder: Path, size: int, grounds: Sequence[Ground] = ("black",), columns: Mapping[str, str] | None = None
 ) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with ``FolderPairs``.
+    twice: they stay on one side, but for one caption at the border. ``grounds``, ``columns``: as with ``FolderPairs``.
     ``Invalid`` for fewer than 3 pairs.
     """
-    pairs = FolderPairs(folder, size, masked, columns)
+    pairs = FolderPairs(folder, size, grounds, columns)
     trained = trained_count(len(pairs))
     if not trained:
         raise Invalid(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
@@ -323,14 +333,14 @@ def evaluation_pairs(
     size: int,
     num: int,
     person: bool = False,
-    masked: bool = False,
+    grounds: Sequence[Ground] = ("black",),
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures that nothing was trained on as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
+    held-out tenth; ``grounds``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -343,5 +353,5 @@ def evaluation_pairs(
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(folder_of(source), size, masked, columns)
+    _, held = split_folder(folder_of(source), size, grounds, columns)
     return held.part(slice(-num, None)), [pair.picture for pair in held]

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from controlkit.annotators import contract, joined, kind_of, kind_or_bare, names_of, parts_of
+from controlkit.annotators import contract, grounds_of, joined, kind_of, kind_or_bare, names_of, parts_of
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec
 from controlkit.controls import TYPES, MultiBranch, new_control, new_union, start_from
@@ -80,7 +80,7 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
     data, spec = plan.data, plan.specs[""]
     if not (place := folder_of(data.source)).is_dir():
         raise NotFound(f'data.source is "{data.source}", which is no folder: {nearest(data.source, DRAWN)}')
-    folder, held = split_folder(place, base.size, spec.mask_value is not None, data.columns)
+    folder, held = split_folder(place, base.size, grounds_of(spec), data.columns)
     names = plan.control.annotators or [plan.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
         raise Mismatch(
