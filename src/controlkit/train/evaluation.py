@@ -30,16 +30,17 @@ from controlkit.measure import (
     metric_of,
     obedience,
     three_ways,
+    unjudgeable,
     unmeasurable,
     world_of,
 )
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import EvaluationRecipe, Recipe
+from controlkit.train.records import QUALITY
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
-QUALITY = ("clip_score", "clip_score_no_control")
 SEEDS = 4
 """Pictures of each hint of one's own."""
 CONTROL = "trained"
@@ -62,8 +63,8 @@ class Measured:
     """An evaluation's figures.
 
     ``drift``: by name of ``COLOURS`` the mean over the pairs of a picture's value under control less that without, same
-    seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control and without; empty for a base
-    whose world has no referee here.
+    seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control, without, and of the true
+    pictures; empty where no referee may judge (``Evaluator.unjudged``).
     """
 
     obedience: Obedience | None
@@ -99,7 +100,10 @@ class Evaluator:
         self.hint_cfg_scale = recipe.control.hint_cfg_scale
         self.shown = own_hints(recipe.evaluation, contract) if self.ranks.first else []
         world = world_of(base)
-        self.referee = world.referee(base.device.type) if world else None
+        referee = world.referee(base.device.type) if world else None
+        self.unjudged = unjudgeable(referee, heldout)
+        """The reason why quality is not measured, as a sentence; "" where it is."""
+        self.referee = None if self.unjudged else referee
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -135,7 +139,8 @@ class Evaluator:
         scores = self._scores(made, without) if self.measures else []
         self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
-        quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
+        truth = [self.plan.pairs[i].picture for i in self.own]
+        quality = [self._clip_scores(shown) for shown in (made["controlled"], without, truth)] if self.referee else []
         sheet = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
         parts = self.ranks.gather((scores, drift, quality, sheet))
         if self.ranks.first:
@@ -145,7 +150,7 @@ class Evaluator:
             got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
             measured = obedience(got, no_control, shuffled, top, metric_of(self.plan.spec).name)
         drifted = np.mean([row for _, rows, *_ in parts for row in rows], 0)
-        clip_scores = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
+        clip_scores = np.concatenate([three for _, _, three, _ in parts], 1).mean(1) if self.referee else []
         return Measured(
             measured,
             dict(zip(COLOURS, drifted.tolist(), strict=True)),

@@ -167,6 +167,8 @@ class Run:
         if recipe.evaluation.every:
             if "" in specs:
                 self._evaluator = Evaluator(base, self.heldout, specs[""], recipe, self.out, self.ranks, self.frozen)
+                if self._evaluator.unjudged and self.ranks.first:
+                    self.reports.on_stage(f"note: {self._evaluator.unjudged}", 0)
             [heldout] = self._cached("heldout", self.heldout)
             self._loss = HeldoutLoss(base, heldout, self.plan.batches, self.ranks, self.frozen)
         self._gradients = Gradients(
