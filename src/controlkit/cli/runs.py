@@ -105,15 +105,11 @@ def _asked_for(
     given: Sequence[str], changes: Sequence[str], out: Path | None, processes: int
 ) -> "tuple[Recipe, Path, list[str]]":
     """The recipe, the run's folder and notes that a command line asks for: a recipe's file, or flags."""
-    from controlkit.data import read_listing, trained_count
     from controlkit.train.flags import read_flags
     from controlkit.train.recipe import parse_recipe, put, read_recipe
 
-    def pairs_of(folder: Path, columns: Mapping[str, str]) -> int:
-        return trained_count(len(read_listing(folder, columns).rows))
-
     if given and given[0].startswith("--"):
-        asked = read_flags(given, pairs_of, processes)
+        asked = read_flags(given, processes)
         for change in changes:
             put(asked.recipe, change)
         return parse_recipe(asked.recipe, "The recipe of these flags"), out or asked.out, asked.notes

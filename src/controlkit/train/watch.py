@@ -6,7 +6,7 @@ Everything is read from the run's folder. The run is not touched.
 import base64
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from controlkit.errors import NotFound
 from controlkit.pages import Chart, Figure, Section, render
 
 BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40
 Points = list[tuple[float, float]]
 
 
@@ -58,20 +59,17 @@ class RunLog:
         parts = [self.records[i : i + width] for i in range(0, len(self.records), width)]
         return [(part[-1]["step"], statistics.fmean(one["loss"] for one in part)) for part in parts]
 
-    def relative(self) -> dict[str, Points]:
-        """By type of hint: (step, held-out loss divided by the loss without control, mean over the timesteps)."""
-        found: dict[str, Points] = {}
-        for record in self.records:
-            for kind, quarters in record.get("relative_loss", {}).items():
-                found.setdefault(kind, []).append((record["step"], statistics.fmean(quarters)))
-        return found
-
     def series(self, key: str) -> dict[str, Points]:
-        """By name: (step, value) of the evaluations' ``key``, which is ``colour_drift``, or ``residuals`` by tap."""
+        """By name: (step, value) of the evaluations' ``key``, of a list of values their mean.
+
+        ``key``: ``colour_drift``, ``residuals`` by tap, or ``relative_loss`` by type of hint: the held-out loss divided
+        by the loss without control, in quarters of the schedule.
+        """
         found: dict[str, Points] = {}
         for record in self.records:
             for name, value in record.get(key, {}).items():
-                found.setdefault(name, []).append((record["step"], value))
+                mean = statistics.fmean(value) if isinstance(value, list) else value
+                found.setdefault(name, []).append((record["step"], mean))
         return found
 
     def obedience(self) -> list[tuple[float, float, float, float]]:
@@ -100,11 +98,15 @@ def read_run(folder: Path) -> RunLog:
     return RunLog(folder, records, steps, sheets[-1] if sheets else None)
 
 
-def bars(values: Sequence[float], width: int = 40) -> str:
-    """Draw values as a row of at most ``width`` block characters, from the least value (low) to the greatest (full)."""
-    shown = [values[i * len(values) // width] for i in range(width)] if len(values) > width else list(values)
+def bars(values: Sequence[float]) -> str:
+    """Draw values as a row of at most ``WIDTH`` block characters, from the least value (low) to the greatest (full)."""
+    shown = [values[i * len(values) // WIDTH] for i in range(WIDTH)] if len(values) > WIDTH else values
     low, high = min(shown), max(shown)
     return "".join(BARS[int((value - low) / (high - low or 1) * (len(BARS) - 1) + 0.5)] for value in shown)
+
+
+def _line(name: str, value: float, values: Sequence[float], words: str = "", form: str = "7.3f") -> str:
+    return f"{name:12} {value:{form}}  {bars(values)}" + (f"  {words}" if words else "")
 
 
 def lines(run: RunLog) -> list[str]:
@@ -115,20 +117,20 @@ def lines(run: RunLog) -> list[str]:
     state = "ended" if run.ended else f"{run.pace:.2f} s a step, {left:.0f} min left"
     text = [f"{run.folder}: step {run.step} of {run.steps}, {state}"]
     loss = [y for _, y in run.loss()]
-    text.append(f"{'loss':12} {loss[-1]:7.4f}  {bars(loss)}")
-    for kind, points in run.relative().items():
+    text.append(_line("loss", loss[-1], loss, form="7.4f"))
+    for kind, points in run.series("relative_loss").items():
         values = [y for _, y in points]
-        text.append(f"{kind or 'relative':12} {values[-1]:7.3f}  {bars(values)}  of the loss without control")
+        text.append(_line(kind or "relative", values[-1], values, "of the loss without control"))
     if measured := run.obedience():
         _, mean, low, high = measured[-1]
-        text.append(f"{'obedience':12} {mean:7.3f}  {bars([one[1] for one in measured])}  [{low:.3f}, {high:.3f}]")
+        text.append(_line("obedience", mean, [one[1] for one in measured], f"[{low:.3f}, {high:.3f}]"))
     if drift := run.series("colour_drift"):
         name, points = max(drift.items(), key=lambda one: abs(one[1][-1][1]))
         values = [y for _, y in points]
-        text.append(f"{'colour drift':12} {values[-1]:+7.3f}  {bars(values)}  {name}, which drifted furthest")
+        text.append(_line("colour drift", values[-1], values, f"{name}, which drifted furthest", "+7.3f"))
     if residuals := run.series("residuals"):
         values = [points[-1][1] for points in residuals.values()]
-        text.append(f"{'residuals':12} {max(values):7.3f}  {bars(values)}  of what they are added to, tap by tap")
+        text.append(_line("residuals", max(values), values, "of what they are added to, tap by tap"))
     return [*text, run.verdict] if run.verdict else text
 
 
@@ -149,26 +151,22 @@ def blocks(picture: np.ndarray, width: int, height: int) -> Text:
 
 
 _TITLES = {
+    "relative_loss": "Held-out loss, relative to the base without control (1 is none)",
     "colour_drift": "Colour drift from the base without control, in shares of the full range (0 is none)",
     "residuals": "Residuals by tap, relative to the features they are added to (0 at the start)",
 }
 
 
-def page(run: RunLog, facts: Mapping[str, Any] | None = None) -> str:
-    """The run as one HTML file, pictures included; ``facts`` stand below its title."""
+def page(run: RunLog) -> str:
+    """The run as one HTML file, pictures included."""
     body: list[str | Section] = [run.verdict] if run.verdict else []
-    if facts:
-        body.append(", ".join(f"{name} {value}" for name, value in facts.items()))
     if measured := run.obedience():
         band = [(step, low, high) for step, _, low, high in measured]
         chart = Chart("obedience", [(step, mean) for step, mean, *_ in measured], band, wide=True)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
-    if relative := run.relative():
-        charts = [Chart(kind or "all", points) for kind, points in relative.items()]
-        body.append(Section("Held-out loss, relative to the base without control (1 is none)", charts=charts))
     for key, title in _TITLES.items():
         if found := run.series(key):
-            body.append(Section(title, charts=[Chart(name, points) for name, points in found.items()]))
+            body.append(Section(title, charts=[Chart(name or "all", points) for name, points in found.items()]))
     if run.records:
         body.append(Section("Training loss", charts=[Chart("loss", run.loss(), wide=True)]))
     if run.sheet:
