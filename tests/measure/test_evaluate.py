@@ -24,7 +24,7 @@ from controlkit.measure import (
 from controlkit.sample import ControlRequest, Picture, Request, maker
 
 FIGURES = {"fidelity", "floor", "floor_no_control", "floor_shuffled", "ceiling", "obedience"}
-QUALITY = {"clip_score", "clip_score_no_control", "fid", "fid_no_control"}
+QUALITY = {"clip_score", "clip_score_no_control", "clip_score_truth", "fid", "fid_no_control"}
 CANNY = contract("canny")
 
 
@@ -94,11 +94,18 @@ def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base, mo
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, referee):
+@pytest.fixture
+def telling(referee, monkeypatch):
+    """The referee with random weights, as if it told the true pictures' captions apart."""
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.ones(len(pictures)))
+    return referee
+
+
+def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, telling):
     advanced = []
     real = [pair.picture for pair in CirclePairs(32, 6, first=100)]
     make = maker(toy_base, {"drawn": drawn}, on_step=advanced.append)
-    report = evaluate(make, plan_of(4, steps=2), ceiling_of(toy_base), Quality(referee, real))
+    report = evaluate(make, plan_of(4, steps=2), ceiling_of(toy_base), Quality(telling, real))
     assert figures_in(report) == FIGURES | QUALITY
     for name in FIGURES | QUALITY:
         assert set(report[name]) == {"mean", "low", "high"}
@@ -163,6 +170,28 @@ def test_a_maker_that_heeds_no_hint_has_obedience_zero():
     assert truths["obedience"]["mean"] == 0 and not truths["is_meaningful"], "no hint was needed for them"
 
 
+@pytest.mark.parametrize("told", [0.5, 0.7])
+def test_a_control_that_draws_the_truth_is_not_said_to_lose_quality_by_a_referee_that_cannot_tell_it(
+    told, referee, monkeypatch
+):
+    """As it was on a person's stamps: 0.12 for the true pictures, 0.50 for those without control."""
+    plan = plan_of(8)
+    truths = [pair.picture for pair in plan.pairs]
+
+    def clip_scores(pictures, prompts):
+        return np.array([0.12 if any(one is true for true in truths) else 0.5 for one in pictures])
+
+    monkeypatch.setattr(referee, "clip_scores", clip_scores)
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.full(len(pictures), told))
+    make = made_by(lambda request: truths[request.seed] if request.controls else noise(request))
+    report = evaluate(make, plan, list, Quality(referee, truths))
+    assert figures_in(report) == FIGURES and "quality_kept" not in report
+    assert f"in {told:.0%} [{told:.0%}, {told:.0%}] of all comparisons" in report["notes"][0]
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.ones(len(pictures)))
+    report = evaluate(make, plan, list, Quality(referee, truths))
+    assert report["quality_kept"] and report["clip_score_truth"]["mean"] == pytest.approx(0.12)
+
+
 # --- worlds -------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +204,9 @@ def test_a_base_of_another_world_has_no_figures_of_quality_and_a_sentence_says_s
     assert report["settings"] | facts == report["settings"]
 
 
-def test_a_base_is_judged_by_its_own_world_s_referee(toy_base, make, referee, monkeypatch):
+def test_a_base_is_judged_by_its_own_world_s_referee(toy_base, make, telling, monkeypatch):
     monkeypatch.setattr(World, "judges", lambda self, base: base is toy_base)
-    monkeypatch.setattr(World, "referee", lambda self, device: referee)
+    monkeypatch.setattr(World, "referee", lambda self, device: telling)
     report = evaluate_base(toy_base, make, plan_of(4, steps=1), [pair.picture for pair in CirclePairs(32, 3)])
     assert figures_in(report) == FIGURES | QUALITY and "notes" not in report
 

@@ -14,27 +14,39 @@ from controlkit.measure.evaluate import (
 from controlkit.measure.fidelity import Finder, fidelity, unmeasurable
 from controlkit.measure.metrics import METRICS, edge_f1, first_kind, metric_of, psnr
 from controlkit.measure.obedience import FOUND, Figure, Obedience, mean_figure, obedience
-from controlkit.measure.quality import COLOURS, KEPT, Quality, Referee, colours, fid, quality_kept
+from controlkit.measure.quality import (
+    COLOURS,
+    Quality,
+    Referee,
+    clip_score_kept,
+    colours,
+    fid,
+    quality_kept,
+    unjudgeable,
+)
+from controlkit.measure.verdict import Finding, Verdict, meaningless, verdict_on
 from controlkit.measure.world import EMBEDDED, World, heldout_for, world_of
 
 __all__ = [
     "COLOURS",
     "EMBEDDED",
     "FOUND",
-    "KEPT",
     "METRICS",
     "WAYS",
     "EvaluationPlan",
     "Figure",
     "Finder",
+    "Finding",
     "Maker",
     "Obedience",
     "Quality",
     "Reconstruct",
     "Referee",
+    "Verdict",
     "Way",
     "World",
     "ceiling_of",
+    "clip_score_kept",
     "colours",
     "edge_f1",
     "evaluate",
@@ -44,11 +56,14 @@ __all__ = [
     "first_kind",
     "heldout_for",
     "mean_figure",
+    "meaningless",
     "metric_of",
     "obedience",
     "psnr",
     "quality_kept",
     "three_ways",
+    "unjudgeable",
     "unmeasurable",
+    "verdict_on",
     "world_of",
 ]

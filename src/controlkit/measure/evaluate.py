@@ -5,7 +5,7 @@ hint is in ``request.controls[0].images``; without control there is none.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -19,8 +19,8 @@ from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
 from controlkit.measure.metrics import first_kind, metric_of
-from controlkit.measure.obedience import obedience
-from controlkit.measure.quality import Quality, quality_kept
+from controlkit.measure.obedience import mean_figure, obedience
+from controlkit.measure.quality import Quality, quality_kept, unjudgeable
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
 from controlkit.sample import ControlRequest, Maker, Request
@@ -32,14 +32,11 @@ WAYS: tuple[Way, ...] = get_args(Way)
 """The ways in which pictures are made for obedience."""
 _AT_ONCE = 32
 """Pictures in a batch of the VAE."""
-NO_REFEREE = (
-    "CLIP-score, FID and whether quality was kept are not measured: no referee here was trained on this base's world."
-)
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationPlan:
-    """One control on held-out pairs: seeds 0 to N-1, the pairs' prompts and hints."""
+    """One control on held-out pairs: the pairs' prompts and hints, N seeds from ``first_seed`` on."""
 
     control: ControlRequest
     """The control with its settings, and no pictures: in each request it gets a pair's hint."""
@@ -47,6 +44,7 @@ class EvaluationPlan:
     pairs: Sequence[Pair]
     steps: int = 20
     guidance: float = 4.0
+    first_seed: int = 0
 
     @cached_property
     def hints(self) -> list[np.ndarray]:
@@ -67,7 +65,7 @@ class EvaluationPlan:
         return [
             Request(
                 prompt=self.pairs[i].prompt,
-                seed=i,
+                seed=self.first_seed + i,
                 steps=self.steps,
                 guidance=self.guidance,
                 controls=() if way == "no_control" else (self.with_hint(hints[i]),),
@@ -116,15 +114,16 @@ def evaluate(
     Args:
         make: called once for each way of ``WAYS``.
         reconstruct: gives the ceiling; ``ceiling_of(base)``, or ``list`` for a maker that has no VAE.
-        quality: the referee of the maker's world; None leaves quality out.
+        quality: the referee of the maker's world; it is not asked where it is ``unjudgeable``. None: there is none.
         finder: ``fidelity``'s, for hints that nothing here finds.
         no_control: the pictures without control, where they were made before, of the same pairs and settings.
 
     Returns:
-        ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and with
-        ``quality`` also ``clip_score``, ``fid`` and ``aesthetic``, each also with ``_no_control``: ``mean``, ``low``
-        and ``high``. ``metric``, ``is_meaningful``, ``quality_kept`` (with ``quality``), ``notes`` (without it),
-        ``observer`` (its accuracy, where it read the outputs), ``num``, ``settings``, ``seconds``.
+        ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and where quality
+        is judged also ``clip_score``, ``fid`` and ``aesthetic``, each also with ``_no_control``, and
+        ``clip_score_truth``: ``mean``, ``low`` and ``high``. ``metric``, ``is_meaningful``, ``quality_kept`` (where it
+        is judged), ``notes`` (where it is not), ``observer`` (its accuracy, where it read the outputs), ``num``,
+        ``settings``, ``seconds``.
 
     Raises ``Unsupported`` for hints that cannot be measured, ``Invalid`` where no pair gives information.
     """
@@ -134,17 +133,17 @@ def evaluate(
     made = three_ways(make, plan, [way for way in WAYS if way != "no_control" or no_control is None])
     if no_control is not None:
         made["no_control"] = list(no_control)
-    shown = made | {"ceiling": reconstruct([pair.picture for pair in plan.pairs])}
+    truth = [pair.picture for pair in plan.pairs]
+    shown = made | {"ceiling": reconstruct(truth)}
     scores = {name: fidelity(pictures, plan.hints, plan.spec, finder) for name, pictures in shown.items()}
     measured = obedience(**scores, metric=metric_of(plan.spec).name)
     report: dict[str, Any] = asdict(measured)
-    if quality:
-        prompts = [pair.prompt for pair in plan.pairs]
-        controlled, plain = (quality.figures(made[way], prompts) for way in ("controlled", "no_control"))
-        for suffix, figures in (("", controlled), ("_no_control", plain)):
-            report |= {f"{name}{suffix}": asdict(figure) for name, figure in figures.items()}
     report["is_meaningful"] = measured.is_meaningful
-    report |= {"quality_kept": quality_kept(controlled, plain)} if quality else {"notes": [NO_REFEREE]}
+    reason = unjudgeable(quality.referee if quality else None, plan.pairs)
+    if quality and not reason:
+        report |= _judged(quality, made, truth, [pair.prompt for pair in plan.pairs])
+    else:
+        report["notes"] = [reason]
     if finder is None and first_kind(plan.spec).truth:
         report["observer"] = EMBEDDED.observer().config.get("accuracy")
     report["num"] = len(plan.pairs)
@@ -154,10 +153,21 @@ def evaluate(
         "size": None,
         "scale": plan.control.scale,
         "hint_cfg_scale": plan.control.hint_cfg_scale,
-        "seeds": f"0-{len(plan.pairs) - 1}",
+        "seeds": f"{plan.first_seed}-{plan.first_seed + len(plan.pairs) - 1}",
     }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
+
+
+def _judged(
+    quality: Quality, made: Mapping[Way, list[np.ndarray]], truth: Sequence[np.ndarray], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """``evaluate``'s figures of quality, and ``quality_kept``."""
+    controlled, plain = (quality.figures(made[way], prompts) for way in ("controlled", "no_control"))
+    true = mean_figure(quality.referee.clip_scores(truth, prompts))
+    found = {name: asdict(figure) for name, figure in controlled.items()}
+    found |= {f"{name}_no_control": asdict(figure) for name, figure in plain.items()}
+    return found | {"clip_score_truth": asdict(true), "quality_kept": quality_kept(controlled, plain, true)}
 
 
 def evaluate_base(
@@ -169,7 +179,7 @@ def evaluate_base(
 ) -> dict[str, Any]:
     """``evaluate`` a maker that samples with ``base``: its VAE's ceiling, its world's referee, its facts.
 
-    ``real``: pictures that nothing was trained on, for FID; not used where the base's world has no referee here.
+    ``real``: pictures that nothing was trained on, for FID; not used where quality is not judged.
     """
     world = world_of(base)
     quality = Quality(world.referee(base.device.type), real) if world else None

@@ -1,6 +1,7 @@
 """Picture quality beside obedience: CLIP-score, FID, an aesthetic rating, and colours.
 
-A referee judges pictures of the world it was trained on, and no others: see ``world``.
+A referee judges pictures of the world it was trained on (see ``world``), and of these only sets whose true pictures it
+tells apart by their captions: see ``unjudgeable``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from controlkit.data import Pair
 from controlkit.errors import NotFound
 from controlkit.hub import shipped_path
 from controlkit.images import to_tensor
@@ -21,8 +23,15 @@ from controlkit.mini.tower import ImageTextTower
 from controlkit.seeds import numpy_rng
 
 KEPT = 0.95
-"""Quality is kept if the CLIP-score is at least this share of that without control, and FID at most ``FID_KEPT``."""
+"""Quality is kept if the CLIP-score is at least this share of the lesser of two: that of pictures without control, and
+that of the true pictures, which nobody need surpass; and if FID is at most ``FID_KEPT`` times that without control."""
 FID_KEPT = 1.1
+TELLS = 0.75
+"""A referee may judge a set if the lower bound of ``Referee.preferences`` of its true pictures is at least this: half
+way between chance, 0.5, and certainty, 1."""
+NO_REFEREE = (
+    "CLIP-score, FID and whether quality was kept are not measured: no referee here was trained on this base's world."
+)
 _REDRAWN = 50
 COLOURS = ("red", "green", "blue", "contrast", "saturation")
 
@@ -83,6 +92,16 @@ class Referee:
         return (self.embed(pictures) * self.tower.embed_texts(self._tokens(prompts))).sum(-1).cpu().numpy()
 
     @torch.no_grad()
+    def preferences(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """For each picture, the share of the other pictures' prompts that fit it less well than its own, (N,), 0 to 1.
+
+        A prompt that fits as well counts half, so that chance is 0.5. At least two pictures.
+        """
+        scores = (self.embed(pictures) @ self.tower.embed_texts(self._tokens(prompts)).T).cpu().numpy()
+        own = scores.diagonal()[:, None]
+        return ((scores < own).sum(1) + ((scores == own).sum(1) - 1) / 2) / (len(own) - 1)
+
+    @torch.no_grad()
     def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """For each picture, the index of the caption that fits best, (N,)."""
         pairs = zip(self.embed(pictures), captions, strict=True)
@@ -138,7 +157,30 @@ class Quality:
         return found
 
 
-def quality_kept(controlled: Mapping[str, Figure], no_control: Mapping[str, Figure]) -> bool:
-    """Whether pictures under control are as good as those without, by ``Quality.figures`` of both."""
-    adheres = controlled["clip_score"].mean >= KEPT * no_control["clip_score"].mean
+def unjudgeable(referee: Referee | None, pairs: Sequence[Pair]) -> str:
+    """The reason why the referee may not judge pictures like these pairs', as a sentence; "" where it may.
+
+    It may not if it cannot tell which caption is the true picture's own: its scores of pictures that are made mean
+    nothing then. None: there is no referee.
+    """
+    if referee is None:
+        return NO_REFEREE
+    told = mean_figure(referee.preferences([pair.picture for pair in pairs], [pair.prompt for pair in pairs]))
+    if told.low >= TELLS:
+        return ""
+    return (
+        "CLIP-score, FID and whether quality was kept are not measured: of the true pictures of this set the referee "
+        f"prefers their own captions to each other's in {told.mean:.0%} [{told.low:.0%}, {told.high:.0%}] of all "
+        f"comparisons; 50% is chance, and {TELLS:.0%} is asked. Look at the samples instead."
+    )
+
+
+def clip_score_kept(controlled: float, no_control: float, truth: float) -> bool:
+    """Whether prompts are followed as well as could be asked, by the mean CLIP-score of the three kinds of pictures."""
+    return controlled >= KEPT * min(no_control, truth)
+
+
+def quality_kept(controlled: Mapping[str, Figure], no_control: Mapping[str, Figure], truth: Figure) -> bool:
+    """Whether pictures under control are good enough, by ``Quality.figures`` of both, and the truth's CLIP-score."""
+    adheres = clip_score_kept(controlled["clip_score"].mean, no_control["clip_score"].mean, truth.mean)
     return adheres and controlled["fid"].mean <= FID_KEPT * no_control["fid"].mean

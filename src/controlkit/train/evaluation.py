@@ -29,17 +29,17 @@ from controlkit.measure import (
     metric_of,
     obedience,
     three_ways,
+    unjudgeable,
     unmeasurable,
     world_of,
 )
 from controlkit.sample import Request, maker
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import EvaluationRecipe
-from controlkit.train.records import Record
+from controlkit.train.records import QUALITY, Record
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
-QUALITY = ("clip_score", "clip_score_no_control")
 SEEDS = 4
 """Pictures of each hint of one's own."""
 CONTROL = "trained"
@@ -78,7 +78,10 @@ class Evaluator:
         self.measures = not unmeasurable(plan.spec, plan.pairs)
         self.shown = shown if ranks.first else []
         world = world_of(base)
-        self.referee = world.referee(base.device.type) if world else None
+        referee = world.referee(base.device.type) if world else None
+        self.unjudged = unjudgeable(referee, plan.pairs)
+        """The reason why quality is not measured, as a sentence; "" where it is."""
+        self.referee = None if self.unjudged else referee
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -111,7 +114,8 @@ class Evaluator:
         scores = self._scores(made, without) if self.measures else []
         self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
-        quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
+        truth = [self.plan.pairs[i].picture for i in self.own]
+        quality = [self._clip_scores(shown) for shown in (made["controlled"], without, truth)] if self.referee else []
         sheet = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
         parts = self.ranks.gather((scores, drift, quality, sheet))
         if self.ranks.first:
@@ -121,7 +125,7 @@ class Evaluator:
             obeyed = obedience(got, no_control, shuffled, top, metric_of(self.plan.spec).name)
             record = replace(record, evaluation=obeyed)
         drifted = np.mean([row for _, rows, *_ in parts for row in rows], 0)
-        clip_scores = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
+        clip_scores = np.concatenate([three for _, _, three, _ in parts], 1).mean(1) if self.referee else []
         return replace(
             record,
             drift=dict(zip(COLOURS, drifted.tolist(), strict=True)),

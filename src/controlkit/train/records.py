@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from controlkit.measure import FOUND, KEPT, Obedience
+from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
+QUALITY = ("clip_score", "clip_score_no_control", "clip_score_truth")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Record:
     """By name of ``measure.COLOURS``: the mean over the pairs of a picture's value under control less that without,
     same seed and prompt, as a share of the full range; empty for a Union."""
     quality: Mapping[str, float] = field(default_factory=dict)
-    """The CLIP-score with control and without; empty where no referee knows the base's world."""
+    """The CLIP-score with control, without, and of the true pictures; empty where no referee may judge."""
 
     def figures(self) -> dict[str, float]:
         """Its numbers by name, for curves; of the quarters of the schedule their mean."""
@@ -66,7 +67,8 @@ class Record:
 @dataclass(frozen=True)
 class EvaluationSummary:
     """An evaluation in short: obedience's lower bound and mean, whether it is meaningful, and the mean loss relative to
-    no control; NaN where not measured. ``quality_kept``: by the CLIP-score."""
+    no control; NaN where not measured. ``quality_kept``: by the CLIP-score, or not
+    judged."""
 
     step: int
     low: float = math.nan
@@ -87,7 +89,7 @@ def summary_of(line: Mapping[str, Any]) -> EvaluationSummary | None:
     relative = sum(quarters) / len(quarters) if quarters else math.nan
     if "obedience" in line:
         quality = line.get("quality")
-        kept = not quality or quality["clip_score"] >= KEPT * quality["clip_score_no_control"]
+        kept = not quality or clip_score_kept(*(quality.get(name, math.inf) for name in QUALITY))
         return EvaluationSummary(
             line["step"], line["obedience_interval"][0], line["is_meaningful"], line["obedience"], relative, kept
         )

@@ -161,6 +161,8 @@ class Run:
         self._evaluator = self._loss = None
         if recipe.evaluation.every:
             self._evaluator = self._new_evaluator(prepared)
+            if self._evaluator and self._evaluator.unjudged and self.ranks.first:
+                reports.on_stage(f"note: {self._evaluator.unjudged}", 0)
             [heldout] = self._cached("heldout", prepared.heldout)
             self._loss = HeldoutLoss(base, self.frozen, heldout, self.plan.batches, self.ranks)
         batches, compute = self.plan.batches, self.plan.compute
