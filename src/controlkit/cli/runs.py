@@ -20,6 +20,7 @@ from controlkit.cli.shared import (
     on_cuda,
     progress_bars,
     say,
+    say_beside,
     split_lora,
     warn,
 )
@@ -76,7 +77,7 @@ def train(
             if not ranks.first:  # rich prints beside bars that are not shown, too
                 return
             if not total:  # no work, but a sentence
-                progress.print(name, highlight=False)
+                say_beside(progress, name)
                 return
             progress.reset(side, total=total, description=name, visible=True)
 
@@ -94,7 +95,7 @@ def train(
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
             verdict = record.verdict or verdict
             for line in _describe_record(record):
-                progress.print(f"step {record.step}: {line}", highlight=False)
+                say_beside(progress, f"step {record.step}: {line}")
     if ranks.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
         verdict = f"{verdict}. " if verdict else ""
@@ -157,13 +158,15 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:
-    """Look at a run while it goes on: its loss, the loss relative to no control, obedience and verdict.
+    """Look at a run while it goes on: its loss, the loss relative to no control, obedience, quality and verdict.
 
-    Reads the run's folder alone, so it does not matter where the run goes on. Ends with the run.
+    Reads the run's folder alone, so it does not matter where the run goes on. Ends when the run has ended, or no
+    process trains in it any more. Without a terminal, each line that changes is printed.
     """
     import time
+    from contextlib import nullcontext
 
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
@@ -171,17 +174,24 @@ def watch(
     from controlkit.images import read_picture
     from controlkit.train.watch import blocks, lines, page, read_run
 
-    seen = read_run(run)
-    with Live(refresh_per_second=4) as live:
+    seen, told, console = read_run(run), list[str](), Console()
+    with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
         while True:
-            shown, window = lines(seen), live.console.size
-            parts = [Text("\n".join(shown))]
-            if pictures and seen.sheet and live.console.is_terminal:
-                parts.append(blocks(read_picture(seen.sheet), window.width, max(window.height - len(shown) - 1, 1)))
-            live.update(Group(*parts))
+            shown = lines(seen)
+            if live:
+                parts = [Text("\n".join(shown))]
+                room = max(console.height - len(shown) - 1, 1)
+                if pictures and seen.sheets:
+                    parts.append(blocks(read_picture(seen.sheets[0]), console.width, room))
+                live.update(Group(*parts))
+            else:
+                for line in shown:
+                    if line not in told:
+                        say(line)
+                told = shown
             if html:
-                write_atomic(html, page(seen).encode())
-            if once or seen.ended:
+                write_atomic(html, page(seen, every).encode())
+            if once or seen.ended or seen.stopped:
                 break
             time.sleep(every)
             seen = read_run(run)
