@@ -54,6 +54,14 @@ class Chart:
         values += [y for _, *ends in self.band for y in ends]
         return min(values), max(max(values), min(values) + 1e-3)
 
+    @property
+    def ticks(self) -> list[float]:
+        """Values to write at the axis: the scale's, and the limits where they lie clearly beyond it."""
+        low, high = self.limits
+        near = 0.12 * (high - low)
+        beyond = [end for end in (low, high) if all(abs(end - value) > near for value in self.scale)]
+        return [*self.scale, *beyond]
+
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where step ``x`` and value ``y`` lie in the SVG."""
         width, height, left, top, foot = self.box

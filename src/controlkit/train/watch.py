@@ -111,8 +111,8 @@ class RunLog:
     def series(self, key: str) -> dict[str, list[Row]]:
         """By name: the evaluations' ``key``, of a list of values their mean, the least and the greatest.
 
-        ``key``: ``colour_drift``, ``quality``, ``residuals`` by tap, or ``relative_loss`` by type of hint: the held-out
-        loss divided by the loss without control, in quarters of the schedule.
+        ``key``: ``colour_drift``, ``quality`` (``_QUALITY``), ``residuals`` by tap, or ``relative_loss`` by type of
+        hint: the held-out loss divided by the loss without control, in quarters of the schedule.
         """
         found: dict[str, list[Row]] = {}
         for record in self.records:
@@ -121,7 +121,7 @@ class RunLog:
                 if all(map(math.isfinite, values)):
                     row = (record["step"], statistics.fmean(values), min(values), max(values))
                     found.setdefault(name, []).append(row)
-        return found
+        return dict(zip(_QUALITY, found.values(), strict=False)) if key == "quality" else found
 
     @property
     def verdict(self) -> str:
@@ -202,9 +202,8 @@ def lines(run: RunLog) -> list[str]:
     if rows := run.obedience():
         text.append(_line("obedience", _values(rows), f"[{rows[-1][2]:.3f}, {rows[-1][3]:.3f}]", scale=(0, 1)))
     if quality := run.series("quality"):
-        controlled, *others = (_values(rows) for rows in quality.values())
-        words = ", ".join(f"{values[-1]:.3f} {name}" for values, name in zip(others, _REFERENCES, strict=False))
-        text.append(_line("CLIP-score", controlled, words, scale=(0, 1)))
+        named = [f"{rows[-1][1]:.3f} {name}" for name, rows in quality.items()]
+        text.append(_line("CLIP-score", _values(next(iter(quality.values()))), ", ".join(named[1:]), scale=(0, 1)))
     if drift := run.series("colour_drift"):
         name, rows = max(drift.items(), key=lambda one: abs(one[1][-1][1]))
         text.append(_line("colour drift", _values(rows), f"{name}, which drifted furthest", "+7.3f"))
@@ -235,13 +234,16 @@ def blocks(picture: np.ndarray, width: int, height: int) -> Text:
     return text
 
 
-_REFERENCES = ("without control", "of the true pictures")
-"""What the CLIP-score under control is compared with, in the log's order."""
+_QUALITY = ("under control", "without control", "of the true pictures")
+"""Whose CLIP-score it is, in the log's order."""
 
 _SECTIONS = {
-    "relative_loss": ("Held-out loss, relative to the base without control; shaded: quarters of the schedule", (1,)),
+    "relative_loss": (
+        "Held-out loss, relative to no control; shaded: quarters of the schedule",
+        (0.9, 1),
+    ),
     "quality": ("CLIP-score", (0, 1)),
-    "colour_drift": ("Colour drift from the base without control, in shares of the full range", (0,)),
+    "colour_drift": ("Colour drift from the base without control, in shares of the full range", (-0.1, 0, 0.1)),
     "residuals": ("Residuals by tap, relative to the features they are added to", (0, 1)),
 }
 """The log's keys -> a heading, and the values that the axes have at least."""
@@ -260,7 +262,9 @@ def page(run: RunLog, refresh: float | None = None) -> str:
         marks = [(FOUND, "found: the interval above it, twice"), *([(target, "target")] if target else [])]
         chart = _chart("obedience", rows, wide=True, scale=(0, 1), marks=marks)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
-        chart = _chart("fidelity", run.fidelity(), wide=True)
+        rows = run.fidelity()
+        scale = (0, 1) if all(0 <= end <= 1 for _, *values in rows for end in values) else ()
+        chart = _chart("fidelity", rows, wide=True, scale=scale)
         body.append(Section("Fidelity, between floor and ceiling", charts=[chart]))
     for key, (title, scale) in _SECTIONS.items():
         if found := run.series(key):
@@ -286,7 +290,10 @@ def _chart(title: str, rows: Sequence[Row], **more: Any) -> Chart:
 
 def _settings(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings by which a run can be told from others: the main ones, and what is not as by default."""
-    usual, main = _flat(Recipe().model_dump()), ("base", "control.annotator", "data.source", "steps", "batch", "lr")
+    usual, main = (
+        _flat(Recipe().model_dump(mode="json")),
+        ("base", "control.annotator", "data.source", "steps", "batch", "lr"),
+    )
     return [(k, str(v)) for k, v in _flat(recipe).items() if k in main or v != usual.get(k)]
 
 
