@@ -8,15 +8,20 @@ import pytest
 from controlkit.controls import new_control
 from controlkit.data import Pair
 from controlkit.images import HintSpec
-from controlkit.measure import COLOURS
-from controlkit.train import best_of, evaluation, resolve, should_stop, summary_of, training_pairs
+from controlkit.measure import COLOURS, EvaluationPlan
+from controlkit.sample import ControlRequest
+from controlkit.train import Record, best_of, evaluation, resolve, should_stop, summary_of, training_pairs
 from controlkit.train.evaluation import Evaluator
+from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import EvaluationRecipe, parse_recipe
 
 RECIPE = parse_recipe(
     {"data": {"source": "fill50k", "count": 4}, "batch": 2, "evaluation": {"every": 1, "num": 3, "steps": 1}}
 )
-CONTRACT = HintSpec("canny")
+
+
+def plan_of(pairs):
+    return EvaluationPlan(ControlRequest(name=evaluation.CONTROL), HintSpec("canny"), list(pairs), steps=1)
 
 
 def flat(*colour):
@@ -34,10 +39,10 @@ def test_drift_is_what_control_changed_of_the_base_s_colours(toy_base, tmp_path,
 
     monkeypatch.setattr(evaluation, "three_ways", made)
     monkeypatch.setattr(evaluation, "obedience", lambda *scores: None)
-    evaluator = Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
+    evaluator = Evaluator(toy_base, toy_base, plan_of(pairs), [], tmp_path, Ranks())
     branch = new_control(toy_base)
     for step in (1, 2):  # what is without control is made once, and remembered
-        drift = evaluator.measure(branch, step, lambda count: None).drift
+        drift = evaluator.measure(branch, Record(step, 0.0, 0.0), lambda count: None).drift
         assert tuple(drift) == COLOURS
         assert list(drift.values()) == pytest.approx([1, 0, -0.2, 0, 0.6])
     assert given == [["controlled", "shuffled", "no_control"], ["controlled", "shuffled"]]
@@ -74,7 +79,7 @@ def judged_by(toy_base, tmp_path, monkeypatch):
     def evaluator(world, truth=255):
         pairs = [Pair(np.full((32, 32, 3), (truth, 0, 0), np.uint8), "a") for _ in range(3)]
         monkeypatch.setattr(evaluation, "world_of", lambda base: world)
-        return Evaluator(toy_base, pairs, CONTRACT, RECIPE, tmp_path)
+        return Evaluator(toy_base, toy_base, plan_of(pairs), [], tmp_path, Ranks())
 
     return evaluator
 
@@ -86,7 +91,7 @@ LINE = {"step": 2, "obedience": 0.9, "obedience_interval": [0.8, 1.0], "is_meani
 def test_quality_is_measured_against_the_lesser_of_truth_and_no_control(truth, kept, toy_base, judged_by):
     evaluator = judged_by(Red(1.0), truth)
     assert evaluator.unjudged == ""
-    found = evaluator.measure(new_control(toy_base), 1, int).quality
+    found = evaluator.measure(new_control(toy_base), Record(1, 0.0, 0.0), int).quality
     assert found == {
         "clip_score": pytest.approx(0.6),
         "clip_score_no_control": pytest.approx(1.0),
@@ -99,7 +104,7 @@ def test_quality_is_measured_against_the_lesser_of_truth_and_no_control(truth, k
 def test_a_referee_that_cannot_tell_the_truth_ends_no_run_and_prefers_nothing(world, toy_base, judged_by):
     evaluator = judged_by(world, truth=30)
     assert evaluator.unjudged.startswith("CLIP-score, FID and whether quality was kept are not measured")
-    found = evaluator.measure(new_control(toy_base), 1, int).quality
+    found = evaluator.measure(new_control(toy_base), Record(1, 0.0, 0.0), int).quality
     line = LINE | {"quality": found} if found else LINE
     reached, poorer = summary_of(line), summary_of(line | {"step": 3, "obedience": 0.5})
     assert found == {} and best_of([poorer, reached]) is reached
@@ -113,8 +118,8 @@ def test_a_log_of_before_the_truth_was_measured_is_read_as_it_was():
 
 def test_the_best_of_the_shipped_world_kept_its_quality(toy_base, judged_by):
     evaluator = judged_by(Red(1.0))
-    found = evaluator.measure(new_control(toy_base), 1, int).quality
-    assert evaluator.measure(new_control(toy_base), 2, int).quality == found
+    found = evaluator.measure(new_control(toy_base), Record(1, 0.0, 0.0), int).quality
+    assert evaluator.measure(new_control(toy_base), Record(2, 0.0, 0.0), int).quality == found
     line = LINE | {"quality": found}
     fell = summary_of(line)
     poorer = summary_of(line | {"step": 3, "obedience": 0.5, "quality": found | {"clip_score": 0.96}})

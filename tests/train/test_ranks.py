@@ -16,15 +16,13 @@ import torch
 import yaml
 from diffusers import ControlNetModel
 from safetensors.torch import load_file
-from tiny_runs import heldout_loss
+from tiny_runs import evaluator_of, heldout_loss
 
 from conftest import TINY, relative
 from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, load_control
-from controlkit.images import HintSpec
-from controlkit.train import evaluation, resolve, train_control, training_pairs
-from controlkit.train.evaluation import Evaluator
+from controlkit.train import Record, evaluation, resolve, train_control, training_pairs
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.state import TrainState
@@ -245,9 +243,9 @@ def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, m
     def figures(out, ranks):
         base, own = copy.deepcopy((toy_base, branch))  # processes share nothing
         loss = heldout_loss(recipe, base, pairs, out, ranks)
-        evaluator = Evaluator(base, pairs, HintSpec("canny"), recipe, out, ranks)
+        evaluator = evaluator_of(recipe, base, pairs, out, ranks)
         work = []
-        twice = [evaluator.measure(own, step, work.append) for step in (1, 2)]
+        twice = [evaluator.measure(own, Record(step, 0.0, 0.0), work.append) for step in (1, 2)]
         return loss.measure(own), loss.residuals(own), *twice, sum(work)
 
     one = figures(tmp_path / "one", Ranks())

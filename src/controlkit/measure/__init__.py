@@ -24,6 +24,7 @@ from controlkit.measure.quality import (
     quality_kept,
     unjudgeable,
 )
+from controlkit.measure.verdict import Finding, Verdict, meaningless, verdict_on
 from controlkit.measure.world import EMBEDDED, World, heldout_for, world_of
 
 __all__ = [
@@ -35,11 +36,13 @@ __all__ = [
     "EvaluationPlan",
     "Figure",
     "Finder",
+    "Finding",
     "Maker",
     "Obedience",
     "Quality",
     "Reconstruct",
     "Referee",
+    "Verdict",
     "Way",
     "World",
     "ceiling_of",
@@ -53,6 +56,7 @@ __all__ = [
     "first_kind",
     "heldout_for",
     "mean_figure",
+    "meaningless",
     "metric_of",
     "obedience",
     "psnr",
@@ -60,5 +64,6 @@ __all__ = [
     "three_ways",
     "unjudgeable",
     "unmeasurable",
+    "verdict_on",
     "world_of",
 ]

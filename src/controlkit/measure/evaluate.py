@@ -36,7 +36,7 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, eq=False)
 class EvaluationPlan:
-    """One control on held-out pairs: seeds 0 to N-1, the pairs' prompts and hints."""
+    """One control on held-out pairs: the pairs' prompts and hints, N seeds from ``first_seed`` on."""
 
     control: ControlRequest
     """The control with its settings, and no pictures: in each request it gets a pair's hint."""
@@ -44,6 +44,7 @@ class EvaluationPlan:
     pairs: Sequence[Pair]
     steps: int = 20
     guidance: float = 4.0
+    first_seed: int = 0
 
     @cached_property
     def hints(self) -> list[np.ndarray]:
@@ -64,7 +65,7 @@ class EvaluationPlan:
         return [
             Request(
                 prompt=self.pairs[i].prompt,
-                seed=i,
+                seed=self.first_seed + i,
                 steps=self.steps,
                 guidance=self.guidance,
                 controls=() if way == "no_control" else (self.with_hint(hints[i]),),
@@ -152,7 +153,7 @@ def evaluate(
         "size": None,
         "scale": plan.control.scale,
         "hint_cfg_scale": plan.control.hint_cfg_scale,
-        "seeds": f"0-{len(plan.pairs) - 1}",
+        "seeds": f"{plan.first_seed}-{plan.first_seed + len(plan.pairs) - 1}",
     }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
