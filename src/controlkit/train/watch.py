@@ -23,7 +23,7 @@ from rich.text import Text
 from safetensors import safe_open
 
 from controlkit.errors import Invalid, NotFound
-from controlkit.files import parse_yaml, read_text
+from controlkit.files import parse_json, parse_yaml, read_text
 from controlkit.measure import FOUND
 from controlkit.pages import Chart, Figure, Section, Table, render
 from controlkit.train.recipe import Recipe
@@ -38,12 +38,16 @@ Row = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run as its folder shows it: the log's records, the recipe's settings, the newest sheets of samples."""
+    """A run as its folder shows it: the log's records, the recipe's settings, the newest sheets of samples.
+
+    ``ending``: what the run wrote of its end, if that was at the last step.
+    """
 
     folder: Path
     records: list[dict[str, Any]]
     recipe: Mapping[str, Any]
     sheets: Sequence[Path]
+    ending: Mapping[str, Any]
 
     @property
     def step(self) -> int:
@@ -53,6 +57,8 @@ class RunLog:
     @property
     def ended(self) -> bool:
         """Whether the control of the last step is written. A run that was made longer has an older control."""
+        if self.ending:
+            return bool(self.ending["reason"] != "interruption")
         result, log = self.folder / "control", self.folder / "log.jsonl"
         if not result.is_dir() or not log.is_file():
             return result.is_dir()
@@ -72,7 +78,8 @@ class RunLog:
     @property
     def stopped(self) -> bool:
         """Whether no process trains in the folder any more, though the run has not ended."""
-        return not self.ended and self.silence > max(QUIET, 20 * self.pace) and not _is_locked(self.folder / ".lock")
+        silent = bool(self.ending) or self.silence > max(QUIET, 20 * self.pace)
+        return not self.ended and silent and not _is_locked(self.folder / ".lock")
 
     @property
     def left(self) -> float:
@@ -125,18 +132,20 @@ class RunLog:
 
     @property
     def verdict(self) -> str:
-        """The sentence of the last evaluation about control; empty before the first."""
+        """The words about control at the run's end; before it those of the last evaluation, if any."""
+        if words := self.ending.get("words"):
+            return "\n".join(words)
         return next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), "")
 
     @property
     def state(self) -> str:
         """Where the run stands, in words."""
-        if self.ended:
-            return "ended"
         if self.stopped:
             return f"stopped: no process has trained in it for {self.silence / 60:.0f} min; run it again to go on"
         if not self.records:
             return "no step yet"
+        if self.ended:
+            return f"ended ({self.ending['reason']})" if self.ending else "ended"
         return f"{self.pace:.2f} s a step, {self.left / 60:.0f} min left"
 
 
@@ -175,7 +184,11 @@ def read_run(folder: Path) -> RunLog:
         except ValueError:
             break
     newest = [sorted((folder / "samples").glob(f"{kind}-*.png"))[-1:] for kind in ("step", "own-step")]
-    return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets])
+    end = folder / "ending.json"
+    ending = parse_json(end.read_bytes(), str(end)) if end.is_file() else {}
+    if not records or ending.get("step") != records[-1]["step"]:
+        ending = {}  # of before the run was made longer
+    return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets], ending)
 
 
 def bars(values: Sequence[float], *scale: float) -> str:
@@ -211,7 +224,7 @@ def lines(run: RunLog) -> list[str]:
         values = [rows[-1][1] for rows in residuals.values()]
         row = f"{'residuals':12} {max(values):7.3f}  {bars(values)}"
         text.append(f"{row}  of what they are added to at most, tap by tap")
-    return [*text, run.verdict] if run.verdict else text
+    return [*text, *run.verdict.splitlines()]
 
 
 def _values(rows: Sequence[Row]) -> list[float]:
@@ -256,13 +269,13 @@ _SHEETS = {
 
 def page(run: RunLog, refresh: float | None = None) -> str:
     """The run as one HTML file, pictures included; ``refresh``: as ``render``'s, while the run goes on."""
-    body: list[str | Section | Table] = [run.verdict] if run.verdict else []
+    body: list[str | Section | Table] = list(run.verdict.splitlines())
     if rows := run.obedience():
         target = run.recipe.get("evaluation", {}).get("target")
         marks = [(FOUND, "found: the interval above it, twice"), *([(target, "target")] if target else [])]
         chart = _chart("obedience", rows, wide=True, scale=(0, 1), marks=marks)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
-        rows = run.fidelity()
+    if rows := run.fidelity():
         scale = (0, 1) if all(0 <= end <= 1 for _, *values in rows for end in values) else ()
         chart = _chart("fidelity", rows, wide=True, scale=scale)
         body.append(Section("Fidelity, between floor and ceiling", charts=[chart]))
