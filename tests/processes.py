@@ -22,6 +22,7 @@ class Ended:
 def _command(arguments, environment, before, folder):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["controlkit", *arguments]
     exec(before, {})
@@ -35,7 +36,7 @@ def run_commands(arguments, environments, folder: Path, before="pass", timeout=2
     started = []
     for index, environment in enumerate(environments):
         (own := folder / str(index)).mkdir(parents=True, exist_ok=True)
-        given = ([*map(str, arguments)], environment, before, own)
+        given = ([*map(str, arguments)], dict(os.environ) | environment, before, own)  # the server's is older
         process = SERVER.Process(target=_command, args=given, daemon=True)
         process.start()
         started.append((process, own))
