@@ -29,13 +29,13 @@ from controlkit.controls import TYPES
 from controlkit.data import (
     CirclePairs,
     Pair,
-    Store,
     build_cache,
     examine,
     hint_for_pair,
     mirrored,
     read_listing,
 )
+from controlkit.data.store import Store
 from controlkit.errors import Invalid, NotFound, Unsupported
 from controlkit.formats import load_control
 from controlkit.images import read_picture, write_png

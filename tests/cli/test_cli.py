@@ -14,6 +14,7 @@ from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, spli
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
+from controlkit.files import OUTPUT
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec, write_png
 from controlkit.sample import ControlRequest, Request
@@ -239,7 +240,7 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
     list(make_fill50k(tmp_path / "set", 3, 32))
     code, out, _ = run("data", "doctor", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "told")
     assert code == 0 and "Training may start" in out and "3 pairs (prompt.json)" in out
-    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json"}
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json", OUTPUT}
     (tmp_path / "set/source/1.png").write_bytes(b"")
     code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
     assert code == 1 and "may not start" in out and "source/1.png" in out
@@ -247,7 +248,7 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
 
 def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path):
     (tmp_path / "set").mkdir()
-    for name in ("red-apple_1", "IMG_7"):
+    for name in ("red-apple_1", "IMG_7", "IMG_8"):
         (tmp_path / "set" / f"{name}.png").write_bytes(drawing.read_bytes())
     code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
     assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from controlkit.cli.shared import (
+    BaseOption,
     DeviceOption,
     KindsCommand,
     OutOption,
     check_folder,
     key_values,
+    loaded_base,
     parse_size,
     progress_bars,
     ready,
@@ -83,6 +85,10 @@ def doctor(
     low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
     high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
     column: ColumnOption = None,
+    base: BaseOption = "mini",
+    size: Annotated[
+        int | None, typer.Option(help="Side of the training pictures in pixels; the base's by default.", min=1)
+    ] = None,
     workers: WorkersOption = 1,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
@@ -91,7 +97,7 @@ def doctor(
     """
     from controlkit.annotators import contract
     from controlkit.data import add_up, examine, read_listing, sheet_rows
-    from controlkit.files import write_atomic
+    from controlkit.files import mark_output, write_atomic
     from controlkit.images import grid, write_png
 
     check_folder(out)
@@ -101,11 +107,15 @@ def doctor(
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
     listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
+    model = loaded_base(base, "cpu")
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
-        found = progress.track(examine(listing, made_by, workers), total=len(listing.rows), task_id=task)
-        report = add_up(listing, found, made_by)
+        found = progress.track(
+            examine(listing, made_by, workers, size or model.size), total=len(listing.rows), task_id=task
+        )
+        report = add_up(listing, found, made_by, model.cut_words)
     _say_report(path, listing, report, annotator)
+    mark_output(out, "data doctor")
     if report.shown:
         write_png(out / "sheet.png", grid(sheet_rows(report)))
     write_atomic(out / "report.json", (json.dumps(report.to_json(), indent=2) + "\n").encode())
@@ -120,7 +130,11 @@ def _say_report(path: Path, listing: "Listing", report: "Report", annotator: str
 
     facts = report.to_json()
     say(f"{path}: {facts['rows']} pairs ({facts['layout']}), {facts['with_hints']} with hints of their own")
-    say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
+    sizes = [f"{count} of {size}" for size, count in facts["picture_sizes"].items()]
+    more = f", and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+    say(f"pictures: {', '.join(sizes[:5])}{more}")
+    if (cut := facts["cropped_away"]) and cut["most"] > 0.01:
+        say(f"cut away to make squares: {cut['mean']:.0%} of a picture, at most {cut['most']:.0%} (see data.buckets)")
     words = facts["caption_words"]
     say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
     if first := next((row for row in listing.rows if row.prompt), None):

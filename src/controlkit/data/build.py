@@ -20,7 +20,7 @@ from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
-from controlkit.files import SCRATCH, write_atomic
+from controlkit.files import SCRATCH, is_leftover, mark_output, write_atomic
 from controlkit.images import HintSpec, fit, hint_bytes, png_bytes
 
 SHARD = 1000
@@ -122,8 +122,9 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
         for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
             left.unlink()
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not all(is_leftover(path.name) for path in folder.iterdir()):
         raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
+    mark_output(folder, "data build")
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
 
 

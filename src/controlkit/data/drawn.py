@@ -13,7 +13,7 @@ from controlkit.data.layouts import DRAWN
 from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
-from controlkit.files import write_atomic
+from controlkit.files import mark_output, write_atomic
 from controlkit.images import write_png
 
 if TYPE_CHECKING:
@@ -93,4 +93,5 @@ def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
     if begun != settings:
         ours, theirs = (" and ".join(f"{key} {value}" for key, value in of.items()) for of in (settings, begun))
         raise Mismatch(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
+    mark_output(folder, "data make")
     write_atomic(drawn, (json.dumps(settings) + "\n").encode())

@@ -88,10 +88,9 @@ def _decoded(
             kind, words = "unreadable array", "is no .npy file"
         elif not array and (many := _too_many_pixels(data)):
             kind, words = "huge picture", many
-        elif is_hint:
-            return _noted(held, data, decode_hint(data, held.name, ground), problems)
         else:
-            return _noted(held, data, decode_picture(data, held.name), problems)
+            decode = decode_hint if is_hint else decode_picture
+            return _noted(held, data, decode(data, held.name, ground), ground, problems)
     except UserError as error:
         words = str(error).removeprefix(f"{held.name} ")
     problems.append(Problem(kind, held.name, words))
@@ -110,14 +109,17 @@ def _too_many_pixels(data: bytes) -> str:
     return f"is {width}x{height}: more than {MOST_PIXELS:,} pixels" if width * height > MOST_PIXELS else ""
 
 
-def _noted(held: Held, data: bytes, picture: np.ndarray, problems: list[Problem]) -> np.ndarray:
+def _noted(held: Held, data: bytes, picture: np.ndarray, ground: Ground, problems: list[Problem]) -> np.ndarray:
     """The same, with notes on what a picture's file has that is not as it is read."""
     if data.startswith(b"\x93NUMPY"):
         return picture
     with Image.open(io.BytesIO(data)) as opened:  # the header alone
         mode = "I;16" if opened.mode.startswith("I;16") else opened.mode
-        if opened.has_transparency_data:
-            problems.append(Problem("transparency", held.name, "has transparency", fatal=False))
+        if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
+            words = (
+                f"is transparent in places: laid on {ground}" if ground else "is transparent in places: masked there"
+            )
+            problems.append(Problem("transparency", held.name, words, fatal=False))
     read_as = {
         "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
         "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),

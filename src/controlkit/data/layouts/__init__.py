@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from controlkit.data.layouts.archives import webdataset
-from controlkit.data.layouts.folders import CAPTION_SUFFIXES, namesakes, plain, two_folders
+from controlkit.data.layouts.folders import CAPTION_SUFFIXES, OTHER_PICTURES, namesakes, plain, two_folders
 from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
 from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Listing, Names, Problem, Row
 from controlkit.data.layouts.tables import huggingface
@@ -77,9 +78,10 @@ def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> List
     names = Names.of(columns or {})
     if not folder.is_dir():
         raise NotFound(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
-    if (folder / DRAWN).is_file() and not (folder / "prompt.json").is_file():
+    if {"size", "seed"} <= _facts(folder / DRAWN).keys() and not (folder / "prompt.json").is_file():
         raise Invalid(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
-    if _half_built(folder):
+    built = _facts(folder / BUILT)
+    if {"layout", "hint"} <= built.keys() and not built.get("whole"):
         raise Invalid(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     tree = tree_of(folder)
     for name, reader in LAYOUTS.items():
@@ -113,7 +115,8 @@ def _taken_for_pictures(tree: Tree, layout: str, rows: Sequence[Row]) -> Iterato
     """The question whether pictures without hints are pictures and their hints."""
     if any(row.hints for row in rows):
         return
-    if words := namesakes({Path(os.path.normpath(row.picture.name.replace(".tar:", ".tar/"))) for row in rows}):
+    names = {Path(os.path.normpath(row.picture.name.replace(".tar:", ".tar/"))) for row in rows}
+    if words := namesakes(names.union(tree.under(tree.root, OTHER_PICTURES) if layout != "metadata" else ())):
         answer = "name both folders, as --column image=A --column hint=B; if all are pictures, --column image=."
         if layout == "metadata":
             answer = "name the column of the hints (--column hint=NAME); if all are pictures, that of the pictures"
@@ -150,11 +153,10 @@ def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Lis
     return listing
 
 
-def _half_built(folder: Path) -> bool:
-    """Whether ``build`` began this folder and did not end; other tools' files of the same name are ignored."""
-    marker = folder / BUILT
+def _facts(path: Path) -> dict[str, Any]:
+    """The values in a JSON file of ours; none in other tools' files of that name, which are ignored."""
     try:
-        facts = parse_json(marker.read_bytes(), BUILT) if marker.is_file() else None
+        facts = parse_json(path.read_bytes(), path.name) if path.is_file() else None
     except Invalid:
-        return False
-    return isinstance(facts, dict) and {"layout", "hint"} <= facts.keys() and not facts.get("whole")
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -12,6 +12,8 @@ from controlkit.data.layouts.tree import Tree
 from controlkit.errors import Invalid
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
+OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".tga", ".npy")
+"""Of files that are no pictures here, but may be those whose hints lie beside them."""
 FOLDERS = ("condition", "conditions", "conditioning", "control", "controls", "hint", "hints", "cond")
 """The first word of a name that says a folder holds hints."""
 
@@ -132,14 +134,20 @@ def namesakes(pictures: Iterable[Path]) -> str:
     """Why these files may be pictures and their hints, in words; "" where their names do not say so.
 
     Names are compared without case, suffix, zeros before numbers and words for hints. Two folders match where at least
-    half of the names in one are in the other. In one folder, half as many again as there are names are too many.
+    half of the names in one are in the other; files of one folder, where a word for hints tells two of them apart, or
+    at least half of the names come twice.
     """
     known = _hint_words()
     folders: dict[Path, Counter[str]] = defaultdict(Counter)
     having: dict[str, list[Path]] = defaultdict(list)
+    bare: dict[tuple[Path, str, bool], Path] = {}
     for path in sorted(pictures):
         words = [word.lstrip("0") or "0" for word in _words(path.stem)]
-        name = " ".join([word for word in words if word.removesuffix("s") not in known] or words) or path.stem
+        said = [word for word in words if word.removesuffix("s") not in known]
+        name = " ".join(said or words) or path.stem
+        bare[path.parent, name, words == said] = path
+        if other := bare.get((path.parent, name, words != said)):
+            return f"{path.parent} has {path.name} beside {other.name}"
         if not folders[path.parent][name]:
             having[name].append(path.parent)
         folders[path.parent][name] += 1

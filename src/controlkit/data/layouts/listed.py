@@ -165,6 +165,7 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
         folder = tree.root / str(backend["instance_data_dir"])
         if folder not in trees and is_there(folder, folder=True):
             trees[folder] = tree_of(folder)
+            tree.files += trees[folder].files
             for reason, paths in trees[folder].left_out.items():
                 tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
         elif folder not in trees:
