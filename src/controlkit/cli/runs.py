@@ -66,7 +66,7 @@ def train(
     settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
     for note in notes if ranks.first else []:
         warn(note)
-    base = loaded_base(settings.base, device, vae=settings.vae)
+    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
     with progress_bars(disable=not ranks.first) as progress:
