@@ -424,7 +424,7 @@ def test_a_file_that_lacks_something_is_refused(originals, single_file, kind, st
     gone = {name: None for name in originals(kind) if name.startswith(start)}
     assert gone
     sentence = refusal(single_file(kind, gone))
-    assert "is not a whole Stable Diffusion" in sentence
+    assert f"is not a whole {kind} checkpoint" in sentence
 
 
 def test_a_file_of_an_inpainting_model_is_refused(single_file):

@@ -18,14 +18,14 @@ from torch import nn
 from controlkit.backbones.noise import Prediction
 from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.rules import (
-    PIPELINES,
     check_channels,
-    check_classes,
+    check_folder,
     check_settings,
     check_signs,
     check_text,
     ddim_config,
     latent_space,
+    read_config,
 )
 from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.backbones.unet_families import (
@@ -36,7 +36,7 @@ from controlkit.backbones.unet_families import (
     pipeline_configs,
 )
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
-from controlkit.files import parse_json, read_text, write_atomic
+from controlkit.files import read_text, write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
@@ -121,12 +121,12 @@ def _from_hub(repository: str) -> Path:
 
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
-    kind, content = _index(folder)
+    kind, content = check_folder(folder)
     second = ("tokenizer_2", "text_encoder_2") if "XL" in kind else ()
     for part in (*_PARTS, *second):
         if not (folder / part).is_dir():
             raise Invalid(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
-    noise = _config(folder / "scheduler" / "scheduler_config.json")
+    noise = read_config(folder / "scheduler" / "scheduler_config.json")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -145,7 +145,7 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
         return TextTower(tokenizer, whole(kind, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
 
-    scheduler = DDIMScheduler.from_config(ddim_config(folder, noise))
+    scheduler = DDIMScheduler.from_config(ddim_config(noise))
     try:
         with _plain_texts(folder) as plain:
             vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
@@ -176,30 +176,6 @@ def _plain_texts(folder: Path) -> Iterator[Path]:
             else:
                 place.symlink_to(path.resolve())
         yield Path(root)
-
-
-def _index(folder: Path) -> tuple[str, dict[str, Any]]:
-    """(the class of a pipeline's folder, its index); ``Unsupported`` for one that holds no base of these families."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise Invalid(f"{folder} is no base: expected a diffusers pipeline folder (with a model_index.json).")
-    content = _config(index)
-    kind = content.get("_class_name")
-    if not (isinstance(kind, str) and PIPELINES.fullmatch(kind)):
-        raise Unsupported(
-            f"{folder} holds a {kind}; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline, or one of "
-            "their kinds for pictures (Img2Img, Inpaint, ControlNet)."
-        )
-    check_classes(folder, content)
-    return kind, content
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """The keys and values of a configuration in a diffusers folder; ``Invalid`` where it holds none."""
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, as diffusers writes them.")
-    return content
 
 
 def _check_parts(origin: Path, vae: Any, unet: Any) -> None:
@@ -256,7 +232,7 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
                 if isinstance(module, nn.Module):
                     _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            raise Invalid(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
+            raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
     towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
     if wide:
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
@@ -279,7 +255,7 @@ def _family_of(header: TensorFile) -> Family:
         )
     family = family_of_width(widths[0])
     if family is None:
-        known = ", ".join(f"{row.text_width} ({row.title})" for row in FAMILIES.values())
+        known = ", ".join(f"{row.text_width} ({row.name})" for row in FAMILIES.values())
         raise Unsupported(f"{header.path} reads prompts {widths[0]} wide, which no base known here does: {known}.")
     return family
 

@@ -7,12 +7,14 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.errors import Invalid, Mismatch, Unsupported
+from controlkit.errors import Invalid, Mismatch, Unsupported, one_line
+from controlkit.files import parse_json, read_text
 
-PIPELINES = re.compile(
+_PIPELINES = re.compile(
     r"StableDiffusion(XL)?(ControlNet(XS|Union)?|Adapter|PAG|ControlNetPAG)?(Img2Img|Inpaint)?Pipeline"
 )
 """Classes of pipelines that hold a whole base; the U-Net's channels tell an inpainting model."""
@@ -76,13 +78,48 @@ _SIGNS = {
 """Tensors of single files by which models with other rules are known."""
 
 
-def check_classes(origin: object, index: Mapping[str, Any]) -> None:
+def check_folder(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(the class of a pipeline's folder, its index), by its texts alone.
+
+    Raises ``Invalid`` where there is none or it cannot be read, ``Unsupported`` where it has a rule that is not
+    followed.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise Invalid(f"{folder} is no base: expected a diffusers pipeline folder (with a model_index.json).")
+    index = read_config(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if not (isinstance(kind, str) and _PIPELINES.fullmatch(kind)):
+        raise Unsupported(
+            f"{folder} holds a {one_line(kind)}; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline, or "
+            "one of their kinds for pictures (Img2Img, Inpaint, ControlNet)."
+        )
+    _check_classes(folder, index)
+    for part in _FOLLOWED:
+        path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if path.is_file():
+            config = read_config(path)
+            _check_classes(folder, {part: [config.get("_class_name", _CLASSES[part][0])]})
+            check_settings(folder, part, config)
+    return kind, index
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a configuration in a diffusers folder; ``Invalid`` where it holds none."""
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, as diffusers writes them.")
+    return content
+
+
+def _check_classes(origin: object, index: Mapping[str, Any]) -> None:
     """Raise ``Unsupported`` for a pipeline's index that names a part whose class has other rules."""
     for part, known in _CLASSES.items():
         entry = index.get(part)
         name = entry[-1] if isinstance(entry, list) and entry else known[0]
         if name not in known:
-            _refuse(origin, f"a {name} as its {part}", f"{known[0]}{' or one like it' if len(known) > 1 else ''}")
+            _refuse(
+                origin, f"a {one_line(name)} as its {part}", f"{known[0]}{' or one like it' if len(known) > 1 else ''}"
+            )
 
 
 def check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None:
@@ -92,7 +129,7 @@ def check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None
         for one in value if isinstance(value, list | tuple) else [value]:
             if one not in known:
                 expected = " or ".join("none" if word is None else str(word) for word in known)
-                _refuse(origin, f"{key} {one} in its {part}", expected)
+                _refuse(origin, f"{key} {one_line(one)} in its {part}", expected)
 
 
 def check_signs(origin: object, names: Mapping[str, Any], pooled: bool) -> None:
@@ -133,22 +170,16 @@ def check_text(origin: object, towers: list[Any], unet: Mapping[str, Any]) -> No
             )
 
 
-def ddim_config(origin: object, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a ``DDIMScheduler`` with the noise of a scheduler's configuration.
+def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a ``DDIMScheduler`` with the noise of a scheduler's that ``check_folder`` passed.
 
-    What the configuration leaves out is as its own class has it, but that latents are never clipped as if they were
-    pixels. Raises ``Unsupported`` where the noise is another.
+    What it leaves out is as its own class has it, but that latents are never clipped as if they were pixels.
     """
     import diffusers
 
-    name = config.get("_class_name", "DDIMScheduler")
-    check_classes(origin, {"scheduler": [name]})
-    own = inspect.signature(getattr(diffusers, name).__init__).parameters
-    known = inspect.signature(diffusers.DDIMScheduler.__init__).parameters
-    defaults = {key: value.default for key, value in own.items() if key in known and key != "self"}
-    whole = defaults | {"clip_sample": False} | dict(config)
-    check_settings(origin, "scheduler", whole)
-    return whole
+    own = inspect.signature(getattr(diffusers, config.get("_class_name", "DDIMScheduler")).__init__).parameters
+    known = inspect.signature(diffusers.DDIMScheduler.__init__).parameters.keys() - {"self"}
+    return {key: own[key].default for key in known if key in own} | {"clip_sample": False} | dict(config)
 
 
 def latent_space(config: Mapping[str, Any]) -> dict[str, Any]:
