@@ -306,6 +306,14 @@ class UNetBase(Backbone):
     def encode_moments(self, pixels: Tensor) -> Tensor:
         return self._by_vae(lambda rows: self.vae.encode(rows).latent_dist.parameters, pixels)
 
+    def _latent_range(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Middle and spread (1, C or 1, 1, 1), which a VAE's configuration may have beside the scaling factor."""
+        config = self.vae.config
+        middle, spread = config.get("latents_mean") or config.get("shift_factor"), config.get("latents_std")
+        if not middle and spread is None:
+            return None
+        return like.new_tensor(middle or 0.0).view(1, -1, 1, 1), like.new_tensor(spread or 1.0).view(1, -1, 1, 1)
+
     def _by_vae(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """Apply ``work``, a pass through the VAE, to rows (B, ...), as many at once as fit: found once, by halving.
 
@@ -326,11 +334,16 @@ class UNetBase(Backbone):
 
     def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         mean, log_variance = moments.chunk(2, dim=1)
-        return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * self.vae.config.scaling_factor
+        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        if at := self._latent_range(mean):
+            drawn = (drawn - at[0]) / at[1]
+        return drawn * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         scaled = latents / self.vae.config.scaling_factor
+        if at := self._latent_range(latents):
+            scaled = scaled * at[1] + at[0]
         return self._by_vae(lambda rows: self.vae.decode(rows).sample, scaled).clamp(-1, 1)
 
     # --- the denoiser, in two halves --------------------------------------------------------------------

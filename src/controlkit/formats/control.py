@@ -24,7 +24,7 @@ from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, UserError, nearest
 from controlkit.files import SCRATCH, home_path, write_atomic
 from controlkit.formats.describe import Description
-from controlkit.formats.metadata import WEIGHTS, WEIGHTS_FILES, json_object, metadata_entry
+from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
 from controlkit.formats.weights import (
     Weights,
@@ -157,7 +157,7 @@ def shipped_folder(name: str) -> Path:
 
 def _control_folders(path: Path) -> list[Path]:
     """The folders in which a control of this path's may lie: its own, a run's."""
-    return [one for one in (path, path / "control") if any((one / file).is_file() for file in WEIGHTS_FILES)]
+    return [one for one in (path, path / "control") if weights_in(one)]
 
 
 def _holds_weights(path: Path) -> bool:
@@ -324,7 +324,7 @@ def _check_base(name: str | Path, path: Path, weights: Weights, described: Descr
     width = described.config.get("cross_attention_dim")
     if width is not None and width != own.get("text_width"):
         reads = own.get("text_width")
-        families = [f"{row.title} " if (row := family_of_width(w or 0)) else "" for w in (width, reads)]
+        families = [f"{row.name} " if (row := family_of_width(w or 0)) else "" for w in (width, reads)]
         raise Mismatch(
             f'The control "{name}" is for {families[0]}bases that read prompts {width} wide; "{base.name}" reads '
             f"{families[1]}prompts {reads} wide. Use a control made for this base, or its own base."
