@@ -190,7 +190,7 @@ def _laid_on(picture: Image.Image, ground: str) -> Image.Image:
     """A picture (RGBA) on a ground; on the ground's second colour where the first would swallow all that is drawn."""
     grounds = [Image.new("RGBA", picture.size, colour) for colour in _SECOND.get(ground, (ground,))]
     laid = [Image.alpha_composite(one, picture) for one in grounds]
-    return next((one for one in laid if any(least < most for least, most in one.getextrema())), laid[0])
+    return next((one for one in laid if np.ptp(np.asarray(one), (0, 1)).any()), laid[0])
 
 
 def read_hint(path: Path, ground: Ground = "black") -> np.ndarray:
