@@ -23,7 +23,7 @@ from controlkit.data import Pair
 from controlkit.files import write_atomic
 from controlkit.formats import load_control
 from controlkit.images import HintSpec, grid, write_png
-from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, first_kind, truth_of
+from controlkit.measure import EMBEDDED, EvaluationPlan, Maker, evaluate_base, first_kind
 from controlkit.sample import ControlRequest, Request, maker
 
 CONTROLS = ("canny", "softedge", "scribble", "lineart", "mlsd", "depth", "normal", "seg", "pose", "inpaint", "tile")
@@ -108,7 +108,8 @@ def main(
         saved = load_control(f"{union}:{name}" if union else name, model)
         counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
         scales = dict.fromkeys((counted, 1.0))  # once where it is counted once anyway
-        key = (truth_of(saved.hint) is not None, first_kind(saved.hint).needs_person)
+        kind = first_kind(saved.hint)
+        key = (kind.truth is not None, kind.needs_person)
         with Progress(transient=True) as progress:
             if key not in benches:
                 benches[key] = bench(maker(model), saved.hint, model.size, num, progress)

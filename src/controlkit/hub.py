@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.errors import Invalid, NotFound, nearest, one_line
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,17 +73,16 @@ def meant_path(name: str | Path, known: Collection[str], holds: Callable[[Path],
     A file or folder that is called like something known is meant only if it ``holds`` such a thing itself, or is
     written as a path, such as ``./canny``. Where both are there, a warning says which is taken.
     """
-    path = Path(name).expanduser()
+    path = home_path(name)
     if isinstance(name, Path) or name not in known:
         return path
     if not path.exists():
         return None
-    taken = holds(path)
-    other = f"rename it, if what is known as {name} is meant" if taken else f"write ./{name} for what lies here"
-    warnings.warn(
-        f'"{name}" is taken for {f"./{name}" if taken else f"the {name} that is known"}: {other}', stacklevel=3
-    )
-    return path if taken else None
+    if holds(path):
+        warnings.warn(f'"{name}" is ./{name} here, not what is known by that name: rename it for that', stacklevel=3)
+        return path
+    warnings.warn(f'"{name}" is what is known by that name, and not ./{name}: write it so for that', stacklevel=3)
+    return None
 
 
 def shipped_names() -> list[str]:

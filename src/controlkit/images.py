@@ -26,6 +26,16 @@ from torch import Tensor
 from controlkit.errors import Invalid, NotFound, one_line
 from controlkit.files import parse_json, write_atomic
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
+"""Formats of files, by Pillow's names, that are taken for pictures; of moving ones the first is read."""
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """The endings of files in ``FORMATS``, as far as this machine's Pillow reads them: ``.png``, ``.jpg`` and so on."""
+    known = Image.registered_extensions().items()
+    return tuple(sorted(suffix for suffix, format in known if format in FORMATS and format in Image.OPEN))
+
+
 Resize = Literal["area", "lines", "nearest"]
 
 MOST_SIDE = 16_384
@@ -334,11 +344,13 @@ def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, c
     return buffer.getvalue()
 
 
-def array_bytes(array: np.ndarray) -> bytes:
-    """An array as a ``.npy`` file's bytes."""
+def hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
+    """(suffix, content) of a hint's file: ``.png`` where it is a picture, uint8 (H, W, 3 or 4), else ``.npy``."""
+    if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
+        return ".png", png_bytes(hint)
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    np.save(buffer, hint, allow_pickle=False)
+    return ".npy", buffer.getvalue()
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:

@@ -29,13 +29,13 @@ from controlkit.controls import TYPES
 from controlkit.data import (
     CirclePairs,
     Pair,
-    Store,
     build_cache,
     examine,
     hint_for_pair,
     mirrored,
     read_listing,
 )
+from controlkit.data.store import Store
 from controlkit.errors import Invalid, NotFound, Unsupported
 from controlkit.formats import load_control
 from controlkit.images import read_picture, write_png
@@ -143,7 +143,7 @@ def test_a_kind_of_one_s_own_is_built_and_its_folder_is_known(toy, run, folder, 
     assert np.array_equal(read_picture(hints / "0.png"), ridge(pictures[0]))
     hints.rename(tmp_path / "out/ridge")
     listing = read_listing(tmp_path / "out")
-    assert listing.layout == "paired" and all(row.hint for row in listing.rows) and len(listing.rows) == 8
+    assert listing.layout == "paired" and all(row.hints for row in listing.rows) and len(listing.rows) == 8
 
 
 def test_a_kind_of_one_s_own_trains_is_measured_and_saved(toy, toy_base, folder, tmp_path):

@@ -9,14 +9,15 @@ import pytest
 
 from controlkit import cli
 from controlkit.annotators import annotator
-from controlkit.data import TARGETS, CirclePairs, add_up, build_set, examine, read_listing, sheet_rows
+from controlkit.data import CirclePairs, add_up, build_set, examine, read_listing, sheet_rows
+from controlkit.data.build import TARGETS
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
 from controlkit.images import write_png
 
 COUNT = 10
 CANNY = annotator("canny").spec()
-LAYOUTS = [*TARGETS, "webdataset"]
+LAYOUTS = list(TARGETS)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The whole report, of makers that are models and of some that are not."""
 
+import importlib
 import json
 
 import numpy as np
@@ -18,12 +19,13 @@ from controlkit.measure import (
     ceiling_of,
     evaluate,
     evaluate_base,
+    judge,
     three_ways,
 )
 from controlkit.sample import ControlRequest, Picture, Request, maker
 
 FIGURES = {"fidelity", "floor", "floor_no_control", "floor_shuffled", "ceiling", "obedience"}
-QUALITY = {"clip_score", "clip_score_no_control", "fid", "fid_no_control"}
+QUALITY = {"clip_score", "clip_score_no_control", "clip_score_truth", "fid", "fid_no_control"}
 CANNY = contract("canny")
 
 
@@ -80,9 +82,11 @@ def test_a_maker_that_makes_too_few_is_an_error():
         three_ways(lambda requests: [], plan_of(4))
 
 
-def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base):
+def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base, monkeypatch):
     truths = [pair.picture for pair in CirclePairs(32, 3)]
-    whole, halves = ceiling_of(toy_base)(truths), ceiling_of(toy_base, batch=2)(truths)
+    whole = ceiling_of(toy_base)(truths)
+    monkeypatch.setattr(importlib.import_module("controlkit.measure.evaluate"), "_AT_ONCE", 2)
+    halves = ceiling_of(toy_base)(truths)
     assert [picture.shape for picture in whole] == [(32, 32, 3)] * 3
     assert np.abs(np.stack(whole).astype(int) - np.stack(halves)).max() <= 1
     assert not np.array_equal(whole[0], whole[1])
@@ -91,11 +95,18 @@ def test_the_ceiling_is_the_vae_s_reconstruction_whatever_the_batch(toy_base):
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, referee):
+@pytest.fixture
+def telling(referee, monkeypatch):
+    """The referee with random weights, as if it told the true pictures' captions apart."""
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.ones(len(pictures)))
+    return referee
+
+
+def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, telling):
     advanced = []
     real = [pair.picture for pair in CirclePairs(32, 6, first=100)]
     make = maker(toy_base, {"drawn": drawn}, on_step=advanced.append)
-    report = evaluate(make, plan_of(4, steps=2), ceiling_of(toy_base), Quality(referee, real), facts={"by": "toy"})
+    report = evaluate(make, plan_of(4, steps=2), ceiling_of(toy_base), Quality(telling, real))
     assert figures_in(report) == FIGURES | QUALITY
     for name in FIGURES | QUALITY:
         assert set(report[name]) == {"mean", "low", "high"}
@@ -104,7 +115,7 @@ def test_evaluation_reports_every_figure_with_its_interval(toy_base, drawn, refe
     assert (report["metric"], report["num"]) == ("edge_f1", 4)
     assert isinstance(report["quality_kept"], bool) and "notes" not in report
     assert report["settings"] == {
-        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "hint_cfg_scale": 1.0, "seeds": "0-3", "by": "toy",
+        "steps": 2, "guidance": 4.0, "size": None, "scale": 1.0, "hint_cfg_scale": 1.0, "seeds": "0-3",
     }  # fmt: skip
     assert report["seconds"] > 0 and json.loads(json.dumps(report)) == report
     assert sum(advanced) == 3 * 4 * 2, "three ways, four pictures, two steps"
@@ -160,6 +171,48 @@ def test_a_maker_that_heeds_no_hint_has_obedience_zero():
     assert truths["obedience"]["mean"] == 0 and not truths["is_meaningful"], "no hint was needed for them"
 
 
+@pytest.mark.parametrize("told", [0.5, 0.7])
+def test_a_control_that_draws_the_truth_is_not_said_to_lose_quality_by_a_referee_that_cannot_tell_it(
+    told, referee, monkeypatch
+):
+    """As it was on a person's stamps: 0.12 for the true pictures, 0.50 for those without control."""
+    plan = plan_of(8)
+    truths = [pair.picture for pair in plan.pairs]
+
+    def clip_scores(pictures, prompts):
+        return np.array([0.12 if any(one is true for true in truths) else 0.5 for one in pictures])
+
+    monkeypatch.setattr(referee, "clip_scores", clip_scores)
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.full(len(pictures), told))
+    make = made_by(lambda request: truths[request.seed] if request.controls else noise(request))
+    report = evaluate(make, plan, list, Quality(referee, truths))
+    assert figures_in(report) == FIGURES and "quality_kept" not in report
+    assert f"in {told:.0%} [{told:.0%}, {told:.0%}] of all comparisons" in report["notes"][0]
+    monkeypatch.setattr(referee, "preferences", lambda pictures, prompts: np.ones(len(pictures)))
+    report = evaluate(make, plan, list, Quality(referee, truths))
+    assert report["quality_kept"] and report["clip_score_truth"]["mean"] == pytest.approx(0.12)
+
+
+def test_control_is_found_by_a_second_measurement_with_the_seeds_that_follow():
+    plan, seeds = plan_of(8), []
+    by_hint = {hint.tobytes(): pair.picture for hint, pair in zip(plan.hints, plan.pairs, strict=True)}
+    obeyed = set()
+
+    def pixels(request):
+        seeds.append(request.seed)
+        own = request.controls and request.seed in obeyed
+        return by_hint[request.controls[0].images[""].tobytes()] if own else noise(request)
+
+    for more, finding, last in (((), "not found", 7), (range(8), "not found", 15), (range(16), "found", 15)):
+        obeyed |= {*more}
+        seeds.clear()
+        report = evaluate(made_by(pixels), plan, list)
+        verdict = judge(made_by(pixels), plan, report, list)
+        assert (verdict.finding, max(seeds)) == (finding, last)
+        assert (report["finding"], report["verdict"]) == (finding, str(verdict))
+        assert ("obedience_again" in report) is (last == 15) and json.loads(json.dumps(report)) == report
+
+
 # --- worlds -------------------------------------------------------------------------------------------------
 
 
@@ -172,9 +225,9 @@ def test_a_base_of_another_world_has_no_figures_of_quality_and_a_sentence_says_s
     assert report["settings"] | facts == report["settings"]
 
 
-def test_a_base_is_judged_by_its_own_world_s_referee(toy_base, make, referee, monkeypatch):
+def test_a_base_is_judged_by_its_own_world_s_referee(toy_base, make, telling, monkeypatch):
     monkeypatch.setattr(World, "judges", lambda self, base: base is toy_base)
-    monkeypatch.setattr(World, "referee", lambda self, device: referee)
+    monkeypatch.setattr(World, "referee", lambda self, device: telling)
     report = evaluate_base(toy_base, make, plan_of(4, steps=1), [pair.picture for pair in CirclePairs(32, 3)])
     assert figures_in(report) == FIGURES | QUALITY and "notes" not in report
 
@@ -188,5 +241,6 @@ def test_the_command_shows_no_rows_of_what_is_absent(run, toy_base, toy_folder, 
     report = json.loads(out.read_text())
     assert figures_in(report) == FIGURES and "obedience" in shown
     assert "clip_score" not in shown and "fid" not in shown.replace("fidelity", "")
-    assert "not measured" in shown + err and "quality fell" not in shown + err
+    assert "not measured" in shown and "quality fell" not in shown + err
+    assert shown.rstrip().splitlines()[-1] == report["verdict"] and "measuring" not in shown
     assert report["settings"]["hint_cfg_scale"] == 1.0 and report["settings"]["base"] == "toy"

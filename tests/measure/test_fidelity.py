@@ -7,16 +7,9 @@ from controlkit.annotators import all_kinds, annotate, annotator, contract
 from controlkit.annotators.lines import canny
 from controlkit.data import CirclePairs
 from controlkit.errors import Unsupported, UserError
-from controlkit.measure import (
-    METRICS,
-    check_findable,
-    depth_rmse,
-    fidelity,
-    inpaint_distance,
-    metric_of,
-    psnr,
-    unmeasurable,
-)
+from controlkit.measure import METRICS, fidelity, metric_of, unmeasurable
+from controlkit.measure.fidelity import check_findable
+from controlkit.measure.metrics import depth_rmse, inpaint_distance, psnr
 
 
 def test_fidelity_annotates_the_picture_as_the_contract_says():

@@ -7,18 +7,9 @@ import torch
 from controlkit.annotators import annotate, annotator, contract
 from controlkit.annotators.maps import depth_picture, label_picture, normal_picture, pose_picture
 from controlkit.errors import UserError
-from controlkit.measure import (
-    METRICS,
-    depth_rmse,
-    edge_f1,
-    inpaint_distance,
-    metric_of,
-    miou,
-    ms_ssim,
-    normal_angle,
-    pck,
-    psnr,
-)
+from controlkit.measure import METRICS, metric_of
+from controlkit.measure.metrics import depth_rmse, edge_f1, inpaint_distance, miou, ms_ssim, normal_angle, pck, psnr
+from controlkit.mini.scenes import PALETTE
 
 
 def column(at, side=64):
@@ -59,13 +50,6 @@ def test_emptiness_on_one_side_is_failure_and_on_both_says_nothing():
     assert np.isnan(edge_f1(empty, empty))
 
 
-PALETTE = np.array([(120, 180, 230), (110, 100, 90), (230, 60, 60), (20, 20, 20)], np.uint8)
-
-
-def labels_iou(found, wanted):
-    return miou(found, wanted, PALETTE)
-
-
 def truths(kind, side=64):
     """Two different hints of a kind, each a picture of a ball somewhere, or of somebody."""
     y, x = np.mgrid[:side, :side] / side
@@ -100,7 +84,7 @@ CONDITIONS = ["canny", "scribble", "softedge", "lineart", "depth", "normal", "se
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_what_is_wanted_scores_best_and_another_s_hint_worse(kind):
     metric = metric_of(contract(kind))
-    function = labels_iou if kind == "seg" else metric.function
+    function = metric.function
     own, other = truths(kind)
     assert function(own, own) == pytest.approx(best(metric.name), abs=1e-3)
     sign = 1 if metric.higher_is_better else -1
@@ -110,7 +94,7 @@ def test_what_is_wanted_scores_best_and_another_s_hint_worse(kind):
 @pytest.mark.parametrize("kind", [kind for kind in CONDITIONS if kind != "scribble"])
 def test_a_growing_damage_never_scores_better(kind):
     metric = metric_of(contract(kind))
-    function = labels_iou if kind == "seg" else metric.function
+    function = metric.function
     own, other = truths(kind)
     scores = []
     for rows in (0, 16, 32, 48, 64):  # from the top on, another's hint
@@ -171,15 +155,13 @@ def test_miou_is_the_mean_over_classes_in_either():
     wanted[:2], found[:1] = 1, 1
     found[3] = 2
     shares = [1 / 3, 1 / 2, 0]  # of class 0 one row of three, of 1 one of two, 2 is not there
-    assert labels_iou(*(label_picture(m, PALETTE) for m in (found, wanted))) == pytest.approx(np.mean(shares))
+    assert miou(*(label_picture(m, PALETTE) for m in (found, wanted))) == pytest.approx(np.mean(shares))
 
 
-def test_labels_have_the_scenes_palette_by_default():
-    from controlkit.mini import scenes
-
-    labels = np.arange(len(scenes.PALETTE)).repeat(2).reshape(-1, 2)
-    assert miou(*[label_picture(labels, scenes.PALETTE)] * 2) == 1
-    assert miou(label_picture(0 * labels, scenes.PALETTE), label_picture(labels, scenes.PALETTE)) < 0.1
+def test_labels_have_the_scenes_palette():
+    labels = np.arange(len(PALETTE)).repeat(2).reshape(-1, 2)
+    assert miou(*[label_picture(labels, PALETTE)] * 2) == 1
+    assert miou(label_picture(0 * labels, PALETTE), label_picture(labels, PALETTE)) < 0.1
 
 
 @pytest.mark.parametrize(("off", "right"), [(0, 1), (4, 1), (9, 0)])

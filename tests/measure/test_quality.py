@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from controlkit.data import CirclePairs
+from controlkit.data import CirclePairs, Pair
 from controlkit.errors import NotFound
-from controlkit.measure import Figure, Quality, colours, fid, quality_kept
+from controlkit.measure import EMBEDDED, Figure, Quality, colours, fid, quality_kept, unjudgeable
+from controlkit.mini.scenes import draw_scenes
 
 
 def frechet(made, real):
@@ -28,20 +30,20 @@ def features():
 
 def test_fid_is_the_frechet_distance(features):
     made, real = features
-    figure = fid(*(torch.from_numpy(rows).float() for rows in features), resamples=2)
+    figure = fid(*(torch.from_numpy(rows).float() for rows in features))
     assert figure.mean == pytest.approx(frechet(made, real), rel=1e-3)
 
 
 def test_a_shift_of_the_features_adds_its_square_to_fid(features):
     real = torch.from_numpy(features[0])
-    assert fid(real, real, resamples=2).mean == pytest.approx(0, abs=1e-6)
-    assert fid(real + 0.5, real, resamples=2).mean == pytest.approx(8 * 0.25, rel=1e-6)
+    assert fid(real, real).mean == pytest.approx(0, abs=1e-6)
+    assert fid(real + 0.5, real).mean == pytest.approx(8 * 0.25, rel=1e-6)
 
 
 def test_fid_lies_in_its_interval_however_few_the_pictures():
     generator = torch.Generator().manual_seed(0)
     made, real = (torch.randn(count, 32, generator=generator) for count in (64, 256))
-    figure = fid(1.1 * made, real, resamples=20)
+    figure = fid(1.1 * made, real)
     assert figure.low < figure.mean < figure.high
 
 
@@ -88,13 +90,79 @@ def test_a_referee_without_a_head_rates_nothing(referee):
 
 
 @pytest.mark.parametrize(
-    ("clip_score", "fid", "kept"), [(0.95, 110, True), (0.94, 100, False), (1.0, 111, False), (1.2, 50, True)]
+    ("clip_score", "fid", "truth", "kept"),
+    [
+        (0.95, 110, 2.0, True),
+        (0.94, 100, 2.0, False),
+        (1.0, 111, 2.0, False),
+        (1.2, 50, 2.0, True),
+        (0.57, 100, 0.6, True),
+        (0.56, 100, 0.6, False),
+        (0.6, 111, 0.6, False),
+    ],
 )
-def test_quality_is_kept_where_neither_figure_fell(clip_score, fid, kept):
+def test_quality_is_kept_where_neither_figure_fell_below_the_lesser_of_truth_and_no_control(
+    clip_score, fid, truth, kept
+):
     def figures(*means):
         return {name: Figure(mean, mean, mean) for name, mean in zip(("clip_score", "fid"), means, strict=True)}
 
-    assert quality_kept(figures(clip_score, fid), figures(1.0, 100)) is kept
+    assert quality_kept(figures(clip_score, fid), figures(1.0, 100), Figure(truth, truth, truth)) is kept
+
+
+# --- what a referee may judge -------------------------------------------------------------------------------
+
+
+def scribbles(num=16, side=64):
+    """Drawings of a style that the embedded world does not have, with a person's captions."""
+    things = ["violin", "lighthouse", "trilobite", "hammer", "obelisk", "quarter", "butterflyfish", "tractor"]
+    drawn = []
+    for i in range(num):
+        rng = np.random.default_rng(i)
+        picture = np.full((side, side, 3), 255, np.uint8)
+        points = rng.integers(4, side - 4, (6, 1, 2)).astype(np.int32)
+        cv2.polylines(picture, [points], bool(i % 2), (0, 0, 0), 2)
+        drawn.append(Pair(picture, f"A {things[i % 8]} number {i}."))
+    return drawn
+
+
+def shuffled(pairs):
+    return [Pair(one.picture, other.prompt) for one, other in zip(pairs, [*pairs[3:], *pairs[:3]], strict=True)]
+
+
+CIRCLES = list(CirclePairs(64, 16))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return EMBEDDED.referee("cpu")
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        scribbles(),
+        shuffled(CIRCLES),
+        [Pair(pair.picture, "a picture") for pair in CIRCLES],
+        [Pair(CIRCLES[0].picture, pair.prompt) for pair in CIRCLES],
+    ],
+    ids=["a person's drawings", "others' captions", "one caption", "one picture"],
+)
+def test_a_referee_may_not_judge_pictures_whose_captions_it_cannot_tell(pairs, shipped):
+    assert "50% is chance" in unjudgeable(shipped, pairs)
+
+
+def test_a_referee_may_judge_the_pictures_of_its_world(shipped):
+    scenes = [Pair(scene.picture, scene.captions[0]) for scene in draw_scenes(64, 5, range(12))]
+    assert unjudgeable(shipped, CIRCLES) == unjudgeable(shipped, scenes) == ""
+    assert "no referee" in unjudgeable(None, CIRCLES)
+
+
+def test_preferences_are_shares_of_the_other_captions_and_ties_are_half(referee, monkeypatch):
+    images, texts = np.eye(3, dtype=np.float32), np.float32([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    monkeypatch.setattr(referee, "embed", lambda pictures: torch.from_numpy(images))
+    monkeypatch.setattr(referee.tower, "embed_texts", lambda tokens: torch.from_numpy(texts))
+    assert referee.preferences([None] * 3, ["a"] * 3).tolist() == [0.75, 1.0, 1.0]
 
 
 def flat(*colour):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from controlkit.images import to_tensor
-from controlkit.measure.accuracy import accuracy, score
 from controlkit.mini.aesthetic import DAMAGES, AestheticHead, damage
 from controlkit.mini.observer import (
     MIRRORED,
@@ -46,6 +45,12 @@ def observer():
     with torch.no_grad():
         made.conv_out["maps"].weight.mul_(10)
     return made
+
+
+@pytest.fixture
+def referees(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
+    return importlib.import_module("referees")
 
 
 def read_back(scene):
@@ -96,7 +101,8 @@ def test_what_is_saved_comes_back_rounded_to_half_precision_and_frozen(observer,
         assert not module.training and not any(p.requires_grad or p.dtype != torch.float32 for p in module.parameters())
 
 
-def test_the_truth_scores_perfectly_and_any_error_shows(drawn):
+def test_the_truth_scores_perfectly_and_any_error_shows(drawn, referees):
+    score = referees.observer_accuracy
     perfect = score(drawn, drawn)
     assert perfect == pytest.approx({"depth_rmse": 0, "normal_degrees": 0, "miou": 1, "pck": 1}, abs=1e-6)
     turn = np.array([[math.cos(0.2), math.sin(0.2), 0], [-math.sin(0.2), math.cos(0.2), 0], [0, 0, 1]], np.float32)
@@ -111,7 +117,8 @@ def test_the_truth_scores_perfectly_and_any_error_shows(drawn):
         assert {k: v for k, v in wrong.items() if k != figure} == {k: v for k, v in perfect.items() if k != figure}
 
 
-def test_normals_off_by_a_known_angle_score_that_angle_and_unread_ones_a_right_one(drawn):
+def test_normals_off_by_a_known_angle_score_that_angle_and_unread_ones_a_right_one(drawn, referees):
+    score = referees.observer_accuracy
     scene = drawn[0]
     flat = np.where(scene.normals.any(-1, keepdims=True), np.float32([0, 0, 1]), 0).astype(np.float32)
     tilted = (flat @ np.array([[1, 0, 0], [0, 1, 0], [math.sin(0.3), 0, math.cos(0.3)]])).astype(np.float32)
@@ -234,12 +241,6 @@ def test_damage_differs_by_key_in_kind(drawn):
     assert len(made) > len(DAMAGES), "kinds, pairs of them, and draws within a kind"
 
 
-@pytest.fixture
-def referees(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
-    return importlib.import_module("referees")
-
-
 def test_a_training_batch_is_the_same_for_its_step_and_its_truth_is_turned_with_it(referees, drawn):
     pixels, true = referees.scene_batch(drawn, 6, 3)
     again = referees.scene_batch(drawn, 6, 3)
@@ -293,7 +294,8 @@ def test_the_recipe_trains_both_referees_and_leaves_folders_that_load(
     assert -1 <= figures["aesthetic"]["rank_correlation"] <= 1
 
     scenes = load_scenes(32, referees.HELDOUT_SEED, 4)  # as the recipe reads them, rounded by the cache
-    assert accuracy(Observer.load(tmp_path / "observer"), scenes) == pytest.approx(figures["observer"], nan_ok=True)
+    seen = Observer.load(tmp_path / "observer").observe([scene.picture for scene in scenes])
+    assert referees.observer_accuracy(seen, scenes) == pytest.approx(figures["observer"], nan_ok=True)
     head = AestheticHead.load(tmp_path / "aesthetic")
     rating = head(tower.eval().features(to_tensor([scenes[0].picture])))
     assert rating.shape == (1,) and 0 <= rating.item() <= 10

@@ -3,6 +3,7 @@
 import pytest
 
 from controlkit.errors import UserError
+from controlkit.train import flags as scripts
 from controlkit.train.flags import NEEDLESS, PLACES, parser, read_flags
 from controlkit.train.recipe import parse_recipe
 
@@ -25,13 +26,18 @@ MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epoch
 --tracker_project_name 7"""
 
 
+@pytest.fixture(autouse=True)
+def _pairs(monkeypatch):
+    monkeypatch.setattr(scripts, "_pairs_in", lambda folder, columns: 103)
+
+
 @pytest.fixture
 def asked(tmp_path):
     """Read flags beside the two that are needed."""
 
     def read(*more, processes=1):
         needed = ["--pretrained_model_name_or_path", "mini", "--train_data_dir", str(tmp_path)]
-        return read_flags([*needed, *map(str, more)], lambda folder, columns: 103, processes)
+        return read_flags([*needed, *map(str, more)], processes)
 
     return read
 
@@ -122,7 +128,7 @@ def test_columns_have_the_names_they_are_given(asked):
 def test_names_of_folders_are_never_read_as_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "2024").mkdir()
-    found = read_flags(["--pretrained_model_name_or_path", "15", "--train_data_dir", "2024"], lambda *asked: 8)
+    found = read_flags(["--pretrained_model_name_or_path", "15", "--train_data_dir", "2024"])
     assert (found.recipe["base"], found.recipe["data"]["source"]) == ("15", "2024")
 
 
@@ -198,15 +204,15 @@ def test_a_hub_s_data_set_is_fetched_once_and_a_missing_base_or_folder_refused(t
     monkeypatch.setattr("huggingface_hub.file_exists", lambda name, file, repo_type: (name, file) in programs)
     flags = ["--pretrained_model_name_or_path", "x", "--dataset_name"]
     for _ in range(2):
-        found = read_flags([*flags, "fusing/fill50k"], lambda folder, columns: len(str(folder)))
+        found = read_flags([*flags, "fusing/fill50k"])
         assert found.recipe["data"]["source"] == "fusing/fill50k" and found.recipe["steps"] > 1
     assert asked == [("fusing/fill50k", "dataset", "refs/convert/parquet")], "not the program, but what it made"
     programs.clear()
-    read_flags([*flags, "other/fill50k"], lambda *given: 1000)
+    read_flags([*flags, "other/fill50k"])
     assert asked[1:] == [("other/fill50k", "dataset", None)]
     with pytest.raises(UserError, match=r"no folder photos/train, and no data set .* \(no network\)"):
-        read_flags([*flags, "photos/train"], lambda *given: 1)
+        read_flags([*flags, "photos/train"])
     with pytest.raises(UserError, match="There is no folder nowhere"):
-        read_flags([*flags, "nowhere"], lambda *given: 1)
+        read_flags([*flags, "nowhere"])
     with pytest.raises(UserError, match="--pretrained_model_name_or_path is missing"):
-        read_flags(["--train_data_dir", str(tmp_path)], lambda *given: 1)
+        read_flags(["--train_data_dir", str(tmp_path)])

@@ -8,7 +8,10 @@ from safetensors.torch import load_file
 from controlkit.data import Cached, build_cache
 from controlkit.formats import WEIGHTS
 from controlkit.images import HintSpec
+from controlkit.measure import EvaluationPlan
+from controlkit.sample import ControlRequest
 from controlkit.train import resolve, train_control
+from controlkit.train.evaluation import CONTROL, Evaluator
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.ranks import Ranks
 
@@ -69,4 +72,11 @@ def heldout_loss(recipe, base, pairs, out, ranks=None):
         build_cache(base, pairs, plan.specs, out / "heldout.safetensors")
     ranks.wait()
     [cached] = Cached.read(out / "heldout.safetensors")
-    return HeldoutLoss(base, cached, plan, ranks)
+    return HeldoutLoss(base, base, cached, plan, ranks)
+
+
+def evaluator_of(recipe, base, pairs, out, ranks=None):
+    """What measures obedience of a control named as a run's, on these pairs."""
+    control = ControlRequest(name=CONTROL, hint_cfg_scale=recipe.control.hint_cfg_scale)
+    plan = EvaluationPlan(control, CANNY, list(pairs), recipe.evaluation.steps, recipe.evaluation.guidance)
+    return Evaluator(base, base, plan, [], out, ranks or Ranks())

@@ -12,7 +12,8 @@ import typer
 
 from controlkit.cli import data, pictures, runs, weights
 from controlkit.cli.shared import warn
-from controlkit.errors import UserError
+from controlkit.errors import UserError, one_line
+from controlkit.files import home_path
 
 app = typer.Typer(
     name="controlkit",
@@ -28,17 +29,21 @@ for commands in (pictures, runs, weights):
 app.add_typer(data.app, name="data")
 
 
-_PLACES = {"ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"}
-"""Errors of a path or a disk, which the user can mend."""
+_PLACES = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT", "EIO"), "Make room on the disk, or choose another path."),
+    **dict.fromkeys(("EACCES", "EPERM", "EROFS"), "Mend the permissions, or choose another path."),
+    **dict.fromkeys(("ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP"), "Choose another path."),
+}
+"""Errors of a path or a disk, and what the user can do about them."""
 
 
 def _sentence(error: Exception) -> str | None:
     """The sentence on what the user can do about an error; None where that is nothing."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _PLACES:
-        place = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{place}. Make room, mend the permissions, or choose another path."
+    if isinstance(error, OSError) and (advice := _PLACES.get(errno.errorcode.get(error.errno or 0, ""))):
+        place = f" ({one_line(error.filename)})" if error.filename else ""
+        return f"{error.strerror}{place}. {advice}"
     torch = sys.modules.get("torch")  # not imported for this alone
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -59,7 +64,7 @@ def _note(message: Warning | str, category: type[Warning], filename: str, lineno
 def _with_home(argument: str) -> str:
     """An argument whose path's ~ is replaced, which shells leave in ``--option=~/path`` and between quotes."""
     option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{option}{equals}{Path(value).expanduser()}" if value.startswith("~/") else argument
+    return f"{option}{equals}{home_path(value)}" if value.startswith("~/") else argument
 
 
 def main() -> None:

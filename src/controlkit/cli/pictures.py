@@ -27,6 +27,7 @@ from controlkit.cli.shared import (
     warn,
 )
 from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from controlkit.backbones import Backbone
@@ -133,6 +134,7 @@ def generate(
 
 def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Mapping[str, Any]) -> None:
     """Sample, and write the pictures, the hints and all of them side by side."""
+    from controlkit.files import mark_output
     from controlkit.images import grid, write_png
     from controlkit.sample import generate, pictures
 
@@ -147,6 +149,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
         task = progress.add_task("generating", total=total, figures="")
         for picture in pictures(generate(base, prepared), lambda count: progress.advance(task, count)):
             seed = picture.request.seed
+            mark_output(out, "generate")
             write_png(out / f"picture-{seed}.png", picture.pixels, settled[seed] | facts)
             made.append(picture.pixels)
     shown = [
@@ -238,7 +241,7 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     known = shipped_controls()
 
     def is_there(name: str) -> bool:
-        return name in known or Path(name).expanduser().exists()
+        return name in known or home_path(name).exists()
 
     def parted(name: str) -> tuple[str, str]:
         """A name as (name, type)."""
@@ -249,7 +252,7 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     end = next((one for one in ends if is_there(text[:one]) or is_there(parted(text[:one])[0])), ends[0] if ends else 0)
     name, path = text[:end], text[end + 1 :]
     settings: dict[str, Any] = {}
-    while path and not Path(path).expanduser().exists():
+    while path and not home_path(path).exists():
         head, _, last = path.rpartition(",")
         key, equals, value = last.partition("=")
         if not head or key not in KEYS or bool(equals) == (key in FLAGS):
@@ -264,9 +267,9 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
         )
     last = path.rpartition(",")[2]
     key = last.partition("=")[0]
-    if "," in path and key.replace("-", "_").isidentifier() and not Path(path).expanduser().exists():
+    if "," in path and key.replace("-", "_").isidentifier() and not home_path(path).exists():
         raise Invalid(f'--control {name} has no setting "{last}": {nearest(key, KEYS)}')
-    return *parted(name), Path(path).expanduser(), settings
+    return *parted(name), home_path(path), settings
 
 
 @app.command(
@@ -286,6 +289,7 @@ def annotate(
     """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
     from controlkit.annotators import annotate as annotate_picture
     from controlkit.annotators import annotator as find
+    from controlkit.annotators import is_empty
     from controlkit.images import read_picture, write_png
 
     contract = find(annotator).spec(**key_values(option, "--option", "KEY=VALUE, such as low=50"))
@@ -299,6 +303,8 @@ def annotate(
         raise Invalid(f"A hint would overwrite the picture {clash}: give another --out.")
     pictures = [read_picture(path) for path in images]
     for target, picture in zip(targets, pictures, strict=True):
-        made_by = {"annotator": annotator, "options": contract.options}
-        write_png(target, annotate_picture(picture, contract, sides), made_by)
+        hint = annotate_picture(picture, contract, sides)
+        write_png(target, hint, {"annotator": annotator, "options": contract.options})
         say(str(target))
+        if is_empty(hint, contract):
+            warn(f"{target} is empty: {annotator} finds nothing in that picture")

@@ -1,16 +1,20 @@
 """Shared by several commands: options of one meaning, loading, progress, messages."""
 
+import importlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from controlkit.errors import Invalid
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -71,11 +75,13 @@ class KindsCommand(TyperCommand):
 
 @contextmanager
 def progress_bars(disable: bool = False) -> Iterator["Progress"]:
-    """Bars of long work; a task's `figures` stand at its end."""
+    """Bars of long work, on stderr; a task's `figures` stand at its end."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=disable) as progress:
+    columns = (*columns, TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, disable=disable) as progress:
         yield progress
 
 
@@ -84,6 +90,42 @@ def on_cuda(device: str) -> bool:
     import torch
 
     return device != "cpu" and torch.cuda.is_available()
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import diffusers without torch's compiler, which takes as long to import as a small picture takes to be made.
+
+    diffusers tells the compiler of some of its functions. They are left as they are, for a process that compiles none;
+    whoever asks for more of the compiler gets it. Packages that diffusers imports where they happen to be installed are
+    left out, too: nothing that stands inside uses them.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    import torch
+
+    def unchanged(function: Any = None, *_: object, **__: object) -> Any:
+        return function or (lambda decorated: decorated)
+
+    def of_the_compiler(name: str) -> Any:
+        if name.startswith("__"):  # which is asked of every module
+            raise AttributeError(name)
+        sys.modules.pop("torch._dynamo", None)
+        return getattr(importlib.import_module("torch._dynamo"), name)
+
+    stand_in: Any = ModuleType("torch._dynamo")
+    stand_in.disable = stand_in.allow_in_graph = stand_in.assume_constant_result = unchanged
+    stand_in.__getattr__, stand_in.__path__ = of_the_compiler, [str(Path(torch.__file__).parent / "_dynamo")]
+    sys.modules["torch._dynamo"] = stand_in
+    try:
+        from diffusers.utils import import_utils
+
+        import_utils._peft_available = import_utils._bitsandbytes_available = False
+        yield
+    finally:
+        if sys.modules.get("torch._dynamo") is stand_in:
+            del sys.modules["torch._dynamo"]
 
 
 def ready(device: str) -> str:
@@ -106,11 +148,12 @@ def ready(device: str) -> str:
     return device
 
 
-def loaded_base(name: str, device: str, **options: Any) -> "Backbone":
-    """The base, on the device that is meant."""
-    from controlkit.backbones import load_base
+def loaded_base(name: str, device: str, compiles: bool = False, **options: Any) -> "Backbone":
+    """The base, on the device that is meant; ``compiles``: whether the command compiles, as training may."""
+    with nullcontext() if compiles or options.get("loras") else without_compiler():
+        from controlkit.backbones import load_base
 
-    return load_base(name, ready(device), **options)
+        return load_base(name, ready(device), **options)
 
 
 def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":
@@ -134,6 +177,14 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
+def say_beside(progress: "Progress", text: str) -> None:
+    """``say`` while bars are shown: above them where they are in the same terminal."""
+    if progress.console.is_terminal and sys.stdout.isatty():
+        progress.print(text, highlight=False, markup=False)
+    else:
+        say(text)
+
+
 def warn(text: str) -> None:
     """A line of what is to be known besides, to stderr."""
     typer.echo(f"note: {text}", err=True)
@@ -142,7 +193,7 @@ def warn(text: str) -> None:
 def split_lora(text: str) -> tuple[Path, float]:
     """FILE[=WEIGHT] as (path, weight)."""
     path, equals, weight = text.rpartition("=")
-    whole = Path(text).expanduser()
+    whole = home_path(text)
     if not equals or whole.exists():
         return whole, 1.0
     try:
@@ -151,7 +202,7 @@ def split_lora(text: str) -> tuple[Path, float]:
         factor = math.nan
     if not abs(factor) <= 100:  # so written, it holds for nan as well
         raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, -100 to 100, such as style.safetensors=0.7.')
-    return Path(path).expanduser(), factor
+    return home_path(path), factor
 
 
 def key_values(given: Sequence[str] | None, option: str, example: str) -> dict[str, str]:

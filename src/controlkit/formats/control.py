@@ -22,7 +22,7 @@ from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, UserError, nearest
-from controlkit.files import SCRATCH, write_atomic
+from controlkit.files import SCRATCH, home_path, write_atomic
 from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
@@ -202,7 +202,7 @@ def type_of(name: str | Path) -> tuple[str | Path, str]:
     if (shipped := shipped_controls().get(str(name))) and named_path(name) == shipped[0]:
         return name, shipped[1]
     union, colon, kind = str(name).rpartition(":")
-    return (union, kind) if colon and kind in TYPES and not Path(name).expanduser().exists() else (name, "")
+    return (union, kind) if colon and kind in TYPES and not home_path(name).exists() else (name, "")
 
 
 def load_control(name: str | Path, base: Backbone, annotator: str | None = None) -> SavedControl:

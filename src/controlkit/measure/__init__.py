@@ -9,69 +9,63 @@ from controlkit.measure.evaluate import (
     ceiling_of,
     evaluate,
     evaluate_base,
+    judge,
     three_ways,
 )
-from controlkit.measure.fidelity import Finder, check_findable, fidelity, finder_of, unmeasurable
-from controlkit.measure.kinds import first_kind, metric_of, truth_of
-from controlkit.measure.metrics import (
-    METRICS,
-    Metric,
-    depth_rmse,
-    edge_f1,
-    inpaint_distance,
-    miou,
-    ms_ssim,
-    normal_angle,
-    pck,
-    psnr,
-)
+from controlkit.measure.fidelity import Finder, fidelity, unmeasurable
+from controlkit.measure.metrics import METRICS, edge_f1, first_kind, metric_of, psnr
 from controlkit.measure.obedience import FOUND, Figure, Obedience, mean_figure, obedience
-from controlkit.measure.quality import COLOURS, KEPT, Quality, Referee, colours, fid, quality_kept
-from controlkit.measure.world import EMBEDDED, WORLDS, World, heldout_for, world_of
+from controlkit.measure.quality import (
+    COLOURS,
+    Quality,
+    Referee,
+    clip_score_kept,
+    colours,
+    fid,
+    quality_kept,
+    unjudgeable,
+)
+from controlkit.measure.verdict import Finding, Verdict, meaningless, verdict_on
+from controlkit.measure.world import EMBEDDED, World, heldout_for, world_of
 
 __all__ = [
     "COLOURS",
     "EMBEDDED",
     "FOUND",
-    "KEPT",
     "METRICS",
     "WAYS",
-    "WORLDS",
     "EvaluationPlan",
     "Figure",
     "Finder",
+    "Finding",
     "Maker",
-    "Metric",
     "Obedience",
     "Quality",
     "Reconstruct",
     "Referee",
+    "Verdict",
     "Way",
     "World",
     "ceiling_of",
-    "check_findable",
+    "clip_score_kept",
     "colours",
-    "depth_rmse",
     "edge_f1",
     "evaluate",
     "evaluate_base",
     "fid",
     "fidelity",
-    "finder_of",
     "first_kind",
     "heldout_for",
-    "inpaint_distance",
+    "judge",
     "mean_figure",
+    "meaningless",
     "metric_of",
-    "miou",
-    "ms_ssim",
-    "normal_angle",
     "obedience",
-    "pck",
     "psnr",
     "quality_kept",
     "three_ways",
-    "truth_of",
+    "unjudgeable",
     "unmeasurable",
+    "verdict_on",
     "world_of",
 ]

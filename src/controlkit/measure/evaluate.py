@@ -6,9 +6,8 @@ hint is in ``request.controls[0].images``; without control there is none.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,9 +18,10 @@ from controlkit.data import Pair, hint_for_pair
 from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
-from controlkit.measure.kinds import metric_of, truth_of
-from controlkit.measure.obedience import obedience
-from controlkit.measure.quality import Quality, quality_kept
+from controlkit.measure.metrics import first_kind, metric_of
+from controlkit.measure.obedience import Obedience, mean_figure, obedience, obedience_in
+from controlkit.measure.quality import Quality, quality_kept, unjudgeable
+from controlkit.measure.verdict import Verdict, verdict_on
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
 from controlkit.sample import ControlRequest, Maker, Request
@@ -31,14 +31,13 @@ Reconstruct = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 Way = Literal["controlled", "shuffled", "no_control"]
 WAYS: tuple[Way, ...] = get_args(Way)
 """The ways in which pictures are made for obedience."""
-NO_REFEREE = (
-    "CLIP-score, FID and whether quality was kept are not measured: no referee here was trained on this base's world."
-)
+_AT_ONCE = 32
+"""Pictures in a batch of the VAE."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationPlan:
-    """One control on held-out pairs: seeds 0 to N-1, the pairs' prompts and hints."""
+    """One control on held-out pairs: the pairs' prompts and hints, N seeds from ``first_seed`` on."""
 
     control: ControlRequest
     """The control with its settings, and no pictures: in each request it gets a pair's hint."""
@@ -46,6 +45,7 @@ class EvaluationPlan:
     pairs: Sequence[Pair]
     steps: int = 20
     guidance: float = 4.0
+    first_seed: int = 0
 
     @cached_property
     def hints(self) -> list[np.ndarray]:
@@ -66,7 +66,7 @@ class EvaluationPlan:
         return [
             Request(
                 prompt=self.pairs[i].prompt,
-                seed=i,
+                seed=self.first_seed + i,
                 steps=self.steps,
                 guidance=self.guidance,
                 controls=() if way == "no_control" else (self.with_hint(hints[i]),),
@@ -88,14 +88,14 @@ def three_ways(
     return made
 
 
-def ceiling_of(base: Backbone, batch: int = 32) -> Reconstruct:
+def ceiling_of(base: Backbone) -> Reconstruct:
     """Reconstruction by the VAE of ``base``, from the mean of each posterior."""
 
     def reconstruct(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         done: list[np.ndarray] = []
-        for first in range(0, len(pictures), batch):
+        for first in range(0, len(pictures), _AT_ONCE):
             with torch.no_grad(), autocast(base.device.type):
-                moments = base.encode_moments(to_tensor(pictures[first : first + batch]).to(base.device))
+                moments = base.encode_moments(to_tensor(pictures[first : first + _AT_ONCE]).to(base.device))
                 done += to_pictures(base.decode_latents(base.mean_latents(moments)))
         return done
 
@@ -109,23 +109,22 @@ def evaluate(
     quality: Quality | None = None,
     finder: Finder | None = None,
     no_control: Sequence[np.ndarray] | None = None,
-    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Measure a control, in plain values that can be written as JSON.
 
     Args:
         make: called once for each way of ``WAYS``.
         reconstruct: gives the ceiling; ``ceiling_of(base)``, or ``list`` for a maker that has no VAE.
-        quality: the referee of the maker's world; None leaves quality out.
+        quality: the referee of the maker's world; it is not asked where it is ``unjudgeable``. None: there is none.
         finder: ``fidelity``'s, for hints that nothing here finds.
         no_control: the pictures without control, where they were made before, of the same pairs and settings.
-        facts: about the maker, for ``settings``.
 
     Returns:
-        ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and with
-        ``quality`` also ``clip_score``, ``fid`` and ``aesthetic``, each also with ``_no_control``: ``mean``, ``low``
-        and ``high``. ``metric``, ``is_meaningful``, ``quality_kept`` (with ``quality``), ``notes`` (without it),
-        ``observer`` (its accuracy, where it read the outputs), ``num``, ``settings``, ``seconds``.
+        ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and where quality
+        is judged also ``clip_score``, ``fid`` and ``aesthetic``, each also with ``_no_control``, and
+        ``clip_score_truth``: ``mean``, ``low`` and ``high``. ``metric``, ``is_meaningful``, ``quality_kept`` (where it
+        is judged), ``notes`` (where it is not), ``observer`` (its accuracy, where it read the outputs), ``num``,
+        ``settings``, ``seconds``.
 
     Raises ``Unsupported`` for hints that cannot be measured, ``Invalid`` where no pair gives information.
     """
@@ -135,23 +134,57 @@ def evaluate(
     made = three_ways(make, plan, [way for way in WAYS if way != "no_control" or no_control is None])
     if no_control is not None:
         made["no_control"] = list(no_control)
-    shown = made | {"ceiling": reconstruct([pair.picture for pair in plan.pairs])}
+    truth = [pair.picture for pair in plan.pairs]
+    shown = made | {"ceiling": reconstruct(truth)}
     scores = {name: fidelity(pictures, plan.hints, plan.spec, finder) for name, pictures in shown.items()}
     measured = obedience(**scores, metric=metric_of(plan.spec).name)
     report: dict[str, Any] = asdict(measured)
-    if quality:
-        prompts = [pair.prompt for pair in plan.pairs]
-        controlled, plain = (quality.figures(made[way], prompts) for way in ("controlled", "no_control"))
-        for suffix, figures in (("", controlled), ("_no_control", plain)):
-            report |= {f"{name}{suffix}": asdict(figure) for name, figure in figures.items()}
     report["is_meaningful"] = measured.is_meaningful
-    report |= {"quality_kept": quality_kept(controlled, plain)} if quality else {"notes": [NO_REFEREE]}
-    if finder is None and truth_of(plan.spec):
+    reason = unjudgeable(quality.referee if quality else None, plan.pairs)
+    if quality and not reason:
+        report |= _judged(quality, made, truth, [pair.prompt for pair in plan.pairs])
+    else:
+        report["notes"] = [reason]
+    if finder is None and first_kind(plan.spec).truth:
         report["observer"] = EMBEDDED.observer().config.get("accuracy")
     report["num"] = len(plan.pairs)
-    report["settings"] = _settings_of(plan) | dict(facts)
+    report["settings"] = {
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "size": None,
+        "scale": plan.control.scale,
+        "hint_cfg_scale": plan.control.hint_cfg_scale,
+        "seeds": f"{plan.first_seed}-{plan.first_seed + len(plan.pairs) - 1}",
+    }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
+
+
+def _judged(
+    quality: Quality, made: Mapping[Way, list[np.ndarray]], truth: Sequence[np.ndarray], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """``evaluate``'s figures of quality, and ``quality_kept``."""
+    controlled, plain = (quality.figures(made[way], prompts) for way in ("controlled", "no_control"))
+    true = mean_figure(quality.referee.clip_scores(truth, prompts))
+    found = {name: asdict(figure) for name, figure in controlled.items()}
+    found |= {f"{name}_no_control": asdict(figure) for name, figure in plain.items()}
+    return found | {"clip_score_truth": asdict(true), "quality_kept": quality_kept(controlled, plain, true)}
+
+
+def judge(make: Maker, plan: EvaluationPlan, report: dict[str, Any], reconstruct: Reconstruct) -> Verdict:
+    """The verdict on a control that ``evaluate`` reported on by this plan; written into the report, too.
+
+    Where that finds control, the control is measured once more, with the N seeds that follow: ``obedience_again``.
+    """
+
+    def again() -> Obedience:
+        second = evaluate(make, replace(plan, first_seed=plan.first_seed + len(plan.pairs)), reconstruct)
+        report["obedience_again"] = second["obedience"]
+        return obedience_in(second)
+
+    verdict = verdict_on(obedience_in(report), report.get("quality_kept"), again)
+    report |= {"finding": verdict.finding, "verdict": str(verdict)}
+    return verdict
 
 
 def evaluate_base(
@@ -163,20 +196,10 @@ def evaluate_base(
 ) -> dict[str, Any]:
     """``evaluate`` a maker that samples with ``base``: its VAE's ceiling, its world's referee, its facts.
 
-    ``real``: pictures that nothing was trained on, for FID; not used where the base's world has no referee here.
+    ``real``: pictures that nothing was trained on, for FID; not used where quality is not judged.
     """
     world = world_of(base)
     quality = Quality(world.referee(base.device.type), real) if world else None
-    facts = {"base": base.name, "base_digest": base.digest, "format": number_format(base.device.type)}
-    return evaluate(make, plan, ceiling_of(base), quality, no_control=no_control, facts=facts)
-
-
-def _settings_of(plan: EvaluationPlan) -> dict[str, Any]:
-    return {
-        "steps": plan.steps,
-        "guidance": plan.guidance,
-        "size": None,
-        "scale": plan.control.scale,
-        "hint_cfg_scale": plan.control.hint_cfg_scale,
-        "seeds": f"0-{len(plan.pairs) - 1}",
-    }
+    report = evaluate(make, plan, ceiling_of(base), quality, no_control=no_control)
+    report["settings"] |= {"base": base.name, "base_digest": base.digest, "format": number_format(base.device.type)}
+    return report

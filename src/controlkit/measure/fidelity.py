@@ -8,7 +8,7 @@ from controlkit.annotators import annotate, parts_of
 from controlkit.data import Pair
 from controlkit.errors import Unsupported, UserError
 from controlkit.images import HintSpec
-from controlkit.measure.kinds import is_made_here, metric_of, truth_of
+from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.world import EMBEDDED
 
 Finder = Callable[[np.ndarray], np.ndarray]
@@ -22,22 +22,23 @@ def finder_of(spec: HintSpec) -> Finder:
     """
     if not metric_of(spec).annotates:
         return lambda picture: picture
-    if draw := truth_of(spec):
+    kind = first_kind(spec)
+    if draw := kind.truth:
         observer = EMBEDDED.observer()
         return lambda picture: draw(observer.observe([picture])[0])
-    spec = parts_of(spec)[0]
-    if not is_made_here(spec):
+    if not kind.is_made_here:
         raise Unsupported(
-            f'Nothing here finds "{spec.annotator}" in a picture: give a `finder`, a function from a picture to it.'
+            f'Nothing here finds "{kind.name}" in a picture: give a `finder`, a function from a picture to it.'
         )
-    return lambda picture: annotate(picture, spec)
+    first = parts_of(spec)[0]
+    return lambda picture: annotate(picture, first)
 
 
 def check_findable(spec: HintSpec, pairs: Iterable[Pair]) -> None:
     """Raise ``Unsupported`` if such hints need pictures of the embedded scenes, and some pair has another."""
-    if truth_of(spec) and any(pair.truth is None for pair in pairs):
-        name = parts_of(spec)[0].annotator
-        raise Unsupported(f'"{name}" can be found again in the embedded scenes alone: measure on scenes.')
+    kind = first_kind(spec)
+    if kind.truth and any(pair.truth is None for pair in pairs):
+        raise Unsupported(f'"{kind.name}" can be found again in the embedded scenes alone: measure on scenes.')
 
 
 def unmeasurable(spec: HintSpec, pairs: Iterable[Pair]) -> str:

@@ -1,17 +1,20 @@
 """Metrics of fidelity: a hint found in an output against the hint that was given.
 
-Each is a function ``(found, wanted) -> float`` of two hint pictures; NaN where a pair gives no information.
+Each is a function ``(found, wanted) -> float`` of two hint pictures; NaN where a pair gives no information. Of several
+hints that are channels of one, the first decides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 
+from controlkit.annotators import HintKind, kind_or_bare, names_of, parts_of
 from controlkit.annotators.maps import FACING, keypoints_of, labels_of, normals_of
-from controlkit.errors import Invalid
+from controlkit.errors import Invalid, Unsupported, nearest
+from controlkit.images import HintSpec
 
 
 def edge_f1(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -81,33 +84,40 @@ def normal_angle(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.degrees(2 * np.arcsin((chords / 2).clip(0, 1))).mean())  # exact for small angles; arccos is not
 
 
-def miou(found: np.ndarray, wanted: np.ndarray, palette: np.ndarray | None = None) -> float:
-    """Mean intersection over union of two pictures of labels, uint8 (H, W, 3): 0 to 1, over the classes in either.
+def miou(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean intersection over union of two pictures of labels, uint8 (H, W, 3), in the embedded scenes' colours.
 
-    As in PASCAL VOC (Everingham et al., 2015, Section 4.2), but per picture; the paper measures segmentation by it, too
-    (Table 3). ``palette``, uint8 (K, 3): the colour of each class; by default the embedded scenes'.
+    0 to 1, over the classes in either. As in PASCAL VOC (Everingham et al., 2015, Section 4.2), but per picture; the
+    paper measures segmentation by it, too (Table 3).
     """
-    if palette is None:
-        from controlkit.mini.scenes import PALETTE
+    from controlkit.mini.scenes import PALETTE
 
-        palette = PALETTE
-    a, b = (labels_of(picture, palette) for picture in (found, wanted))
+    a, b = (labels_of(picture, PALETTE) for picture in (found, wanted))
     shares = [((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.union1d(a, b)]
     return float(np.mean(shares))
+
+
+Joint = tuple[int, float, float]
+"""The number of a joint, x and y in pixels."""
+
+
+def correct_joints(found: Sequence[Joint], wanted: Sequence[Joint], side: int) -> list[bool]:
+    """Whether each of the wanted joints, at least one, is found in a picture whose short side is ``side`` pixels.
+
+    It is if the same joint was found within a tenth of the larger side of the box about all wanted joints (Yang and
+    Ramanan, 2013, Section 6.1), or within 2% of ``side``.
+    """
+    reach = max(0.1 * np.ptp([at for _, *at in wanted], axis=0).max(), 0.02 * side)
+    return [any(j == k and np.hypot(x - u, y - v) <= reach for k, u, v in found) for j, x, y in wanted]
 
 
 def pck(found: np.ndarray, wanted: np.ndarray) -> float:
     """Percentage of correct keypoints of two pictures of poses, uint8 (H, W, 3), as a share, 0 to 1.
 
-    A wanted joint is correct if the same joint was found within a tenth of the larger side of the box about all wanted
-    joints (Yang and Ramanan, 2013, Section 6.1), or within 2% of the picture's short side. NaN if none is wanted.
+    By ``correct_joints``, the wanted ones of all persons together. NaN if none is wanted.
     """
-    joints, there = keypoints_of(wanted), keypoints_of(found)
-    if not joints:
-        return float("nan")
-    reach = max(0.1 * np.ptp([at for _, *at in joints], axis=0).max(), 0.02 * min(wanted.shape[:2]))
-    right = [any(j == k and np.hypot(x - u, y - v) <= reach for k, u, v in there) for j, x, y in joints]
-    return float(np.mean(right))
+    joints = keypoints_of(wanted)
+    return float(np.mean(correct_joints(keypoints_of(found), joints, min(wanted.shape[:2])))) if joints else np.nan
 
 
 def inpaint_distance(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -176,3 +186,19 @@ METRICS = {
         Metric("low_pass_psnr", psnr, least_range=20 * float(np.log10(1.5))),
     )
 }
+
+
+def first_kind(spec: HintSpec) -> HintKind:
+    """The kind of these hints, or of the first of several."""
+    return kind_or_bare(parts_of(spec)[0].annotator)
+
+
+def metric_of(spec: HintSpec) -> Metric:
+    """The metric of fidelity to such hints, whether or not anything here makes them; ``Unsupported`` if none."""
+    kind = first_kind(spec)
+    measured = names_of(lambda kind: kind.metric)
+    if not kind.name:
+        raise Unsupported(f"No annotator of these hints is named: expected one of {', '.join(measured)}.")
+    if not kind.metric:
+        raise Unsupported(f'Obedience to hints named "{kind.name}" is not measured: {nearest(kind.name, measured)}')
+    return METRICS[kind.metric]

@@ -1,9 +1,10 @@
 """Picture quality beside obedience: CLIP-score, FID, an aesthetic rating, and colours.
 
-A referee judges pictures of the world it was trained on, and no others: see ``world``.
+A referee judges pictures of the world it was trained on (see ``world``), and of these only sets whose true pictures it
+tells apart by their captions: see ``unjudgeable``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from controlkit.data import Pair
 from controlkit.errors import NotFound
 from controlkit.hub import shipped_path
 from controlkit.images import to_tensor
@@ -21,8 +23,16 @@ from controlkit.mini.tower import ImageTextTower
 from controlkit.seeds import numpy_rng
 
 KEPT = 0.95
-"""Quality is kept if the CLIP-score is at least this share of that without control, and FID at most ``FID_KEPT``."""
+"""Quality is kept if the CLIP-score is at least this share of the lesser of two: that of pictures without control, and
+that of the true pictures, which nobody need surpass; and if FID is at most ``FID_KEPT`` times that without control."""
 FID_KEPT = 1.1
+TELLS = 0.75
+"""A referee may judge a set if the lower bound of ``Referee.preferences`` of its true pictures is at least this: half
+way between chance, 0.5, and certainty, 1."""
+NO_REFEREE = (
+    "CLIP-score, FID and whether quality was kept are not measured: no referee here was trained on this base's world."
+)
+_REDRAWN = 50
 COLOURS = ("red", "green", "blue", "contrast", "saturation")
 
 
@@ -57,15 +67,17 @@ class Referee:
         )
         return rows.input_ids.to(self.device)
 
-    @torch.no_grad()
     def embed(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Unit vectors (N, space) of pictures, uint8 (H, W, 3)."""
-        return torch.cat([self.tower.embed_images(b) for b in to_tensor(pictures).to(self.device).split(128)])
+        return self._in_parts(self.tower.embed_images, pictures)
 
-    @torch.no_grad()
     def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Pooled features (N, C) of pictures, uint8 (H, W, 3)."""
-        return torch.cat([self.tower.features(b) for b in to_tensor(pictures).to(self.device).split(128)])
+        return self._in_parts(self.tower.features, pictures)
+
+    @torch.no_grad()
+    def _in_parts(self, network: Callable[[Tensor], Tensor], pictures: Sequence[np.ndarray]) -> Tensor:
+        return torch.cat([network(part) for part in to_tensor(pictures).to(self.device).split(128)])
 
     @torch.no_grad()
     def ratings(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -80,17 +92,23 @@ class Referee:
         return (self.embed(pictures) * self.tower.embed_texts(self._tokens(prompts))).sum(-1).cpu().numpy()
 
     @torch.no_grad()
+    def preferences(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """For each picture, the share of the other pictures' prompts that fit it less well than its own, (N,), 0 to 1.
+
+        A prompt that fits as well counts half, so that chance is 0.5. At least two pictures.
+        """
+        scores = (self.embed(pictures) @ self.tower.embed_texts(self._tokens(prompts)).T).cpu().numpy()
+        own = scores.diagonal()[:, None]
+        return ((scores < own).sum(1) + ((scores == own).sum(1) - 1) / 2) / (len(own) - 1)
+
+    @torch.no_grad()
     def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """For each picture, the index of the caption that fits best, (N,)."""
-        images = self.embed(pictures)
-        chosen = [
-            int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax())
-            for image, texts in zip(images, captions, strict=True)
-        ]
-        return np.array(chosen)
+        pairs = zip(self.embed(pictures), captions, strict=True)
+        return np.array([int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax()) for image, texts in pairs])
 
 
-def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
+def fid(made: Tensor, real: Tensor) -> Figure:
     """Fréchet distance between features (N, C) of made and (M, C) of real pictures; the interval redraws the made.
 
     Heusel et al., 2017, equation 6, with a referee's features in place of Inception's. With few pictures the distance
@@ -110,7 +128,7 @@ def fid(made: Tensor, real: Tensor, resamples: int = 50) -> Figure:
         return float(metric.compute())
 
     rng = numpy_rng("fid", len(made))
-    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(resamples)]
+    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(_REDRAWN)]
     whole = distance(made)
     # A redrawn set repeats pictures, which alone raises the distance: the interval takes only its width from them.
     low, high = np.quantile(redrawn, [0.025, 0.975]) - np.mean(redrawn) + whole
@@ -139,7 +157,30 @@ class Quality:
         return found
 
 
-def quality_kept(controlled: Mapping[str, Figure], no_control: Mapping[str, Figure]) -> bool:
-    """Whether pictures under control are as good as those without, by ``Quality.figures`` of both."""
-    adheres = controlled["clip_score"].mean >= KEPT * no_control["clip_score"].mean
+def unjudgeable(referee: Referee | None, pairs: Sequence[Pair]) -> str:
+    """The reason why the referee may not judge pictures like these pairs', as a sentence; "" where it may.
+
+    It may not if it cannot tell which caption is the true picture's own: its scores of pictures that are made mean
+    nothing then. None: there is no referee.
+    """
+    if referee is None:
+        return NO_REFEREE
+    told = mean_figure(referee.preferences([pair.picture for pair in pairs], [pair.prompt for pair in pairs]))
+    if told.low >= TELLS:
+        return ""
+    return (
+        "CLIP-score, FID and whether quality was kept are not measured: of the true pictures of this set the referee "
+        f"prefers their own captions to each other's in {told.mean:.0%} [{told.low:.0%}, {told.high:.0%}] of all "
+        f"comparisons; 50% is chance, and {TELLS:.0%} is asked. Look at the samples instead."
+    )
+
+
+def clip_score_kept(controlled: float, no_control: float, truth: float) -> bool:
+    """Whether prompts are followed as well as could be asked, by the mean CLIP-score of the three kinds of pictures."""
+    return controlled >= KEPT * min(no_control, truth)
+
+
+def quality_kept(controlled: Mapping[str, Figure], no_control: Mapping[str, Figure], truth: Figure) -> bool:
+    """Whether pictures under control are good enough, by ``Quality.figures`` of both, and the truth's CLIP-score."""
+    adheres = clip_score_kept(controlled["clip_score"].mean, no_control["clip_score"].mean, truth.mean)
     return adheres and controlled["fid"].mean <= FID_KEPT * no_control["fid"].mean

@@ -16,7 +16,7 @@ from controlkit.data import Pair, evaluation_pairs
 from controlkit.formats import SavedControl
 from controlkit.hub import shipped_path
 from controlkit.images import HintSpec
-from controlkit.measure.kinds import first_kind, truth_of
+from controlkit.measure.metrics import first_kind
 from controlkit.measure.quality import Referee
 from controlkit.mini.observer import Observer
 
@@ -40,8 +40,8 @@ class World:
 
         Of scenes where the hints are drawn from the known truth; for poses, of those with a person.
         """
-        source = self.scenes if truth_of(spec) else self.pictures
-        return evaluation_pairs(source, size, num, person=first_kind(spec).needs_person)
+        kind = first_kind(spec)
+        return evaluation_pairs(self.scenes if kind.truth else self.pictures, size, num, person=kind.needs_person)
 
     def judges(self, base: Backbone) -> bool:
         """Whether ``base`` makes pictures of this world: it reads prompts by the text encoder of the world's own base.
@@ -50,28 +50,20 @@ class World:
         """
         return base.text_digest == _text_digest(self.base)
 
-    def referee(self, device: str = "cpu") -> Referee:
+    @cache  # noqa: B019  # a world is a constant
+    def referee(self, device: str) -> Referee:
         """The referee of pictures, loaded once a device."""
-        return _referee(self.referee_name, device)
+        return Referee(shipped_path(self.referee_name), device)
 
+    @cache  # noqa: B019
     def observer(self) -> Observer:
         """The network that reads depth, normals, labels and poses off pictures, loaded once."""
-        return _observer(self.observer_name)
+        return Observer.load(shipped_path(self.observer_name))
 
 
 @cache
 def _text_digest(base: str) -> str:
     return load_base(base).text_digest
-
-
-@cache
-def _referee(name: str, device: str) -> Referee:
-    return Referee(shipped_path(name), device)
-
-
-@cache
-def _observer(name: str) -> Observer:
-    return Observer.load(shipped_path(name))
 
 
 EMBEDDED = World("embedded", "mini", "referee", "observer", pictures="emoji", scenes="scenes")

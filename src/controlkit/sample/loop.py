@@ -183,9 +183,9 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
     for one, *values in zip(alike, final, decoded, strict=True):
         if not all(value.isfinite().all() for value in values):
             raise Invalid(
-                f"The picture of seed {one.request.seed} is no picture: it has numbers that are not finite. Take a lower "
-                "guidance or scale, weights in fp32 (half precision overflows first), or an earlier checkpoint of a "
-                "control or base whose training went astray."
+                f"The picture of seed {one.request.seed} is none: its numbers are not finite. Take a lower guidance or "
+                "scale, weights in fp32 (half precision overflows first), or an earlier checkpoint of a control or "
+                "base whose training went astray."
             )
     made = zip(alike, to_pictures(decoded), final, strict=True)
     return [Picture(one.request, pixels, latents) for one, pixels, latents in made]

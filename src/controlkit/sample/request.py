@@ -25,8 +25,8 @@ from pydantic import (
 from torch import Tensor
 
 from controlkit.errors import Invalid, first_fault
-from controlkit.files import parse_json
-from controlkit.images import MOST_SIDE, array_bytes, decode_hint, png_bytes
+from controlkit.files import home_path, parse_json
+from controlkit.images import MOST_SIDE, decode_hint, hint_bytes
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -58,7 +58,9 @@ def _read_source(value: Any) -> Path | np.ndarray:
     if isinstance(value, str) and value.startswith("data:"):
         value = _from_uri(value)
     if isinstance(value, str | Path) and str(value):
-        return Path(_as_utf8(str(value))).expanduser()
+        if "\0" in str(value):
+            raise ValueError(f"{str(value)!a:.80}; expected a path, which has no zero bytes")
+        return home_path(_as_utf8(str(value)))
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{value!r:.80}; expected a path, a data: URI or an array")
     if value.ndim != 3 or not value.size or value.dtype.name not in ARRAY_TYPES:
@@ -86,9 +88,8 @@ def _write_source(source: Path | np.ndarray) -> str:
     """A path as text; an array as a ``data:`` URI, a PNG where it is a picture and else a ``.npy`` file."""
     if isinstance(source, Path):
         return str(source)
-    if source.dtype == np.uint8 and source.shape[-1] in (3, 4):
-        return PNG + base64.b64encode(png_bytes(source)).decode()
-    return NPY + base64.b64encode(array_bytes(source)).decode()
+    suffix, content = hint_bytes(source)
+    return (PNG if suffix == ".png" else NPY) + base64.b64encode(content).decode()
 
 
 def _by_type(value: Any) -> Any:

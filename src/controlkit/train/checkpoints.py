@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,9 @@ def save_checkpoint(
     base: Backbone,
     state: Mapping[str, Tensor],
     keep: int | None,
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, str],
 ) -> None:
-    """Write a checkpoint beside its place, then rename it, so that it is whole or absent; then delete the oldest beyond
-    ``keep`` (None: none).
+    """Write a checkpoint, whole or not at all; then delete the oldest beyond ``keep`` (None: none).
 
     ``controls``: by the name of their folder in ``control``; under "" the one that is that folder itself.
     ``more``: facts that ``load_checkpoint`` returns. Raises ``OutOfRoom`` where it cannot be written.
@@ -55,7 +54,7 @@ def save_checkpoint(
     try:
         for name, control in controls.items():
             save_control(scratch / "control" / name, control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest} | dict(more or {})
+        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
         write_tensors(scratch / "state.safetensors", state, facts)  # tensor by tensor: not all of it a second time
         scratch.chmod(0o755)
         target = folder / f"step-{step:07d}"
@@ -98,31 +97,24 @@ def load_checkpoint(folder: Path, state: TrainState, base: Backbone) -> dict[str
     return facts
 
 
-def logged_step(path: Path) -> int:
-    """Find the last step of a log; 0 if there is none."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        with suppress(ValueError):  # the line a kill cut short
-            return int(json.loads(line)["step"])
-    return 0
-
-
-def cut_log(path: Path, step: int) -> list[EvaluationSummary]:
-    """Cut the log back to a checkpoint's step; returns the evaluations that it still holds."""
+def cut_log(path: Path, step: int) -> tuple[list[EvaluationSummary], int]:
+    """Cut the log back to a checkpoint's step; returns the evaluations it still has, and the last step it had."""
     lines = []
     evaluations = []
+    logged = 0
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
             break  # the line a kill cut short
-        if record["step"] > step:
-            break
+        logged = record["step"]
+        if logged > step:
+            continue
         lines.append(line)
         if seen := summary_of(record):
             evaluations.append(seen)
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
-    return evaluations
+    return evaluations, logged
 
 
 def check_folder(recipe: Recipe, out: Path) -> None:

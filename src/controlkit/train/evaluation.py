@@ -5,7 +5,7 @@ for rounding, which depends on how many pictures are made at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 from controlkit.annotators import grounds_of
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.data import Pair
 from controlkit.errors import Invalid
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec, fit, grid, read_hint, write_png
@@ -23,7 +22,6 @@ from controlkit.measure import (
     WAYS,
     EvaluationPlan,
     Maker,
-    Obedience,
     Way,
     ceiling_of,
     colours,
@@ -31,16 +29,17 @@ from controlkit.measure import (
     metric_of,
     obedience,
     three_ways,
+    unjudgeable,
     unmeasurable,
     world_of,
 )
-from controlkit.sample import ControlRequest, Request, maker
+from controlkit.sample import Request, maker
 from controlkit.train.ranks import Ranks
-from controlkit.train.recipe import EvaluationRecipe, Recipe
+from controlkit.train.recipe import EvaluationRecipe
+from controlkit.train.records import QUALITY, Record
 
 SHOWN = 8
 """Pairs on a sheet of samples."""
-QUALITY = ("clip_score", "clip_score_no_control")
 SEEDS = 4
 """Pictures of each hint of one's own."""
 CONTROL = "trained"
@@ -58,49 +57,31 @@ def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndar
     return found
 
 
-@dataclass(frozen=True)
-class Measured:
-    """An evaluation's figures.
-
-    ``drift``: by name of ``COLOURS`` the mean over the pairs of a picture's value under control less that without, same
-    seed and prompt; near 0 nothing drifted. ``quality``: the CLIP-score with control and without; empty for a base
-    whose world has no referee here.
-    """
-
-    obedience: Obedience | None
-    drift: dict[str, float]
-    quality: dict[str, float]
-
-
 class Evaluator:
     """Obedience on held-out hints, where it can be measured, and pictures of them.
 
-    What does not depend on the branch is made once, by the ``frozen`` base where ``base`` learns, too.
+    What does not depend on the branch is made once, by the ``frozen`` base where ``base`` learns, too. ``shown``:
+    (prompt, hint) of the user's own hints.
     """
 
     def __init__(
         self,
         base: Backbone,
-        pairs: Sequence[Pair],
-        contract: HintSpec,
-        recipe: Recipe,
+        frozen: Backbone,
+        plan: EvaluationPlan,
+        shown: Sequence[tuple[str, np.ndarray]],
         out: Path,
-        ranks: Ranks | None = None,
-        frozen: Backbone | None = None,
+        ranks: Ranks,
     ) -> None:
-        self.base, self.frozen, self.out = base, frozen or base, out
-        self.ranks = ranks or Ranks()
-        evaluation = recipe.evaluation
-        heldout = [pairs[i] for i in range(len(pairs))]
-        self.plan = EvaluationPlan(
-            ControlRequest(name=CONTROL), contract, heldout, evaluation.steps, evaluation.guidance
-        )
-        self.own = self.ranks.share(len(heldout))
-        self.measures = not unmeasurable(contract, heldout)
-        self.hint_cfg_scale = recipe.control.hint_cfg_scale
-        self.shown = own_hints(recipe.evaluation, contract) if self.ranks.first else []
+        self.base, self.frozen, self.plan, self.out, self.ranks = base, frozen, plan, out, ranks
+        self.own = ranks.share(len(plan.pairs))
+        self.measures = not unmeasurable(plan.spec, plan.pairs)
+        self.shown = shown if ranks.first else []
         world = world_of(base)
-        self.referee = world.referee(base.device.type) if world else None
+        referee = world.referee(base.device.type) if world else None
+        self.unjudged = unjudgeable(referee, plan.pairs)
+        """The reason why quality is not measured, as a sentence; "" where it is."""
+        self.referee = None if self.unjudged else referee
         self._without: list[np.ndarray] | None = None
         self._fixed: list[np.ndarray] = []
         """Fidelity of the pictures without control, and of the ceiling."""
@@ -108,9 +89,8 @@ class Evaluator:
     @property
     def _ways(self) -> list[Way]:
         """How the next evaluation makes pictures: without control once, with others' hints to measure against."""
-        left = {"no_control"} if self._without is not None else set()
-        left |= set() if self.measures else {"shuffled"}
-        return [way for way in WAYS if way not in left]
+        needed = {"controlled": True, "shuffled": self.measures, "no_control": self._without is None}
+        return [way for way in WAYS if needed[way]]
 
     @property
     def work(self) -> int:
@@ -120,37 +100,36 @@ class Evaluator:
 
     def _maker(self, branch: ControlNetwork, on_advance: Callable[[int], None]) -> Maker:
         """Makes pictures under control by the base that learns, and those without by the frozen one."""
-        loaded = {CONTROL: SavedControl(branch, self.plan.spec, hint_cfg_scale=self.hint_cfg_scale)}
+        loaded = {CONTROL: SavedControl(branch, self.plan.spec)}
         controlled, plain = (maker(base, loaded, on_step=on_advance) for base in (self.base, self.frozen))
         return lambda requests: (controlled if any(one.controls for one in requests) else plain)(requests)
 
-    def measure(self, branch: ControlNetwork, step: int, on_advance: Callable[[int], None]) -> Measured:
-        """Measure a branch, and write sheets of samples."""
-        branch.eval()
+    def measure(self, branch: ControlNetwork, record: Record, on_advance: Callable[[int], None]) -> Record:
+        """Add to a step's record what a branch shows that is set to ``eval()``, and write sheets of samples."""
         make = self._maker(branch, on_advance)
         made = three_ways(make, self.plan, self._ways, self.own)
         if self.shown:
-            self._write_own(make, step)
-        branch.train()
+            self._write_own(make, record.step)
         without = made["no_control"] if self._without is None else self._without
         scores = self._scores(made, without) if self.measures else []
         self._without = without
         drift = [colours(got) - colours(plain) for got, plain in zip(made["controlled"], without, strict=True)]
-        quality = [self._clip_scores(pictures) for pictures in (made["controlled"], without)] if self.referee else []
+        truth = [self.plan.pairs[i].picture for i in self.own]
+        quality = [self._clip_scores(shown) for shown in (made["controlled"], without, truth)] if self.referee else []
         sheet = [pair for i, *pair in zip(self.own, made["controlled"], without, strict=True) if i < SHOWN]
         parts = self.ranks.gather((scores, drift, quality, sheet))
         if self.ranks.first:
-            self._write_sheet([two for *_, sheet in parts for two in sheet], step)
-        measured = None
+            self._write_sheet([two for *_, sheet in parts for two in sheet], record.step)
         if self.measures:
             got, shuffled, no_control, top = np.concatenate([scores for scores, *_ in parts], 1)
-            measured = obedience(got, no_control, shuffled, top, metric_of(self.plan.spec).name)
+            obeyed = obedience(got, no_control, shuffled, top, metric_of(self.plan.spec).name)
+            record = replace(record, evaluation=obeyed)
         drifted = np.mean([row for _, rows, *_ in parts for row in rows], 0)
-        clip_scores = np.concatenate([both for _, _, both, _ in parts], 1).mean(1) if self.referee else []
-        return Measured(
-            measured,
-            dict(zip(COLOURS, drifted.tolist(), strict=True)),
-            {name: float(score) for name, score in zip(QUALITY, clip_scores, strict=False)},
+        clip_scores = np.concatenate([three for _, _, three, _ in parts], 1).mean(1) if self.referee else []
+        return replace(
+            record,
+            drift=dict(zip(COLOURS, drifted.tolist(), strict=True)),
+            quality={name: float(score) for name, score in zip(QUALITY, clip_scores, strict=False)},
         )
 
     def _scores(self, made: Mapping[Way, list[np.ndarray]], without: list[np.ndarray]) -> list[np.ndarray]:

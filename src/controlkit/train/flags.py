@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from controlkit.data.layouts import folder_of
+from controlkit.data import folder_of, read_listing, trained_count
 from controlkit.errors import Invalid, NotFound, nearest
 from controlkit.train.recipe import ScheduleName, TrackerName
 
@@ -66,6 +66,13 @@ _COLUMNS = {
 _ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power": ("power", "polynomial")}
 """Flags that a single schedule reads -> the recipe's key, and that schedule."""
 
+_DEFAULTS = {
+    "train_batch_size": 4, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "lr_warmup_steps": 500,
+    "checkpointing_steps": 500, "resolution": 512, "learning_rate": 5e-6, "proportion_empty_prompts": 0.0,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
+}  # fmt: skip
+"""The scripts' defaults of numbers, where they differ from the recipe's or are not among its settings."""
+
 _FORMATS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -92,22 +99,18 @@ def parser() -> argparse.ArgumentParser:
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path",
                  "train_data_dir", "dataset_name", "report_to", *_COLUMNS):  # fmt: skip
         add(f"--{name}")
-    for name in ("max_train_steps", "max_train_samples", "validation_steps", "checkpoints_total_limit"):
+    for name in ("max_train_steps", "max_train_samples", "validation_steps", "checkpoints_total_limit",
+                 "lr_num_cycles"):  # fmt: skip
         add(f"--{name}", type=_whole)
-    for name, count in (("train_batch_size", 4), ("num_train_epochs", 1), ("gradient_accumulation_steps", 1),
-                        ("lr_warmup_steps", 500), ("checkpointing_steps", 500), ("resolution", 512)):  # fmt: skip
-        add(f"--{name}", type=_whole, default=count)
-    for name, number in (("learning_rate", 5e-6), ("proportion_empty_prompts", 0.0), ("adam_beta1", 0.9),
-                         ("adam_beta2", 0.999), ("adam_weight_decay", 1e-2)):  # fmt: skip
-        add(f"--{name}", type=_number, default=number)
     for name in ("adam_epsilon", "max_grad_norm", "lr_power"):
         add(f"--{name}", type=_number)
+    for name, default in _DEFAULTS.items():
+        add(f"--{name}", type=_whole if isinstance(default, int) else _number, default=default)
     for name in ("gradient_checkpointing", "scale_lr", "use_8bit_adam"):
         add(f"--{name}", action="store_true")
     for name in ("validation_prompt", "validation_image"):
         add(f"--{name}", nargs="*")
     add("--seed", type=partial(_number, kind=int))
-    add("--lr_num_cycles", type=_whole)
     add("--lr_scheduler", type=_one_of(get_args(ScheduleName)), default="constant")
     add("--mixed_precision", type=_one_of(_FORMATS))
     add("--output_dir", default="controlnet-model")
@@ -123,13 +126,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def read_flags(
-    arguments: Sequence[str], count_pairs: Callable[[Path, Mapping[str, str]], int], processes: int = 1
-) -> Asked:
-    """Read the recipe that flags ask for.
-
-    ``count_pairs(folder, columns)``: the pairs in a folder, for flags that ask for epochs. ``processes``: how many
-    train together: the script's batch is that of each.
+def read_flags(arguments: Sequence[str], processes: int = 1) -> Asked:
+    """Read the recipe that flags ask for. ``processes``: how many train together: the script's batch is that of each.
 
     Raises ``Invalid`` for a flag or value that cannot be used, ``NotFound`` for a folder that is missing.
     """
@@ -149,7 +147,7 @@ def read_flags(
     recipe["batch"] = values.train_batch_size * values.gradient_accumulation_steps * processes
     recipe["keep"] = values.checkpoints_total_limit
     if values.max_train_steps is None:
-        pairs = min(count_pairs(source, columns), values.max_train_samples or 2**62)
+        pairs = min(_pairs_in(source, columns), values.max_train_samples or 2**62)
         recipe["steps"] = -(-pairs // recipe["batch"]) * values.num_train_epochs
     if values.scale_lr:
         recipe["lr"] *= recipe["batch"]
@@ -167,6 +165,10 @@ def read_flags(
     often = recipe["steps"] if values.validation_image is None else 100
     recipe["evaluation"]["every"] = often if values.validation_steps is None else values.validation_steps
     return Asked(recipe, Path(values.output_dir), _notes(given, recipe, processes))
+
+
+def _pairs_in(folder: Path, columns: Mapping[str, str]) -> int:
+    return trained_count(len(read_listing(folder, columns).rows))
 
 
 def _check(values: argparse.Namespace, rest: Sequence[str]) -> None:

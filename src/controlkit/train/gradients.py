@@ -15,8 +15,9 @@ from controlkit.train.step import Batch, controlled, draw_batch, objective
 
 
 class Gradients:
-    """Computes a batch's gradients: of this process's equal parts of it, one after the other, then the mean over all
-    processes. Where memory runs out, in more parts from then on; ``on_stage`` gets a sentence.
+    """Computes a batch's gradients: of this process's equal parts of it, one by one, then the mean over all processes.
+
+    Where memory runs out, in more parts from then on; ``on_stage`` gets a sentence.
     """
 
     def __init__(
@@ -66,8 +67,7 @@ class Gradients:
 
     def _own(self, step: int) -> torch.Tensor:
         """Add the gradients of this process's parts; returns their part of the loss."""
-        state = self.state
-        total = torch.zeros((), device=state.base.device)
+        state, total = self.state, torch.zeros((), device=self.state.base.device)
         which, turn = turn_at([len(one) for one in self.cached], self.plan.pairs, step, self.plan.seed)
         parts, first = self.parts * self.ranks.count, self.ranks.index * self.parts
         for part in range(first, first + self.parts):

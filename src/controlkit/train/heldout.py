@@ -25,23 +25,14 @@ Found = TypeVar("Found")
 
 
 class HeldoutLoss:
-    """The loss on held-out pairs relative to the base without control, with the same noise each time; and the size of
-    the residuals.
-
-    ``frozen``: the base without control, where ``base`` is trained too.
+    """The loss on held-out pairs relative to the ``frozen`` base without control, with the same noise each time; and
+    the size of the residuals.
     """
 
     QUARTERS = 4
 
-    def __init__(
-        self,
-        base: Backbone,
-        cached: Cached,
-        plan: BatchPlan,
-        ranks: Ranks | None = None,
-        frozen: Backbone | None = None,
-    ) -> None:
-        self.base, self.frozen, self.ranks = base, frozen or base, ranks or Ranks()
+    def __init__(self, base: Backbone, frozen: Backbone, cached: Cached, plan: BatchPlan, ranks: Ranks) -> None:
+        self.base, self.frozen, self.ranks = base, frozen, ranks
         fixed = replace(plan, batch=self.QUARTERS * len(cached), noises_per_pair=self.QUARTERS, prompt_dropout=0.0)
         self._draw = partial(draw_batch, base, cached, fixed, 0)
         self._pairs, self._most = len(cached), 8  # held out; computed at once
@@ -107,10 +98,8 @@ class HeldoutLoss:
             kinds = zip(batch.hints, *parts, strict=True)
             return {kind: torch.stack([under.sum(0), plain.sum(0)]) for kind, under, plain in kinds}
 
-        branch.eval()
-        sums = self._each(summed)
-        branch.train()
-        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(self._summed(sums).items())}
+        sums = self._summed(self._each(summed))
+        return {kind: (under / plain).tolist() for kind, (under, plain) in sorted(sums.items())}
 
     def residuals(self, branch: ControlNetwork) -> dict[str, float]:
         """Measure by tap, in order: the root mean square of its residual relative to that of the feature it is added
@@ -121,7 +110,5 @@ class HeldoutLoss:
             with autocast(self.base.device.type):
                 return residual_sizes(self.base, branch, self._noisy(batch), batch)
 
-        branch.eval()
-        sums = self._each(sizes)
-        branch.train()
-        return {name: float((own / plain).sqrt()) for name, (own, plain) in self._summed(sums).items()}
+        sums = self._summed(self._each(sizes))
+        return {name: float((own / plain).sqrt()) for name, (own, plain) in sums.items()}

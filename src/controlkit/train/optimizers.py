@@ -18,6 +18,9 @@ _EDGES = ("embed", "conv_in", "conv_out.")
 _ESTIMATE = ("d", "d_max", "d_numerator", "k")
 """Prodigy's state of all weights together: its estimate of the distance to the solution, and the step."""
 
+_ALL = "all"
+"""Stands in the names of a state's values that belong to no single weight."""
+
 _CONSTANT = ("qmap1", "qmap2")
 """The levels of 8-bit numbers, one tensor that bitsandbytes shares among all weights."""
 
@@ -26,15 +29,12 @@ class Optimizer:
     """One of five optimizers, by name:
 
     - ``adamw``: torch's, fused.
-    - ``muon``: Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k). Embeddings,
-      first and last convolution stay with AdamW, as do vectors. Rates are AdamW's: Muon's updates are scaled to the
-      same root mean square.
-    - ``adamw8bit``: bitsandbytes' AdamW, two bytes of state a weight instead of eight (Dettmers et al., 2021).
-    - ``adafactor``: torch's (Shazeer and Stern, 2018), a row and a column of state a matrix, convolutions taken as
-      for Muon. A rate is relative to a weight's size (torch's default is 1e-2), and falls as one over the root of the
-      step where that is less.
-    - ``prodigy``: Prodigy (Mishchenko and Defazio, 2023), which finds the rate itself: the given one is a factor,
-      usually 1.
+    - ``muon``: Muon (Jordan et al., 2024) for weight matrices, a convolution's taken as (out, in x k x k); AdamW for
+      vectors, embeddings, first and last convolution. Its updates are scaled to AdamW's root mean square.
+    - ``adamw8bit``: bitsandbytes' AdamW (Dettmers et al., 2021).
+    - ``adafactor``: torch's (Shazeer and Stern, 2018), convolutions taken as for Muon. A rate is relative to a weight's
+      size, and falls as one over the root of the step where that is less.
+    - ``prodigy``: Prodigy (Mishchenko and Defazio, 2023), which finds the rate itself: the given one is a factor.
 
     ``betas`` and ``epsilon`` are AdamW's and Prodigy's; Adafactor has none, Muon's momentum is torch's own.
     Raises ``NotFound`` where the library of an optimizer is not installed.
@@ -97,11 +97,8 @@ class Optimizer:
                     held = value if isinstance(value, Tensor) else torch.tensor(value)
                     kept[f"{number}.{index}.{name}"] = held.clone() if name in _CONSTANT else held
             group = part.param_groups[0]
-            kept |= {
-                f"{number}.{_ALL}.{name}": torch.tensor(group[name], dtype=torch.float64)
-                for name in _ESTIMATE
-                if _ESTIMATE[-1] in group
-            }
+            for name in _ESTIMATE if _ESTIMATE[-1] in group else ():
+                kept[f"{number}.{_ALL}.{name}"] = torch.tensor(group[name], dtype=torch.float64)
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -119,10 +116,6 @@ class Optimizer:
             part.load_state_dict({"state": kept, "param_groups": part.state_dict()["param_groups"]})
 
 
-_ALL = "all"
-"""Stands in the names of a state's values that belong to no single weight."""
-
-
 def _matrices(module: nn.Module, name: OptimizerName) -> tuple[dict[str, nn.Parameter], list[str]]:
     """The trained parameters by name; and the names of those this optimizer takes as matrices."""
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -132,8 +125,7 @@ def _matrices(module: nn.Module, name: OptimizerName) -> tuple[dict[str, nn.Para
 
 
 def state_bytes(module: nn.Module, name: OptimizerName) -> int:
-    """Estimate an optimizer's memory in bytes from a module's weights, without making it; a few bytes a tensor are left
-    out."""
+    """Estimate an optimizer's memory in bytes from a module's weights, without making it."""
     named, matrices = _matrices(module, name)
     total = 0
     for n, p in named.items():
@@ -166,8 +158,7 @@ def _library(name: str) -> Any:
 class EMA:
     """An exponential average of a module's weights over steps, as a module of its own.
 
-    torch's ``AveragedModel`` is not used: it forgets the first weights, and its decay is computed from a counter on the
-    device, in float32.
+    torch's ``AveragedModel`` forgets the first weights, and computes its decay on the device, in float32.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

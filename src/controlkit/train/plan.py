@@ -6,7 +6,7 @@ with 2 and 4 pairs, from which the whole is estimated, then with all of them, wh
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +71,7 @@ class Meter:
 
     def __init__(self, base: Backbone) -> None:
         self._device = base.device
-        self._held = _bytes(_networks(base))
+        self._held = _bytes(base.networks().values())
         self.reset()
         if self._device.type != "cuda":
             self._held -= psutil.Process().memory_info().rss
@@ -104,7 +104,7 @@ def estimate(plan: Resolved, base: Backbone, state: TrainState, pairs: int, mete
     Where the base is unfrozen at some step, the estimate is of the steps after it.
     """
     batches, compute = plan.batches, plan.compute
-    parts = {"base": _bytes(_networks(base)), "branch": _bytes([state.branch])}
+    parts = {"base": _bytes(base.networks().values()), "branch": _bytes([state.branch])}
     if state.base is not base:
         parts["base's copy that learns"] = _bytes([state.base.denoiser])
     if state.average:
@@ -229,11 +229,7 @@ def _cached_bytes(base: Backbone, plan: BatchPlan, pairs: int) -> int:
     return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
 
 
-def _networks(base: Backbone) -> list[nn.Module]:
-    return list(base.networks().values())
-
-
-def _bytes(modules: Sequence[nn.Module]) -> int:
+def _bytes(modules: Iterable[nn.Module]) -> int:
     return sum(value.numel() * value.element_size() for m in modules for value in m.state_dict().values())
 
 

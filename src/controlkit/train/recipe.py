@@ -1,33 +1,47 @@
 """A recipe: the settings of a training run, read from YAML, every key and range checked.
 
-A range stands in a setting's ``Field``, or in its docstring where it depends on other settings.
+A range stands in a setting's ``Field``. ``docs/data.md`` explains the settings; docstrings here say what it does not.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.errors import Invalid, NotFound, nearest, one_line
+from controlkit.files import parse_yaml, read_text
 from controlkit.train.optimizers import OptimizerName
 
-ScheduleName = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]  # fmt: skip
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 POLYNOMIAL_END = 1e-7
 """The rate at which ``schedule: polynomial`` ends, as diffusers has it."""
-
 
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """A recipe's names of number formats -> torch's names."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _expanded(place: str) -> str:
+    """``~`` and ``~name`` at the beginning as that home, where there is one, as a shell would."""
+    try:
+        return str(Path(place).expanduser()) if place.startswith("~") else place
+    except RuntimeError:
+        return place
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
+"""A file or folder, or a name in its place."""
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Level = Annotated[float, Field(ge=-1e6, le=1e6)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ControlRecipe(_Strict):
@@ -36,93 +50,59 @@ class ControlRecipe(_Strict):
     annotator: str = "canny"
     """Makes the hints, unless the data has its own; obedience is measured with it."""
     types: list[str] = []
-    """Types of hint of a Union, which is then trained (instead of ``annotator``). A type named twice comes twice as
-    often."""
+    """Types of hint of a Union, which is then trained (instead of ``annotator``)."""
     options: dict[str, float] = {}
     """The annotator's options; those left out keep their defaults. Ranges: each annotator's own."""
     annotators: list[str] = []
-    """Several hints at once, three channels each, in this order (instead of ``annotator``): made by annotators, or as
-    many hints of the data's own. Obedience is measured to the first."""
+    """Several hints at once, three channels each (instead of ``annotator``). Obedience is measured to the first."""
     hints_as: Literal["channels", "branches"] = "channels"
-    """``channels``: the ``annotators`` are channels of one control. ``branches``: one branch each, trained together as
-    they are combined in use (Section 3.4); each is then a control in a folder of its annotator's name."""
-    channels: int | None = Field(None, gt=0)
-    """Channels of the hint, where not three: 1 for grey, any number for arrays (``.npy``)."""
-    low: Finite = 0.0
-    """The value that 0 is read as in hints of whole numbers. Any finite number below ``high``."""
-    high: Finite = 1.0
-    """The value that the largest number of the type (255 of uint8) is read as. Hints of floats are used as they are,
-    and must lie between ``low`` and ``high``."""
+    channels: int | None = Field(None, gt=0, le=4096)
+    """Channels of the hint; null for three of each annotator."""
+    low: Level = 0.0
+    """The value that 0 is read as in hints of whole numbers; below ``high``."""
+    high: Level = 1.0
+    """The value that the largest number of the type (255 of uint8) is read as."""
     body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
-    """``copy``: the paper's trainable copy; ``conv``: ControlNet-lite; ``lora``: the copy, trained through differences
-    of low rank (a Control-LoRA, also written as one); ``xs``: ControlNet-XS, a thin encoder that runs beside the
-    base's; ``adapter``: a T2I-Adapter."""
-    rank: int = Field(16, gt=0)
-    """Rank of the differences that ``body: lora`` trains."""
+    rank: int = Field(16, gt=0, le=4096)
     size_ratio: float | None = Field(None, gt=0, le=1)
-    """Channels of an ``xs`` body as a share of the base's, in (0, 1]. Left out: 32 channels at the finest level (a
-    tenth of Stable Diffusion's), at most half of a small base's."""
+    """Channels of an ``xs`` body as a share of the base's; null for 32 at the finest level, at most half the base's."""
     join: Literal["zero", "gaussian"] = "zero"
-    """How the convolutions that connect the branch start: at zero (the paper's), or drawn (its ablation, Figure 8)."""
     taps: Literal["all", "mid"] = "all"
-    """Where the branch is connected: at every skip and the middle, or at the middle alone (Section 3.3)."""
-    start_from: str | None = None
-    """A trained control to start from, by name or folder (the paper starts scribbles from Canny; its small-scale
-    recipe trains ``taps: mid`` first and then reconnects: start from that control with ``taps: all``)."""
-    hint_cfg_scale: float = Field(1.0, ge=0)
-    """Weight of the hint in classifier-free guidance, at least 0, when the control is measured and, by default, used:
-    1 as released; equal to the guidance scale, the hint counts as much as the prompt."""
+    start_from: Place | None = None
+    hint_cfg_scale: float = Field(1.0, ge=0, le=100)
 
 
 class DataRecipe(_Strict):
     """The data to train on."""
 
-    source: str = "emoji"
-    """``emoji`` (without the held-out concepts), ``scenes`` (without the held-out combinations), ``world`` (both),
-    ``fill50k`` (drawn on the fly), a folder in any of the layouts of ``data.layouts``, or a hub's data set
-    (``owner/name``)."""
+    source: Place = "emoji"
+    """``setup.DRAWN``, a folder in any of the layouts of ``data.layouts``, or a hub's data set (``owner/name``)."""
     columns: dict[str, str] = {}
     """Names of a folder's ``image``, ``hint`` or ``caption`` columns, where they are none of the usual names."""
-    count: int | None = Field(None, gt=0)
+    count: Count | None = None
     """Pictures to train on; null for all."""
-    variants: int = Field(2, gt=0)
-    """Backgrounds each emoji is drawn on: as many pairs a picture. Other sources have one."""
-    scenes: int = Field(6000, gt=0)
-    """Scenes drawn; those without anything held out are trained on."""
-    visits: int = Field(1, gt=0)
-    """How often each scene comes in an epoch; in a Union each time with another type of hint."""
+    variants: Count = 2
+    scenes: Count = 6000
+    visits: Count = 1
     buckets: bool = False
-    """Keep the shapes of a folder's pictures: each is resized to the nearest size (``data.bucket_sizes``), and a batch
-    has one size. Otherwise they are cut square, as the held-out pictures always are."""
     cache: bool = True
-    """Look up latents, text embeddings and annotations in this machine's store, and keep new ones there
-    (``data.store``)."""
-    flip: float = Field(0.0, ge=0, le=1)
-    """Share of visits, in [0, 1], at which a pair is mirrored: the picture, and the hint as of the mirrored picture
-    (left and right limbs change colours, normals the sign of x). Pairs whose prompt names left or right are not."""
+    flip: Share = 0.0
 
 
 class EvaluationRecipe(_Strict):
     """Evaluations on held-out pairs while the run goes on: the loss relative to the base without control and, except
     for a Union, obedience."""
 
-    every: int = Field(250, ge=0)
-    """Steps between evaluations; 0 for none."""
-    num: int = Field(16, ge=2)
-    """Held-out pairs to measure on, at least 2."""
-    steps: int = Field(10, gt=0)
-    """Sampling steps of each picture."""
-    guidance: Finite = 4.0
-    """Scale of classifier-free guidance; 1 for none."""
+    every: Steps = 250
+    num: int = Field(16, ge=2, le=10**6)
+    steps: int = Field(10, gt=0, le=1000)
+    guidance: float = Field(4.0, ge=0, le=1000)
     prompts: list[str] = []
     """Prompts of ``hints``: one for each, or one for all."""
-    hints: list[str] = []
-    """Files of hints to make pictures of besides, four of each, into ``OUT/samples/own-step-N.png``."""
-    patience: int = Field(0, ge=0)
-    """End the run after this many evaluations in a row without a better obedience; 0 for never."""
-    target: Finite | None = None
-    """End the run when the lower bound of obedience reaches this (0: no control, 1: the ceiling); on ``mini`` only
-    while the CLIP-score is kept."""
+    hints: list[Place] = []
+    patience: Steps = 0
+    target: Share | None = None
+    """0: no control, 1: the ceiling."""
 
     def own(self) -> list[tuple[str, str]]:
         """List (prompt, file of a hint) of the user's own hints; a single prompt or hint goes with all others."""
@@ -155,68 +135,44 @@ class TrackingRecipe(_Strict):
 class Recipe(_Strict):
     """The settings of a training run. Unknown keys are refused, with the nearest known one."""
 
-    base: str = "mini"
-    vae: str | None = None
-    """A VAE instead of the base's own: a diffusers folder, a file or a hub's name."""
-    size: int | None = Field(None, gt=0)
-    """Side of the training pictures in pixels; null for the base's own."""
+    base: Place = "mini"
+    vae: Place | None = None
+    size: int | None = Field(None, gt=0, le=16_384)
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
-    steps: int = Field(3000, gt=0)
-    max_minutes: float | None = Field(None, gt=0)
-    """Minutes after which the run ends, with the last step that fits, if ``steps`` have not ended it before. Counted by
-    the wall clock from caching on, with evaluations and the time before interruptions, without work that a kill undid.
-    The learning rate then comes down in time (``train.learning_rate``): a cooldown of a fifth of the steps is one of a
-    fifth of the minutes. The number of steps differs from run to run: not for exact repeats."""
-    batch: int = Field(32, gt=0)
+    steps: Count = 3000
+    max_minutes: float | None = Field(None, gt=0, le=1e7)
+    batch: int = Field(32, gt=0, le=10**6)
     """Rows of a batch; a multiple of ``noises_per_pair`` times ``gradient_accumulation``."""
-    noises_per_pair: int = Field(1, gt=0)
-    """Rows of a batch that share a pair, each with its own noise, timestep and prompt dropout: the hint is encoded once
-    for all of them, which is most of the work on a small base."""
-    gradient_accumulation: int = Field(1, gt=0)
-    """Parts a batch is computed in, one after the other, to save memory: the gradients are the whole batch's."""
+    noises_per_pair: int = Field(1, gt=0, le=1000)
+    gradient_accumulation: int = Field(1, gt=0, le=10**6)
     gradient_checkpointing: bool = False
-    """Compute features again in the backward pass instead of keeping them: less memory, slower."""
     optimizer: OptimizerName = "adamw"
-    """``muon``: Muon for weight matrices, AdamW for the rest; ``adamw8bit``, ``adafactor``: less memory; ``prodigy``:
-    finds the learning rate itself (set ``lr: 1``). Details: ``optimizers.Optimizer``."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of the means of gradients and of their squares, each in [0, 1); of AdamW and Prodigy."""
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of the mean square, above 0; of AdamW and Prodigy."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the means of gradients and of their squares; of AdamW and Prodigy."""
+    epsilon: float = Field(1e-8, gt=0, le=1)
+    """Added to the root of the mean square; of AdamW and Prodigy."""
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
     """Largest L2 norm of the gradients, over all weights; larger ones are scaled down to it."""
-    lr: float = Field(1e-5, gt=0)
-    """The learning rate at its highest (the paper: AdamW's, 1e-5 for SD, constant throughout)."""
+    lr: float = Field(1e-5, gt=0, le=100)
+    """The learning rate at its highest."""
     schedule: ScheduleName = "constant"
-    """The learning rate after ``warmup``: constant until ``cooldown``, or one of diffusers' schedules."""
-    warmup: int = Field(0, ge=0)
+    warmup: Steps = 0
     """Steps at the start over which the learning rate rises linearly."""
-    cooldown: int = Field(0, ge=0)
+    cooldown: Steps = 0
     """Steps at the end over which it falls linearly, nearly to zero; of ``schedule: constant``."""
-    cycles: int = Field(1, gt=0)
-    """Number of falls of ``schedule: cosine_with_restarts``."""
-    power: float = Field(1.0, gt=0)
-    """Exponent of ``schedule: polynomial``, which ends at a rate of 1e-7."""
-    weight_decay: float = Field(0.01, ge=0)
-    ema: float = Field(0.0, ge=0, lt=1)
-    """Decay, in [0, 1), of an exponential average of the weights, which is then measured and saved; 0 for none."""
-    unfreeze_after: int | None = Field(None, gt=0)
-    """Steps after which the base's denoiser is trained too, at the same rate (Section 3.3, large-scale training: after
-    at least 50,000). A copy is trained: its difference from the base is written into the control's folder,
-    ``base-difference.safetensors``, which ``--lora`` merges into the base again."""
-    prompt_dropout: float = Field(0.5, ge=0, le=1)
-    """Share of prompts, in [0, 1], replaced by the empty one, drawn anew each step (Section 3.3)."""
+    cycles: Count = 1
+    power: float = Field(1.0, gt=0, le=100)
+    weight_decay: float = Field(0.01, ge=0, le=100)
+    ema: Decay = 0.0
+    unfreeze_after: Count | None = None
+    prompt_dropout: Share = 0.5
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Number format the networks are computed in; trained weights stay in fp32. ``auto``: bf16 where it is faster,
-    else fp32. With ``fp16`` the loss is scaled, and steps whose gradients overflow are left out."""
+    """The format that networks are computed in; trained weights stay in fp32."""
     compile: bool = False
-    """Compile the denoiser (torch.compile): faster steps, after a minute or two."""
-    seed: int = 0
-    checkpoint_every: int = Field(500, gt=0)
-    """Steps between checkpoints."""
-    keep: int | None = Field(2, gt=0)
-    """Newest checkpoints to keep; null for all."""
+    seed: int = Field(0, ge=0, lt=2**64)
+    checkpoint_every: Count = 500
+    keep: Count | None = 2
     evaluation: EvaluationRecipe = EvaluationRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
 
@@ -304,10 +260,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise NotFound(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Invalid(f"{path} is not YAML ({error}).") from error
+    content = _read_yaml(read_text(path), str(path), Recipe)
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
     for change in changes:
@@ -324,16 +278,54 @@ def put(content: dict[str, Any], change: str) -> None:
     *path, key = name.strip().split(".")
     if not (equals and key and all(path)):
         raise Invalid(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Invalid(f'"{change}": the value is not YAML ({error}).') from error
+    kind: Any = Recipe
+    for part in (*path, key):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[part].annotation if part in fields else None
+    value = _read_yaml(text, f'The value of "{one_line(change)}"', kind)
     for part in path:
         inner = content.setdefault(part, {})
         if not isinstance(inner, dict):
             raise Invalid(f'"{change}": {part} is {inner!r} and has no {key}.')
         content = inner
     content[key] = value
+
+
+def _read_yaml(text: str, name: str, kind: Any) -> Any:
+    """The value of a YAML text for a setting, or settings, of this type. ``Invalid`` where it is no YAML."""
+    return _as_declared(kind, parse_yaml(text, name), yaml.load(text.removeprefix("\ufeff"), yaml.BaseLoader))
+
+
+def _as_declared(kind: Any, value: Any, text: Any) -> Any:
+    """A value of YAML, as it was written (``text``) wherever its type is a text: 2024, 007, no, 2024-01-01.
+
+    Else YAML would make numbers, truths and dates of them. So with yes and no where the type is a number.
+    """
+    kinds = _kinds_of(kind)
+    if isinstance(value, dict):
+        model = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        of = {name: field.annotation for name, field in model.model_fields.items()} if model else {}
+        every = next((get_args(one)[1] for one in kinds if get_origin(one) is dict), None)
+        pairs = zip(value.values(), text.items(), strict=True)
+        return {key: _as_declared(of.get(key, every), inner, written) for inner, (key, written) in pairs}
+    if isinstance(value, list):
+        every = next((get_args(one)[0] for one in kinds if get_args(one)), None)
+        return [_as_declared(every, inner, written) for inner, written in zip(value, text, strict=True)]
+    if value is None and (type(None) in kinds or not text):
+        return None
+    misread = isinstance(value, bool) and bool not in kinds and kind is not None
+    return text if str in kinds or misread else value
+
+
+def _kinds_of(kind: Any) -> list[Any]:
+    """The types that a type's annotations, alternatives and literals come down to."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return [str]
+    if origin in (Union, UnionType, Annotated):
+        parts = get_args(kind)[:1] if origin is Annotated else get_args(kind)
+        return [one for part in parts for one in _kinds_of(part)]
+    return [kind]
 
 
 def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
@@ -351,5 +343,5 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
                 f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
             ) from None
         raise Invalid(
-            f'{origin}: "{name}" is {first["input"]!r}; {first["msg"][0].lower()}{first["msg"][1:]}.'
+            f'{origin}: "{name}" is {one_line(repr(first["input"]))}; {first["msg"][0].lower()}{first["msg"][1:]}.'
         ) from None

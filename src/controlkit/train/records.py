@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from controlkit.measure import FOUND, KEPT, Obedience
+from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
+QUALITY = ("clip_score", "clip_score_no_control", "clip_score_truth")
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,14 @@ class Record:
     verdict: str | None = None
     relative: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """By type of hint, or under "": the loss on held-out pairs relative to the base without control, with the same
-    noise each time, in each quarter of the schedule from the least noise on. 1 is no control. The loss itself hardly
-    changes while control appears."""
+    noise each time, in each quarter of the schedule from the least noise on. 1 is no control."""
     residuals: Mapping[str, float] = field(default_factory=dict)
-    """By tap: the root mean square of its residual relative to that of the feature it is added to. Exactly 0 at the
-    start; far above 1 the control overwhelms the base."""
+    """By tap: the root mean square of its residual relative to that of the feature it is added to; 0 at the start."""
     drift: Mapping[str, float] = field(default_factory=dict)
-    """Change of colours from pictures without control (``measure.COLOURS``), as shares of the full range; empty for a
-    Union. Shows washed-out or oversaturated pictures early."""
+    """By name of ``measure.COLOURS``: the mean over the pairs of a picture's value under control less that without,
+    same seed and prompt, as a share of the full range; empty for a Union."""
     quality: Mapping[str, float] = field(default_factory=dict)
-    """The CLIP-score with control and without; empty where no referee knows the base's world."""
+    """The CLIP-score with control, without, and of the true pictures; empty where no referee may judge."""
 
     def figures(self) -> dict[str, float]:
         """Its numbers by name, for curves; of the quarters of the schedule their mean."""
@@ -51,10 +50,7 @@ class Record:
         if self.evaluation is not None:
             for name in _MAIN:
                 line[name] = round(getattr(self.evaluation, name).mean, 5)
-            line["obedience_interval"] = [
-                self.evaluation.obedience.low,
-                self.evaluation.obedience.high,
-            ]
+            line["obedience_interval"] = [self.evaluation.obedience.low, self.evaluation.obedience.high]
             line["is_meaningful"] = self.evaluation.is_meaningful
             line["verdict"] = self.verdict
         if self.drift:
@@ -70,9 +66,9 @@ class Record:
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """An evaluation in short: the lower bound and mean of obedience, whether it is meaningful, and the mean loss
-    relative to no control; NaN where not measured. ``quality_kept``: the CLIP-score is at least 95% of that without
-    control."""
+    """An evaluation in short: obedience's lower bound and mean, whether it is meaningful, and the mean loss relative to
+    no control; NaN where not measured. ``quality_kept``: by the CLIP-score, or not
+    judged."""
 
     step: int
     low: float = math.nan
@@ -93,7 +89,7 @@ def summary_of(line: Mapping[str, Any]) -> EvaluationSummary | None:
     relative = sum(quarters) / len(quarters) if quarters else math.nan
     if "obedience" in line:
         quality = line.get("quality")
-        kept = not quality or quality["clip_score"] >= KEPT * quality["clip_score_no_control"]
+        kept = not quality or clip_score_kept(*(quality.get(name, math.inf) for name in QUALITY))
         return EvaluationSummary(
             line["step"], line["obedience_interval"][0], line["is_meaningful"], line["obedience"], relative, kept
         )

@@ -21,7 +21,8 @@ from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import HintSpec
-from controlkit.measure import unmeasurable
+from controlkit.measure import EvaluationPlan, unmeasurable
+from controlkit.sample import ControlRequest
 from controlkit.train.checkpoints import (
     begin_folder,
     check_folder,
@@ -29,11 +30,10 @@ from controlkit.train.checkpoints import (
     cut_log,
     keep_format,
     load_checkpoint,
-    logged_step,
     save_checkpoint,
     sole_owner,
 )
-from controlkit.train.evaluation import Evaluator, own_hints
+from controlkit.train.evaluation import CONTROL, Evaluator, own_hints
 from controlkit.train.gradients import Gradients
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.parts import Resolved
@@ -77,9 +77,9 @@ def train_control(
     ``Unsupported`` for settings that do not work together, or a folder another process trains in; ``OutOfRoom`` where
     memory or disk is too small. A recipe that cannot run leaves no folder behind.
     """
-    run = Run.prepare(recipe, out, base, Reports(on_stage, on_advance), estimate_first)
-    with run.opened:
-        run.resume()
+    prepared = prepare(recipe, out, base, estimate_first)
+    with ExitStack() as opened:
+        run = Run(prepared, out, Reports(on_stage, on_advance), opened)
         while not run.ended:
             yield run.step()
         run.finish()
@@ -93,90 +93,96 @@ class Reports:
     on_advance: Callable[[int], None]
 
 
-class Run:
-    """A training run: ``prepare``, then ``resume`` within ``opened``, ``step`` until ``ended``, and ``finish``.
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run begins with; nothing is written yet. ``state.base`` is a copy of ``frozen`` where it is trained.
 
-    ``frozen``: the base as it was loaded, of which ``state.base`` has a trained copy where the recipe unfreezes it.
+    ``heldout``: the pairs to measure on. ``shown``: (prompt, hint) of the user's own hints. ``meter``: where an
+    estimate is wanted.
+    """
+
+    plan: Resolved
+    frozen: Backbone
+    state: TrainState
+    pairs: Sequence[Pair]
+    heldout: Sequence[Pair]
+    shown: Sequence[tuple[str, np.ndarray]]
+    ranks: Ranks
+    notes: Sequence[str]
+    meter: Meter | None
+
+
+def prepare(recipe: Recipe, out: Path, base: Backbone | None, estimate_first: bool = False) -> Prepared:
+    """Check the recipe and the folder, load the base, find the data and make the branch."""
+    plan = resolve(recipe)
+    check_trackers(recipe.tracking.to)
+    check_folder(recipe, out)
+    base = base or load_base(recipe.base, vae=recipe.vae)
+    notes: list[str] = []
+    if recipe.size and recipe.size != base.size:
+        notes.append(f'pictures of {recipe.size} pixels; "{base.name}" was trained on {base.size}')
+        base = base.of_size(recipe.size)
+    meter = Meter(base) if estimate_first else None
+    ranks = connect_ranks(cpu=base.device.type == "cpu")
+    _check_processes(plan, ranks)
+    pairs, heldout = training_pairs(plan.data, base)
+    notes += _notes_on_measuring(plan, heldout)
+    shown = own_hints(recipe.evaluation, plan.specs[""]) if "" in plan.specs else []
+    branch = new_branch(recipe.control, plan.specs, base, recipe.seed, not checkpoints_in(out), notes.append)
+    learner = base.with_own_denoiser() if recipe.unfreeze_after else base
+    state = TrainState.of(plan.learning, branch, learner, ranks)
+    return Prepared(plan, base, state, pairs, heldout, shown, ranks, notes, meter)
+
+
+class Run:
+    """A training run in its folder: ``step`` until ``ended``, then ``finish``.
+
     ``done``: the steps made. ``evaluations``: those up to this step, in order.
     """
 
-    def __init__(
-        self,
-        plan: Resolved,
-        out: Path,
-        frozen: Backbone,
-        state: TrainState,
-        pairs: tuple[Sequence[Pair], Sequence[Pair]],
-        ranks: Ranks,
-        reports: Reports,
-    ) -> None:
-        self.plan, self.out, self.frozen, self.state = plan, out, frozen, state
-        self.pairs, self.heldout = pairs
-        self.ranks, self.reports = ranks, reports
-        self.opened = ExitStack()
-        """Closes the run's files and frees its folder."""
-        self.done = 0
-        self.evaluations: list[EvaluationSummary] = []
-        self._meter: Meter | None = None
-        self._out_of_time = False
+    def __init__(self, prepared: Prepared, out: Path, reports: Reports, opened: ExitStack) -> None:
+        """Take the folder, report the plan, cache the pairs, restore the last checkpoint, and open the log.
 
-    @classmethod
-    def prepare(
-        cls, recipe: Recipe, out: Path, base: Backbone | None, reports: Reports, estimate_first: bool = False
-    ) -> "Run":
-        """Check the recipe, load the base, find the data, make the branch, and take the folder.
-
-        Nothing is written before all of that succeeded.
+        ``opened`` closes the run's files and frees its folder.
         """
-        plan = resolve(recipe)
-        check_trackers(recipe.tracking.to)
-        check_folder(recipe, out)
-        base = base or load_base(recipe.base, vae=recipe.vae)
-        notes: list[str] = []
-        if recipe.size and recipe.size != base.size:
-            notes.append(f'pictures of {recipe.size} pixels; "{base.name}" was trained on {base.size}')
-            base = base.of_size(recipe.size)
-        meter = Meter(base) if estimate_first else None
-        ranks = connect_ranks(cpu=base.device.type == "cpu")
-        _check_processes(plan, ranks)
-        pairs = training_pairs(plan.data, base)
-        notes += _notes_on_measuring(plan, pairs[1])
-        begin = not checkpoints_in(out)
-        branch = new_branch(recipe.control, plan.specs, base, recipe.seed, begin, notes.append)
-        learner = base.with_own_denoiser() if recipe.unfreeze_after else base
-        run = cls(plan, out, base, TrainState.of(plan.learning, branch, learner, ranks), pairs, ranks, reports)
-        with ExitStack() as opening:
-            run._take_folder(opening)
-            if ranks.first:
-                run._announce(notes, meter)
-            run.opened = opening.pop_all()
-        return run
-
-    def resume(self) -> None:
-        """Cache the pairs, restore the last checkpoint if there is one, and open the log and the trackers."""
-        recipe, specs, base = self.plan.recipe, self.plan.specs, self.state.base
+        self.plan, self.frozen, self.state = prepared.plan, prepared.frozen, prepared.state
+        self.ranks, self.out, self.reports = prepared.ranks, out, reports
+        recipe, base = self.plan.recipe, self.state.base
         self._clock = Clock(self.plan.rates.max_minutes)
+        self._take_folder(prepared, opened)
         if self.ranks.first:
-            self.reports.on_stage("caching", len(self.pairs))
-        cached = self._cached("pairs", self.pairs, self.reports.on_advance, mirrors=recipe.data.flip > 0)
+            self._announce(prepared)
+            reports.on_stage("caching", len(prepared.pairs))
+        cached = self._cached("pairs", prepared.pairs, reports.on_advance, mirrors=recipe.data.flip > 0)
         if not self.ranks.first:
-            keep_format(self.out, base.device.type)
+            keep_format(out, base.device.type)
         elif recipe.data.buckets:
-            self.reports.on_stage(describe_buckets(cached, self.plan.batches.pairs), 0)
+            reports.on_stage(describe_buckets(cached, self.plan.batches.pairs), 0)
         self._evaluator = self._loss = None
         if recipe.evaluation.every:
-            if "" in specs:
-                self._evaluator = Evaluator(base, self.heldout, specs[""], recipe, self.out, self.ranks, self.frozen)
-            [heldout] = self._cached("heldout", self.heldout)
-            self._loss = HeldoutLoss(base, heldout, self.plan.batches, self.ranks, self.frozen)
-        self._gradients = Gradients(
-            self.state, cached, self.plan.batches, self.plan.compute, self.ranks, self.reports.on_stage
-        )
-        if checkpoints := checkpoints_in(self.out):
+            self._evaluator = self._new_evaluator(prepared)
+            if self._evaluator and self._evaluator.unjudged and self.ranks.first:
+                reports.on_stage(f"note: {self._evaluator.unjudged}", 0)
+            [heldout] = self._cached("heldout", prepared.heldout)
+            self._loss = HeldoutLoss(base, self.frozen, heldout, self.plan.batches, self.ranks)
+        batches, compute = self.plan.batches, self.plan.compute
+        self._gradients = Gradients(self.state, cached, batches, compute, self.ranks, reports.on_stage)
+        self._unmetered = prepared.meter
+        """Tells after the first step how much memory it took."""
+        self.done, self._out_of_time = 0, False
+        if checkpoints := checkpoints_in(out):
             facts = load_checkpoint(checkpoints[-1], self.state, self.frozen)
-            self.done, self._clock = int(facts["step"]), Clock(self.plan.rates.max_minutes, facts)
-            self._out_of_time = self.ranks.broadcast(self._clock.over)  # there is always a first step
-        self._open_log()
+            self._clock.restore(facts)
+            self.done, self._out_of_time = int(facts["step"]), self.ranks.broadcast(self._clock.over)
+        self.evaluations: list[EvaluationSummary] = []
+        if self.ranks.first:
+            self.evaluations, logged = cut_log(out / "log.jsonl", self.done)
+            self._log = opened.enter_context((out / "log.jsonl").open("a"))
+            trackers = tracked(recipe.tracking, recipe.model_dump(), out, self.done, logged)
+            self._track = opened.enter_context(trackers)
+        self.evaluations = self.ranks.broadcast(self.evaluations)
+        if compute.gradient_checkpointing:
+            opened.enter_context(recomputed(self.state.branch, base.denoiser, within=self._gradients.attention))
 
     @property
     def ended(self) -> bool:
@@ -214,20 +220,20 @@ class Run:
             self._log_record(record, rate)
         if self.done % self.plan.recipe.checkpoint_every == 0 or self.ended:
             self.keep()
-        if self._meter:
-            self.reports.on_stage(f"most memory held up to the first step: {format_bytes(self._meter.peak())}", 0)
-            self._meter = None
+        if self._unmetered and self.ranks.first:
+            self.reports.on_stage(f"most memory held up to the first step: {format_bytes(self._unmetered.peak())}", 0)
+            self._unmetered = None
         return record
 
     def evaluate(self, record: Record) -> Record:
         """Measure the control after a step, add what was found to its record, and keep the best control."""
         assert self._loss
-        weights = self.state.result()
+        weights = self.state.result().eval()
         record = replace(record, relative=self._loss.measure(weights), residuals=self._loss.residuals(weights))
         if self._evaluator:
             self.reports.on_stage("evaluating", self._evaluator.work)
-            found = self._evaluator.measure(weights, self.done, self.reports.on_advance)
-            record = replace(record, evaluation=found.obedience, drift=found.drift, quality=found.quality)
+            record = self._evaluator.measure(weights, record, self.reports.on_advance)
+        weights.train()
         summary = summary_of(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
         assert summary is not None
         self.evaluations.append(summary)
@@ -252,25 +258,35 @@ class Run:
             self._write(self.out / "control", weights)
         self.ranks.wait()
 
-    def _take_folder(self, opened: ExitStack) -> None:
+    def _take_folder(self, prepared: Prepared, opened: ExitStack) -> None:
         self.ranks.wait()
         self.out.mkdir(parents=True, exist_ok=True)
         if self.ranks.first:
             opened.enter_context(sole_owner(self.out))
-            folders = [part for part in (self.pairs, self.heldout) if isinstance(part, FolderPairs)]
+            folders = [part for part in (prepared.pairs, prepared.heldout) if isinstance(part, FolderPairs)]
             rows = "".join(folder.digest() for folder in folders)
             begin_folder(self.plan.recipe, self.out, self.frozen.device.type, rows)
 
-    def _announce(self, notes: Sequence[str], meter: Meter | None) -> None:
+    def _announce(self, prepared: Prepared) -> None:
         """Report what the run is about to do and, with a meter, what it will take."""
-        sentence = describe_run(self.plan, self.frozen, self.state.branch, len(self.pairs))
-        for line in (*self.ranks.notes, sentence, *(f"note: {note}" for note in notes)):
+        pairs, meter = len(prepared.pairs), prepared.meter
+        sentence = describe_run(self.plan, self.frozen, self.state.branch, pairs)
+        for line in (*self.ranks.notes, sentence, *(f"note: {note}" for note in prepared.notes)):
             self.reports.on_stage(line, 0)
         if meter and not self.ranks.sharded:  # all processes would have to take part
-            found = estimate(self.plan, self.frozen, self.state, len(self.pairs), meter, self.ranks.count)
+            found = estimate(self.plan, self.frozen, self.state, pairs, meter, self.ranks.count)
             self.reports.on_stage("\n".join(found.lines()), 0)
             meter.reset()  # the memory of the trial is not the run's
-            self._meter = meter
+
+    def _new_evaluator(self, prepared: Prepared) -> Evaluator | None:
+        """The evaluator that measures obedience and makes pictures; None for a Union."""
+        if "" not in self.plan.specs:
+            return None
+        recipe, spec = self.plan.recipe, self.plan.specs[""]
+        control = ControlRequest(name=CONTROL, hint_cfg_scale=recipe.control.hint_cfg_scale)
+        pairs = [prepared.heldout[i] for i in range(len(prepared.heldout))]
+        plan = EvaluationPlan(control, spec, pairs, recipe.evaluation.steps, recipe.evaluation.guidance)
+        return Evaluator(self.state.base, self.frozen, plan, prepared.shown, self.out, self.ranks)
 
     def _cached(
         self,
@@ -287,22 +303,7 @@ class Run:
         self.ranks.wait()
         return Cached.read(path)
 
-    def _open_log(self) -> None:
-        """Cut the log back to the checkpoint, and open what is open while the run goes on."""
-        path, recipe = self.out / "log.jsonl", self.plan.recipe
-        logged = logged_step(path) if self.ranks.first else 0
-        self.evaluations = self.ranks.broadcast(cut_log(path, self.done) if self.ranks.first else None)
-        self._log = self._track = None
-        if self.ranks.first:
-            self._log = self.opened.enter_context(path.open("a"))
-            trackers = tracked(recipe.tracking, recipe.model_dump(), self.out, self.done, logged)
-            self._track = self.opened.enter_context(trackers)
-        if self.plan.compute.gradient_checkpointing:
-            branch, denoiser = self.state.branch, self.state.base.denoiser
-            self.opened.enter_context(recomputed(branch, denoiser, within=self._gradients.attention))
-
     def _log_record(self, record: Record, rate: float) -> None:
-        assert self._log and self._track
         self._log.write(record.to_json() + "\n")
         self._log.flush()
         self._track(record, rate)
@@ -314,16 +315,18 @@ class Run:
 
     def _controls(self, weights: ControlNetwork) -> dict[str, SavedControl]:
         """The control of this step, with what it was trained on, under ""; of several branches each under its name."""
-        return {name: self._control(name, branch) for name, branch in weights.parts().items()}
-
-    def _control(self, name: str, weights: ControlNetwork) -> SavedControl:
-        recipe, specs = self.plan.recipe, own_specs(self.plan.specs, name)
+        recipe = self.plan.recipe
         facts = {"base": self.frozen.name, "base_digest": self.frozen.digest, "step": self.done}
         facts |= {"data": recipe.data.source}
-        facts |= {"base_difference": f"../{DIFFERENCE}" if name else DIFFERENCE} if self._unfrozen else {}
-        facts |= {"recipe": recipe.model_dump()}
-        hints = specs if recipe.control.types else {}
-        return SavedControl(weights, specs.get("", HintSpec("")), facts, hints, recipe.control.hint_cfg_scale)
+        found = {}
+        for name, branch in weights.parts().items():
+            specs = own_specs(self.plan.specs, name)
+            difference = {"base_difference": f"../{DIFFERENCE}" if name else DIFFERENCE} if self._unfrozen else {}
+            trained = facts | difference | {"recipe": recipe.model_dump()}
+            hints = specs if recipe.control.types else {}
+            spec = specs.get("", HintSpec(""))
+            found[name] = SavedControl(branch, spec, trained, hints, recipe.control.hint_cfg_scale)
+        return found
 
     def _write(self, folder: Path, weights: ControlNetwork) -> None:
         """Write the control as a folder, with what its base learnt, and as a Control-LoRA where it is one.
@@ -343,16 +346,15 @@ class Run:
 def _notes_on_measuring(plan: Resolved, heldout: Sequence[Pair]) -> Iterator[str]:
     """Sentences on what the evaluations cannot show; errors for what they cannot do."""
     evaluation, specs = plan.recipe.evaluation, plan.specs
-    if evaluation.every:
-        union = "A Union's is, type by type, when it is trained."
-        if reason := unmeasurable(specs[""], heldout) if "" in specs else union:
-            yield f"obedience is not measured: {reason} The best control is the one with the least relative loss"
-            if evaluation.target is not None:
-                raise Unsupported(f"evaluation.target is an obedience, and none is measured: {reason}")
-        if len(heldout) < min(evaluation.num, _FEW):
-            yield f"{len(heldout)} pairs are held out to measure on: too few to say much"
-    if "" in specs:
-        own_hints(evaluation, specs[""])  # files that cannot be read are errors now
+    if not evaluation.every:
+        return
+    union = "A Union's is, type by type, when it is trained."
+    if reason := unmeasurable(specs[""], heldout) if "" in specs else union:
+        yield f"obedience is not measured: {reason} The best control is the one with the least relative loss"
+        if evaluation.target is not None:
+            raise Unsupported(f"evaluation.target is an obedience, and none is measured: {reason}")
+    if len(heldout) < min(evaluation.num, _FEW):
+        yield f"{len(heldout)} pairs are held out to measure on: too few to say much"
 
 
 def _check_processes(plan: Resolved, ranks: Ranks) -> None:
@@ -360,12 +362,14 @@ def _check_processes(plan: Resolved, ranks: Ranks) -> None:
     learning, batch = plan.learning, plan.batches
     if ranks.sharded and learning.precision == "fp16":
         raise Unsupported("precision: fp16 scales its loss, which sharded weights cannot: use bf16.")
-    if ranks.sharded and (learning.optimizer != "adamw" or learning.unfreeze_after):
-        what = "unfreeze_after" if learning.optimizer == "adamw" else f"optimizer: {learning.optimizer}"
-        raise Unsupported(
-            f"{what} does not work with sharded weights (--use_fsdp): "
-            f"{'leave it out' if learning.optimizer == 'adamw' else 'use adamw'}, or launch without it."
-        )
+    for what, works, instead in (
+        (f"optimizer: {learning.optimizer}", learning.optimizer == "adamw", "use adamw"),
+        ("unfreeze_after", not learning.unfreeze_after, "leave it out"),
+    ):
+        if ranks.sharded and not works:
+            raise Unsupported(
+                f"{what} does not work with sharded weights (--use_fsdp): {instead}, or launch without it."
+            )
     if batch.batch % (batch.noises_per_pair * plan.compute.gradient_accumulation * ranks.count):
         raise Mismatch(
             f"A batch of {batch.batch} rows cannot be split into pairs of {batch.noises_per_pair} noises, "

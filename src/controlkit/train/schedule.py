@@ -15,10 +15,8 @@ def learning_rate(plan: RatePlan, step: int, spent: float = 0.0) -> float:
     """Compute the learning rate of a step, counted from 0.
 
     ``constant`` rises over ``warmup`` steps and falls over ``cooldown``, never to zero. The others are diffusers'
-    schedules; the first step of their warm-up has a rate of 0.
-
-    ``spent``: the share of the run's ``max_minutes`` that has passed. Where it is further along than the steps are, the
-    fall at the end goes by it, so that the rate is down when the time is over; warm-up always goes by steps.
+    schedules; the first step of their warm-up has a rate of 0. ``spent``: the share of ``max_minutes`` that has passed;
+    the fall at the end goes by it where it is further along than the steps are.
     """
     at = max(step, min(int(spent * plan.steps), plan.steps - 1))
     if plan.schedule == "constant":
@@ -37,17 +35,18 @@ def _factor(plan: RatePlan) -> Callable[[int], float]:
 
 
 class Clock:
-    """A run's wall clock and its budget of time, over interruptions.
+    """A run's wall clock and its budget of ``minutes``, or None, over interruptions."""
 
-    ``minutes``: the budget, or None; ``facts``: the result of ``facts()`` in the run's last checkpoint.
-    """
-
-    def __init__(self, minutes: float | None, facts: Mapping[str, str] | None = None) -> None:
-        facts = facts or {}
+    def __init__(self, minutes: float | None) -> None:
         self._limit = math.inf if minutes is None else 60 * minutes
-        self._began = time.monotonic() - float(facts.get("seconds", 0))
-        self.last_step = float(facts.get("last_step", 0))
+        self._began = time.monotonic()
+        self.last_step = 0.0
         """Seconds the last step took: the estimate for the next."""
+
+    def restore(self, facts: Mapping[str, str]) -> None:
+        """Add the time of a checkpoint's ``facts()``."""
+        self._began -= float(facts.get("seconds", 0))
+        self.last_step = float(facts.get("last_step", 0))
 
     @property
     def share(self) -> float:

@@ -23,9 +23,10 @@ from controlkit.data import (
     split_folder,
 )
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest
-from controlkit.formats import SavedControl, load_control
+from controlkit.formats import SavedControl
 from controlkit.images import HintSpec
 from controlkit.precision import number_format
+from controlkit.sample import load
 from controlkit.train.parts import DataPlan, Resolved
 from controlkit.train.recipe import ControlRecipe, Recipe
 
@@ -34,15 +35,15 @@ DRAWN = ("emoji", "scenes", "world", "fill50k")
 
 
 def resolve(recipe: Recipe) -> Resolved:
-    """Take a recipe apart, once. Raises ``Invalid`` or ``Unsupported`` for hints that cannot be made."""
+    """Take a recipe apart. Raises ``Invalid`` or ``Unsupported`` for hints that cannot be made."""
     return Resolved.of(recipe, hint_specs(recipe.control))
 
 
 def training_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Find or draw the pairs to train on, and the held-out pairs to measure on.
 
-    Raises ``NotFound`` without such a source; ``Invalid``, ``Mismatch`` or ``Unsupported`` where its hints or sizes are
-    not as the recipe says.
+    Raises ``NotFound`` without such a source; ``Invalid``, ``Mismatch`` or ``Unsupported`` where its hints or sizes do
+    not fit.
     """
     data, source = plan.data, plan.data.source
     if data.buckets and source in DRAWN:
@@ -87,7 +88,7 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
             f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
             "control.annotators, in their order, or take the others out."
         )
-    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
+    if not folder.hints and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
         raise Unsupported(
             f"{data.source} has pictures and no hints, and nothing here makes hints of "
             f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.is_made_here))}.'
@@ -150,9 +151,9 @@ def new_branch(
     if control.start_from and begin:
         for name, branch in fresh.parts().items():
             neighbour = str(Path(control.start_from) / name) if name else control.start_from
-            saved = load_control(neighbour, base)
+            saved, notes = load(neighbour, base)
             start_from(branch, saved.branch, neighbour)
-            for note in _differences(neighbour, saved, base, own_specs(specs, name)):
+            for note in (*notes, *_other_hints(neighbour, saved, own_specs(specs, name))):
                 on_note(note)
     return fresh.train()
 
@@ -165,11 +166,8 @@ def own_specs(specs: Mapping[str, HintSpec], name: str) -> Mapping[str, HintSpec
     return {"": own}
 
 
-def _differences(name: str, saved: SavedControl, base: Backbone, specs: Mapping[str, HintSpec]) -> Iterator[str]:
-    """Sentences on how a control to start from was trained on another base, or on other hints, than the run."""
-    trained_on = saved.trained.get("base_digest")
-    if trained_on and base.dtype != torch.bfloat16 and trained_on != base.digest:  # bfloat16's rounding gives another
-        yield f'the control "{name}" was trained on other weights ({trained_on}) than "{base.name}" ({base.digest})'
+def _other_hints(name: str, saved: SavedControl, specs: Mapping[str, HintSpec]) -> Iterator[str]:
+    """Sentences on how the hints of a control to start from differ from the run's."""
     for kind, ours in specs.items():
         theirs = saved.hints.get(kind, ours) if kind else saved.hint
         if (before := _describe_spec(theirs)) != (now := _describe_spec(ours)):
@@ -177,7 +175,7 @@ def _differences(name: str, saved: SavedControl, base: Backbone, specs: Mapping[
 
 
 def _describe_spec(spec: HintSpec) -> str:
-    """A contract's annotator and range in words, and its order of colours where that is not RGB."""
+    """A contract's annotator, range and, where not RGB, order of colours in words."""
     colours = f" {spec.colour_order}" if spec.colour_order != "RGB" else ""
     return f"{spec.annotator or 'no name'} [{spec.low:g}, {spec.high:g}]{colours}"
 
@@ -193,9 +191,8 @@ def describe_buckets(cached: Sequence[Cached], batch: int) -> str:
 def describe_run(plan: Resolved, base: Backbone, branch: ControlNetwork, pairs: int) -> str:
     """A sentence on what a run is about to do; ``pairs``: how many it trains on."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
-    hints = ", ".join(
-        _describe_spec(replace(spec, annotator=kind or spec.annotator)) for kind, spec in plan.specs.items()
-    )
+    specs = [replace(spec, annotator=kind or spec.annotator) for kind, spec in plan.specs.items()]
+    hints = ", ".join(map(_describe_spec, specs))
     batches, rates = plan.batches, plan.rates
     return (
         f"{learning / 1e6:.2f}M parameters learn hints of {hints} for {base.name}: {pairs:,} pairs, "

@@ -35,7 +35,7 @@ class _Within(nn.Module):
 class Shards:
     """Shards ``branch``, and ``others`` of the same shape, over ``count`` processes, which hold equal ones.
 
-    From then on their parameters are parts (``DTensor``), and the loss has to be computed ``within``.
+    Their parameters are then parts (``DTensor``), and the loss has to be computed ``within``.
     """
 
     def __init__(self, branch: ControlNetwork, others: list[nn.Module], device: torch.device, count: int) -> None:
@@ -55,8 +55,7 @@ class Shards:
         return self._within(compute)
 
     def whole(self, state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Gather every tensor of ``state``, one after the other, on the CPU. All processes have to call it; those that
-        do not ``keep`` it get an empty mapping."""
+        """Gather every tensor of ``state`` on the CPU; empty where not ``keep``. All processes have to call it."""
         gathered = {}
         for name, value in state.items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -72,7 +71,7 @@ class Shards:
         }
 
     def gather(self, module: nn.Module) -> ControlNetwork:
-        """Make an ordinary branch with the whole weights of ``module``. All processes have to call it."""
+        """Make an ordinary branch with whole weights of ``module``. All processes have to call it."""
         branch = copy.deepcopy(self._shape).to_empty(device=self._device)
         branch.load_state_dict(self.whole(module.state_dict(), keep=True))
         return branch

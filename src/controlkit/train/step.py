@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
 from controlkit.branch import ControlNetwork
@@ -31,8 +32,7 @@ class Batch:
 def draw_batch(
     base: Backbone, cached: Cached, plan: BatchPlan, step: int, part: int = 0, parts: int = 1, turn: int | None = None
 ) -> Batch:
-    """Draw the batch of a step, or one of its equal ``parts``: shuffled epochs; noise, timestep, prompt dropout and
-    mirroring are keyed by (seed, step, sample).
+    """Draw the batch of a step, or one of its equal ``parts``; every draw is keyed by (seed, step, sample).
 
     ``turn``: how many batches of these pairs came before, where other steps take theirs from other buckets.
     Pairs of one type of hint stand together, in the order of ``plan.specs``. The rows of one pair take their timesteps
@@ -92,9 +92,7 @@ def _sent(value: Tensor, device: torch.device) -> Tensor:
 def hint_features_of(base: Backbone, branch: ControlNetwork, batch: Batch) -> Any:
     """Encode a batch's hints: features (B, ...), of a Union type after type; a mapping of such for several branches."""
     read = branch.encode_rows({kind: base.hint_input(hint) for kind, hint in batch.hints.items()})
-    if isinstance(read, Tensor):
-        return read.repeat_interleave(batch.noises_per_pair, 0)
-    return {name: feature.repeat_interleave(batch.noises_per_pair, 0) for name, feature in read.items()}
+    return tree_map(lambda feature: feature.repeat_interleave(batch.noises_per_pair, 0), read)
 
 
 def controlled(

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from controlkit.errors import NotFound
 from controlkit.files import write_atomic
@@ -19,17 +19,9 @@ from controlkit.train.recipe import TrackingRecipe
 from controlkit.train.records import Record
 
 
-class Tracker(Protocol):
-    """An open tracker of a run."""
-
-    def send(self, step: int, figures: Mapping[str, float], sheets: Mapping[str, Path]) -> None:
-        """Send the figures of a step by name, and its sample sheets, if any."""
-
-    def close(self) -> None:
-        """Send the rest."""
-
-
 class _TensorBoard:
+    """``send`` sends the figures of a step by name, and its sample sheets, if any; ``close`` the rest."""
+
     def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -46,7 +38,7 @@ class _TensorBoard:
 
 
 class _Hosted:
-    """wandb, or trackio, which has the same functions."""
+    """As ``_TensorBoard``; wandb, or trackio, which has the same functions."""
 
     def __init__(self, library: str, sent: int, **settings: Any) -> None:
         self._library: Any = importlib.import_module(library)
@@ -83,7 +75,7 @@ def tracked(
     ``config``: the recipe's values, to be shown. ``step``: the step of the checkpoint to resume from. ``logged``: the
     last step in the log before it was cut back to that.
     """
-    opened: list[Tracker] = []
+    opened: list[_TensorBoard | _Hosted] = []
     name, sent = _history(out, logged) if plan.to else ("", 0)
     settings = {"project": plan.project, "config": config}
     for library in plan.to:
