@@ -594,8 +594,10 @@ def test_a_pooled_control_says_so_in_its_configuration_or_in_the_yaml_beside_it(
         tensors_of(tmp_path / "shuffle.safetensors"), tmp_path / "shuffle.safetensors"
     )  # a foreign one: no metadata
     assert not load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
-    (tmp_path / "shuffle.yaml").write_text("model:\n  params:\n    global_average_pooling: True\n")
-    assert load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        text = "model:\n  params:\n    global_average_pooling: True\n"
+        (tmp_path / "shuffle.yaml").write_text(text, encoding=encoding)
+        assert load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
     convert(tmp_path / "shuffle.safetensors", tmp_path / "pooled", "diffusers", annotator="shuffle")
     assert load_control(tmp_path / "pooled", deep_base).branch.pools
 
