@@ -18,33 +18,16 @@ _PIPELINES = re.compile(
     r"StableDiffusion(XL)?(ControlNet(XS|Union)?|Adapter|PAG|ControlNetPAG)?(Img2Img|Inpaint)?Pipeline"
 )
 """Classes of pipelines that hold a whole base; the U-Net's channels tell an inpainting model."""
-_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Schedulers of one noise, by betas at whole timesteps: they differ in the way back from it, which here is DDIM's."""
 _CLASSES = {
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "unet": ("UNet2DConditionModel",),
-    "scheduler": _SCHEDULERS,
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel(WithProjection)?",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "unet": "UNet2DConditionModel",
+    # Of one noise, by betas at whole timesteps; they differ in the way back from it, which here is DDIM's.
+    "scheduler": "((DDIM|DDPM)(Parallel)?|PNDM|SASolver|(UniPC|DEIS)Multistep|DPMSolver(Multistep|Singlestep|SDE)"
+    "|(LMS|Heun|Euler|EulerAncestral|KDPM2|KDPM2Ancestral)Discrete)Scheduler",
 }
+"""By part: the classes, of diffusers and transformers, whose rules are followed."""
 _FOLLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
         "addition_embed_type": (None, "text_time"),
@@ -98,7 +81,7 @@ def check_folder(folder: Path) -> tuple[str, dict[str, Any]]:
         path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if path.is_file():
             config = read_config(path)
-            _check_classes(folder, {part: [config.get("_class_name", _CLASSES[part][0])]})
+            _check_classes(folder, {part: [config["_class_name"]]} if "_class_name" in config else {})
             check_settings(folder, part, config)
     return kind, index
 
@@ -115,11 +98,10 @@ def _check_classes(origin: object, index: Mapping[str, Any]) -> None:
     """Raise ``Unsupported`` for a pipeline's index that names a part whose class has other rules."""
     for part, known in _CLASSES.items():
         entry = index.get(part)
-        name = entry[-1] if isinstance(entry, list) and entry else known[0]
-        if name not in known:
-            _refuse(
-                origin, f"a {one_line(name)} as its {part}", f"{known[0]}{' or one like it' if len(known) > 1 else ''}"
-            )
+        name = str(entry[-1]) if isinstance(entry, list) and entry else None
+        if name is not None and not re.fullmatch(known, name):
+            expected = "one of Stable Diffusion's noise, as DDIM's" if part == "scheduler" else known.partition("(")[0]
+            _refuse(origin, f"a {one_line(name)} as its {part}", expected)
 
 
 def check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None:
