@@ -60,10 +60,8 @@ def _shown_as_notes() -> Callable[..., None]:
     """A way to show warnings: this package's as notes, each once, and others as Python does."""
     note = cache(warn)
 
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: Any
-    ) -> None:
-        if category is UserWarning and Path(__file__).parents[1] in Path(filename).parents:
+    def show(message: Warning | str, category: type[Warning], file: str, line: int, *_: Any) -> None:
+        if category is UserWarning and Path(__file__).parents[1] in Path(file).parents:
             note(str(message))
         else:
             typer.echo(warnings.formatwarning(message, category, file, line), err=True)
