@@ -145,13 +145,15 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
         return TextTower(tokenizer, whole(kind, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
 
-    scheduler = DDIMScheduler.from_config(ddim_config(noise))
     try:
+        scheduler = DDIMScheduler.from_config(ddim_config(noise))
+        if not scheduler.alphas_cumprod.isfinite().all():
+            raise ValueError("its scheduler's betas are no numbers")
         with _plain_texts(folder) as plain:
             vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
             unet = whole(UNet2DConditionModel, "unet", torch_dtype=dtype)
             towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the libraries raise anything where a stranger's settings do not go together
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     check_text(folder, [tower.encoder for tower in towers], unet.config)

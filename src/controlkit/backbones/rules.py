@@ -165,14 +165,18 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def latent_space(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a VAE by which its latents become a U-Net's; ``Invalid`` where they are no numbers."""
+    """The settings of a VAE by which its latents become a U-Net's; ``Invalid`` where they are no such numbers."""
     found = {key: config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     for key, value in found.items():
-        many = key.startswith("latents")
-        numbers: list[Any] = value if many and value is not None else [value]
-        good = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
-        if value is not None and not (good and len(numbers) == (config["latent_channels"] if many else 1)):
-            raise Invalid(f"The VAE's {key} is {value!r:.80}; expected numbers, one a channel or one.")
+        many, divides = key.startswith("latents"), key in ("scaling_factor", "latents_std")
+        numbers: list[Any] = list(value) if many and isinstance(value, list | tuple) else [value]
+        finite = all(type(one) in (int, float) and math.isfinite(one) and (one or not divides) for one in numbers)
+        if value is None and key != "scaling_factor":
+            continue
+        if not finite or len(numbers) != (config["latent_channels"] if many else 1):
+            raise Invalid(
+                f"The VAE's {key} is {value!r:.80}; expected {'numbers, one a channel' if many else 'a number'}."
+            )
     return found
 
 
