@@ -32,6 +32,7 @@ from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import FAMILIES, load_base, unet_families
 from controlkit.backbones.unet_families import clip_tokenizer, pipeline_configs, unet_config
 from controlkit.errors import UserError
+from controlkit.formats import describe
 
 PROMPTS = ["a photo of a cat!", ""]
 KINDS = ("sd15", "sd21", "sdxl")
@@ -699,7 +700,10 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(("name", "settings", "words"), SCHEDULERS.values(), ids=SCHEDULERS)
 def test_a_scheduler_of_another_noise_is_refused_by_name(folders, tmp_path, name, settings, words):
-    assert words in refusal(with_class(folders("sd15"), tmp_path / "base", "scheduler", name, **settings))
+    folder = with_class(folders("sd15"), tmp_path / "base", "scheduler", name, **settings)
+    assert words in refusal(folder)
+    with pytest.raises(UserError, match=words):  # inspect says no more than is so
+        describe(folder)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])

@@ -18,9 +18,7 @@ from torch import nn
 from controlkit.backbones.noise import Prediction
 from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.rules import (
-    check_channels,
     check_folder,
-    check_settings,
     check_signs,
     check_text,
     ddim_config,
@@ -157,7 +155,7 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     check_text(folder, [tower.encoder for tower in towers], unet.config)
-    _check_parts(folder, vae, unet)
+    latent_space(vae.config)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
 
 
@@ -180,14 +178,6 @@ def _plain_texts(folder: Path) -> Iterator[Path]:
         yield Path(root)
 
 
-def _check_parts(origin: Path, vae: Any, unet: Any) -> None:
-    """Raise ``Unsupported`` for a base that ControlKit cannot run."""
-    check_channels(origin, unet.config.in_channels, vae.config.latent_channels, unet.config.out_channels)
-    check_settings(origin, "unet", unet.config)
-    check_settings(origin, "vae", vae.config)
-    latent_space(vae.config)
-
-
 def _assembled(
     name: str, vae: Any, towers: list[TextTower], unet: Any, scheduler: Any, zeros_for_none: bool, dtype: torch.dtype
 ) -> UNetBase:
@@ -200,7 +190,6 @@ def _assembled(
 
 _UNET = "model.diffusion_model."
 _WIDTH = f"{_UNET}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weight"
-_ENTRY = f"{_UNET}input_blocks.0.0.weight"
 _LAST_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09  # of that bias: above it the SD 2 checkpoint predicts v (ComfyUI's sign, supported_models.py)
 
@@ -208,8 +197,6 @@ _V_SPREAD = 0.09  # of that bias: above it the SD 2 checkpoint predicts v (Comfy
 def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | None) -> UNetBase:
     header = open_tensors(path)
     family = _family_of(header)
-    if _ENTRY in header.shapes:
-        check_channels(path, header.shapes[_ENTRY][1], 4)
     check_signs(path, header.shapes, bool(family.pooled_width))
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
@@ -238,7 +225,6 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
     if wide:
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
-    _check_parts(path, pipe.vae, pipe.unet)
     return _assembled(path.stem, pipe.vae, towers, pipe.unet, pipe.scheduler, wide, dtype)
 
 
