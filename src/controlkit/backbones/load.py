@@ -17,22 +17,9 @@ from torch import nn
 
 from controlkit.backbones.noise import Prediction
 from controlkit.backbones.protocol import Backbone
-from controlkit.backbones.rules import (
-    check_folder,
-    check_signs,
-    check_text,
-    ddim_config,
-    latent_space,
-    read_config,
-)
+from controlkit.backbones.rules import check_folder, check_signs, check_text, ddim_config, latent_space, read_config
 from controlkit.backbones.unet import TextTower, UNetBase
-from controlkit.backbones.unet_families import (
-    FAMILIES,
-    Family,
-    clip_tokenizer,
-    family_of_width,
-    pipeline_configs,
-)
+from controlkit.backbones.unet_families import FAMILIES, Family, clip_tokenizer, family_of_width, pipeline_configs
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.files import read_text, write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
