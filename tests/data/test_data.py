@@ -365,7 +365,7 @@ def test_scenes_are_written_with_all_that_is_known_of_them(tmp_path):
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     truths = {f"truth/{i}.{end}" for i in range(3) for end in ("npz", "json")}
     pictures = {f"{kind}/{i}.png" for kind in kinds for i in range(3)}
-    assert files == {"prompt.json", "metadata.jsonl", "drawn.json"} | truths | pictures
+    assert files == {"prompt.json", "metadata.jsonl", "drawn.json", OUTPUT} | truths | pictures
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     for i, (pair, row) in enumerate(zip(FolderPairs(tmp_path, 32), rows, strict=True)):
         scene = draw_scene(32, 7, i)

@@ -456,6 +456,13 @@ def test_folders_of_the_same_names_are_a_question_until_it_is_answered(name, tmp
     assert len(every) == sum(not path.endswith("heic") for path in QUESTIONS[name]) and not every.hints
 
 
+def test_an_odd_name_that_two_folders_of_many_pictures_share_is_no_question(tmp_path):
+    folder = laid(tmp_path / "set", *(f"animals/{i}.png" for i in range(20)), "cats/cat.png", "cats/cartoon/cat.png")
+    assert not read_listing(folder).problems and len(read_listing(folder).rows) == 22
+    laid(folder, *(f"{part}/{name}.png" for part in ("cats", "cats/cartoon") for name in ("kitten", "lion")))
+    assert [problem.kind for problem in read_listing(folder).problems] == ["unclear folders"]
+
+
 def test_which_folder_holds_the_hints_can_be_said(tmp_path):
     folder = laid(tmp_path / "set", *named_alike("A", "B", "B_2", "deep/C", "deep/D"))
     for pictures, hints, count in (("A", "B", 2), ("B", "A", 1), ("deep/C", "deep/D", 1)):

@@ -7,6 +7,7 @@ import errno
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -53,7 +54,9 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 
-def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+def _note(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """Show a warning of this package as a note; Python's own way shows the others."""
     if category is UserWarning and Path(__file__).parents[1] in Path(filename).parents:
         warn(str(message))

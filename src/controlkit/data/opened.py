@@ -31,7 +31,7 @@ class Opened:
     def sound(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Picture and hints; ``Invalid`` for the first fatal problem."""
         if fatal := next((problem for problem in self.problems if problem.fatal), None):
-            raise Invalid(f"{fatal}. `controlkit data doctor` lists all such files.")
+            raise Invalid(f"{fatal.where} {fatal.words}. `controlkit data doctor` lists all such files.")
         assert self.picture is not None
         return self.picture, [hint for hint in self.hints if hint is not None]
 
@@ -92,7 +92,7 @@ def _decoded(
             decode = decode_hint if is_hint else decode_picture
             return _noted(held, data, decode(data, held.name, ground), ground, problems)
     except UserError as error:
-        words = str(error).removeprefix(f"{held.name} ")
+        words = str(error).removeprefix(f"{held.name} ").removesuffix(".")
     problems.append(Problem(kind, held.name, words))
     return None
 
@@ -115,11 +115,10 @@ def _noted(held: Held, data: bytes, picture: np.ndarray, ground: Ground, problem
         return picture
     with Image.open(io.BytesIO(data)) as opened:  # the header alone
         mode = "I;16" if opened.mode.startswith("I;16") else opened.mode
-        if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
-            words = (
-                f"is transparent in places: laid on {ground}" if ground else "is transparent in places: masked there"
-            )
-            problems.append(Problem("transparency", held.name, words, fatal=False))
+        clear = opened.has_transparency_data and mode != "I;16"  # of which no transparency is read
+        if clear and opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            words = f"laid on {ground}" if ground else "masked there"
+            problems.append(Problem("transparency", held.name, f"is transparent in places: {words}", fatal=False))
     read_as = {
         "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
         "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),

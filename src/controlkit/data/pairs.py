@@ -105,8 +105,8 @@ def _own_hint(pair: Pair, contract: HintSpec) -> np.ndarray:
 
 def inverted(rows: Sequence[Row], contract: HintSpec) -> str:
     """Why the hints of these rows are inverted lines, in words, by the mean grey of a few; "" where they are not."""
-    few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 16)).astype(int)) if rows and rows[0].hints else []
-    hints = [open_row(rows[place], grounds_of(contract)).sound()[1] for place in few]
+    few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 16)).astype(int)) if rows else np.empty(0, int)
+    hints = [open_row(rows[place], grounds_of(contract)).sound()[1] for place in few if rows[place].hints]
     for place, rule in enumerate(rules_of(contract, len(hints[0])) if hints else []):
         greys = [rule.picture(row[place]).mean() / 255 for row in hints if not rule.fault(row[place])]
         if kind_or_bare(rule.annotator).lines and greys and (mean := float(np.mean(greys))) > 0.5:

@@ -1,5 +1,6 @@
 """Folders of pictures, by themselves or beside folders of hints; captions beside pictures, or in their names."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,30 +135,35 @@ def namesakes(pictures: Iterable[Path]) -> str:
     """Why these files may be pictures and their hints, in words; "" where their names do not say so.
 
     Names are compared without case, suffix, zeros before numbers and words for hints. Two folders match where at least
-    half of the names in one are in the other; files of one folder, where a word for hints tells two of them apart, or
-    at least half of the names come twice.
+    half of the names in one are in the other, and these are no odd ones among many pictures: three, all two, or a tenth
+    of all pictures. Files of one folder match where a word for hints tells two of them apart, or at least half of the
+    names come twice.
     """
     known = _hint_words()
-    folders: dict[Path, Counter[str]] = defaultdict(Counter)
-    having: dict[str, list[Path]] = defaultdict(list)
-    bare: dict[tuple[Path, str, bool], Path] = {}
-    for path in sorted(pictures):
-        words = [word.lstrip("0") or "0" for word in _words(path.stem)]
+    folders: dict[str, Counter[str]] = defaultdict(Counter)
+    having: dict[str, list[str]] = defaultdict(list)
+    bare: dict[tuple[str, str, bool], str] = {}
+    for path in sorted(map(str, pictures)):
+        folder, file = os.path.split(path)
+        stem = file.rpartition(".")[0] or file
+        words = [word.lstrip("0") or "0" for word in _words(stem)]
         said = [word for word in words if word.removesuffix("s") not in known]
-        name = " ".join(said or words) or path.stem
-        bare[path.parent, name, words == said] = path
-        if other := bare.get((path.parent, name, words != said)):
-            return f"{path.parent} has {path.name} beside {other.name}"
-        if not folders[path.parent][name]:
-            having[name].append(path.parent)
-        folders[path.parent][name] += 1
+        name = " ".join(said or words) or stem
+        bare[folder, name, words == said] = file
+        if other := bare.get((folder, name, words != said)):
+            return f"{folder} has {file} beside {other}"
+        if name not in folders[folder]:
+            having[name].append(folder)
+        folders[folder][name] += not file.lower().endswith(OTHER_PICTURES)  # beside a picture it is that picture's own
+    total = sum(map(len, folders.values()))
     for folder, counts in folders.items():
-        if 2 * (counts.total() - len(counts)) >= len(counts):
-            name = counts.most_common(1)[0][0]
-            return f'{folder} has {counts.total()} pictures of {len(counts)} names, such as several of "{name}"'
+        twice = [name for name, count in counts.items() if count > 1]
+        if 2 * len(twice) >= len(counts) and (len(twice) > 2 or 10 * len(twice) >= total):
+            return f'{folder} has several pictures of {len(twice)} names, such as "{twice[0]}"'
         shared = Counter(other for name in counts for other in having[name] if other != folder)
         for other, common in shared.most_common(1):
-            if 2 * common >= len(counts):
+            enough = common > 2 or common == 2 == len(folders[other]) or 10 * common >= total
+            if 2 * common >= len(counts) and enough:
                 return f"{folder} and {other} have {common} pictures of the same names"
     return ""
 
