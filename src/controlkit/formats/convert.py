@@ -29,14 +29,7 @@ from controlkit.formats.control import (
 from controlkit.formats.metadata import json_object, metadata_entry
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
 from controlkit.formats.shapes import expected_shapes
-from controlkit.formats.weights import (
-    Weights,
-    as_json,
-    encoder_tensors,
-    labelled,
-    low_rank,
-    product,
-)
+from controlkit.formats.weights import Weights, as_json, encoder_tensors, labelled, low_rank, product
 from controlkit.hub import shipped_names
 from controlkit.images import HintSpec
 

@@ -19,11 +19,7 @@ from controlkit.errors import Invalid, Mismatch, Unsupported, UserError
 from controlkit.files import parse_yaml, read_text
 from controlkit.formats.configs import family_of_config
 from controlkit.formats.describe import Description, describe_tensors
-from controlkit.formats.metadata import (
-    metadata_object,
-    stored_config,
-    weights_file,
-)
+from controlkit.formats.metadata import metadata_object, stored_config, weights_file
 from controlkit.seeds import torch_rng
 from controlkit.tensors import TensorFile, open_tensors
 
@@ -80,9 +76,7 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
     if stored.get("global_pool_conditions"):
         return True
     beside = header.path.with_suffix(".yaml")
-    if not beside.is_file():
-        return False
-    if beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
+    if not beside.is_file() or beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
         return False
     try:
         content = parse_yaml(read_text(beside), beside.name)
@@ -132,7 +126,7 @@ _MORE, _PASSES = 16, 3
 def low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(up, down) of at most this rank whose ``product`` is nearest to a weight's difference (out, in, ...).
 
-    By a randomised decomposition (Halko et al., 2011), for some hundredths of the cost of a whole one; of zeros, zeros
+    By a randomised decomposition (Halko et al., 2011), five times as quick as a whole one at rank 64; of zeros, zeros
     of rank 1. The two share the scale evenly, so that both survive half precision.
     """
     matrix = difference.float().flatten(1)
