@@ -19,6 +19,7 @@ from controlkit.measure import (
     ceiling_of,
     evaluate,
     evaluate_base,
+    judge,
     three_ways,
 )
 from controlkit.sample import ControlRequest, Picture, Request, maker
@@ -192,6 +193,26 @@ def test_a_control_that_draws_the_truth_is_not_said_to_lose_quality_by_a_referee
     assert report["quality_kept"] and report["clip_score_truth"]["mean"] == pytest.approx(0.12)
 
 
+def test_control_is_found_by_a_second_measurement_with_the_seeds_that_follow():
+    plan, seeds = plan_of(8), []
+    by_hint = {hint.tobytes(): pair.picture for hint, pair in zip(plan.hints, plan.pairs, strict=True)}
+    obeyed = set()
+
+    def pixels(request):
+        seeds.append(request.seed)
+        own = request.controls and request.seed in obeyed
+        return by_hint[request.controls[0].images[""].tobytes()] if own else noise(request)
+
+    for more, finding, last in (((), "not found", 7), (range(8), "not found", 15), (range(16), "found", 15)):
+        obeyed |= {*more}
+        seeds.clear()
+        report = evaluate(made_by(pixels), plan, list)
+        verdict = judge(made_by(pixels), plan, report, list)
+        assert (verdict.finding, max(seeds)) == (finding, last)
+        assert (report["finding"], report["verdict"]) == (finding, str(verdict))
+        assert ("obedience_again" in report) is (last == 15) and json.loads(json.dumps(report)) == report
+
+
 # --- worlds -------------------------------------------------------------------------------------------------
 
 
@@ -220,5 +241,6 @@ def test_the_command_shows_no_rows_of_what_is_absent(run, toy_base, toy_folder, 
     report = json.loads(out.read_text())
     assert figures_in(report) == FIGURES and "obedience" in shown
     assert "clip_score" not in shown and "fid" not in shown.replace("fidelity", "")
-    assert "not measured" in shown + err and "quality fell" not in shown + err
+    assert "not measured" in shown and "quality fell" not in shown + err
+    assert shown.rstrip().splitlines()[-1] == report["verdict"] and "measuring" not in shown
     assert report["settings"]["hint_cfg_scale"] == 1.0 and report["settings"]["base"] == "toy"

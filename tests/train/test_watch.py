@@ -3,9 +3,15 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from safetensors.numpy import save_file
 
 from controlkit.errors import UserError
 from controlkit.images import write_png
@@ -29,14 +35,14 @@ def run(tmp_path):
 
 def test_a_run_is_read_as_far_as_it_is_written(run):
     seen = read_run(run)
-    assert (seen.step, seen.steps, seen.ended) == (40, 100, False) and seen.pace == pytest.approx(0.55)
+    assert (seen.step, seen.ended, seen.stopped) == (40, False, False) and seen.pace == pytest.approx(0.55)
     assert seen.series("relative_loss") == {
-        "canny": [(20, pytest.approx(0.85)), (40, pytest.approx(0.85))],
-        "a<b": [(20, 1), (40, 1)],
+        "canny": [(20, pytest.approx(0.85), 0.7, 1), (40, pytest.approx(0.85), 0.7, 1)],
+        "a<b": [(20, 1, 1, 1), (40, 1, 1, 1)],
     }
     assert seen.obedience() == [(20, 0.1, 0.0, pytest.approx(0.2)), (40, 0.5, 0.4, 0.6)]
-    assert seen.loss()[0] == (1, 0.99) and seen.loss()[-1] == (40, pytest.approx(0.6))
-    assert seen.sheet.name == "step-0000040.png"
+    assert seen.loss()[0][:2] == (1, 0.99) and seen.loss()[-1][:2] == (40, pytest.approx(0.6))
+    assert [sheet.name for sheet in seen.sheets] == ["step-0000040.png"]
 
 
 def test_its_lines_say_where_it_stands(run):
@@ -50,7 +56,7 @@ def test_its_lines_say_where_it_stands(run):
     os.utime(run / "control", (0, 0))
     assert not read_run(run).ended, "the result is of an earlier end"
     (run / "log.jsonl").unlink()
-    assert lines(read_run(run)) == [f"{run}: no step yet"]
+    assert lines(read_run(run)) == [f"{run}: step 0 of 100, no step yet"]
     assert "<h1>" in page(read_run(run))
 
 
@@ -69,11 +75,135 @@ def test_colours_and_residuals_are_shown_where_they_are_in_the_log(run):
         lines_of[at] = json.dumps(json.loads(lines_of[at]) | more)
     (run / "log.jsonl").write_text("\n".join(lines_of))
     seen = read_run(run)
-    assert seen.series("residuals") == {"skip_0": [(20, 0.5), (40, 0.5)], "middle": [(20, 0.1), (40, 0.2)]}
+    shown = {name: [row[:2] for row in rows] for name, rows in seen.series("residuals").items()}
+    assert shown == {"skip_0": [(20, 0.5), (40, 0.5)], "middle": [(20, 0.1), (40, 0.2)]}
     drift, residuals = lines(seen)[-3:-1]
     assert drift.startswith("colour drift  -0.200  █▁") and "saturation" in drift
     assert residuals.startswith("residuals      0.500  █▁")
     assert page(seen).count("<svg") == 8 and "Colour drift" in page(seen) and "Residuals by tap" in page(seen)
+
+
+def measured(run, **more):
+    """Add to the evaluations of the run's log."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[:-1]]
+    for record in records:
+        if "obedience" in record:
+            record |= more
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_run(run)
+
+
+def axis(text, title):
+    """The numbers at the axis of the first chart whose title begins so."""
+    chart = text[text.index(f'aria-label="{title}') :].partition("</svg>")[0]
+    return [float(word) for word in re.findall(r'<text x="0" y="[-\d.]+">([-\d.e]+)</text>', chart)]
+
+
+def test_a_measure_with_a_scale_has_the_same_axis_in_every_run(run):
+    for mean, low, high in ((0.02, -0.01, 0.05), (0.9, 0.8, 0.95)):
+        more = {"obedience": mean, "obedience_interval": [low, high], "fidelity": mean, "floor": 0.1, "ceiling": 0.95}
+        more |= {"quality": {"clip_score": 0.7, "clip_score_no_control": 0.71, "clip_score_truth": 0.69}}
+        more |= {"residuals": {"middle": mean}, "colour_drift": {"red": mean / 50}}
+        seen = measured(run, **more)
+        text = page(seen)
+        for title, wanted in (
+            ("obedience", [0, 1]),
+            ("fidelity", [0, 1]),
+            ("under control", [0, 1]),
+            ("of the true pictures", [0, 1]),
+            ("middle", [0, 1]),
+            ("red", [-0.1, 0, 0.1]),
+        ):
+            assert axis(text, title) == wanted, title
+        bar = next(line for line in lines(seen) if line.startswith("obedience"))
+        assert ("▁" if mean < 0.1 else "▇") in bar
+    far = page(measured(run, obedience=-0.6, obedience_interval=[-0.7, -0.5], fidelity=25.0, ceiling=40.0))
+    assert axis(far, "obedience") == [0, 1, -0.7] and axis(far, "fidelity") == [40, 0.1][::-1]
+
+
+def test_quality_and_one_s_own_hints_are_shown(run):
+    for step in (20, 40):
+        write_png(run / "samples" / f"own-step-{step:07d}.png", np.full((4, 4, 3), step, np.uint8))
+    seen = measured(run, quality={"clip_score": 0.7, "clip_score_no_control": 0.71, "clip_score_truth": 0.69})
+    assert [sheet.name for sheet in seen.sheets] == ["step-0000040.png", "own-step-0000040.png"]
+    assert "CLIP-score     0.700  ▆▆  0.710 without control, 0.690 of the true pictures" in lines(seen)
+    text = page(seen)
+    assert text.count("data:image/png") == 2 and "Your own hints: the hint, and four seeds; step 40" in text
+
+
+def test_a_page_shows_the_settings_that_tell_the_run_from_others(run):
+    (run / "recipe.yaml").write_text("steps: 100\nlr: 0.5\nseed: 0\ndata: {source: '<mine>'}\nema: 0.9\n")
+    text = page(read_run(run))
+    rows = re.findall(r"<td>([^<]*)</td><td>([^<]*)</td>", text)
+    assert dict(rows) == {"steps": "100", "lr": "0.5", "data.source": "&lt;mine&gt;", "ema": "0.9"}
+
+
+@pytest.mark.parametrize(("quiet", "holds", "stopped"), [(30, False, False), (90, False, True), (90, True, False)])
+def test_a_run_that_no_process_writes_any_more_is_called_stopped(run, quiet, holds, stopped):
+    at = time.time() - quiet
+    for file in (run, *run.rglob("*")):
+        os.utime(file, (at, at))
+    with FileLock(run / ".lock") if holds else nullcontext():
+        seen = read_run(run)
+        assert seen.stopped is stopped
+        assert ("no process has trained in it for 2 min; run it again" in lines(seen)[0]) is stopped
+        assert ('http-equiv="refresh" content="5"' in page(seen, 5)) is not stopped
+
+
+def test_looking_leaves_the_lock_free_and_makes_none(run):
+    os.utime(run / "log.jsonl", (0, 0))
+    assert not (run / ".lock").exists() and read_run(run).stopped is not None
+    assert not (run / ".lock").exists()
+    (run / ".lock").touch()
+    assert read_run(run).stopped is not None
+    with FileLock(run / ".lock", timeout=0):
+        pass
+
+
+def test_the_reason_for_the_end_is_shown_and_that_of_an_earlier_end_is_not(run):
+    ending = {"step": 40, "reason": "budget", "words": ["Control found: <so>.", "It ended by its budget."]}
+    (run / "ending.json").write_text(json.dumps(ending))
+    seen = read_run(run)
+    assert seen.ended and lines(seen)[0].endswith("ended (budget)") and lines(seen)[-2:] == ending["words"]
+    assert "<p>Control found: &lt;so&gt;.</p>" in page(seen, 5) and "refresh" not in page(seen, 5)
+    (run / "ending.json").write_text(json.dumps(ending | {"reason": "interruption"}))
+    assert not read_run(run).ended and read_run(run).stopped
+    (run / "ending.json").write_text(json.dumps(ending | {"step": 20}))
+    assert not read_run(run).ended and "news at 40" in lines(read_run(run))
+
+
+def test_the_time_left_heeds_the_minutes_a_run_may_take(run):
+    (run / "recipe.yaml").write_text("steps: 100000\nmax_minutes: 10\n")
+    (run / "machine.json").write_text("{}")
+    now = (run / "log.jsonl").stat().st_mtime
+    os.utime(run / "machine.json", (now - 240, now - 240))
+    assert "6 min left" in lines(read_run(run))[0], "four have passed since the run began"
+    save_file({"x": np.zeros(1)}, checkpoint := run / "state.safetensors", {"seconds": "480.0"})
+    (run / "checkpoints" / "step-0000040").mkdir(parents=True)
+    checkpoint = checkpoint.rename(run / "checkpoints" / "step-0000040" / "state.safetensors")
+    os.utime(checkpoint, (now - 60, now - 60))
+    assert "1 min left" in lines(read_run(run))[0], "eight by the checkpoint's clock, and one since"
+
+
+def test_a_log_with_numbers_that_are_not_finite_is_drawn_without_them(run):
+    seen = measured(run, relative_loss={"canny": [float("inf")]}, residuals={"middle": float("nan")})
+    assert seen.series("relative_loss") == seen.series("residuals") == {}
+    assert "nan" not in page(seen) and "inf" not in page(seen)
+
+
+def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, tmp_path):
+    command = [sys.executable, "-m", "controlkit", "watch", str(run), "--every", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as looking:
+        first = [looking.stdout.readline() for _ in range(5)]
+        text = (run / "log.jsonl").read_text().splitlines()[:-1]
+        more = {"step": 41, "loss": 0.5, "seconds": 0.5}
+        (run / "log.jsonl").write_text("\n".join([*text, json.dumps(more)]) + "\n")
+        then = [looking.stdout.readline() for _ in range(2)]
+        (run / "ending.json").write_text(json.dumps({"step": 41, "reason": "steps", "words": ["That was it."]}))
+        rest, _ = looking.communicate()
+    assert first[0].endswith("1 min left\n") and first[-1].startswith("obedience")
+    assert "news at 40\n" in then[0] and "step 41 of 100" in then[1]
+    assert rest.endswith("That was it.\n") and "ended (steps)" in rest
 
 
 def test_bars_reach_from_the_least_to_the_greatest():

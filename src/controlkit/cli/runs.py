@@ -20,6 +20,7 @@ from controlkit.cli.shared import (
     on_cuda,
     progress_bars,
     say,
+    say_beside,
     split_lora,
     warn,
 )
@@ -76,7 +77,7 @@ def train(
             if not ranks.first:  # rich prints beside bars that are not shown, too
                 return
             if not total:  # no work, but a sentence
-                progress.print(name, highlight=False)
+                say_beside(progress, name)
                 return
             progress.reset(side, total=total, description=name, visible=True)
 
@@ -94,7 +95,7 @@ def train(
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
             verdict = record.verdict or verdict
             for line in _describe_record(record):
-                progress.print(f"step {record.step}: {line}", highlight=False)
+                say_beside(progress, f"step {record.step}: {line}")
     if ranks.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
         verdict = f"{verdict}. " if verdict else ""
@@ -157,13 +158,15 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:
-    """Look at a run while it goes on: its loss, the loss relative to no control, obedience and verdict.
+    """Look at a run while it goes on: its loss, the loss relative to no control, obedience, quality and verdict.
 
-    Reads the run's folder alone, so it does not matter where the run goes on. Ends with the run.
+    Reads the run's folder alone, so it does not matter where the run goes on. Ends when the run has ended, or no
+    process trains in it any more. Without a terminal, each line that changes is printed.
     """
     import time
+    from contextlib import nullcontext
 
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
@@ -171,17 +174,24 @@ def watch(
     from controlkit.images import read_picture
     from controlkit.train.watch import blocks, lines, page, read_run
 
-    seen = read_run(run)
-    with Live(refresh_per_second=4) as live:
+    seen, told, console = read_run(run), list[str](), Console()
+    with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
         while True:
-            shown, window = lines(seen), live.console.size
-            parts = [Text("\n".join(shown))]
-            if pictures and seen.sheet and live.console.is_terminal:
-                parts.append(blocks(read_picture(seen.sheet), window.width, max(window.height - len(shown) - 1, 1)))
-            live.update(Group(*parts))
+            shown = lines(seen)
+            if live:
+                parts = [Text("\n".join(shown))]
+                room = max(console.height - len(shown) - 1, 1)
+                if pictures and seen.sheets:
+                    parts.append(blocks(read_picture(seen.sheets[0]), console.width, room))
+                live.update(Group(*parts))
+            else:
+                for line in shown:
+                    if line not in told:
+                        say(line)
+                told = shown
             if html:
-                write_atomic(html, page(seen).encode())
-            if once or seen.ended:
+                write_atomic(html, page(seen, every).encode())
+            if once or seen.ended or seen.stopped:
                 break
             time.sleep(every)
             seen = read_run(run)
@@ -216,10 +226,12 @@ def evaluate(
     """Measure whether a control is obeyed: fidelity, floors, ceiling, obedience; and CLIP-score and FID beside it.
 
     Held-out pairs, seeds 0..N-1; 95% intervals by a paired bootstrap. Obedience 0 is no control, 1 is all the VAE
-    lets through. CLIP-score and FID are measured on `mini` and bases tuned from it alone: the referee knows no others.
+    lets through. Ends with a verdict in words; control that is found is measured once more, with other seeds.
+    CLIP-score and FID are measured on `mini` and bases tuned from it alone, as the referee knows no others, and where
+    it tells the true pictures' captions apart.
     """
     from controlkit.files import write_atomic
-    from controlkit.measure import EvaluationPlan, evaluate_base, heldout_for, metric_of
+    from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
     from controlkit.sample import ControlRequest, maker
 
     if json_file and json_file.is_dir():
@@ -237,16 +249,19 @@ def evaluate(
         ControlRequest(name=control, scale=scale, hint_cfg_scale=counted), saved.hint, pairs, steps, guidance
     )
     with progress_bars() as progress:
-        task = progress.add_task("measuring", total=3 * len(pairs) * steps, figures="")
-        make = maker(model, {control: saved}, on_step=lambda n: progress.advance(task, n))
+        work = 3 * len(pairs) * steps
+        task = progress.add_task("measuring", total=work, figures="")
+        make = maker(model, {control: saved}, on_step=lambda n: progress.update(task, advance=n, visible=True))
         report = evaluate_base(model, make, plan, real)
+        task = progress.add_task("with other seeds", total=work, figures="", visible=False)
+        judge(make, plan, report, ceiling_of(model))
     if json_file:
         write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
     _show(report, f"{control} on {base}")
 
 
 def _show(report: Mapping[str, Any], title: str) -> None:
-    """Print a report: a table of its figures, and notes and warnings below it."""
+    """Print a report: a table of its figures; notes and the verdict below it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -265,7 +280,6 @@ def _show(report: Mapping[str, Any], title: str) -> None:
         say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {accuracy}.")
     for note in report.get("notes", []):
         say(note)
-    if not report["is_meaningful"]:
-        warn("floor and ceiling are too close, or the ceiling too low, for this obedience to mean much")
     if not report.get("quality_kept", True):
-        warn("quality fell: CLIP-score under 95%, or FID over 110%, of the same base without control")
+        warn("CLIP-score is under 95% of the lesser of no control and the truth, or FID over 110% of no control")
+    say(report["verdict"])

@@ -1,6 +1,7 @@
 """Shared by several commands: options of one meaning, loading, progress, messages."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,11 +70,13 @@ class KindsCommand(TyperCommand):
 
 @contextmanager
 def progress_bars(disable: bool = False) -> Iterator["Progress"]:
-    """Bars of long work; a task's `figures` stand at its end."""
+    """Bars of long work, on stderr; a task's `figures` stand at its end."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=disable) as progress:
+    columns = (*columns, TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, disable=disable) as progress:
         yield progress
 
 
@@ -130,6 +133,14 @@ def check_folder(out: Path) -> None:
 def say(text: str) -> None:
     """A line of result, to stdout."""
     typer.echo(text)
+
+
+def say_beside(progress: "Progress", text: str) -> None:
+    """``say`` while bars are shown: above them where they are in the same terminal."""
+    if progress.console.is_terminal and sys.stdout.isatty():
+        progress.print(text, highlight=False, markup=False)
+    else:
+        say(text)
 
 
 def warn(text: str) -> None:

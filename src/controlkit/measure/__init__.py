@@ -9,6 +9,7 @@ from controlkit.measure.evaluate import (
     ceiling_of,
     evaluate,
     evaluate_base,
+    judge,
     three_ways,
 )
 from controlkit.measure.fidelity import Finder, fidelity, unmeasurable
@@ -55,6 +56,7 @@ __all__ = [
     "fidelity",
     "first_kind",
     "heldout_for",
+    "judge",
     "mean_figure",
     "meaningless",
     "metric_of",

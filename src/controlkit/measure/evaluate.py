@@ -6,7 +6,7 @@ hint is in ``request.controls[0].images``; without control there is none.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,9 @@ from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
 from controlkit.measure.metrics import first_kind, metric_of
-from controlkit.measure.obedience import mean_figure, obedience
+from controlkit.measure.obedience import Obedience, mean_figure, obedience, obedience_in
 from controlkit.measure.quality import Quality, quality_kept, unjudgeable
+from controlkit.measure.verdict import Verdict, verdict_on
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
 from controlkit.sample import ControlRequest, Maker, Request
@@ -168,6 +169,22 @@ def _judged(
     found = {name: asdict(figure) for name, figure in controlled.items()}
     found |= {f"{name}_no_control": asdict(figure) for name, figure in plain.items()}
     return found | {"clip_score_truth": asdict(true), "quality_kept": quality_kept(controlled, plain, true)}
+
+
+def judge(make: Maker, plan: EvaluationPlan, report: dict[str, Any], reconstruct: Reconstruct) -> Verdict:
+    """The verdict on a control that ``evaluate`` reported on by this plan; written into the report, too.
+
+    Where that finds control, the control is measured once more, with the N seeds that follow: ``obedience_again``.
+    """
+
+    def again() -> Obedience:
+        second = evaluate(make, replace(plan, first_seed=plan.first_seed + len(plan.pairs)), reconstruct)
+        report["obedience_again"] = second["obedience"]
+        return obedience_in(second)
+
+    verdict = verdict_on(obedience_in(report), report.get("quality_kept"), again)
+    report |= {"finding": verdict.finding, "verdict": str(verdict)}
+    return verdict
 
 
 def evaluate_base(

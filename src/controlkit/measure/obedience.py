@@ -8,7 +8,9 @@ A measure of this project (docs/decisions.md). Intervals are 95%, by the percent
 1993, Chapter 13) over the pictures; paired: each draw takes the same pictures under every condition.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,12 @@ class Obedience:
     def is_meaningful(self) -> bool:
         """Whether floor and ceiling lie far enough apart, and the ceiling high enough, for obedience to mean much."""
         return METRICS[self.metric].is_meaningful(self.floor.mean, self.ceiling.mean)
+
+
+def obedience_in(report: Mapping[str, Any]) -> Obedience:
+    """The obedience in a report of ``evaluate``, with the figures it is computed from."""
+    figures = {field.name: report[field.name] for field in fields(Obedience) if field.name != "metric"}
+    return Obedience(**{name: Figure(**ends) for name, ends in figures.items()}, metric=report["metric"])
 
 
 def _resampled(count: int) -> np.ndarray:

@@ -19,12 +19,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line over steps, drawn as SVG. ``points`` are (step, value); ``band`` is (step, low, high) around the line."""
+    """A line over steps, drawn as SVG. ``points`` are (step, value); ``band`` is (step, low, high) around the line.
+
+    ``scale``: the ends that the axis has at least, of a measure whose values mean something by themselves. ``marks``:
+    values to draw a line across at, with a word each.
+    """
 
     title: str
     points: Points
     band: Sequence[tuple[float, float, float]] = ()
     wide: bool = False
+    scale: tuple[float, ...] = ()
+    marks: Sequence[tuple[float, str]] = ()
 
     @property
     def box(self) -> tuple[int, int, int, int, int]:
@@ -43,9 +49,18 @@ class Chart:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The least and the greatest value of line and band, never equal."""
-        values = [y for _, y in self.points] + [y for _, *ends in self.band for y in ends]
+        """The least and the greatest value of line, band, scale and marks, never equal."""
+        values = [*self.scale, *(y for y, _ in self.marks), *(y for _, y in self.points)]
+        values += [y for _, *ends in self.band for y in ends]
         return min(values), max(max(values), min(values) + 1e-3)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Values to write at the axis: the scale's, and the limits where they lie clearly beyond it."""
+        low, high = self.limits
+        near = 0.12 * (high - low)
+        beyond = [end for end in (low, high) if all(abs(end - value) > near for value in self.scale)]
+        return [*self.scale, *beyond]
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where step ``x`` and value ``y`` lie in the SVG."""
@@ -95,6 +110,9 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
-def render(title: str, heading: str, body: Sequence[str | Table | Section]) -> str:
-    """A whole HTML page: ``heading``, then paragraphs (strings), tables and sections in the order given."""
-    return _template().render(title=title, heading=heading, body=body)
+def render(title: str, heading: str, body: Sequence[str | Table | Section], refresh: float | None = None) -> str:
+    """A whole HTML page: ``heading``, then paragraphs (strings), tables and sections in the order given.
+
+    ``refresh``: seconds after which a browser loads the page again; None for a page that does not change.
+    """
+    return _template().render(title=title, heading=heading, body=body, refresh=refresh)

@@ -5,35 +5,49 @@ Everything is read from the run's folder. The run is not touched.
 
 import base64
 import json
+import math
+import os
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import yaml
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
+from safetensors import safe_open
 
-from controlkit.errors import NotFound
-from controlkit.pages import Chart, Figure, Section, render
+from controlkit.errors import Invalid, NotFound
+from controlkit.files import parse_json, parse_yaml, read_text
+from controlkit.measure import FOUND
+from controlkit.pages import Chart, Figure, Section, Table, render
+from controlkit.train.recipe import Recipe
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
-Points = list[tuple[float, float]]
+QUIET = 60
+"""Seconds without a word, at least, after which a run that no process holds counts as stopped."""
+Row = tuple[float, float, float, float]
+"""A step, a value, and the ends of a range about it."""
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run as its folder shows it: the log's records, the recipe's number of steps, the newest sheet of samples."""
+    """A run as its folder shows it: the log's records, the recipe's settings, the newest sheets of samples.
+
+    ``ending``: what the run wrote of its end, if that was at the last step.
+    """
 
     folder: Path
     records: list[dict[str, Any]]
-    steps: int
-    sheet: Path | None
+    recipe: Mapping[str, Any]
+    sheets: Sequence[Path]
+    ending: Mapping[str, Any]
 
     @property
     def step(self) -> int:
@@ -43,43 +57,116 @@ class RunLog:
     @property
     def ended(self) -> bool:
         """Whether the control of the last step is written. A run that was made longer has an older control."""
+        if self.ending:
+            return bool(self.ending["reason"] != "interruption")
         result, log = self.folder / "control", self.folder / "log.jsonl"
         if not result.is_dir() or not log.is_file():
             return result.is_dir()
-        return self.step >= self.steps or result.stat().st_mtime_ns >= log.stat().st_mtime_ns
+        return self.step >= self.recipe["steps"] or result.stat().st_mtime_ns >= log.stat().st_mtime_ns
 
     @property
     def pace(self) -> float:
         """Seconds a step: the median of the last hundred steps."""
         return statistics.median(record["seconds"] for record in self.records[-100:]) if self.records else 0.0
 
-    def loss(self) -> Points:
-        """(step, loss), averaged over fiftieths of the run, because the loss of one step is mostly noise."""
-        width = max(len(self.records) // 50, 1)
-        parts = [self.records[i : i + width] for i in range(0, len(self.records), width)]
-        return [(part[-1]["step"], statistics.fmean(one["loss"] for one in part)) for part in parts]
+    @cached_property
+    def silence(self) -> float:
+        """Seconds since something of the run was written."""
+        files = [self.folder / name for name in ("log.jsonl", "recipe.yaml", "samples", "checkpoints")]
+        return time.time() - max(file.stat().st_mtime for file in files if file.exists())
 
-    def series(self, key: str) -> dict[str, Points]:
-        """By name: (step, value) of the evaluations' ``key``, of a list of values their mean.
+    @property
+    def stopped(self) -> bool:
+        """Whether no process trains in the folder any more, though the run has not ended."""
+        silent = bool(self.ending) or self.silence > max(QUIET, 20 * self.pace)
+        return not self.ended and silent and not _is_locked(self.folder / ".lock")
 
-        ``key``: ``colour_drift``, ``residuals`` by tap, or ``relative_loss`` by type of hint: the held-out loss divided
-        by the loss without control, in quarters of the schedule.
+    @property
+    def left(self) -> float:
+        """Seconds that are left, by the steps or, if that is sooner, by ``max_minutes``; without evaluations."""
+        steps = (self.recipe["steps"] - self.step) * self.pace
+        limit = self.recipe.get("max_minutes")
+        return min(steps, max(60 * limit - self._spent, 0)) if limit else steps
+
+    @property
+    def _spent(self) -> float:
+        """Seconds that the run's clock shows: those in its last checkpoint, and those since then."""
+        log = (self.folder / "log.jsonl").stat().st_mtime
+        held = sorted((self.folder / "checkpoints").glob("step-*/state.safetensors"))
+        if not held:
+            return log - (self.folder / "machine.json").stat().st_mtime
+        with safe_open(held[-1], framework="np") as file:
+            return float(file.metadata()["seconds"]) + max(log - held[-1].stat().st_mtime, 0)
+
+    def loss(self) -> list[Row]:
+        """The loss, averaged over fiftieths of the run, because the loss of one step is mostly noise."""
+        records = [record for record in self.records if math.isfinite(record["loss"])]
+        width = max(len(records) // 50, 1)
+        parts = [records[i : i + width] for i in range(0, len(records), width)]
+        means = [(part[-1]["step"], statistics.fmean(one["loss"] for one in part)) for part in parts]
+        return [(step, mean, mean, mean) for step, mean in means]
+
+    def obedience(self) -> list[Row]:
+        """Obedience, with the ends of its 95% interval."""
+        return [(r["step"], r["obedience"], *r["obedience_interval"]) for r in self.records if "obedience" in r]
+
+    def fidelity(self) -> list[Row]:
+        """Fidelity in its metric's unit, with floor and ceiling, the less first."""
+        measured = [record for record in self.records if "fidelity" in record]
+        return [(r["step"], r["fidelity"], *sorted((r["floor"], r["ceiling"]))) for r in measured]
+
+    def series(self, key: str) -> dict[str, list[Row]]:
+        """By name: the evaluations' ``key``, of a list of values their mean, the least and the greatest.
+
+        ``key``: ``colour_drift``, ``quality`` (``_QUALITY``), ``residuals`` by tap, or ``relative_loss`` by type of
+        hint: the held-out loss divided by the loss without control, in quarters of the schedule.
         """
-        found: dict[str, Points] = {}
+        found: dict[str, list[Row]] = {}
         for record in self.records:
             for name, value in record.get(key, {}).items():
-                mean = statistics.fmean(value) if isinstance(value, list) else value
-                found.setdefault(name, []).append((record["step"], mean))
-        return found
-
-    def obedience(self) -> list[tuple[float, float, float, float]]:
-        """(step, mean, low, high) of each evaluation: obedience and its 95% interval."""
-        return [(r["step"], r["obedience"], *r["obedience_interval"]) for r in self.records if "obedience" in r]
+                values = value if isinstance(value, list) else [value]
+                if all(map(math.isfinite, values)):
+                    row = (record["step"], statistics.fmean(values), min(values), max(values))
+                    found.setdefault(name, []).append(row)
+        return dict(zip(_QUALITY, found.values(), strict=False)) if key == "quality" else found
 
     @property
     def verdict(self) -> str:
-        """The sentence of the last evaluation about control; empty before the first."""
+        """The words about control at the run's end; before it those of the last evaluation, if any."""
+        if words := self.ending.get("words"):
+            return "\n".join(words)
         return next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), "")
+
+    @property
+    def state(self) -> str:
+        """Where the run stands, in words."""
+        if self.stopped:
+            return f"stopped: no process has trained in it for {self.silence / 60:.0f} min; run it again to go on"
+        if not self.records:
+            return "no step yet"
+        if self.ended:
+            return f"ended ({self.ending['reason']})" if self.ending else "ended"
+        return f"{self.pace:.2f} s a step, {self.left / 60:.0f} min left"
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a process of this machine, or of one that shares its file system, trains in the folder of the lock.
+
+    Asked by a shared lock, which is given back at once. Where locks are of another kind than Unix's: no.
+    """
+    try:
+        import fcntl
+
+        file = os.open(lock, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def read_run(folder: Path) -> RunLog:
@@ -87,51 +174,61 @@ def read_run(folder: Path) -> RunLog:
     recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
     if not recipe.is_file():
         raise NotFound(f"{folder} holds no run: expected the folder given to `controlkit train --out`.")
+    settings = parse_yaml(read_text(recipe), str(recipe))
+    if not isinstance(settings, dict) or not isinstance(settings.get("steps"), int):
+        raise Invalid(f"{recipe} is no recipe that a run wrote: expected its settings, `steps` among them.")
     records = []
     for line in log.read_text().splitlines() if log.is_file() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
             break
-    sheets = sorted((folder / "samples").glob("*.png"))
-    steps = int(yaml.safe_load(recipe.read_text())["steps"])
-    return RunLog(folder, records, steps, sheets[-1] if sheets else None)
+    newest = [sorted((folder / "samples").glob(f"{kind}-*.png"))[-1:] for kind in ("step", "own-step")]
+    end = folder / "ending.json"
+    ending = parse_json(end.read_bytes(), str(end)) if end.is_file() else {}
+    if not records or ending.get("step") != records[-1]["step"]:
+        ending = {}  # of before the run was made longer
+    return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets], ending)
 
 
-def bars(values: Sequence[float]) -> str:
-    """Draw values as a row of at most ``WIDTH`` block characters, from the least value (low) to the greatest (full)."""
+def bars(values: Sequence[float], *scale: float) -> str:
+    """Draw values as a row of at most ``WIDTH`` block characters, from the least value (low) to the greatest (full).
+
+    ``scale``: values that the axis has at least.
+    """
     shown = [values[i * len(values) // WIDTH] for i in range(WIDTH)] if len(values) > WIDTH else values
-    low, high = min(shown), max(shown)
+    low, high = min(*shown, *scale, math.inf), max(*shown, *scale, -math.inf)
     return "".join(BARS[int((value - low) / (high - low or 1) * (len(BARS) - 1) + 0.5)] for value in shown)
 
 
-def _line(name: str, value: float, values: Sequence[float], words: str = "", form: str = "7.3f") -> str:
-    return f"{name:12} {value:{form}}  {bars(values)}" + (f"  {words}" if words else "")
+def _line(name: str, values: Sequence[float], words: str = "", form: str = "7.3f", scale: Sequence[float] = ()) -> str:
+    return f"{name:12} {values[-1]:{form}}  {bars(values, *scale)}" + (f"  {words}" if words else "")
 
 
 def lines(run: RunLog) -> list[str]:
-    """Describe the run in lines of text: step, time left, loss, obedience and the last verdict."""
-    if not run.records:
-        return [f"{run.folder}: no step yet"]
-    left = (run.steps - run.step) * run.pace / 60
-    state = "ended" if run.ended else f"{run.pace:.2f} s a step, {left:.0f} min left"
-    text = [f"{run.folder}: step {run.step} of {run.steps}, {state}"]
-    loss = [y for _, y in run.loss()]
-    text.append(_line("loss", loss[-1], loss, form="7.4f"))
-    for kind, points in run.series("relative_loss").items():
-        values = [y for _, y in points]
-        text.append(_line(kind or "relative", values[-1], values, "of the loss without control"))
-    if measured := run.obedience():
-        _, mean, low, high = measured[-1]
-        text.append(_line("obedience", mean, [one[1] for one in measured], f"[{low:.3f}, {high:.3f}]"))
+    """Describe the run in lines of text: step, time left, loss, obedience, quality and the last verdict."""
+    text = [f"{run.folder}: step {run.step} of {run.recipe['steps']}, {run.state}"]
+    if rows := run.loss():
+        text.append(_line("loss", _values(rows), form="7.4f"))
+    for kind, rows in run.series("relative_loss").items():
+        text.append(_line(kind or "relative", _values(rows), "of the loss without control", scale=(1,)))
+    if rows := run.obedience():
+        text.append(_line("obedience", _values(rows), f"[{rows[-1][2]:.3f}, {rows[-1][3]:.3f}]", scale=(0, 1)))
+    if quality := run.series("quality"):
+        named = [f"{rows[-1][1]:.3f} {name}" for name, rows in quality.items()]
+        text.append(_line("CLIP-score", _values(next(iter(quality.values()))), ", ".join(named[1:]), scale=(0, 1)))
     if drift := run.series("colour_drift"):
-        name, points = max(drift.items(), key=lambda one: abs(one[1][-1][1]))
-        values = [y for _, y in points]
-        text.append(_line("colour drift", values[-1], values, f"{name}, which drifted furthest", "+7.3f"))
+        name, rows = max(drift.items(), key=lambda one: abs(one[1][-1][1]))
+        text.append(_line("colour drift", _values(rows), f"{name}, which drifted furthest", "+7.3f"))
     if residuals := run.series("residuals"):
-        values = [points[-1][1] for points in residuals.values()]
-        text.append(_line("residuals", max(values), values, "of what they are added to, tap by tap"))
-    return [*text, run.verdict] if run.verdict else text
+        values = [rows[-1][1] for rows in residuals.values()]
+        row = f"{'residuals':12} {max(values):7.3f}  {bars(values)}"
+        text.append(f"{row}  of what they are added to at most, tap by tap")
+    return [*text, *run.verdict.splitlines()]
+
+
+def _values(rows: Sequence[Row]) -> list[float]:
+    return [mean for _, mean, *_ in rows]
 
 
 def blocks(picture: np.ndarray, width: int, height: int) -> Text:
@@ -150,27 +247,72 @@ def blocks(picture: np.ndarray, width: int, height: int) -> Text:
     return text
 
 
-_TITLES = {
-    "relative_loss": "Held-out loss, relative to the base without control (1 is none)",
-    "colour_drift": "Colour drift from the base without control, in shares of the full range (0 is none)",
-    "residuals": "Residuals by tap, relative to the features they are added to (0 at the start)",
+_QUALITY = ("under control", "without control", "of the true pictures")
+"""Whose CLIP-score it is, in the log's order."""
+
+_SECTIONS = {
+    "relative_loss": (
+        "Held-out loss, relative to no control; shaded: quarters of the schedule",
+        (0.9, 1),
+    ),
+    "quality": ("CLIP-score", (0, 1)),
+    "colour_drift": ("Colour drift from the base without control, in shares of the full range", (-0.1, 0, 0.1)),
+    "residuals": ("Residuals by tap, relative to the features they are added to", (0, 1)),
+}
+"""The log's keys -> a heading, and the values that the axes have at least."""
+
+_SHEETS = {
+    "step": "Samples: hint, truth, controlled, no control",
+    "own-step": "Your own hints: the hint, and four seeds",
 }
 
 
-def page(run: RunLog) -> str:
-    """The run as one HTML file, pictures included."""
-    body: list[str | Section] = [run.verdict] if run.verdict else []
-    if measured := run.obedience():
-        band = [(step, low, high) for step, _, low, high in measured]
-        chart = Chart("obedience", [(step, mean) for step, mean, *_ in measured], band, wide=True)
+def page(run: RunLog, refresh: float | None = None) -> str:
+    """The run as one HTML file, pictures included; ``refresh``: as ``render``'s, while the run goes on."""
+    body: list[str | Section | Table] = list(run.verdict.splitlines())
+    if rows := run.obedience():
+        target = run.recipe.get("evaluation", {}).get("target")
+        marks = [(FOUND, "found: the interval above it, twice"), *([(target, "target")] if target else [])]
+        chart = _chart("obedience", rows, wide=True, scale=(0, 1), marks=marks)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
-    for key, title in _TITLES.items():
+    if rows := run.fidelity():
+        scale = (0, 1) if all(0 <= end <= 1 for _, *values in rows for end in values) else ()
+        chart = _chart("fidelity", rows, wide=True, scale=scale)
+        body.append(Section("Fidelity, between floor and ceiling", charts=[chart]))
+    for key, (title, scale) in _SECTIONS.items():
         if found := run.series(key):
-            body.append(Section(title, charts=[Chart(name or "all", points) for name, points in found.items()]))
-    if run.records:
-        body.append(Section("Training loss", charts=[Chart("loss", run.loss(), wide=True)]))
-    if run.sheet:
-        data = base64.b64encode(run.sheet.read_bytes()).decode()
-        sheet = Figure(f"data:image/png;base64,{data}", "hint, truth, controlled, no control")
-        body.append(Section(f"Samples, {run.sheet.stem}", sheet=sheet))
-    return render(str(run.folder), lines(run)[0], body)
+            body.append(
+                Section(title, charts=[_chart(name or "all", rows, scale=scale) for name, rows in found.items()])
+            )
+    if rows := run.loss():
+        body.append(Section("Training loss", charts=[_chart("loss", rows, wide=True, scale=(0,))]))
+    for sheet in run.sheets:
+        data = base64.b64encode(sheet.read_bytes()).decode()
+        kind, _, step = sheet.stem.rpartition("-")
+        title = f"{_SHEETS[kind]}; step {int(step)}"
+        body.append(Section(title, sheet=Figure(f"data:image/png;base64,{data}", title)))
+    body.append(Table(["setting", "value"], _settings(run.recipe)))
+    over = run.ended or run.stopped
+    return render(str(run.folder), lines(run)[0], body, None if over else refresh)
+
+
+def _chart(title: str, rows: Sequence[Row], **more: Any) -> Chart:
+    band = [(step, low, high) for step, _, low, high in rows] if any(low < high for *_, low, high in rows) else []
+    return Chart(title, [(step, mean) for step, mean, *_ in rows], band, **more)
+
+
+def _settings(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings by which a run can be told from others: the main ones, and what is not as by default."""
+    usual, main = (
+        _flat(Recipe().model_dump(mode="json")),
+        ("base", "control.annotator", "data.source", "steps", "batch", "lr"),
+    )
+    return [(k, str(v)) for k, v in _flat(recipe).items() if k in main or v != usual.get(k)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
