@@ -28,6 +28,7 @@ from controlkit.train import ranks as ranks_module
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.state import TrainState
+from processes import run_commands
 
 RECIPE = TINY | {
     "steps": 2,
@@ -43,25 +44,15 @@ FIRST = "checkpoints/step-0000001/state.safetensors"
 def launch(recipe, out, count=2, before="pass", **more):
     """Run the command line in several processes, as `accelerate launch` would start them.
 
-    ``before`` is code to run first, ``more`` belongs to the environment.
+    ``before`` is code to run first, ``more`` belongs to the environment. Gives their exit codes, and what they wrote.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port it finds
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)} | more
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
-    code = f"{before}\nfrom controlkit.cli import main\nmain()"
-    command = [sys.executable, "-c", code, "train", recipe, "--out", out, "--device", "cpu"]
-    started = [
-        subprocess.Popen(
-            [*map(str, command)],
-            env=os.environ | shared | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    said = [process.communicate(timeout=200) for process in started]
-    return [process.returncode for process in started], said
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    arguments = ["train", recipe, "--out", out, "--device", "cpu"]
+    ended = run_commands(arguments, ranks, out.with_name(f"{out.name}-streams"), before)
+    return [process.code for process in ended], [(process.out, process.err) for process in ended]
 
 
 def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_base, tmp_path):
@@ -217,20 +208,28 @@ TrainState.step = dying
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, toy_folder, tmp_path):
+@pytest.fixture(scope="module")
+def unkilled(toy_folder, tmp_path_factory):
+    """A run of two processes that nothing ends early: its recipe and folder."""
+    folder = tmp_path_factory.mktemp("unkilled")
     recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 5, "checkpoint_every": 2, "evaluation": {"every": 0}}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    assert launch(tmp_path / "r.yaml", tmp_path / "whole")[0] == [0, 0]
-    codes, said = launch(tmp_path / "r.yaml", tmp_path / "run", before=KILLED.format(rank=rank))
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert launch(folder / "r.yaml", folder / "run")[0] == [0, 0]
+    return folder / "r.yaml", folder / "run"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, unkilled, tmp_path):
+    recipe, whole = unkilled
+    codes, said = launch(recipe, tmp_path / "run", before=KILLED.format(rank=rank))
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2, "the other does not wait for it"
     told = " ".join(said[1 - rank][1].split())
     assert "Another process of the run has ended" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
-    assert launch(tmp_path / "r.yaml", tmp_path / "run")[0] == [0, 0]
-    whole, run = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
-    assert all(torch.equal(run[name], value) for name, value in whole.items())
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    assert launch(recipe, tmp_path / "run")[0] == [0, 0]
+    weights = [load_file(out / "control" / WEIGHTS) for out in (whole, tmp_path / "run")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (whole, tmp_path / "run")]
     whole, run = ([(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs)
     assert whole == run and len(run) == 5
 

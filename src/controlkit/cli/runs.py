@@ -76,7 +76,7 @@ def train(
     if from_step is not None and ranks.first:
         go_back(out, from_step)
     ranks.wait()
-    base = loaded_base(settings.base, device, vae=settings.vae)
+    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
     stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")

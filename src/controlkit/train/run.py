@@ -378,7 +378,7 @@ class Run:
             meter.reset()  # the memory of the trial is not the run's
 
     def _new_evaluator(self, prepared: Prepared) -> Evaluator | None:
-        """What measures obedience and makes pictures; None for a Union."""
+        """The evaluator that measures obedience and makes pictures; None for a Union."""
         if "" not in self.plan.specs:
             return None
         recipe, spec = self.plan.recipe, self.plan.specs[""]
