@@ -101,7 +101,7 @@ def generate(
     """
     from controlkit import sample
     from controlkit.formats.convert import DTYPES
-    from controlkit.precision import number_format
+    from controlkit.precision import number_format, settle_threads
 
     check_folder(out)
     if dtype not in DTYPES:
@@ -123,6 +123,7 @@ def generate(
         sample.check_pictures(one)
     added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
     model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
+    settle_threads(model.networks().values())
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
     facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
