@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 from tiny_runs import UNION
 
 from controlkit.data import make_fill50k
 from controlkit.errors import UserError
 from controlkit.mini import world
 from controlkit.train import resolve, train_control, training_pairs
-from controlkit.train.recipe import ControlRecipe, Recipe, parse_recipe, read_recipe
+from controlkit.train.recipe import ControlRecipe, Recipe, _kinds_of, parse_recipe, read_recipe
 from controlkit.train.setup import hint_specs
 
 
@@ -44,8 +45,10 @@ def test_a_recipe_s_mistake_is_named_with_what_is_right(content, words, tmp_path
     ("content", "words"),
     [
         (None, "There is no recipe"),
-        (b"steps: [1", "is not YAML"),
-        (b"\xff\xfe\x00", "is not YAML"),
+        (b"steps: [1", "is no YAML"),
+        (b"\xff\xfe\x00", "is no text in UTF-8"),
+        (b"steps: 5\0", "zero bytes"),
+        (b"base: &a mini\nvae: *a", "aliases"),
         (b"- steps", "holds a list; expected keys and values"),
         (b"steps", "holds a str; expected keys and values"),
     ],
@@ -82,12 +85,81 @@ def test_values_of_a_recipe_can_be_put_in_place(tmp_path):
     for change, words in (
         ("steps", "expected KEY=VALUE"),
         ("=3", "expected KEY=VALUE"),
-        ("steps=[", "is not YAML"),
+        ("steps=[", "is no YAML"),
         ("steps.more=3", "steps is 5 and has no more"),
         ("data.sorce=x", 'did you mean "source"'),
     ):
         with pytest.raises(UserError, match=words):
             read_recipe(path, [change])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", ".inf"), ("lr", ".nan"), ("lr", "1e38"), ("lr", "0"), ("weight_decay", ".inf"), ("epsilon", ".nan"),
+        ("max_grad_norm", ".inf"), ("max_minutes", ".inf"), ("betas", "[.nan, 0.9]"), ("power", "1e38"),
+        ("seed", "18446744073709551616"), ("seed", "-1"), ("steps", "10000000000"), ("size", "1000000"),
+        ("control.low", "-.inf"), ("control.options", "{low: .nan}"), ("control.hint_cfg_scale", "1e38"),
+        ("evaluation.guidance", "1e38"), ("evaluation.target", "5"), ("evaluation.steps", "1001"),
+        ("steps", "yes"), ("batch", "true"), ("data.source", "''"),
+    ],
+)  # fmt: skip
+def test_every_number_has_a_range_from_a_file_and_from_the_command_line(key, value, tmp_path):
+    *section, name = key.split(".")
+    line = f"{section[0]}: {{{name}: {value}}}" if section else f"{key}: {value}"
+    (tmp_path / "set.yaml").write_text("")
+    (tmp_path / "written.yaml").write_text(line)
+    for path, changes in ((tmp_path / "written.yaml", []), (tmp_path / "set.yaml", [f"{key}={value}"])):
+        with pytest.raises(UserError, match=rf'{path.name}: "{key}[.0-9a-z]*" is .*(input|string) should (be|have)'):
+            read_recipe(path, changes)
+
+
+def test_no_number_of_a_recipe_is_without_a_range():
+    def numbers(model, at=""):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from numbers(field.annotation, f"{at}{name}.")
+            else:
+                yield f"{at}{name}", [of.__name__ for of in _kinds_of(field.annotation) if of in (int, float)]
+
+    for name, kinds in numbers(Recipe):
+        *section, last = name.split(".")
+        for value in (-(10**30), 10**30) if kinds else ():
+            content = {section[0]: {last: value}} if section else {last: value}
+            with pytest.raises(UserError, match="input should be"):
+                parse_recipe(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("2024", "2024"), ("007", "007"), ("no", "no"), ("2024-01-01", "2024-01-01"), ("1_000", "1_000"),
+     ("1e3", "1e3"), ("1:30", "1:30"), ("'12'", "12"), ("~/photos", "HOME/photos"),
+     ("~nobody-here/x", "~nobody-here/x")],
+)  # fmt: skip
+def test_a_setting_that_is_text_is_read_as_it_is_written(text, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wanted = wanted.replace("HOME", str(tmp_path / "home"))
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"vae: {text}\ndata: {{source: {text}, columns: {{image: {text}}}}}\n"
+        f"control: {{start_from: {text}}}\nevaluation: {{hints: [{text}]}}\n"
+    )
+    read = read_recipe(path)
+    assert [read.vae, read.data.source, read.control.start_from, *read.evaluation.hints] == [wanted] * 4
+    assert read.data.columns == {"image": text.strip("'")}, "a column's name is no place"
+    path.write_text("")
+    assert read_recipe(path, [f"data.source={text}"]).data.source == wanted
+    assert read_recipe(path, [f"evaluation.hints=[{text}]"]).evaluation.hints == [wanted]
+    assert read_recipe(path, ["vae=null", "data.count=null"]).vae is None
+
+
+@pytest.mark.parametrize(
+    "text", ["lr: 1.0\nlr: 2.0", "data: {count: 1, source: a, count: 2}", "control:\n  low: 0\n  low: 1"]
+)
+def test_a_key_that_is_given_twice_is_named(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r'the key "(lr|count|low)" is given twice'):
+        read_recipe(tmp_path / "r.yaml")
 
 
 def test_a_batch_is_whole_pairs_and_equal_parts():

@@ -5,12 +5,14 @@ A range stands in a setting's ``Field``. ``docs/data.md`` explains the settings;
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.errors import Invalid, NotFound, nearest, one_line
+from controlkit.files import parse_yaml, read_text
 from controlkit.train.optimizers import OptimizerName
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -20,11 +22,26 @@ POLYNOMIAL_END = 1e-7
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """A recipe's names of number formats -> torch's names."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _expanded(place: str) -> str:
+    """``~`` and ``~name`` at the beginning as that home, where there is one, as a shell would."""
+    try:
+        return str(Path(place).expanduser()) if place.startswith("~") else place
+    except RuntimeError:
+        return place
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
+"""A file or folder, or a name in its place."""
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Level = Annotated[float, Field(ge=-1e6, le=1e6)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ControlRecipe(_Strict):
@@ -39,52 +56,52 @@ class ControlRecipe(_Strict):
     annotators: list[str] = []
     """Several hints at once, three channels each (instead of ``annotator``). Obedience is measured to the first."""
     hints_as: Literal["channels", "branches"] = "channels"
-    channels: int | None = Field(None, gt=0)
+    channels: int | None = Field(None, gt=0, le=4096)
     """Channels of the hint; null for three of each annotator."""
-    low: Finite = 0.0
+    low: Level = 0.0
     """The value that 0 is read as in hints of whole numbers; below ``high``."""
-    high: Finite = 1.0
+    high: Level = 1.0
     """The value that the largest number of the type (255 of uint8) is read as."""
     body: Literal["copy", "conv", "lora", "xs", "adapter"] = "copy"
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, le=4096)
     size_ratio: float | None = Field(None, gt=0, le=1)
     """Channels of an ``xs`` body as a share of the base's; null for 32 at the finest level, at most half the base's."""
     join: Literal["zero", "gaussian"] = "zero"
     taps: Literal["all", "mid"] = "all"
-    start_from: str | None = None
-    hint_cfg_scale: float = Field(1.0, ge=0)
+    start_from: Place | None = None
+    hint_cfg_scale: float = Field(1.0, ge=0, le=100)
 
 
 class DataRecipe(_Strict):
     """The data to train on."""
 
-    source: str = "emoji"
+    source: Place = "emoji"
     """``setup.DRAWN``, a folder in any of the layouts of ``data.layouts``, or a hub's data set (``owner/name``)."""
     columns: dict[str, str] = {}
     """Names of a folder's ``image``, ``hint`` or ``caption`` columns, where they are none of the usual names."""
-    count: int | None = Field(None, gt=0)
+    count: Count | None = None
     """Pictures to train on; null for all."""
-    variants: int = Field(2, gt=0)
-    scenes: int = Field(6000, gt=0)
-    visits: int = Field(1, gt=0)
+    variants: Count = 2
+    scenes: Count = 6000
+    visits: Count = 1
     buckets: bool = False
     cache: bool = True
-    flip: float = Field(0.0, ge=0, le=1)
+    flip: Share = 0.0
 
 
 class EvaluationRecipe(_Strict):
     """Evaluations on held-out pairs while the run goes on: the loss relative to the base without control and, except
     for a Union, obedience."""
 
-    every: int = Field(250, ge=0)
-    num: int = Field(16, ge=2)
-    steps: int = Field(10, gt=0)
-    guidance: Finite = 4.0
+    every: Steps = 250
+    num: int = Field(16, ge=2, le=10**6)
+    steps: int = Field(10, gt=0, le=1000)
+    guidance: float = Field(4.0, ge=0, le=1000)
     prompts: list[str] = []
     """Prompts of ``hints``: one for each, or one for all."""
-    hints: list[str] = []
-    patience: int = Field(0, ge=0)
-    target: Finite | None = None
+    hints: list[Place] = []
+    patience: Steps = 0
+    target: Share | None = None
     """0: no control, 1: the ceiling."""
 
     def own(self) -> list[tuple[str, str]]:
@@ -118,44 +135,44 @@ class TrackingRecipe(_Strict):
 class Recipe(_Strict):
     """The settings of a training run. Unknown keys are refused, with the nearest known one."""
 
-    base: str = "mini"
-    vae: str | None = None
-    size: int | None = Field(None, gt=0)
+    base: Place = "mini"
+    vae: Place | None = None
+    size: int | None = Field(None, gt=0, le=16_384)
     control: ControlRecipe = ControlRecipe()
     data: DataRecipe = DataRecipe()
-    steps: int = Field(3000, gt=0)
-    max_minutes: float | None = Field(None, gt=0)
-    batch: int = Field(32, gt=0)
+    steps: Count = 3000
+    max_minutes: float | None = Field(None, gt=0, le=1e7)
+    batch: int = Field(32, gt=0, le=10**6)
     """Rows of a batch; a multiple of ``noises_per_pair`` times ``gradient_accumulation``."""
-    noises_per_pair: int = Field(1, gt=0)
-    gradient_accumulation: int = Field(1, gt=0)
+    noises_per_pair: int = Field(1, gt=0, le=1000)
+    gradient_accumulation: int = Field(1, gt=0, le=10**6)
     gradient_checkpointing: bool = False
     optimizer: OptimizerName = "adamw"
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the means of gradients and of their squares; of AdamW and Prodigy."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(1e-8, gt=0, le=1)
     """Added to the root of the mean square; of AdamW and Prodigy."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
     """Largest L2 norm of the gradients, over all weights; larger ones are scaled down to it."""
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(1e-5, gt=0, le=100)
     """The learning rate at its highest."""
     schedule: ScheduleName = "constant"
-    warmup: int = Field(0, ge=0)
+    warmup: Steps = 0
     """Steps at the start over which the learning rate rises linearly."""
-    cooldown: int = Field(0, ge=0)
+    cooldown: Steps = 0
     """Steps at the end over which it falls linearly, nearly to zero; of ``schedule: constant``."""
-    cycles: int = Field(1, gt=0)
-    power: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    ema: float = Field(0.0, ge=0, lt=1)
-    unfreeze_after: int | None = Field(None, gt=0)
-    prompt_dropout: float = Field(0.5, ge=0, le=1)
+    cycles: Count = 1
+    power: float = Field(1.0, gt=0, le=100)
+    weight_decay: float = Field(0.01, ge=0, le=100)
+    ema: Decay = 0.0
+    unfreeze_after: Count | None = None
+    prompt_dropout: Share = 0.5
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """The format that networks are computed in; trained weights stay in fp32."""
     compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = Field(500, gt=0)
-    keep: int | None = Field(2, gt=0)
+    seed: int = Field(0, ge=0, lt=2**64)
+    checkpoint_every: Count = 500
+    keep: Count | None = 2
     evaluation: EvaluationRecipe = EvaluationRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
 
@@ -243,10 +260,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise NotFound(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Invalid(f"{path} is not YAML ({error}).") from error
+    content = _read_yaml(read_text(path), str(path), Recipe)
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
     for change in changes:
@@ -263,16 +278,54 @@ def put(content: dict[str, Any], change: str) -> None:
     *path, key = name.strip().split(".")
     if not (equals and key and all(path)):
         raise Invalid(f'"{change}" changes nothing: expected KEY=VALUE, such as steps=500 or data.source=scenes.')
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Invalid(f'"{change}": the value is not YAML ({error}).') from error
+    kind: Any = Recipe
+    for part in (*path, key):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[part].annotation if part in fields else None
+    value = _read_yaml(text, f'The value of "{one_line(change)}"', kind)
     for part in path:
         inner = content.setdefault(part, {})
         if not isinstance(inner, dict):
             raise Invalid(f'"{change}": {part} is {inner!r} and has no {key}.')
         content = inner
     content[key] = value
+
+
+def _read_yaml(text: str, name: str, kind: Any) -> Any:
+    """The value of a YAML text for a setting, or settings, of this type. ``Invalid`` where it is no YAML."""
+    return _as_declared(kind, parse_yaml(text, name), yaml.load(text.removeprefix("\ufeff"), yaml.BaseLoader))
+
+
+def _as_declared(kind: Any, value: Any, text: Any) -> Any:
+    """A value of YAML, as it was written (``text``) wherever its type is a text: 2024, 007, no, 2024-01-01.
+
+    Else YAML would make numbers, truths and dates of them. So with yes and no where the type is a number.
+    """
+    kinds = _kinds_of(kind)
+    if isinstance(value, dict):
+        model = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        of = {name: field.annotation for name, field in model.model_fields.items()} if model else {}
+        every = next((get_args(one)[1] for one in kinds if get_origin(one) is dict), None)
+        pairs = zip(value.values(), text.items(), strict=True)
+        return {key: _as_declared(of.get(key, every), inner, written) for inner, (key, written) in pairs}
+    if isinstance(value, list):
+        every = next((get_args(one)[0] for one in kinds if get_args(one)), None)
+        return [_as_declared(every, inner, written) for inner, written in zip(value, text, strict=True)]
+    if value is None and (type(None) in kinds or not text):
+        return None
+    misread = isinstance(value, bool) and bool not in kinds and kind is not None
+    return text if str in kinds or misread else value
+
+
+def _kinds_of(kind: Any) -> list[Any]:
+    """The types that a type's annotations, alternatives and literals come down to."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return [str]
+    if origin in (Union, UnionType, Annotated):
+        parts = get_args(kind)[:1] if origin is Annotated else get_args(kind)
+        return [one for part in parts for one in _kinds_of(part)]
+    return [kind]
 
 
 def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
@@ -290,5 +343,5 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
                 f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
             ) from None
         raise Invalid(
-            f'{origin}: "{name}" is {first["input"]!r}; {first["msg"][0].lower()}{first["msg"][1:]}.'
+            f'{origin}: "{name}" is {one_line(repr(first["input"]))}; {first["msg"][0].lower()}{first["msg"][1:]}.'
         ) from None
