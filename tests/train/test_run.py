@@ -87,7 +87,7 @@ def test_the_work_announced_is_the_work_done(tiny_recipe, toy_base, tmp_path):
         lambda n: stages[-1].append(n),
     )
     list(run)
-    assert [name for name, *_ in stages[1:]] == ["caching", "evaluating", "evaluating"]
+    assert [name for name, total, *_ in stages[1:] if total] == ["caching", "evaluating", "evaluating"]
     assert stages[0][1:] == [0, 0], "the plan: nothing to be done, something to know"
     for name, total, *done in stages:
         assert sum(done) == total, name
@@ -98,7 +98,7 @@ def test_the_work_announced_is_the_work_done(tiny_recipe, toy_base, tmp_path):
     [
         ("", "pictures and no hints, and nobody says which hints to make: set control.annotator .--annotator, beside"),
         ("hed", 'nothing here makes hints of "hed": set control.annotator'),
-        ("my-own", 'nothing here makes hints of "my-own"'),
+        ("ip2p", 'nothing here makes hints of "ip2p"'),
     ],
 )
 def test_a_folder_without_hints_is_told_how_to_name_some(annotator, words, tiny_recipe, toy_base, tmp_path):

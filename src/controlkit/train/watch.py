@@ -276,14 +276,13 @@ def page(run: RunLog, refresh: float | None = None) -> str:
         chart = _chart("obedience", rows, wide=True, scale=(0, 1), marks=marks)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
     if rows := run.fidelity():
-        scale = (0, 1) if all(0 <= end <= 1 for _, *values in rows for end in values) else ()
-        chart = _chart("fidelity", rows, wide=True, scale=scale)
+        is_share = all(0 <= end <= 1 for _, *values in rows for end in values)
+        chart = _chart("fidelity", rows, wide=True, scale=(0, 1) if is_share else ())
         body.append(Section("Fidelity, between floor and ceiling", charts=[chart]))
     for key, (title, scale) in _SECTIONS.items():
         if found := run.series(key):
-            body.append(
-                Section(title, charts=[_chart(name or "all", rows, scale=scale) for name, rows in found.items()])
-            )
+            charts = [_chart(name or "all", rows, scale=scale) for name, rows in found.items()]
+            body.append(Section(title, charts=charts))
     if rows := run.loss():
         body.append(Section("Training loss", charts=[_chart("loss", rows, wide=True, scale=(0,))]))
     for sheet in run.sheets:
