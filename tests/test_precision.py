@@ -45,8 +45,7 @@ SMALL = [nn.Linear(10, 10)]
 )
 def test_small_networks_use_the_fewest_threads_that_lose_nothing(cores, seconds, wanted, machine):
     threads = machine(cores, seconds)
-    precision.settle_threads(SMALL)
-    assert threads() == wanted
+    assert precision.settle_threads(SMALL) == threads() == wanted
 
 
 def test_large_networks_and_counts_that_somebody_gave_are_left_alone(machine, monkeypatch):

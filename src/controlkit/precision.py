@@ -73,8 +73,8 @@ _GAIN = 1.05
 """How many times faster more threads must be to be worth it."""
 
 
-def settle_threads(networks: Iterable[nn.Module]) -> None:
-    """Use the fewest threads that these networks lose nothing by, as this machine is now, if they are small.
+def settle_threads(networks: Iterable[nn.Module]) -> int:
+    """Use the fewest threads that these networks lose nothing by, as this machine is now, if they are small; how many.
 
     After each operation the threads wait for the last of them. Beside busy neighbours that one is often not running,
     and a picture of ``mini`` takes ten to a hundred times as long as on one thread. Networks of over ``SMALL``
@@ -86,6 +86,7 @@ def settle_threads(networks: Iterable[nn.Module]) -> None:
     given = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & {*os.environ}
     if small and not given and (most := torch.get_num_threads()) > 1:
         torch.set_num_threads(_fitting_threads(most))
+    return torch.get_num_threads()
 
 
 def _fitting_threads(most: int) -> int:
