@@ -67,6 +67,7 @@ COMMANDS = re.search(r"After `make demo` these run.*?```sh\n(.*?)```", README, r
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_readme_s_commands_run_after_make_demo_without_an_extra(tmp_path):
     """One after the other, as they stand there; what the extra ``world`` brings is not to be had."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
