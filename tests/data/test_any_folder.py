@@ -121,7 +121,7 @@ def folders(draw):
     folder, layout = Folder(), draw(st.sampled_from(LAYOUTS))
     stems = draw(st.lists(NAMES, min_size=1 if draw(RARE) else 3, max_size=6, unique=True))
     own, hints = draw(st.lists(FOLDERS, min_size=2, max_size=2, unique=True))
-    own = draw(st.sampled_from([own, ""]))
+    own = draw(st.sampled_from([own, ""])).lstrip(".")  # of pictures that are hidden nothing is known
     coding = draw(OTHER_CODINGS if draw(RARE) else CODINGS)
     ending = draw(OTHER_ENDINGS if draw(RARE) else ENDINGS)
     hint_ending = draw(st.sampled_from(["png", "png", "bmp", "npy", "tif"]))

@@ -14,7 +14,7 @@ import numpy as np
 
 from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
 from controlkit.data.captions import Captioning, captioned
-from controlkit.data.layouts import BUILT, JOURNAL
+from controlkit.data.layouts import BUILT, JOURNAL, own_facts
 from controlkit.data.layouts.rows import Listing, Row, json_lines, rows_digest
 from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
@@ -108,20 +108,25 @@ def build_set(
         yield from parallel_map(writer.files, ranges_of(count), workers, folder / _STOP)
         if target.listing:
             write_atomic(folder / target.listing, json_lines(map(writer.entry, range(count))))
+    _clear(folder)
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a process left that was killed while it wrote, such as a worker whose part Ray gave to another."""
+    for left in folder.rglob(f"{SCRATCH}*"):
+        left.unlink()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
     """Write the file that says a folder is being built with these settings; refuse one that holds something else."""
     marker = folder / BUILT
     if marker.is_file():
-        begun = json.loads(marker.read_text())
-        begun.pop("whole", None)
+        begun = {key: value for key, value in own_facts(marker).items() if key != "whole"}
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
-        for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
-            left.unlink()
+        _clear(folder)
     elif folder.is_dir() and not all(is_leftover(path.name) for path in folder.iterdir()):
         raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
     mark_output(folder, "data build")
