@@ -579,6 +579,15 @@ def test_another_vae_takes_the_place_of_the_base_s_own(place, vaes, folders):
     assert base.digest != own.digest and base.vae.config.scaling_factor == own.vae.config.scaling_factor
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "mine"])
+def test_a_folder_that_holds_a_variant_alone_is_read(vaes, folders, tmp_path, variant):
+    other = tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+    other.rename(other.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    base = load_base(folders("sd15"), vae=other.parent)
+    assert all(torch.equal(base.vae.state_dict()[name], value) for name, value in vaes[1].items())
+    assert load_base(tmp_path / "other").digest == base.digest
+
+
 def test_what_is_no_vae_for_this_base_is_refused(vaes, folders, toy_folder, tmp_path):
     torn = dict(list(load_file(vaes[0][3]).items())[:-3])
     save_file(torn, tmp_path / "torn.safetensors")

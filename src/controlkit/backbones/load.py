@@ -116,27 +116,17 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    def whole(kind: Any, part: str, **options: Any) -> Any:
-        options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        variants = [_VARIANT.search(file.name) for file in (folder / part).glob("*.safetensors")]
-        if variants and variants[0] and all(variants):
-            options["variant"] = variants[0][1]
-        module, info = kind.from_pretrained(plain, subfolder=part, **options)
-        if info["missing_keys"]:  # the libraries draw these at random, with a warning
-            raise ValueError(f"{part} lacks {min(info['missing_keys'])}")
-        return module
-
     def tower(number: str, kind: Any) -> TextTower:
         tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
-        return TextTower(tokenizer, whole(kind, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
+        return TextTower(tokenizer, _whole(kind, plain, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
 
     try:
         scheduler = DDIMScheduler.from_config(ddim_config(noise))
         if not scheduler.alphas_cumprod.isfinite().all():
             raise ValueError("its scheduler's betas are no numbers")
         with _plain_texts(folder) as plain:
-            vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
-            unet = whole(UNet2DConditionModel, "unet", torch_dtype=dtype)
+            vae = _whole(AutoencoderKL, plain, "vae", torch_dtype=torch.float32)
+            unet = _whole(UNet2DConditionModel, plain, "unet", torch_dtype=dtype)
             towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
     except Exception as error:  # the libraries raise anything where a stranger's settings do not go together
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
@@ -144,6 +134,18 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
     check_text(folder, [tower.encoder for tower in towers], unet.config)
     latent_space(vae.config)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
+
+
+def _whole(kind: Any, source: str | Path, part: str, **options: Any) -> Any:
+    """A network of a folder or its part, in whichever variant is there; ``ValueError`` where it lacks a tensor."""
+    options = {"local_files_only": True, "use_safetensors": True, "subfolder": part} | options
+    variants = [_VARIANT.search(file.name) for file in Path(source, part).glob("*.safetensors")]
+    if variants and variants[0] and all(variants):
+        options["variant"] = variants[0][1]
+    module, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    if info["missing_keys"]:  # the libraries draw these at random, with a warning
+        raise ValueError(f"{part or 'it'} lacks {min(info['missing_keys'])}")
+    return module
 
 
 @contextmanager
@@ -261,13 +263,8 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
                 vae = AutoencoderKL.from_single_file(str(path), **options)
             _check_filled("it", vae)
         else:
-            inside = {"subfolder": "vae"} if (path / "vae").is_dir() else {}
             local = path.is_dir() or not _names_a_repository(str(source))
-            vae, info = AutoencoderKL.from_pretrained(
-                str(source), local_files_only=local, use_safetensors=True, output_loading_info=True, **inside
-            )
-            if info["missing_keys"]:
-                raise ValueError(f"it lacks {min(info['missing_keys'])}")
+            vae = _whole(AutoencoderKL, str(source), "vae" if (path / "vae").is_dir() else "", local_files_only=local)
     except Exception as error:  # as with a single file
         raise Invalid(
             f"{source} is no whole VAE ({one_line(error)}): expected a diffusers folder, a file in the original layout "
