@@ -302,7 +302,6 @@ def train_tower(
     name: str,
     size: Size,
     text_size: tuple[int, int],
-    pictures: Pictures,
     tokenizer: CLIPTokenizer,
     minutes: float,
     seed: int,
@@ -570,15 +569,13 @@ def main(
         tokenizer, text = begun.towers[0].tokenizer, begun.towers[0].encoder
     else:
         tokenizer = learn_tokenizer(run, pictures)
-        text = train_tower(run, "tower", chosen, chosen.text, pictures, tokenizer, minutes["tower"], seed=2).text
+        text = train_tower(run, "tower", chosen, chosen.text, tokenizer, minutes["tower"], seed=2).text
     if start and at_hand == "same":
         shutil.copytree(start / "referee", out / "referee", dirs_exist_ok=True)
     else:
         earlier = start and start / "referee"
-        size_of_words = chosen.referee_text
-        referee = train_tower(
-            run, "referee", chosen, size_of_words, pictures, tokenizer, minutes["referee"], 3, earlier
-        )
+        words = chosen.referee_text
+        referee = train_tower(run, "referee", chosen, words, tokenizer, minutes["referee"], seed=3, start=earlier)
         referee.save(out / "referee")
         tokenizer.save_pretrained(out / "referee")
     latents, texts = encode_views(run, chosen, pictures, vae)

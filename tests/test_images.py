@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from controlkit.errors import UserError
 from controlkit.files import write_atomic
 from controlkit.hub import shipped_path
-from controlkit.images import HintSpec, fit, grid, read_picture, to_pictures, to_tensor, write_png
+from controlkit.images import HintSpec, fit, grid, read_hint, read_picture, to_pictures, to_tensor, write_png
 
 
 def noise(height, width, seed=0):
@@ -172,6 +172,51 @@ def test_any_kind_of_file_is_read_as_rgb_on_white(name, tmp_path):
 def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
     Image.new("RGBA", (1, 1), (255, 0, 0, 128)).save(tmp_path / "half.png")
     assert read_picture(tmp_path / "half.png").tolist() == [[[255, 127, 127]]]
+
+
+def drawn_in(colour, side=32):
+    """A stroke of a colour on a clear ground whose hidden colour is white, as drawing programs leave it."""
+    picture = np.full((side, side, 4), (255, 255, 255, 0), np.uint8)
+    picture[8:24, 14:18] = (*colour, 255)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("colour", "ground", "nothing"),
+    [
+        ((255, 255, 255), "black", (0, 0, 0)),
+        ((255, 0, 0), "black", (0, 0, 0)),
+        ((255, 0, 0), "white", (255, 255, 255)),
+        ((200, 100, 255), "#8080ff", (128, 128, 255)),
+        ((255, 255, 255), "white", (0, 0, 0)),  # white on white would be nothing
+        ((0, 0, 0), "black", (255, 255, 255)),
+    ],
+)
+def test_a_ground_is_laid_under_what_is_clear_unless_it_would_swallow_the_drawing(colour, ground, nothing, tmp_path):
+    Image.fromarray(drawn_in(colour)).save(tmp_path / "a.png")
+    Image.fromarray(drawn_in(colour)).save(tmp_path / "a.webp", lossless=True)
+    for name in ("a.png", "a.webp"):
+        for read in (read_picture, read_hint):
+            picture = read(tmp_path / name, ground)
+            assert picture.shape == (32, 32, 3)
+            assert tuple(picture[0, 0]) == nothing and tuple(picture[10, 15]) == colour
+
+
+def test_clear_pixels_of_a_palette_and_of_a_mask_are_read_as_such(tmp_path):
+    keyed = Image.fromarray(np.zeros((8, 8), np.uint8), "P")
+    keyed.putpalette([255, 255, 255, 255, 0, 0])
+    keyed.putpixel((3, 3), 1)
+    keyed.save(tmp_path / "keyed.png", transparency=0)
+    hint = read_hint(tmp_path / "keyed.png")
+    assert tuple(hint[0, 0]) == (0, 0, 0) and tuple(hint[3, 3]) == (255, 0, 0)
+    assert (
+        read_hint(tmp_path / "keyed.png", None)[..., 3].tolist()
+        == read_picture(tmp_path / "keyed.png", None)[..., 3].tolist()
+    )
+    assert read_hint(tmp_path / "keyed.png", None)[0, 0, 3] == 0
+    nothing = Image.new("RGBA", (8, 8))
+    nothing.save(tmp_path / "nothing.png")
+    assert not read_hint(tmp_path / "nothing.png").any(), "nothing at all stays nothing"
 
 
 def test_sixteen_bit_pictures_keep_their_greys(tmp_path):

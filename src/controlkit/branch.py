@@ -86,7 +86,6 @@ class ControlNetwork(nn.Module):
     - ``taps``: where it adds residuals.
     - ``walks``: whether it runs beside the base's encoder, place by place, and cannot run apart from it
       (``backbones.Walker``).
-    - ``pools``: whether its residuals are averages over the picture, (B, C, 1, 1).
     - ``hint_types``: the types of hint that it tells apart; empty where it reads hints of one kind.
     """
 
@@ -99,7 +98,7 @@ class ControlNetwork(nn.Module):
     @property
     def pools(self) -> bool:
         """Whether residuals are averages over the picture, (B, C, 1, 1)."""
-        return False
+        return self.spec is not None and self.spec.pool == "mean"
 
     def encode_hint(self, hint: Any) -> Any:
         """Features of a hint (B, channels, H, W), for every step; of several types, of hints by type.
@@ -346,18 +345,8 @@ class ControlBranch(ControlNetwork):
                 state[f"{path}.weight"] = module.weight.detach()
         return state
 
-    @property
-    def pools(self) -> bool:
-        """Whether residuals are averages over the picture, (B, C, 1, 1)."""
-        return self.spec.pool == "mean"
-
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Tensor) -> dict[str, Tensor]:
-        """The residual of each joined tap, by name (the second term of equation 2).
-
-        Args:
-            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: B prompts as the body reads them.
-            hint_features: from ``encode_hint``, (B, C, h, w).
-        """
+        """The residual of each joined tap, by name (the second term of equation 2)."""
         return self.residuals(self.body(x, t, text, hint_features))
 
     def residuals(self, features: Sequence[Tensor]) -> dict[str, Tensor]:

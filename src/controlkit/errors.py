@@ -6,6 +6,10 @@ kinds to its status codes.
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(ValueError):
@@ -37,7 +41,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     guess = f'did you mean "{close[0]}"? ' if close else ""
-    return f"{guess}Known: {', '.join(options)}."
+    return f"{guess}Known: {', '.join(options) or 'none'}."
+
+
+def first_fault(error: "ValidationError", owner: str, known: Iterable[str]) -> str:
+    """The first fault that pydantic found in what ``owner`` was given, as a sentence; ``known``: the owner's keys."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "")
+    inner = first.get("ctx", {}).get("error")
+    if first["type"] == "extra_forbidden":
+        return f'{owner} has no "{name}": {nearest(name, known)}'
+    if isinstance(inner, UserError):  # a whole sentence, of a value within this one
+        return f"{name}: {inner}"
+    if isinstance(inner, Exception):
+        quoted = f'"{name}" is ' if name else ""
+        return f"{owner}: {quoted}{str(inner).rstrip('.')}."
+    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
+    return f'{owner}: "{name}" is {found}; expected {first["msg"].removeprefix("Input should be ")}.'
 
 
 def one_line(text: object) -> str:

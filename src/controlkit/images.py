@@ -24,9 +24,25 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from controlkit.errors import Invalid, NotFound, one_line
-from controlkit.files import write_atomic
+from controlkit.files import parse_json, write_atomic
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
+"""Formats of files, by Pillow's names, that are taken for pictures; of moving ones the first is read."""
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """The endings of files in ``FORMATS``, as far as this machine's Pillow reads them: ``.png``, ``.jpg`` and so on."""
+    known = Image.registered_extensions().items()
+    return tuple(sorted(suffix for suffix, format in known if format in FORMATS and format in Image.OPEN))
+
 
 Resize = Literal["area", "lines", "nearest"]
+
+MOST_SIDE = 16_384
+"""The longest side, in pixels, of a picture to be made."""
+
+Ground = str | None
+"""The colour, as Pillow names it, that is laid under what is transparent; None keeps that, in a fourth channel."""
 
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
@@ -148,18 +164,17 @@ class HintSpec:
         return (255 * np.nan_to_num(light.clip(0, 1))).round().astype(np.uint8)
 
 
-def read_picture(path: Path, masked: bool = False) -> np.ndarray:
-    """A picture file as uint8 RGB (H, W, 3); transparency is laid on white, camera rotation applied.
+def read_picture(path: Path, ground: Ground = "white") -> np.ndarray:
+    """A picture file as uint8 RGB (H, W, 3), camera rotation applied; with ``ground`` None, RGBA (H, W, 4).
 
-    ``masked``: keep transparency, as a mask, in a fourth channel (H, W, 4). Raises ``NotFound`` if there is no file,
-    ``Invalid`` if it is no whole picture.
+    Raises ``NotFound`` if there is no file, ``Invalid`` if it is no whole picture.
     """
     if not path.is_file():
         raise NotFound(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
-    return decode_picture(path.read_bytes(), str(path), masked)
+    return decode_picture(path.read_bytes(), str(path), ground)
 
 
-def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
+def decode_picture(data: bytes, name: str, ground: Ground = "white") -> np.ndarray:
     """The bytes of a picture file as ``read_picture`` gives them; ``name`` names them in errors."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -170,11 +185,8 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
                 raise ValueError(f"its samples are of mode {picture.mode}, 32 bits, without a range")
             if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = picture if masked else Image.alpha_composite(white, picture)
-            if masked:
-                return np.asarray(picture.convert("RGBA"))
-            return np.asarray(picture.convert("RGB"))
+                picture = _laid_on(picture, ground) if ground else picture
+            return np.asarray(picture.convert("RGB" if ground else "RGBA"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "the file is empty" if not data else picture_error(error)
         raise Invalid(
@@ -182,23 +194,33 @@ def decode_picture(data: bytes, name: str, masked: bool = False) -> np.ndarray:
         ) from error
 
 
-def read_hint(path: Path, masked: bool = False) -> np.ndarray:
+def _laid_on(picture: Image.Image, ground: str) -> Image.Image:
+    """A picture (RGBA) on a ground; on the opposite one where this would swallow all that is drawn."""
+    for colour in (ground, "black" if ground == "white" else "white"):
+        laid = Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)
+        if any(least < most for least, most in laid.getextrema()):
+            return laid
+    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+
+
+def read_hint(path: Path, ground: Ground = "black") -> np.ndarray:
     """A hint's file as ``decode_hint`` gives it; ``NotFound`` if there is none."""
     if not path.is_file():
         raise NotFound(f"There is no hint at {path}: expected a PNG, JPEG, WebP or .npy file.")
-    return decode_hint(path.read_bytes(), str(path), masked)
+    return decode_hint(path.read_bytes(), str(path), ground)
 
 
-def decode_hint(data: bytes, name: str, masked: bool = False) -> np.ndarray:
+def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     """The bytes of a hint's file as an array (H, W, C).
 
-    A picture is read by ``decode_picture``; but 16 bits a sample stay, as uint16 with the channels it has. A ``.npy``
+    A picture is read by ``decode_picture``, on the ``ground`` of its kind (``annotators.grounds_of``); but 16 bits a
+    sample stay, as uint16 with the channels it has. A ``.npy``
     file is (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Raises ``Invalid`` for
     other whole numbers, as they have no largest value that they would be shares of, and for pickled objects.
     """
     if data.startswith(b"\x93NUMPY"):
         return _decode_array(data, name)
-    picture = decode_picture(data, name, masked)  # raises if the file is damaged
+    picture = decode_picture(data, name, ground)  # raises if the file is damaged
     if not (data.startswith((b"II*\0", b"MM\0*")) or (data.startswith(b"\x89PNG") and data[24] == 16)):
         return picture
     deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow reads colours as 8 bits alone
@@ -303,8 +325,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a PNG that ``write_png`` wrote; ``Invalid`` where it has none."""
     try:
         with Image.open(path, formats=["PNG"]) as opened:
-            settings = json.loads(opened.text["parameters"])  # type: ignore[attr-defined]  # of PNG files alone
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError, RecursionError) as error:
+            text = opened.text["parameters"]  # type: ignore[attr-defined]  # of PNG files alone
+        settings = parse_json(text, "its text")
+    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError) as error:
         raise Invalid(
             f"{path} holds no settings ({one_line(error)}): expected a PNG as `generate` writes it."
         ) from error
@@ -319,6 +342,15 @@ def png_bytes(picture: np.ndarray, info: PngImagePlugin.PngInfo | None = None, c
     image = Image.fromarray(picture)
     (image.quantize(colours) if colours else image).save(buffer, "PNG", pnginfo=info, optimize=colours is not None)
     return buffer.getvalue()
+
+
+def hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
+    """(suffix, content) of a hint's file: ``.png`` where it is a picture, uint8 (H, W, 3 or 4), else ``.npy``."""
+    if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
+        return ".png", png_bytes(hint)
+    buffer = io.BytesIO()
+    np.save(buffer, hint, allow_pickle=False)
+    return ".npy", buffer.getvalue()
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:

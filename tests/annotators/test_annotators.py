@@ -165,7 +165,7 @@ def test_a_tile_control_from_elsewhere_reads_the_picture_as_it_is(disc):
     assert np.array_equal(annotate(disc, contract("tile", foreign=True)), disc)
     assert np.array_equal(annotate(disc, annotator("tile").spec()), tile(disc))
     assert np.array_equal(annotate(disc, contract("tile")), tile(disc)), "as training, doctor and build make them"
-    with pytest.raises(UserError, match=r"tile's shrink is 0\.5: expected greater than or equal to 1"):
+    with pytest.raises(UserError, match=r'tile: "shrink" is 0\.5; expected greater than or equal to 1'):
         annotate(disc, annotator("tile").spec(shrink=0.5))
 
 
@@ -225,7 +225,7 @@ def test_a_contract_holds_the_options_it_was_made_with():
 def test_an_unknown_annotator_or_option_names_the_nearest():
     with pytest.raises(UserError, match='no annotator "cany": did you mean "canny"'):
         annotator("cany")
-    with pytest.raises(UserError, match='canny has no option "hihg": did you mean "high"'):
+    with pytest.raises(UserError, match='canny has no "hihg": did you mean "high"'):
         annotator("canny").spec(hihg=3)
 
 

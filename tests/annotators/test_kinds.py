@@ -29,13 +29,13 @@ from controlkit.controls import TYPES
 from controlkit.data import (
     CirclePairs,
     Pair,
-    Store,
     build_cache,
     examine,
     hint_for_pair,
     mirrored,
     read_listing,
 )
+from controlkit.data.store import Store
 from controlkit.errors import Invalid, NotFound, Unsupported
 from controlkit.formats import load_control
 from controlkit.images import read_picture, write_png
@@ -113,9 +113,9 @@ def test_a_kind_of_one_s_own_annotates_by_the_command_line(toy, run, folder, pic
     assert code == 0, err
     assert np.array_equal(read_picture(tmp_path / "a/circle 0.png"), ridge(pictures[0], 40))
     for option, words in (
-        ("levle=40", 'ridge has no option "levle": did you mean "level"?'),
-        ("level=300", "ridge's level is 300: expected less than or equal to 255"),
-        ("level=high", "ridge's level is high: expected a valid number"),
+        ("levle=40", 'ridge has no "levle": did you mean "level"?'),
+        ("level=300", "\"level\" is '300'; expected less than or equal to 255"),
+        ("level=high", "\"level\" is 'high'; expected a valid number"),
         ("level", "expected KEY=VALUE"),
     ):
         code, _, err = run("annotate", "ridge", folder / "circle 0.png", "--option", option)
@@ -143,7 +143,7 @@ def test_a_kind_of_one_s_own_is_built_and_its_folder_is_known(toy, run, folder, 
     assert np.array_equal(read_picture(hints / "0.png"), ridge(pictures[0]))
     hints.rename(tmp_path / "out/ridge")
     listing = read_listing(tmp_path / "out")
-    assert listing.layout == "paired" and all(row.hint for row in listing.rows) and len(listing.rows) == 8
+    assert listing.layout == "paired" and all(row.hints for row in listing.rows) and len(listing.rows) == 8
 
 
 def test_a_kind_of_one_s_own_trains_is_measured_and_saved(toy, toy_base, folder, tmp_path):
@@ -233,11 +233,11 @@ def test_options_have_ranges_and_defaults():
         ("tile", "shrink", 0.5),
         ("inpaint", "most", 1),
     ):
-        with pytest.raises(Invalid, match=f"{name}'s {key} is {value}: expected"):
+        with pytest.raises(Invalid, match=f'{name}: "{key}" is {value}; expected'):
             annotator(name).spec(**{key: value})
     with pytest.raises(Invalid, match="expected a finite number"):
         annotator("canny").spec(low=float("nan"))
-    with pytest.raises(Invalid, match="depth has no option"):
+    with pytest.raises(Invalid, match='depth has no "scale": Known: none'):
         kind_of("depth").spec(scale=1)
 
 

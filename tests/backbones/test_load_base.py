@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -423,7 +424,7 @@ def test_a_file_that_lacks_something_is_refused(originals, single_file, kind, st
     gone = {name: None for name in originals(kind) if name.startswith(start)}
     assert gone
     sentence = refusal(single_file(kind, gone))
-    assert "is not a whole Stable Diffusion" in sentence
+    assert f"is not a whole {kind} checkpoint" in sentence
 
 
 def test_a_file_of_an_inpainting_model_is_refused(single_file):
@@ -670,6 +671,179 @@ def test_a_folders_vae_stays_whole_where_half_precision_overflows_it(folders, tm
 def test_latents_are_never_clipped_though_a_scheduler_says_nothing_of_it(folders, tmp_path):
     folder = with_config(folders("sd15"), tmp_path / "base", "scheduler", leave=("clip_sample",))
     assert load_base(folder).scheduler.config.clip_sample is False
+
+
+# --- a base that is not what it seems -----------------------------------------------------------------------------
+
+
+def with_class(folder, target, part, name, **settings):
+    """A copy of a folder, a part's class changed where both of its places name it."""
+    with_config(folder, target, part, _class_name=name, **settings)
+    index = target / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {part: ["diffusers", name]}))
+    return target
+
+
+SCHEDULERS = {
+    "Playground v2.5": ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5}, "EDMDPMSolverMultistepScheduler"),
+    "a flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+    "LCM": ("LCMScheduler", {}, "LCMScheduler"),
+    "one of a stranger's": ("MyScheduler", {}, "MyScheduler"),
+    "a flow by a setting": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True"),
+    "continuous times": ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type continuous"),
+    "own sigmas": ("EulerDiscreteScheduler", {"sigma_max": 120.0}, "sigma_max 120"),
+    "other betas": ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule sigmoid"),
+    "pictures predicted": ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type sample"),
+}
+
+
+@pytest.mark.parametrize(("name", "settings", "words"), SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_scheduler_of_another_noise_is_refused_by_name(folders, tmp_path, name, settings, words):
+    assert words in refusal(with_class(folders("sd15"), tmp_path / "base", "scheduler", name, **settings))
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_of_the_same_noise_is_followed_in_its_own_defaults(folders, tmp_path, name):
+    leave = ("timestep_spacing", "set_alpha_to_one", "beta_start")
+    folder = with_config(folders("sd15"), tmp_path / "base", "scheduler", leave, _class_name=name)
+    own = getattr(diffusers, name)()
+    made, stock = load_base(folder).scheduler, getattr(diffusers, name).from_pretrained(folder / "scheduler")
+    assert made.config.timestep_spacing == own.config.timestep_spacing and made.config.clip_sample is False
+    assert torch.equal(made.alphas_cumprod, stock.alphas_cumprod)
+
+
+def test_zero_terminal_snr_of_a_folder_is_followed(folders, tmp_path):
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    base = load_base(with_class(folders("sd15"), tmp_path / "base", "scheduler", "EulerDiscreteScheduler", **settings))
+    assert base.noise.prediction == "v" and base.scheduler.alphas_cumprod[-1] < 1e-6
+    assert base.noise.sampler(4).timesteps.tolist() == [999, 749, 499, 249]
+
+
+LATENTS = {
+    "mean and spread, as Playground v2.5": {
+        "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+        "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+        "scaling_factor": 0.5,
+    },
+    "a shift": {"shift_factor": 0.0609},
+    "a spread alone": {"latents_std": [2.0, 1.0, 0.5, 1.0]},
+}
+
+
+@pytest.mark.parametrize("settings", LATENTS.values(), ids=LATENTS)
+def test_a_vae_s_latents_have_the_range_that_its_configuration_says(small, folders, tmp_path, settings):
+    base = load_base(with_config(folders("sdxl"), tmp_path / "base", "vae", **settings))
+    vae, noise = small("sdxl").vae, torch.randn(2, 4, 8, 8)
+    middle = torch.tensor(settings.get("latents_mean", settings.get("shift_factor", 0.0))).view(1, -1, 1, 1)
+    spread = torch.tensor(settings.get("latents_std", 1.0)).view(1, -1, 1, 1)
+    factor = settings.get("scaling_factor", vae.config.scaling_factor)
+    with torch.no_grad():  # as StableDiffusionXLPipeline decodes, and StableDiffusionXLImg2ImgPipeline encodes
+        decoded = vae.decode(noise * spread / factor + middle).sample.clamp(-1, 1)
+        moments = vae.encode(decoded).latent_dist.parameters
+        encoded = (moments.chunk(2, 1)[0] - middle) * factor / spread
+        plain = vae.decode(noise / factor).sample.clamp(-1, 1)
+    assert relative(base.decode_latents(noise), decoded) <= 1e-5 and relative(plain, decoded) > 0.001
+    assert relative(base.mean_latents(base.encode_moments(decoded)), encoded) <= 1e-5
+
+
+def test_a_range_of_latents_that_is_none_is_refused(folders, tmp_path):
+    for name, settings in (("few", {"latents_mean": [1.0]}), ("word", {"latents_std": ["a"] * 4})):
+        assert "expected numbers" in refusal(with_config(folders("sd15"), tmp_path / name, "vae", **settings))
+
+
+PARTS = {
+    "a small decoder": ("vae", "AutoencoderTiny", "AutoencoderTiny as its vae"),
+    "a deep compressor": ("vae", "AutoencoderDC", "AutoencoderDC as its vae"),
+    "another text tower": ("text_encoder", "RobertaSeriesModelWithTransformation", "RobertaSeriesModel"),
+    "a transformer": ("unet", "SD3Transformer2DModel", "SD3Transformer2DModel as its unet"),
+}
+
+
+@pytest.mark.parametrize(("part", "name", "words"), PARTS.values(), ids=PARTS)
+def test_a_part_of_another_class_is_refused_by_name(folders, tmp_path, part, name, words):
+    assert words in refusal(with_index(folders("sd15"), tmp_path / "base", **{part: ["diffusers", name]}))
+
+
+UNETS = {
+    "guidance as an input, as LCM": ({"time_cond_proj_dim": 16}, "time_cond_proj_dim 16"),
+    "centred input": ({"center_input_sample": True}, "center_input_sample True"),
+    "a function after the time": ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn silu"),
+    "classes": ({"num_class_embeds": 5}, "num_class_embeds 5"),
+    "no middle": ({"mid_block_type": None}, "mid_block_type None"),
+    "attention to itself": (
+        {"down_block_types": ("AttnDownBlock2D",) * 3 + ("DownBlock2D",)},
+        "down_block_types AttnDownBlock2D",
+    ),
+    "a variance": ({"out_channels": 8}, "a prediction of 8 channels"),
+    "other vectors of text": ({"cross_attention_dim": 48}, "of different bases"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), UNETS.values(), ids=UNETS)
+def test_a_unet_with_a_rule_that_is_not_followed_is_refused_by_name(small, folders, tmp_path, settings, words):
+    shutil.copytree(folders("sd15"), tmp_path / "base")
+    config = {name: value for name, value in small("sd15").unet.config.items() if not name.startswith("_")}
+    UNet2DConditionModel(**config | settings).save_pretrained(tmp_path / "base" / "unet")
+    assert words in refusal(tmp_path / "base")
+
+
+def test_a_refiner_s_sizes_are_refused(small, folders, tmp_path):
+    shutil.copytree(folders("sdxl"), tmp_path / "base")
+    config = {name: value for name, value in small("sdxl").unet.config.items() if not name.startswith("_")}
+    config |= {"projection_class_embeddings_input_dim": 64 + 5 * 256}
+    UNet2DConditionModel(**config).save_pretrained(tmp_path / "base" / "unet")
+    assert "as a refiner may have" in refusal(tmp_path / "base")
+
+
+SIGNED = {
+    "Playground v2.5": ("sdxl", {"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}, "Playground"),
+    "CosXL": ("sdxl", {"edm_vpred.sigma_max": torch.tensor(120.0)}, "CosXL"),
+    "LCM": ("sd15", {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 8)}, "LCM"),
+    "unCLIP": ("sd21", {"model.diffusion_model.label_emb.0.0.weight": torch.ones(128, 64)}, "unCLIP"),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "words"), SIGNED.values(), ids=SIGNED)
+def test_a_single_file_with_the_signs_of_other_rules_is_refused_by_name(single_file, kind, changes, words):
+    assert words in refusal(single_file(kind, changes))
+
+
+def test_a_vae_that_is_not_of_these_latents_is_refused_and_one_that_says_nothing_is_used(folders, tmp_path):
+    """The anatomy of SD's and SDXL's VAE is one; the factor tells them apart."""
+    other = with_config(folders("sd15"), tmp_path / "other", "vae", scaling_factor=0.13025)
+    shifted = with_config(folders("sd15"), tmp_path / "shifted", "vae", shift_factor=0.5)
+    silent = with_config(folders("sd15"), tmp_path / "silent", "vae", leave=("scaling_factor",))
+    assert "its scaling_factor is 0.13025, expected 0.18215" in refusal(folders("sd15"), vae=other)
+    assert "its shift_factor is 0.5" in refusal(folders("sd15"), vae=shifted)
+    base = load_base(with_config(folders("sd15"), tmp_path / "base", "vae", scaling_factor=0.3), vae=silent)
+    assert base.vae.config.scaling_factor == 0.3
+
+
+@pytest.mark.parametrize("name", ["Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"])
+def test_a_pipeline_s_folder_for_pictures_holds_a_whole_base(folders, tmp_path, name):
+    for kind, words in (("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")):
+        folder = with_index(folders(kind), tmp_path / kind, _class_name=f"{words}{name}Pipeline")
+        assert load_base(folder).digest == load_base(folders(kind)).digest
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "StableDiffusionUpscalePipeline", "KolorsPipeline", None])
+def test_a_pipeline_of_another_kind_is_refused_by_name(folders, tmp_path, name):
+    assert f"holds a {name}" in refusal(with_index(folders("sd15"), tmp_path / "base", _class_name=name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_in_a_folder_s_configurations_change_nothing(folders, tmp_path, encoding):
+    shutil.copytree(folders("sdxl"), tmp_path / "base")
+    for path in tmp_path.glob("base/**/*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    assert load_base(tmp_path / "base").digest == load_base(folders("sdxl")).digest
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[1]", "", '{"_class_name": 3'])
+def test_a_folder_s_index_that_is_none_is_refused(folders, tmp_path, text):
+    shutil.copytree(folders("sd15"), tmp_path / "base")
+    (tmp_path / "base" / "model_index.json").write_text(text)
+    assert "model_index.json" in refusal(tmp_path / "base")
 
 
 def test_a_folder_of_an_inpainting_model_is_refused(small, folders, tmp_path):

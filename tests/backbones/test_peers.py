@@ -20,7 +20,7 @@ from diffusers import (
 from conftest import draw_inputs, make, relative, stock_inputs
 from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
-from controlkit.controls import new_control
+from controlkit.controls import TYPES, new_control
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec
@@ -185,6 +185,34 @@ def test_every_residual_of_a_union_is_diffusers(union, xl_base, types):
             ours = branch(x[[row]], t[[row]], text[[row]], branch.encode_hint(hints))
         for tap, residual in zip(xl_base.branch_taps, [*down, middle], strict=True):
             assert relative(ours[tap.name], residual) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        {"canny": 0.9, "depth": 0.9},
+        {"canny": 0.3, "depth": 1.4},
+        {"depth": 0.5, "tile": 0.0, "repaint": 2.0},
+        {"openpose": 0.6},
+    ],
+    ids=str,
+)
+def test_a_union_s_types_have_a_strength_each_as_in_diffusers(union, xl_base, strengths):
+    """There several types' features are scaled and not the residuals; a type that is alone has its residuals scaled."""
+    branch, stock = union
+    (x, t, text, _), numbers = draw_inputs(xl_base), [TYPES[name] for name in strengths]
+    hints = {name: torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(TYPES[name])) for name in strengths}
+    rows, more = stock_inputs((x[:1], t[:1], text[:1]))
+    code = torch.zeros(1, 8)
+    code[0, numbers] = 1
+    scales = list(strengths.values())
+    with torch.no_grad():
+        down, middle = stock(*rows, list(hints.values()), code, numbers, scales, **more, return_dict=False)
+        ours = branch(x[:1], t[:1], text[:1], branch.encode_hint(hints, strengths))
+        plain = branch(x[:1], t[:1], text[:1], branch.encode_hint(hints))
+    theirs = dict(zip([tap.name for tap in xl_base.branch_taps], [*down, middle], strict=True))
+    assert all(relative(ours[name], theirs[name]) <= 1e-5 for name in theirs)
+    assert relative(plain["middle"], theirs["middle"]) > 1e-3
 
 
 def test_a_union_merges_all_of_its_hints_and_not_the_first_alone(union, xl_base):

@@ -1,6 +1,8 @@
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, spli
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
+from controlkit.files import OUTPUT, is_output
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.images import HintSpec, write_png
 from controlkit.sample import ControlRequest, Request
@@ -43,7 +46,13 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
     command = ["generate", "a red square", "--base", toy_folder, "--control", f"{control}={drawing}", "--out", out]
     code, _, err = run(*command, "--num-images", 2, "--steps", 2, "--seed", 5)
     assert code == 0, err
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "hint-0-edges.png", "picture-5.png", "picture-6.png"]
+    assert is_output(out), "so that no data set takes it for a part of itself"
+    assert sorted(p.name for p in out.glob("*.png")) == [
+        "grid.png",
+        "hint-0-edges.png",
+        "picture-5.png",
+        "picture-6.png",
+    ]
     with Image.open(out / "picture-6.png") as picture:
         facts = json.loads(picture.text["parameters"])
         assert picture.size == (32, 32)
@@ -96,14 +105,17 @@ def test_settings_of_a_control_are_its_own_and_others_serve_those_that_have_none
     assert union == ControlRequest(name="u", images={"depth": "c.png"}, scale=0.7, hint_cfg_scale=1.5)
 
 
-def test_a_union_s_types_are_one_control_with_one_set_of_settings():
-    given = ["u:canny=a.png,scale=0.5", "u:depth=b.png,guess", "canny=c.png"]
-    union, other = control_requests(given, {})
-    assert union == ControlRequest(name="u", images={"canny": "a.png", "depth": "b.png"}, scale=0.5, guess=True)
-    assert other == ControlRequest(name="canny", images="c.png")
-    for more, sentence in (("u:canny=d.png", "was given twice"), ("u:seg=d.png,scale=0.6", 'two values of "scale"')):
-        with pytest.raises(Invalid, match=sentence):
-            control_requests([*given, more], {})
+def test_a_union_s_types_are_one_control_each_with_a_scale_of_its_own():
+    given = ["u:canny=a.png,scale=0.5", "u:depth=b.png,guess", "canny=c.png,scale=0.9", "u:seg=e.png,scale=-1"]
+    union, other = control_requests(given, {"scale": 0.7})
+    pictures = {"canny": "a.png", "depth": "b.png", "seg": "e.png"}
+    scales = {"canny": 0.5, "seg": -1}
+    assert union == ControlRequest(name="u", images=pictures, scale=0.7, scales=scales, guess=True)
+    assert other == ControlRequest(name="canny", images="c.png", scale=0.9)
+    with pytest.raises(Invalid, match="was given twice"):
+        control_requests([*given, "u:canny=d.png"], {})
+    with pytest.raises(Invalid, match='two values of "end"'):
+        control_requests(["u:canny=a.png,end=0.5", "u:depth=b.png,end=0.6"], {})
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,59 @@ def test_a_picture_s_path_may_hold_commas_and_equals_signs(text, path, settings,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     assert split_control(text) == ("x", "", Path(path), settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("epoch=22-step=5335.ckpt", ""),
+        ("lr=1e-4", ""),
+        ("a=b=c.safetensors", "canny"),
+        ("runs/x=1/control", ""),
+        ("~/mine=1.safetensors", ""),
+    ],
+)
+def test_a_control_s_path_may_hold_equals_signs(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = Path(name.replace("~", str(tmp_path)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    text = f"{name}{f':{kind}' if kind else ''}=x.png,scale=0.5"
+    assert split_control(text) == (name, kind, Path("x.png"), {"scale": "0.5"})
+    assert split_control("canny=~/x=1.png") == ("canny", "", tmp_path / "x=1.png", {})
+    assert split_control("owner/name-1.0:depth=x.png") == ("owner/name-1.0", "depth", Path("x.png"), {})
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(run, toy_folder, drawing, control, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "toy").symlink_to(toy_folder)
+    command = ["generate", "x", "--base=~/toy", "--control", "~/edges=~/drawing.png", "--steps", 1, "--out=~/made"]
+    code, _, err = run(*command)
+    assert code == 0 and (tmp_path / "made" / "picture-0.png").is_file(), err
+    request = {"prompt": "x", "steps": 1, "controls": [{"name": "~/edges", "images": "~/drawing.png"}]}
+    (tmp_path / "request.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(request).encode())
+    code, _, err = run("generate", "--request=~/request.json", "--base", "~/toy", "--out", tmp_path / "again")
+    assert code == 0, err
+    both = [np.asarray(Image.open(tmp_path / name / "picture-0.png")) for name in ("made", "again")]
+    assert np.array_equal(*both)
+
+
+@pytest.mark.parametrize("place", ["prompt", "negative", "control", "picture", "request"])
+def test_what_is_no_utf_8_is_refused_in_a_sentence(place, run, toy_folder, control, drawing, tmp_path):
+    half = b"caf\xe9".decode(errors="surrogateescape")
+    prompt = half if place == "prompt" else "x"
+    more = {
+        "prompt": [],
+        "negative": ["--negative-prompt", half],
+        "control": ["--control", f"{half}={drawing}"],
+        "picture": ["--control", f"{control}={half}.png"],
+        "request": ["--request", tmp_path / "request.json"],
+    }[place]
+    (tmp_path / "request.json").write_text('{"prompt": "cat \\ud83d"}')
+    command = ["generate", *([] if place == "request" else [prompt]), "--base", toy_folder, "--out", tmp_path / "out"]
+    code, _, err = run(*command, *more)
+    assert code == 2 and "Traceback" not in err and "\n" not in err.strip() and "UTF-8" in err
 
 
 def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
@@ -254,7 +319,7 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
     list(make_fill50k(tmp_path / "set", 3, 32))
     code, out, _ = run("data", "doctor", tmp_path / "set", "--annotator", "canny", "--out", tmp_path / "told")
     assert code == 0 and "Training may start" in out and "3 pairs (prompt.json)" in out
-    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json"}
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {"sheet.png", "report.json", OUTPUT}
     (tmp_path / "set/source/1.png").write_bytes(b"")
     code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
     assert code == 1 and "may not start" in out and "source/1.png" in out
@@ -262,7 +327,7 @@ def test_the_doctor_says_whether_training_may_start(run, tmp_path):
 
 def test_the_doctor_shows_what_a_plain_folder_s_names_say(run, drawing, tmp_path):
     (tmp_path / "set").mkdir()
-    for name in ("red-apple_1", "IMG_7"):
+    for name in ("red-apple_1", "IMG_7", "IMG_8"):
         (tmp_path / "set" / f"{name}.png").write_bytes(drawing.read_bytes())
     code, out, _ = run("data", "doctor", tmp_path / "set", "--out", tmp_path / "told")
     assert code == 0 and 'from the file\'s name: "red apple"' in out and "hints: none" in out
@@ -294,7 +359,20 @@ BAD = {
     "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
     "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
     "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
-    "a seed torch cannot take": (["--seed", "99999999999999999999"], "--seed"),
+    "a seed torch cannot take": (["--seed", "99999999999999999999"], '"seed" is 99999999999999999999; expected less'),
+    "a seed whose next is none": (["--seed", str(2**64 - 1), "--num-images", "2"], "go beyond the largest"),
+    "a scale that is not finite": (
+        ["--control", "{control}={drawing},scale=nan"],
+        "\"scale\" is 'nan'; expected a finite",
+    ),
+    "a scale for all that is not finite": (["--control", "{control}={drawing}", "--scale", "inf"], '"scale" is inf'),
+    "a scale that leaves no picture": (["--control", "{control}={drawing}", "--scale", "1e38"], '"scale" is 1e+38'),
+    "guidance that leaves no picture": (["--guidance", "1e38"], '"guidance" is 1e+38; expected less'),
+    "guidance that is no number": (["--guidance", "nan"], '"guidance" is nan; expected a finite'),
+    "a hint counted without end": (["--control", "{control}={drawing}", "--hint-cfg", "1e9"], '"hint_cfg_scale" is'),
+    "a size beyond all memory": (["--size", "1000000x1000000"], "up to 16384"),
+    "a LoRA's weight that is not finite": (["--lora", "{broken}x=nan"], "-100 to 100"),
+    "a path with a name too long": (["--control", "{control}=" + "x" * 300], "File name too long"),
     "an unknown setting of a control": (["--control", "{control}={drawing},scael=2"], 'did you mean "scale"'),
     "a setting given twice": (["--control", "{control}={drawing},scale=2,scale=1"], '"scale" twice'),
     "a scale that is no number": (["--control", "{control}={drawing},scale=big"], "\"scale\" is 'big'"),
@@ -392,7 +470,7 @@ def test_a_union_takes_a_picture_for_each_of_its_types(run, xl_folder, xl_base, 
     union = tmp_path / "union"
     code, _, err = run(*command, "--control", f"{union}:canny={drawing}", "--control", f"{union}:depth={drawing}")
     assert code == 0, err
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
     assert names == ["grid.png", "hint-0-union-canny.png", "hint-1-union-depth.png", "picture-0.png"]
     edges, depth = (np.asarray(Image.open(tmp_path / "out" / name)) for name in names[1:3])
     assert set(np.unique(edges)) == {0, 255}, "of canny the edges are taken"
@@ -489,3 +567,44 @@ def test_an_annotator_for_no_control_or_of_no_name_is_refused(run, toy_folder, c
     assert code == 2 and "none was given" in err
     code, _, err = run(*command, "cany", "--control", f"{control}={drawing}")
     assert code == 2 and 'did you mean "canny"' in err
+
+
+def test_generate_imports_no_compiler(toy_folder, control, drawing, tmp_path):
+    """torch's compiler and what belongs to it take longer to import than a small picture to be made."""
+    command = [
+        "generate",
+        "x",
+        "--base",
+        toy_folder,
+        "--control",
+        f"{control}={drawing}",
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+    ]
+    code = (
+        "import atexit, sys; sys.argv = ['controlkit', *sys.argv[1:]]; from controlkit.cli import main\n"
+        "atexit.register(lambda: print(len(sys.modules), *sys.modules)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=True)
+    count, *modules = done.stdout.splitlines()[-1].split()
+    heavy = {"torch._dynamo", "torch._inductor", "peft", "bitsandbytes", "torchmetrics", "numba", "datasets", "yaml"}
+    assert not heavy & set(modules) and int(count) < 3300, "see cli.shared.without_compiler"
+    assert (tmp_path / "picture-0.png").is_file()
+
+
+def test_without_the_compiler_who_asks_for_it_gets_it():
+    code = (
+        "import sys; from controlkit.cli.shared import without_compiler\n"
+        "with without_compiler():\n"
+        "    import torch, diffusers.models.attention\n"
+        "    assert sys.modules['torch._dynamo'].disable(len) is len\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "with without_compiler():\n"
+        "    assert torch._dynamo.config.__name__ == 'torch._dynamo.config'\n"
+        "compiled = torch.compile(lambda x: x + 1, backend='eager')\n"
+        "assert compiled(torch.ones(2)).tolist() == [2, 2]"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -265,7 +265,7 @@ def test_the_doctor_holds_arrays_against_the_contract(arrays):
     rule = HintSpec("depth", channels=5, low=-1.0)
     sound = report_of(arrays, rule)
     assert sound.problems == [] and sound.hints == 6 and 0.4 < sound.to_json()["hint_mean_grey"] < 0.6
-    assert {picture.shape for row in sheet_rows(sound, SIDE) for picture in row} == {(SIDE, SIDE, 3)}
+    assert {picture.shape for row in sheet_rows(sound) for picture in row} == {(128, 128, 3)}
     for wrong, words in (
         (HintSpec("depth", channels=5), "expected floats in [0, 1]"),
         (HintSpec("depth"), "has 5 channels"),

@@ -5,17 +5,19 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from controlkit.annotators import annotate, annotator
+from controlkit.annotators import annotate, annotator, contract, grounds_of
 from controlkit.annotators.lines import canny
-from controlkit.data import TARGETS, CirclePairs, FolderPairs, build_set, make_fill50k, read_listing
+from controlkit.data import CirclePairs, FolderPairs, build_set, make_fill50k, read_listing
+from controlkit.data.build import TARGETS
 from controlkit.data.doctor import add_up, examine
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, fit, write_png
 
 SIDE, COUNT = 32, 4
 CANNY = annotator("canny").spec()
-LAYOUTS = [*TARGETS, "webdataset"]
+LAYOUTS = list(TARGETS)
 
 
 @pytest.fixture
@@ -53,18 +55,36 @@ def test_hints_are_made_of_the_pictures_as_they_are_written(layout, photos, tmp_
         assert np.array_equal(pair.hint, canny(pair.picture))
 
 
+@pytest.mark.parametrize(("kind", "nothing"), [("canny", 0), ("pose", 0), ("depth", 0), ("tile", 255)])
+@pytest.mark.parametrize("layout", ["metadata", "webdataset"])
+def test_hints_on_a_clear_ground_are_written_and_read_on_the_ground_of_their_kind(
+    kind, nothing, layout, tutorial, tmp_path
+):
+    stroke = np.full((SIDE, SIDE, 4), (170, 170, 170, 0), np.uint8)
+    stroke[4:28, 12:16, 3] = 255
+    for path in (tmp_path / "set" / "source").glob("*.png"):
+        Image.fromarray(stroke).save(path)
+    rule = contract(kind)
+    list(build_set(read_listing(tmp_path / "set"), tmp_path / "out", layout, rule))
+    for folder in ("set", "out"):
+        for pair in FolderPairs(tmp_path / folder, SIDE, grounds_of(rule)):
+            assert np.unique(pair.hint).tolist() == sorted([170, nothing])
+    report = add_up(tutorial, examine(tutorial, rule), rule)
+    assert report.may_train and not [p for p in report.problems if p.kind in ("empty hint", "hints inverted")]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_hints_mask_is_masked_when_they_are_read_again(layout, photos, tmp_path):
     """Hints of ``inpaint``: what training reads of the folder is what it makes of the pictures on the fly."""
-    contract = annotator("inpaint").spec()
-    list(build_set(photos, tmp_path / "out", layout, contract, (24, 24)))
-    list(build_set(read_listing(tmp_path / "out"), tmp_path / "again", layout, contract))
+    rule = annotator("inpaint").spec()
+    list(build_set(photos, tmp_path / "out", layout, rule, (24, 24)))
+    list(build_set(read_listing(tmp_path / "out"), tmp_path / "again", layout, rule))
     for folder in ("out", "again"):
-        for pair in FolderPairs(tmp_path / folder, 24, masked=True):
-            read, made = (contract.tensor(hint, (24, 24)) for hint in (pair.hint, annotate(pair.picture, contract)))
+        for pair in FolderPairs(tmp_path / folder, 24, grounds=[None]):
+            read, made = (rule.tensor(hint, (24, 24)) for hint in (pair.hint, annotate(pair.picture, rule)))
             assert (read == -1).any() and torch.equal(read, made)
-    assert all(pair.hint.shape[-1] == 3 for pair in FolderPairs(tmp_path / "out", 24)), "of other hints: on white"
-    report = add_up(listing := read_listing(tmp_path / "out"), examine(listing, contract), contract)
+    assert all(pair.hint.shape[-1] == 3 for pair in FolderPairs(tmp_path / "out", 24)), "of other hints: on a ground"
+    report = add_up(listing := read_listing(tmp_path / "out"), examine(listing, rule), rule)
     assert report.may_train and not any(problem.fatal for problem in report.problems)
 
 

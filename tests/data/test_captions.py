@@ -13,16 +13,15 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from controlkit.annotators import annotator
 from controlkit.cli import data
 from controlkit.data import (
-    CAPTIONER,
-    TARGETS,
     Captioning,
     build_set,
     load_captioner,
     read_listing,
     unwritten,
-    wanting,
     write_captions,
 )
+from controlkit.data.build import TARGETS
+from controlkit.data.captions import CAPTIONER
 from controlkit.errors import UserError
 from controlkit.images import write_png
 
@@ -119,13 +118,13 @@ def test_names_and_what_people_wrote_are_written_over_only_if_asked(run, blip, b
 def test_an_empty_caption_beside_a_picture_was_meant(photos):
     (photos / "IMG_2.txt").touch()
     rows = read_listing(photos)
-    assert [rows.rows[i].picture.name.rpartition("/")[2] for i in unwritten(rows, wanting(rows.rows))] == [
+    assert [rows.rows[i].picture.name.rpartition("/")[2] for i in unwritten(rows, "nothing")] == [
         "IMG_1.png",
         "IMG_3.png",
     ]
 
 
-@pytest.mark.parametrize("layout", [*TARGETS, "webdataset"])
+@pytest.mark.parametrize("layout", TARGETS)
 def test_a_set_written_anew_has_captions_where_there_were_none(layout, blip, photos, tmp_path):
     list(build_set(read_listing(photos), tmp_path / "out", layout, CANNY, captioning=Captioning(blip)))
     listing = read_listing(tmp_path / "out")

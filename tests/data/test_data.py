@@ -27,6 +27,7 @@ from controlkit.data import (
     split_folder,
 )
 from controlkit.errors import UserError
+from controlkit.files import OUTPUT
 from controlkit.images import HintSpec, read_picture, to_tensor
 from controlkit.measure import edge_f1
 from controlkit.mini import world
@@ -87,7 +88,7 @@ def test_fill50k_is_written_in_the_original_s_layout(tmp_path):
     pictures = ("source/0.png", "source/1.png", "target/0.png", "target/1.png")
     assert {read_picture(tmp_path / name).shape for name in pictures} == {(512, 512, 3)}
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"prompt.json", "drawn.json", *pictures}
+    assert files == {"prompt.json", "drawn.json", OUTPUT, *pictures}
 
 
 def test_the_written_set_reads_back_as_it_is_drawn(tmp_path):
@@ -174,7 +175,7 @@ def test_evaluation_sees_no_pair_of_a_training_run(source, fake_packages, tmp_pa
         b"7",
         b'{"source": "a", "target": "b"}',
         b'{"source": "a", "target": "b", "prompt": "c"}\n{"source":',
-        b"\xff\xfe",
+        b"\xff\xfa",
     ],
 )
 def test_a_bad_prompt_json_is_named_in_one_sentence(content, tmp_path):
@@ -364,7 +365,7 @@ def test_scenes_are_written_with_all_that_is_known_of_them(tmp_path):
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     truths = {f"truth/{i}.{end}" for i in range(3) for end in ("npz", "json")}
     pictures = {f"{kind}/{i}.png" for kind in kinds for i in range(3)}
-    assert files == {"prompt.json", "metadata.jsonl", "drawn.json"} | truths | pictures
+    assert files == {"prompt.json", "metadata.jsonl", "drawn.json", OUTPUT} | truths | pictures
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     for i, (pair, row) in enumerate(zip(FolderPairs(tmp_path, 32), rows, strict=True)):
         scene = draw_scene(32, 7, i)

@@ -12,8 +12,9 @@ import torch
 from store_writer import entries, write_many
 
 from controlkit.annotators import all_kinds, annotator
-from controlkit.data import CirclePairs, Pair, Store, build_cache, key_of, remembered
+from controlkit.data import CirclePairs, Pair, build_cache
 from controlkit.data.cache import Cached
+from controlkit.data.store import Store, key_of, remembered
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
 

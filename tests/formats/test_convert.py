@@ -30,8 +30,8 @@ from controlkit.formats import (
     load_control,
     save_control,
 )
-from controlkit.formats.configs import expected_shapes
 from controlkit.formats.names import EncoderShape, controlnet_paths, rename
+from controlkit.formats.shapes import expected_shapes
 from controlkit.formats.weights import encoder_tensors, read_weights
 from controlkit.images import HintSpec
 

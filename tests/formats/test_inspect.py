@@ -5,6 +5,8 @@ The files are whole headers over holes: their data takes no room on disk and is 
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from diffusers import T2IAdapter
 
 from controlkit.backbones.unet_families import FAMILIES, unet_config
 from controlkit.controls.xs import xs_settings
+from controlkit.errors import Invalid, Unsupported
 from controlkit.formats import describe
-from controlkit.formats.configs import expected_shapes
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
+from controlkit.formats.shapes import expected_shapes
+from controlkit.formats.weights import read_weights
 
 
 def write_holes(path, shapes, metadata=None):
@@ -141,6 +145,59 @@ NAMED = {
         },
         "controlnet-xs",
     ),
+    "LLLite of Anima": (
+        {
+            "lllite_conditioning1.conv1.weight": (32, 3, 4, 4),
+            "lllite_dit_blocks_0_self_attn_q_proj.down.weight": (64, 2048),
+        },
+        "lllite-anima",
+    ),
+    "Qwen-Image, blockwise": (
+        {"controlnet_blocks.0.y_rms.weight": (3072,), "img_in.weight": (3072, 64)},
+        "qwen-blockwise",
+    ),
+    "Z-Image, a patch": ({"control_all_x_embedder.2-1.weight": (3840, 132)}, "z-image"),
+    "Sana": ({"caption_norm.weight": (2240,), "controlnet_blocks.0.weight": (2240, 2240)}, "sana"),
+    "Cosmos": (
+        {"control_blocks.0.before_proj_x.weight": (2048, 2048), "patch_embed.proj.weight": (2048, 68)},
+        "cosmos",
+    ),
+    "PixArt": ({"controlnet.0.copied_block.attn.qkv.weight": (3456, 1152)}, "pixart"),
+    "SparseCtrl": (
+        {
+            "controlnet_cond_embedding.conv_in.weight": (16, 4, 3, 3),
+            "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (320,),
+        },
+        "sparsectrl",
+    ),
+    "BrushNet": (
+        {"brushnet_down_blocks.0.weight": (320, 320, 1, 1), "conv_in_condition.weight": (320, 9, 3, 3)},
+        "brushnet",
+    ),
+    "ControlNeXt": (
+        {"mid_convs.0.0.weight": (128, 128, 3, 3), "down_res.0.conv1.weight": (64, 64, 3, 3)},
+        "controlnext",
+    ),
+    "a T2I-Adapter of style": ({"style_embedding": (1, 8, 1024), "ln_post.weight": (1024,)}, "style-adapter"),
+    "an IP-Adapter": (
+        {"image_proj.proj.weight": (3072, 1024), "ip_adapter.1.to_k_ip.weight": (320, 768)},
+        "ip-adapter",
+    ),
+    "Redux of Flux": ({"redux_up.weight": (12288, 1152), "redux_down.weight": (4096, 12288)}, "flux-redux"),
+    "a motion module": ({"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (320,)}, "motion"),
+    "a VAE, original": (
+        {"encoder.conv_in.weight": (128, 3, 3, 3), "decoder.conv_in.weight": (512, 4, 3, 3)},
+        "vae",
+    ),
+    "a VAE of a checkpoint": (
+        {f"first_stage_model.{side}.conv_in.weight": (128, 3, 3, 3) for side in ("encoder", "decoder")},
+        "vae",
+    ),
+    "a textual inversion": ({"emb_params": (4, 768)}, "embedding"),
+    "a textual inversion, diffusers": ({"<cat-toy>": (768,)}, "embedding"),
+    "a textual inversion, a plain word": ({"cat-toy": (2, 1024)}, "embedding"),
+    "a textual inversion of SDXL": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "embedding"),
+    "a text encoder": ({"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768)}, "text-tower"),
     "a transformer of Flux": ({"double_blocks.0.img_mod.lin.weight": (18432, 3072)}, "unknown"),
     "a transformer of Qwen-Image": ({"transformer_blocks.0.img_mod.1.weight": (18432, 3072)}, "unknown"),
     "a base of another family": (
@@ -159,6 +216,110 @@ def test_what_runs_is_named_with_base_channels_and_size(kind, tmp_path):
     assert (found.missing, found.unexpected, found.runs) == ((), (), True)
     assert parameters in (None, found.parameters)
     assert "\n" not in found.sentence() and found.sentence().endswith("; runs.")
+
+
+BASES = {
+    "LLLite": "sdxl",
+    "LLLite of Anima": None,
+    "a textual inversion": "sd15",
+    "a textual inversion, a plain word": "sd21",
+    "a textual inversion of SDXL": "sdxl",
+    "a base": "sd15",
+    "an IP-Adapter": None,
+}
+
+
+@pytest.mark.parametrize(("kind", "base"), BASES.items())
+def test_a_base_is_named_where_shapes_or_names_show_it_and_by_its_one_name(kind, base, tmp_path):
+    found = describe(write_holes(tmp_path / "mystery.safetensors", NAMED[kind][0]))
+    assert found.base == base
+    assert (f" for {base}," in found.sentence()) == (base is not None) and "Stable Diffusion 1" not in found.sentence()
+
+
+USES = {
+    "a VAE, original": "--vae",
+    "a textual inversion": "--embedding",
+    "an ordinary LoRA": "--lora",
+    "a base": "--base",
+}
+
+
+@pytest.mark.parametrize(("kind", "option"), USES.items())
+def test_what_is_no_control_is_told_where_it_can_be_used(kind, option, tmp_path):
+    assert f"give it as {option}" in describe(write_holes(tmp_path / "a.safetensors", NAMED[kind][0])).sentence()
+
+
+STRANGE = {
+    "Kolors'": ("sdxl", {"encoder_hid_proj.weight": (2048, 4096), "encoder_hid_proj.bias": (2048,)}),
+    "with classes": ("sd15", {"class_embedding.weight": (10, 1280)}),
+    "with another's layers": ("sd21", {"mid_block.motion_modules_0.norm.weight": (1280,)}),
+}
+
+
+@pytest.mark.parametrize(("family", "more"), STRANGE.values(), ids=STRANGE)
+def test_a_network_with_tensors_of_another_does_not_run_here_as_nowhere_else(family, more, tmp_path):
+    path = write_holes(tmp_path / "a.safetensors", controlnet(family) | more)
+    found = describe(path)
+    assert (found.runs, set(found.unexpected)) == (False, set(more)) and found.sentence().endswith("; does not run.")
+    with pytest.raises(Invalid, match="has tensors of another network"):
+        read_weights(path)
+
+
+def test_a_file_of_another_family_s_rules_is_refused_as_a_base_by_name(tmp_path):
+    with pytest.raises(Unsupported, match="Playground"):
+        describe(write_holes(tmp_path / "a.safetensors", OF_BASE | {"edm_mean": (1, 4, 1, 1)}))
+
+
+FOLDERS = {
+    "shards": ["diffusion_pytorch_model-00001-of-00001.safetensors", "diffusion_pytorch_model.safetensors.index.json"],
+    "a variant": ["diffusion_pytorch_model.bf16.safetensors"],
+    "another name": ["diffusion_pytorch_model_promax.safetensors"],
+    "a name of one's own": ["my_control.safetensors"],
+}
+
+
+@pytest.mark.parametrize("names", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_folder_s_weights_are_found_by_any_name(names, has_config, tmp_path):
+    shapes = controlnet("sd15")
+    write_holes(tmp_path / names[0], shapes)
+    for index in names[1:]:
+        (tmp_path / index).write_text(json.dumps({"weight_map": dict.fromkeys(shapes, names[0])}))
+    if has_config:
+        config = {"_class_name": "ControlNetModel", "global_pool_conditions": True}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    found = describe(tmp_path)
+    assert found.runs and found.base == "sd15"
+    assert found.config.get("global_pool_conditions", False) == has_config
+
+
+def test_a_folder_of_several_files_of_weights_is_a_question(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("a.safetensors", "b.safetensors"):
+        write_holes(tmp_path / name, controlnet("sd15"))
+    with pytest.raises(Invalid, match=r"2 files of weights: name one of a.safetensors, b.safetensors"):
+        describe(tmp_path)
+
+
+def test_a_stranger_s_configuration_beside_a_file_says_nothing(tmp_path):
+    path = write_holes(tmp_path / "control.safetensors", controlnet("sd15"))
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "attention_head_dim": 5}')
+    assert describe(path).config["attention_head_dim"] == [8] * 4
+
+
+def test_inspecting_a_control_imports_neither_diffusers_nor_transformers_nor_a_compiler():
+    """Seconds of start-up, for a header. Held by names, as seconds depend on the machine."""
+    heavy = {"diffusers", "transformers", "torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "pandas"}
+    code = (
+        "import sys; from controlkit.cli import main\n"
+        "sys.argv = ['controlkit', 'inspect', 'canny']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, imported = done.stdout.strip().splitlines()[0], done.stdout.strip().splitlines()[-1]
+    assert "ControlNet-Union" in said and imported == "[]"
 
 
 @pytest.mark.parametrize("kind", NAMED)

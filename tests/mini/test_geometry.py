@@ -22,9 +22,9 @@ from controlkit.data import (
     build_cache,
     hint_for_pair,
     mirrored,
-    nearest_bucket,
     turn_at,
 )
+from controlkit.data.buckets import nearest_bucket
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, decode_picture, sides_of, write_png
 from controlkit.mini.truth import MIRRORED

@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
-from conftest import asked, draw_inputs, relative
+from conftest import asked, draw_inputs, randomised, relative
 from controlkit.backbones import load_base
 from controlkit.backbones.noise import Diffusion, Flow
 from controlkit.branch import ControlSpec
-from controlkit.controls import new_control
+from controlkit.controls import new_control, new_union
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec, fit
@@ -417,3 +417,70 @@ def test_what_a_prediction_stands_for_is_solved_exactly(toy_base, prediction):
     for t in (torch.tensor(20), torch.tensor(600)):
         x, target = (made(clean, drawn, t.expand(2)) for made in (noise.add, noise.target))
         assert relative(clean_latents(noise, x, target, t), clean) < 1e-4
+
+
+# --- numbers that are not finite, and strengths by type -------------------------------------------------------------
+
+
+@pytest.fixture
+def astray(toy_base):
+    """A control whose training went astray: its joins are huge."""
+    branch = new_control(toy_base)
+    for name, weight in branch.named_parameters():
+        if name.startswith("joins"):
+            weight.data.fill_(1e37)
+    return SavedControl(branch.eval().requires_grad_(False), CONTRACT)
+
+
+@pytest.mark.parametrize("fault", ["a control astray", "latents", "pixels of one of two"])
+def test_a_picture_whose_numbers_are_not_finite_is_an_error_that_says_why(fault, toy_base, astray, monkeypatch):
+    requests, loaded = [Request(seed=seed, steps=2) for seed in (3, 4)], {}
+    if fault == "a control astray":
+        one, loaded = asked([astray], [draw_hint(1)], steps=2, seed=4)
+        requests = [requests[0], one]
+    decode = type(toy_base).decode_latents
+
+    def broken(self, latents):
+        pixels = decode(self, latents)
+        pixels[-1] = float("nan" if fault == "latents" else "inf")
+        return pixels
+
+    if fault != "a control astray":
+        monkeypatch.setattr(type(toy_base), "decode_latents", broken)
+    with pytest.raises(Invalid, match=r"picture of seed 4 is none.*lower guidance.*fp32.*went astray"):
+        list(pictures(generate(toy_base, prepare(toy_base, requests, loaded))))
+
+
+@pytest.mark.parametrize(
+    ("use", "strengths"),
+    [
+        ({"scale": 0.9}, {"canny": 0.9, "depth": 0.9}),
+        ({"scales": {"depth": 0.4}}, {"canny": 1.0, "depth": 0.4}),
+        ({"scale": 0.5, "scales": {"canny": -1.0, "depth": 0.0}}, {"canny": -1.0, "depth": 0.0}),
+    ],
+)
+def test_a_union_s_types_have_a_strength_each(use, strengths, toy_base, drawn_joins):
+    """As in diffusers' ControlNetUnion, the features of several types are scaled and their residuals are not."""
+    union = SavedControl(drawn_joins(randomised(new_union(toy_base)), 5).eval(), HintSpec(""))
+    hints = {"canny": draw_hint(1), "depth": draw_hint(2)}
+    [one] = prepare(toy_base, [asked([union], [hints], [use], steps=2)[0]], {"0": union})
+    [control] = one.controls
+    assert (control.strengths, control.scale) == (strengths, 1.0)
+    assert scale_table(one.controls, toy_base.taps, 2, 1, one.settings).unique().tolist() == [1.0]
+    [scaled] = pictures(generate(toy_base, [one]))
+    features = union.branch.encode_hint
+    try:
+        union.branch.encode_hint = lambda hint, given: features(hint, strengths)  # whatever the request says
+        [again] = pictures(generate(toy_base, prepare(toy_base, [asked([union], [hints], steps=2)[0]], {"0": union})))
+    finally:
+        del union.branch.encode_hint
+    assert torch.equal(scaled.latents, again.latents)
+
+
+def test_types_that_are_all_of_scale_zero_are_no_control(toy_base, drawn_joins):
+    union = SavedControl(drawn_joins(randomised(new_union(toy_base)), 5).eval(), HintSpec(""))
+    hints = {"canny": draw_hint(1), "depth": draw_hint(2)}
+    [one] = prepare(toy_base, [asked([union], [hints], [{"scale": 0.0}], steps=2)[0]], {"0": union})
+    [plain] = prepare(toy_base, [Request(steps=2)])
+    latents = [next(pictures(generate(toy_base, [each]))).latents for each in (one, plain)]
+    assert torch.equal(*latents)

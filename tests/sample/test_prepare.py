@@ -71,6 +71,62 @@ def test_a_picture_with_a_mask_means_the_same_from_a_file_and_from_memory(toy_ba
         assert by_file.shape[-1] == (4 if rule.mask_value is not None else 3)
 
 
+def clear(colour, alpha=255):
+    """A stroke on a clear ground."""
+    picture = np.full((32, 32, 4), (*colour, 0), np.uint8)
+    picture[6:26, 14:18, 3] = alpha
+    return picture
+
+
+CLEAR = {  # kind: colour of the stroke, of nothing, of the stroke in the hint
+    "white lines": ("canny", (255, 255, 255), (0, 0, 0), (255, 255, 255)),
+    "coloured lines": ("scribble", (255, 0, 0), (0, 0, 0), (255, 0, 0)),
+    "dark lines": ("lineart", (0, 0, 0), (0, 0, 0), (255, 255, 255)),
+    "a pose": ("pose", (0, 85, 255), (0, 0, 0), (0, 85, 255)),
+    "a depth": ("depth", (90, 90, 90), (0, 0, 0), (90, 90, 90)),
+    "normals": ("normal", (200, 100, 200), (128, 128, 255), (200, 100, 200)),
+    "a photograph": ("tile", (90, 160, 30), (255, 255, 255), (90, 160, 30)),
+    "of no name": ("", (255, 255, 255), (0, 0, 0), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("case", CLEAR)
+def test_a_hint_on_a_clear_ground_gets_the_ground_of_its_kind(case, toy_base, saved, tmp_path):
+    kind, colour, nothing, drawn = CLEAR[case]
+    Image.fromarray(clear(colour)).save(tmp_path / "clear.png")
+    control = replace(saved, hint=contract(kind) if kind else HintSpec(""))
+    as_uri = Request.from_json(Request(controls=[ControlRequest(name="x", images=clear(colour))]).to_json())
+    sources = [
+        tmp_path / "clear.png",
+        *([] if case == "dark lines" else [clear(colour), as_uri.controls[0].images[""]]),
+    ]
+    for source in sources:  # arrays in memory are not inverted
+        one = prepared(toy_base, control, images=source, ready=True)
+        hint = one.controls[0].hints[""]
+        assert tuple(hint[0, 0]) == nothing and tuple(hint[16, 16]) == drawn and not one.notes
+    if kind in ("pose", "depth", "normal", ""):  # what nothing here makes is the picture itself
+        hint = prepared(toy_base, control, images=tmp_path / "clear.png").controls[0].hints[""]
+        assert tuple(hint[0, 0]) == nothing and tuple(hint[16, 16]) == drawn
+
+
+@pytest.mark.parametrize(
+    ("kind", "picture", "ready"),
+    [
+        ("canny", np.zeros((32, 32, 4), np.uint8), True),
+        ("pose", np.zeros((32, 32, 3), np.uint8), True),
+        ("depth", np.full((32, 32, 1), 0.5, np.float32), True),
+        ("canny", np.full((32, 32, 3), 200, np.uint8), False),  # a flat picture has no edges
+    ],
+)
+def test_an_empty_hint_is_not_used_without_a_word(kind, picture, ready, toy_base, saved):
+    one = prepared(toy_base, replace(saved, hint=contract(kind)), images=picture, ready=ready)
+    assert any('hint of "x" is empty' in note for note in one.notes)
+
+
+def test_a_flat_photograph_is_no_empty_hint(toy_base, saved):
+    assert not prepared(toy_base, replace(saved, hint=contract("tile")), images=np.full((32, 32, 3), 9, np.uint8)).notes
+
+
 def test_settings_are_the_request_s_and_what_it_leaves_open_is_filled_in(toy_base, saved, drawing):
     [one] = prepare(toy_base, [Request(controls=[ControlRequest(name="x", images=drawing)], steps=3)], {"x": saved})
     assert (one.settings.steps, one.settings.guidance, one.settings.size) == (3, 4.0, (32, 32))

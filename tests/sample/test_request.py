@@ -16,22 +16,24 @@ from controlkit.images import png_bytes
 from controlkit.sample import ControlRequest, Request
 
 SHARES = st.floats(0, 1)
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+FACTORS = st.floats(-100, 100)
 PIXELS = st.sampled_from(["uint8", "uint16", "float32"]).flatmap(
     lambda kind: arrays(kind, array_shapes(min_dims=3, max_dims=3, max_side=5))
 )
-PATHS = st.text(min_size=1).filter(lambda text: not text.startswith("data:")).map(Path)
+PATHS = st.text(min_size=1).filter(lambda text: not text.startswith(("data:", "~")) and "\0" not in text).map(Path)
 
 
 @st.composite
 def controls(draw):
     start, end = sorted((draw(SHARES), draw(SHARES)))
+    images = draw(st.dictionaries(st.sampled_from(["", "canny", "depth"]), PATHS | PIXELS))
     return ControlRequest(
         name=draw(st.text(min_size=1)),
-        images=draw(st.dictionaries(st.sampled_from(["", "canny", "depth"]), PATHS | PIXELS)),
+        images=images,
         ready=draw(st.booleans()),
         annotator=draw(st.none() | st.text()),
-        scale=draw(NUMBERS),
+        scale=draw(FACTORS),
+        scales={kind: draw(FACTORS) for kind in images if kind},
         start=start,
         end=end,
         guess=draw(st.booleans()),
@@ -43,7 +45,7 @@ REQUESTS = st.builds(
     Request,
     prompt=st.text(),
     negative_prompt=st.none() | st.text(),
-    seed=st.integers(0, 2**63 - 1),
+    seed=st.integers(0, 2**64 - 1),
     size=st.none() | st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
     steps=st.integers(1, 1000),
     guidance=st.floats(0, 30),
@@ -94,15 +96,15 @@ def test_requests_are_equal_where_their_pixels_are_and_nothing_can_be_written_in
 
 
 BAD = {
-    "no step": ({"steps": 0}, '"steps" is 0; input should be greater than or equal to 1'),
-    "a word for a number": ({"guidance": "much"}, "\"guidance\" is 'much'; input should be a valid number"),
-    "no number": ({"guidance": float("nan")}, '"guidance" is nan; input should be a finite number'),
+    "no step": ({"steps": 0}, '"steps" is 0; expected greater than or equal to 1'),
+    "a word for a number": ({"guidance": "much"}, "\"guidance\" is 'much'; expected a valid number"),
+    "no number": ({"guidance": float("nan")}, '"guidance" is nan; expected a finite number'),
     "a negative seed": ({"seed": -1}, '"seed" is -1'),
     "a size of one side": ({"size": [64]}, '"size.1" is missing'),
     "an unknown key": ({"stepz": 3}, 'no "stepz": did you mean "steps"?'),
     "an unknown key of a control": (
         {"controls": [{"name": "x", "scael": 1}]},
-        'controls.0: A ControlRequest has no "scael"',
+        'controls.0: ControlRequest has no "scael"',
     ),
     "a control without a name": ({"controls": [{"images": "x.png"}]}, 'controls.0: ControlRequest: "name" is missing'),
     "an end before its start": (
@@ -111,6 +113,28 @@ BAD = {
     ),
     "a share over one": ({"controls": [{"name": "x", "end": 1.5}]}, '"end" is 1.5'),
     "an infinite scale": ({"controls": [{"name": "x", "scale": float("inf")}]}, '"scale" is inf'),
+    "a huge scale": (
+        {"controls": [{"name": "x", "scale": -1e38}]},
+        '"scale" is -1e+38; expected greater',
+    ),
+    "huge guidance": ({"guidance": 1e38}, '"guidance" is 1e+38; expected less than or equal to 1000'),
+    "a seed too large for torch": ({"seed": 2**64}, f'"seed" is {2**64}; expected less than'),
+    "a picture too large": ({"size": (64, 100_000)}, '"size.1" is 100000; expected less than or equal to 16384'),
+    "half a character": ({"prompt": "cat \ud83d"}, "expected a text in UTF-8"),
+    "half a character not wanted": ({"negative_prompt": "\udce9"}, "expected a text in UTF-8"),
+    "a path with a zero byte": ({"controls": [{"name": "x", "images": "a\0b.png"}]}, "which has no zero bytes"),
+    "a type's scale that is not finite": (
+        {"controls": [{"name": "x", "images": {"canny": "a.png"}, "scales": {"canny": float("nan")}}]},
+        '"scales.canny" is nan; expected a finite number',
+    ),
+    "a scale for a type without a picture": (
+        {"controls": [{"name": "x", "images": {"canny": "a.png"}, "scales": {"depth": 1}}]},
+        'scales names the type "depth"',
+    ),
+    "a scale by type where there is none": (
+        {"controls": [{"name": "x", "images": "a.png", "scales": {"": 1}}]},
+        'scales names the type ""',
+    ),
     "a negative hint_cfg_scale": ({"controls": [{"name": "x", "hint_cfg_scale": -1}]}, '"hint_cfg_scale" is -1'),
     "doubles": (
         {"controls": [{"name": "x", "images": np.zeros((2, 2, 3))}]},
@@ -135,8 +159,22 @@ def test_what_is_wrong_is_said_by_key_value_and_expectation(case):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [("{", "not JSON"), ("[1]", "holds a list"), ('{"steps": 0}', '"steps" is 0')]
+    ("text", "sentence"),
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "too many levels"),
+        (b"\xff\x00", "no text in UTF-8"),
+        ("[1]", "holds a list"),
+        ('{"steps": 0}', '"steps" is 0'),
+    ],
 )
 def test_what_is_no_request_is_refused(text, sentence):
     with pytest.raises(Invalid, match=sentence):
         Request.from_json(text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_request_is_read_in_the_encodings_of_editors(encoding):
+    request = Request(prompt="une pomme, \u00e9crite \U0001f34e")
+    assert Request.from_json(request.to_json().encode(encoding)) == request
+    assert Request.from_json("\ufeff" + request.to_json()) == request

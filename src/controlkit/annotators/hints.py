@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from controlkit.annotators.kinds import kind_of
+from controlkit.annotators.kinds import kind_of, kind_or_bare
 from controlkit.errors import Unsupported
-from controlkit.images import HintSpec, fit
+from controlkit.images import Ground, HintSpec, fit
 
 
 def contract(name: str, foreign: bool = False) -> HintSpec:
@@ -36,6 +36,18 @@ def parts_of(hint: HintSpec) -> list[HintSpec]:
     """The contracts of the hints that are this one's channels, in order; of a hint by itself, its own alone."""
     names = hint.annotator.split("+")
     return [replace(contract(name), low=hint.low, high=hint.high) for name in names] if len(names) > 1 else [hint]
+
+
+def grounds_of(hint: HintSpec | None) -> list[Ground]:
+    """The ground (``images.decode_hint``) of each hint that is channels of this one; of a hint by itself, one."""
+    if hint is None:
+        return ["black"]
+    return [None if part.mask_value is not None else kind_or_bare(part.annotator).ground for part in parts_of(hint)]
+
+
+def is_empty(hint: np.ndarray, kind: HintSpec) -> bool:
+    """Whether a hint (H, W, C) says nothing: all one value, where its kind draws on a ground and is no photograph."""
+    return grounds_of(kind)[0] not in ("white", None) and bool((hint == hint[:1, :1]).all())
 
 
 def annotate(picture: np.ndarray, hint: HintSpec, size: tuple[int, int] | None = None) -> np.ndarray:

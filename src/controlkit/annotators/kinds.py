@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from controlkit.annotators import lines, maps, regions
-from controlkit.errors import Invalid, NotFound, Unsupported, nearest
+from controlkit.errors import Invalid, NotFound, Unsupported, first_fault, nearest
 from controlkit.images import HintSpec, Resize
 from controlkit.mini.truth import Truth
 
@@ -54,6 +54,8 @@ class HintKind:
     foreign: Mapping[str, float] = field(default_factory=dict)
     """Options of the hints that controls from elsewhere read, where they are not the defaults."""
     resize: Resize = "area"
+    ground: str = "black"
+    """The colour, as Pillow names it, laid under what is transparent in a hint: of nothing; of photographs white."""
     mask_value: float | None = None
     """The value of masked pixels, where hints have masks."""
     lines: bool = False
@@ -98,13 +100,7 @@ class HintKind:
         try:
             return self.options.model_validate(dict(options)).model_dump()
         except ValidationError as error:
-            first = error.errors()[0]
-        key = first["loc"][0]
-        if first["type"] != "extra_forbidden":
-            expected = first["msg"].removeprefix("Input should be ")
-            raise Invalid(f"{self.name}'s {key} is {first['input']}: expected {expected}.")
-        known = nearest(str(key), self.options.model_fields) if self.options.model_fields else "it has none."
-        raise Invalid(f'{self.name} has no option "{key}": {known}')
+            raise Invalid(first_fault(error, self.name, self.options.model_fields)) from None
 
     def spec(self, **options: Any) -> HintSpec:
         """The contract of its hints: made with these options, and the defaults of the others."""
@@ -234,18 +230,18 @@ _TABLE = (
     HintKind("hed", metric="ms_ssim", union_type=2, folders=("hed",)),
     HintKind("pidi", metric="ms_ssim", union_type=2),
     HintKind("ted", metric="ms_ssim", union_type=2),
-    HintKind("normal", metric="normal_angle", union_type=4, folders=("normal", "normals"),
+    HintKind("normal", ground="#8080ff", metric="normal_angle", union_type=4, folders=("normal", "normals"),
              truth=lambda truth: maps.normal_picture(truth.normals),
              mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high)),
     HintKind("seg", resize="nearest", metric="miou", truth=_labels, union_type=5, folders=("seg", "segmentation")),
     # Released tile controls read the picture as it is; one trained here stores by how much its hints were shrunk.
-    HintKind("tile", each(regions.tile), foreign={"shrink": 1.0}, metric="low_pass_psnr", union_type=6,
-             folders=("tile",)),
+    HintKind("tile", each(regions.tile), ground="white", foreign={"shrink": 1.0}, metric="low_pass_psnr",
+             union_type=6, folders=("tile",)),
     HintKind("inpaint", each(regions.inpaint), mask_value=-1.0, metric="inpaint_distance", union_type=7,
              folders=("mask", "masks")),
     HintKind("repaint", mask_value=0.0, metric="inpaint_distance", union_type=7),  # a Union's, black where masked
-    HintKind("ip2p"),  # the picture to be edited
-    HintKind("shuffle"),  # the picture whose colours are to be used
+    HintKind("ip2p", ground="white"),  # the picture to be edited
+    HintKind("shuffle", ground="white"),  # the picture whose colours are to be used
 )  # fmt: skip
 for _kind in _TABLE:
     register(_kind)

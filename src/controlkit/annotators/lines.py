@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-Level = Annotated[float, Field(ge=0)]
+Level = Annotated[float, Field(ge=0, le=10_000)]
 """A threshold in grey levels."""
 Share = Annotated[float, Field(gt=0, le=1)]
 """A share of the picture's short side, or of the full contrast."""

@@ -14,8 +14,8 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 """A share of the picture."""
 
 
-def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1)] = 8.0) -> np.ndarray:
-    """The picture low-passed: made ``shrink`` (1 or more) times smaller and grown back; 1 leaves it as it is."""
+def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1, le=1000)] = 8.0) -> np.ndarray:
+    """The picture low-passed: made ``shrink`` (1 to 1000) times smaller and grown back; 1 leaves it as it is."""
     height, width = picture.shape[:2]
     small = (max(round(width / shrink), 1), max(round(height / shrink), 1))
     if small == (width, height):

@@ -3,10 +3,10 @@
 Only a hub's name may ask a network for anything; all else is read and configured from the disk alone.
 """
 
-import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from controlkit.backbones.noise import Diffusion, Prediction
+from controlkit.backbones.noise import Prediction
 from controlkit.backbones.protocol import Backbone
+from controlkit.backbones.rules import (
+    check_channels,
+    check_folder,
+    check_settings,
+    check_signs,
+    check_text,
+    ddim_config,
+    latent_space,
+    read_config,
+)
 from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.backbones.unet_families import (
     FAMILIES,
@@ -26,15 +36,15 @@ from controlkit.backbones.unet_families import (
     pipeline_configs,
 )
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
-from controlkit.files import write_atomic
-from controlkit.hub import names_a_repository, shipped_names, shipped_path
+from controlkit.files import read_text, write_atomic
+from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
-_KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensors" for part in ("vae", "unet"))]
 _HUB_FILES += ["text_encoder/*.safetensors", "text_encoder_2/*.safetensors"]
 _FILES = (".safetensors", *PICKLES)
+_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")  # as in diffusion_pytorch_model.fp16.safetensors
 _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"]
 
 
@@ -63,15 +73,17 @@ def load_base(
     ``Unsupported`` for a model that is no text-to-image base of these families; ``Mismatch`` for a LoRA, difference,
     textual inversion or VAE of another base.
     """
-    text, path = str(source), Path(source)
-    if text in shipped_names() and (shipped_path(text) / "model_index.json").is_file():
-        base = _from_folder(text, shipped_path(text), dtype)
+    text = str(source)
+    shipped = [name for name in shipped_names() if _holds_base(shipped_path(name))]
+    path = meant_path(source, [*shipped, *FAMILIES], _holds_base)
+    if path is None:
+        base = _from_folder(text, shipped_path(text) if text in shipped else _from_hub(FAMILIES[text].hub), dtype)
     elif path.is_file():
         base = _from_single_file(path, dtype, prediction)
     elif path.is_dir():
         base = _from_folder(path.name, path, dtype)
-    elif text in FAMILIES or _names_a_repository(text):
-        base = _from_folder(text, _from_hub(FAMILIES[text].hub if text in FAMILIES else text), dtype)
+    elif _names_a_repository(text):
+        base = _from_folder(text, _from_hub(text), dtype)
     else:
         raise NotFound(
             f'There is no base "{source}": expected a name, a diffusers pipeline folder (with a model_index.json), a '
@@ -94,96 +106,84 @@ def _names_a_repository(text: str) -> bool:
     return names_a_repository(text) and not text.endswith(_FILES)
 
 
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _holds_base(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
 
-    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
-        if all(any((folder / part).glob("*.safetensors")) for part in ("vae", "text_encoder", "unet")):
-            return folder  # and not only the configurations, which other programs fetch alone
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    try:
-        return Path(snapshot_download(repository, **wanted))
-    except Exception as error:  # the error of a lost connection depends on the client's HTTP library
-        raise NotFound(
-            f'The base "{repository}" is neither in the local cache nor could be fetched from the hub '
-            f"({one_line(error)}). Give a folder or a single .safetensors file instead, or fetch it once while "
-            "there is a network."
-        ) from error
+
+def _from_hub(repository: str) -> Path:
+    def is_whole(folder: Path) -> bool:
+        return all(any((folder / part).glob("*.safetensors")) for part in ("vae", "text_encoder", "unet"))
+
+    return snapshot(repository, "base", _HUB_FILES, _HUB_LEFT, is_whole)
 
 
 # --- a diffusers folder -------------------------------------------------------------------------------------------
 
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise Invalid(f"{folder} is no base: expected a diffusers pipeline folder (with a model_index.json).")
-    try:
-        content = json.loads(index.read_text())
-        kind = content["_class_name"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise Invalid(f"{index} cannot be read ({error!r}): expected a diffusers pipeline folder.") from error
-    if kind not in _KINDS:
-        raise Unsupported(f"{folder} holds a {kind}; expected a {' or a '.join(_KINDS)}.")
-    second = ("tokenizer_2", "text_encoder_2") if kind == _KINDS[1] else ()
+    kind, content = check_folder(folder)
+    second = ("tokenizer_2", "text_encoder_2") if "XL" in kind else ()
     for part in (*_PARTS, *second):
         if not (folder / part).is_dir():
             raise Invalid(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
+    noise = read_config(folder / "scheduler" / "scheduler_config.json")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     def whole(kind: Any, part: str, **options: Any) -> Any:
         options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        files = [file.name for file in (folder / part).glob("*.safetensors")]
-        if files and all(".fp16." in name for name in files):
-            options["variant"] = "fp16"
-        module, info = kind.from_pretrained(folder, subfolder=part, **options)
+        variants = [_VARIANT.search(file.name) for file in (folder / part).glob("*.safetensors")]
+        if variants and variants[0] and all(variants):
+            options["variant"] = variants[0][1]
+        module, info = kind.from_pretrained(plain, subfolder=part, **options)
         if info["missing_keys"]:  # the libraries draw these at random, with a warning
             raise ValueError(f"{part} lacks {min(info['missing_keys'])}")
         return module
 
+    def tower(number: str, kind: Any) -> TextTower:
+        tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
+        return TextTower(tokenizer, whole(kind, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
+
+    scheduler = DDIMScheduler.from_config(ddim_config(noise))
     try:
-        vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
-        unet = whole(UNet2DConditionModel, "unet", torch_dtype=dtype)
-        encoder = whole(CLIPTextModel, "text_encoder", dtype=dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        towers = [TextTower(tokenizer, encoder, penultimate=bool(second))]
-        if second:
-            wide = whole(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype)
-            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
-            towers.append(TextTower(tokenizer, wide, penultimate=True))
-        config = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
-        # Schedulers that never clip do not say so, and DDIM's default would clip latents as if they were pixels.
-        scheduler = DDIMScheduler.from_config({"clip_sample": False} | config)
+        with _plain_texts(folder) as plain:
+            vae = whole(AutoencoderKL, "vae", torch_dtype=torch.float32)
+            unet = whole(UNet2DConditionModel, "unet", torch_dtype=dtype)
+            towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
     except (OSError, ValueError, RuntimeError) as error:
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
-    _check_parts(folder, vae, unet, scheduler)
+    check_text(folder, [tower.encoder for tower in towers], unet.config)
+    _check_parts(folder, vae, unet)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
 
 
-def _check_parts(origin: Path, vae: Any, unet: Any, scheduler: Any) -> None:
+@contextmanager
+def _plain_texts(folder: Path) -> Iterator[Path]:
+    """The folder, or links to its files where a JSON text has a byte order mark, which the libraries do not read."""
+    marks = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+    marked = [path for path in folder.glob("*/*.json") if path.read_bytes().startswith(marks)]
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as root:
+        for path in folder.glob("*/*"):
+            place = Path(root, path.parent.name, path.name)
+            place.parent.mkdir(exist_ok=True)
+            if path in marked:
+                place.write_text(read_text(path), encoding="utf-8")
+            else:
+                place.symlink_to(path.resolve())
+        yield Path(root)
+
+
+def _check_parts(origin: Path, vae: Any, unet: Any) -> None:
     """Raise ``Unsupported`` for a base that ControlKit cannot run."""
-    predicted = scheduler.config.prediction_type
-    if predicted not in Diffusion.PREDICTIONS:
-        raise Unsupported(f'{origin} predicts "{predicted}"; expected one of {", ".join(Diffusion.PREDICTIONS)}.')
-    _check_channels(origin, unet.config.in_channels, vae.config.latent_channels)
-    odd = [key for key in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds") if unet.config[key]]
-    if odd or unet.config.addition_embed_type not in (None, "text_time"):
-        raise Unsupported(f"{origin} is conditioned on more than prompts ({', '.join(odd) or 'added embeddings'}).")
-
-
-def _check_channels(origin: Path, read: int, latents: int) -> None:
-    if read != latents:
-        raise Unsupported(
-            f"{origin} reads {read} channels where its latents have {latents}: it is an inpainting or editing model. "
-            "Expected a text-to-image base."
-        )
+    check_channels(origin, unet.config.in_channels, vae.config.latent_channels, unet.config.out_channels)
+    check_settings(origin, "unet", unet.config)
+    check_settings(origin, "vae", vae.config)
+    latent_space(vae.config)
 
 
 def _assembled(
@@ -207,7 +207,8 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     header = open_tensors(path)
     family = _family_of(header)
     if _ENTRY in header.shapes:
-        _check_channels(path, header.shapes[_ENTRY][1], 4)
+        check_channels(path, header.shapes[_ENTRY][1], 4)
+    check_signs(path, header.shapes, bool(family.pooled_width))
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
         family = replace(family, latent_size=64)
@@ -231,11 +232,11 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
                 if isinstance(module, nn.Module):
                     _check_filled(part, module)
         except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            raise Invalid(f"{path} is not a whole {family.title} checkpoint ({one_line(error)}).") from error
+            raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
     towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
     if wide:
         towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
-    _check_parts(path, pipe.vae, pipe.unet, pipe.scheduler)
+    _check_parts(path, pipe.vae, pipe.unet)
     return _assembled(path.stem, pipe.vae, towers, pipe.unet, pipe.scheduler, wide, dtype)
 
 
@@ -254,7 +255,7 @@ def _family_of(header: TensorFile) -> Family:
         )
     family = family_of_width(widths[0])
     if family is None:
-        known = ", ".join(f"{row.text_width} ({row.title})" for row in FAMILIES.values())
+        known = ", ".join(f"{row.text_width} ({row.name})" for row in FAMILIES.values())
         raise Unsupported(f"{header.path} reads prompts {widths[0]} wide, which no base known here does: {known}.")
     return family
 
@@ -302,6 +303,14 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
         raise Mismatch(
             f'{source} makes latents of {made.latent_channels} channels in {len(made.block_out_channels)} levels; "'
             f'{base.name}" reads those of {read.latent_channels} in {len(read.block_out_channels)}.'
+        )
+    own, theirs = latent_space(read), latent_space(made)
+    unsaid = made.get("_use_default_values", [])  # which a file leaves to the class
+    vae.register_to_config(**{key: own[key] for key in own if key in unsaid})
+    if differing := [key for key in own if key not in unsaid and theirs[key] != own[key]]:
+        raise Mismatch(
+            f'{source} makes latents for other bases than "{base.name}": its {differing[0]} is '
+            f"{theirs[differing[0]]!s:.60}, expected {own[differing[0]]!s:.60}."
         )
     return _assembled(base.name, vae, list(base.towers), base.unet, base.scheduler, base.zeros_for_none, dtype)
 

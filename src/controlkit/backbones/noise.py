@@ -3,6 +3,8 @@
 Each base has one; training and sampling ask it and nothing else. Schedulers are diffusers'.
 """
 
+# ruff: noqa: D102  # members of the two protocols are explained there
+
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,10 +48,10 @@ class NoiseProcess(Protocol):
         """A run of so many steps, 1 to ``count``."""
 
 
-class Diffusion:
-    """The variance-preserving process of Stable Diffusion, by one of diffusers' schedulers.
+class Diffusion(NoiseProcess):
+    """The variance-preserving process of Stable Diffusion, sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps.
 
-    Raises ``Unsupported`` where the scheduler's prediction is neither noise nor v.
+    By one of diffusers' schedulers. Raises ``Unsupported`` where the scheduler's prediction is neither noise nor v.
     """
 
     PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}  # noqa: RUF012
@@ -63,62 +65,53 @@ class Diffusion:
         self.count: int = scheduler.config.num_train_timesteps
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Noisy latents, sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps; see ``NoiseProcess.add``."""
         return self.scheduler.add_noise(latents, noise, t.long())
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noise, or v; see ``NoiseProcess.target``."""
         return noise if self.prediction == "eps" else self.scheduler.get_velocity(latents, noise, t.long())
 
     def sampler(self, steps: int) -> "SchedulerRun":
-        """A run of the scheduler; see ``NoiseProcess.sampler``."""
         return SchedulerRun(self.scheduler, steps)
 
 
-class SchedulerRun:
+class SchedulerRun(Sampler):
     """A ``Sampler`` by one of diffusers' schedulers, of which it takes a fresh copy."""
 
     def __init__(self, scheduler: Any, steps: int) -> None:
         self._scheduler = type(scheduler).from_config(scheduler.config)
         self._scheduler.set_timesteps(steps)
-        self.timesteps: Tensor = self._scheduler.timesteps
+        self.timesteps = self._scheduler.timesteps
 
     def start(self, noise: Tensor) -> Tensor:
-        """The noise, as large as the scheduler begins with; a flow begins with the noise itself."""
-        return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
+        return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)  # a flow begins with the noise itself
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
-        """See ``Sampler.scaled``; a flow's latents are read as they are."""
-        scale = getattr(self._scheduler, "scale_model_input", None)
+        scale = getattr(self._scheduler, "scale_model_input", None)  # a flow's latents are read as they are
         return scale(x, t) if scale else x
 
     def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """See ``Sampler.step``."""
         return self._scheduler.step(prediction, t, x).prev_sample
 
 
-class Flow:
+class Flow(NoiseProcess):
     """A straight flow between noise and latents (rectified flow, Liu et al., 2022): z_s = (1 - s) z_0 + s eps.
 
     The base predicts the velocity eps - z_0. Timestep t stands for s = t / ``count``.
     """
 
-    prediction: Prediction = "flow"
+    prediction = "flow"
 
     def __init__(self, count: int = 1000, shift: float = 1.0) -> None:
         self.count, self.shift = count, shift
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """See ``NoiseProcess.add``."""
         share = (t / self.count).view(-1, *[1] * (latents.dim() - 1)).to(latents)
         return torch.lerp(latents, noise, share)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity; see ``NoiseProcess.target``."""
         return noise - latents
 
     def sampler(self, steps: int) -> SchedulerRun:
-        """A run of diffusers' Euler scheduler for flows; see ``NoiseProcess.sampler``."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         return SchedulerRun(FlowMatchEulerDiscreteScheduler(self.count, self.shift), steps)

@@ -4,9 +4,11 @@
 nothing outside this package changes. ``tests/backbones/test_second_backbone.py`` is a small complete example.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from controlkit.backbones.noise import NoiseProcess
 from controlkit.branch import ControlNetwork, ConvBody, Tap
+from controlkit.errors import Invalid
+from controlkit.hub import digest
+from controlkit.precision import autocast
 
 Layer = Callable[[Tensor, Tensor, Any], Tensor]
 """(feature, time embedding, text) -> feature."""
@@ -112,7 +117,7 @@ class Backbone(Protocol):
     """A frozen text-to-image base. It is never modified: control is an argument of ``predict``.
 
     Sizes are in pixels, (height, width); pictures are tensors (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) with
-    h = H / ``stride``.
+    h = H / ``stride``. Members with a body serve any base that derives from this class; the rest it must have itself.
     """
 
     name: str
@@ -122,26 +127,24 @@ class Backbone(Protocol):
     """Pixels a latent."""
     window: int
     """Tokens of a prompt that it reads, start and end marks included."""
-
-    @property
-    def noise(self) -> NoiseProcess:
-        """The process that adds noise in training and takes it away in sampling."""
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The part that ``copy_encoder`` copies."""
+    noise: NoiseProcess
+    """The process that adds noise in training and takes it away in sampling."""
+    encoder: nn.Module
+    """The part that ``copy_encoder`` copies."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Where control is accepted, in the order of the forward pass."""
 
-    @property
+    @cached_property
     def branch_taps(self) -> tuple[Tap, ...]:
         """The taps that a copy of its encoder has features for."""
+        return tuple(tap for tap in self.taps if tap.site != "encoder")
 
     @property
     def multiple(self) -> int:
         """Picture sides must be a multiple of this many pixels."""
+        return max(tap.stride for tap in self.taps)
 
     @property
     def latent_channels(self) -> int:
@@ -151,9 +154,11 @@ class Backbone(Protocol):
     def signature(self) -> dict[str, Any]:
         """The facts that a control must match to run on this base; equal signatures mean equal shapes everywhere."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A digest of all weights."""
+        """A digest of all weights: which base exactly a control was trained on and latents were cached for."""
+        modules = self.networks()
+        return digest({f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()})
 
     @property
     def text_digest(self) -> str:
@@ -168,7 +173,7 @@ class Backbone(Protocol):
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the window; empty if all of it fits."""
 
-    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> "TextEmbedding":
+    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
         """B prompts as the denoiser reads them; None is no prompt at all. ``size``: (height, width) of the picture."""
 
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
@@ -185,37 +190,45 @@ class Backbone(Protocol):
 
     def mean_latents(self, moments: Tensor) -> Tensor:
         """The means of ``encode_moments``' Gaussians, as latents (B, C, h, w)."""
+        return self.draw_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents, and of the noise that sampling starts from."""
+        return self.latent_channels, size[0] // self.stride, size[1] // self.stride
 
     # --- the denoiser, and control of it
 
-    def predict(self, x: Tensor, t: Tensor, text: "TextEmbedding", controls: Sequence[ActiveControl] = ()) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
         """The prediction (B, C, h, w) for noisy latents x at timesteps t (B,), under any number of controls."""
 
     def control_effect(
-        self, x: Tensor, t: Tensor, text: "TextEmbedding", control: ActiveControl
+        self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """By tap, (the control's effect on its feature, added there or before; the feature without control)."""
 
     def hint_input(self, hint: Tensor) -> Tensor:
         """The input of a branch's hint encoder for hints (B, channels, H, W): themselves, or their latents."""
+        return hint
 
     def hint_shape(self, channels: int) -> tuple[int, int]:
         """(channels, pixels a place) of the result of ``hint_input`` for hints with so many channels."""
+        return channels, self.stride
 
     def copy_encoder(self) -> nn.Module:
         """A trainable copy of its encoder (the paper's trainable copy, Section 3.1): the body of a branch."""
+        return copy.deepcopy(self.encoder).requires_grad_(True)
 
     def empty_encoder(self) -> nn.Module:
-        """The same on the ``meta`` device, without memory."""
+        """The same on the ``meta`` device, without memory: for weights that are about to be loaded."""
+        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
+        return copy.deepcopy(self.encoder, memo)
 
     def conv_body(self) -> ConvBody:
         """A fresh body of ControlNet-lite for this base's taps; ``Unsupported`` where its taps are no maps."""
+        return ConvBody(self.latent_channels, self.stride, self.branch_taps)
 
     # --- its weights
 
@@ -231,17 +244,28 @@ class Backbone(Protocol):
 
     def of_size(self, size: int) -> Self:
         """The same base for pictures of another side, in pixels; ``Invalid`` where it cannot make them."""
+        if size % self.multiple:
+            raise Invalid(f'"{self.name}" makes pictures whose sides are multiples of {self.multiple}; not {size}.')
+        other = copy.copy(self)
+        other.size = size
+        return other
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the denoiser's weights."""
+        """The type of the denoiser's weights and inputs."""
+        return next(self.denoiser.parameters()).dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The number format to compute in."""
+        """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
+        return autocast(self.device.type) if self.dtype == torch.float32 else nullcontext()
 
     def to(self, device: str | torch.device) -> Self:
         """Move the weights; returns the base itself."""
+        for module in self.networks().values():
+            module.to(device)
+        return self

@@ -4,6 +4,8 @@ Control is an argument, ``inject={tap name: residual}``; without it the base is 
 have (B, C, h, w), never tokens.
 """
 
+# ruff: noqa: D102  # members of ``Backbone`` are explained there
+
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.backbones.protocol import ActiveControl, Layer, TextEmbedding, Walker
-from controlkit.branch import ConvBody, Tap, add_residuals
-from controlkit.errors import Invalid
+from controlkit.backbones.protocol import ActiveControl, Backbone, Layer, TextEmbedding, Walker
+from controlkit.branch import Tap, add_residuals
 from controlkit.hub import digest
-from controlkit.precision import autocast, number_format
+from controlkit.precision import number_format
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,10 @@ class TextTower:
         return tokens, getattr(out, "text_embeds", None)
 
 
-class UNetBase:
+class UNetBase(Backbone):
     """A frozen text-to-image base: VAE, text towers, U-Net and noise schedule.
 
-    A ``Backbone``, where its members are explained.
+    Members without a word here are explained in ``Backbone``.
 
     ``zeros_for_none``: no prompt at all is zeros, and not the encoding of an empty one (SDXL).
     """
@@ -231,7 +232,6 @@ class UNetBase:
         self._vae_rows: int | None = None  # the most rows that fitted into memory at once; None: any number
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network, by its name in a diffusers folder."""
         names = ["text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.towers) + 1))]
         towers = dict(zip(names, (tower.encoder for tower in self.towers), strict=True))
         return {"vae": self.vae, **towers, "unet": self.unet}
@@ -256,16 +256,6 @@ class UNetBase:
         return (*inside, *skips, Tap("middle", "middle", skips[-1].channels, stride))
 
     @cached_property
-    def branch_taps(self) -> tuple[Tap, ...]:
-        """The taps that a copy of the encoder has features for: the skips and the middle."""
-        return tuple(tap for tap in self.taps if tap.site != "encoder")
-
-    @property
-    def multiple(self) -> int:
-        """Picture sides must be a multiple of this many pixels."""
-        return max(tap.stride for tap in self.taps)
-
-    @cached_property
     def signature(self) -> dict[str, Any]:
         """Taps, latent channels, text width and stride: a control must match them to run on this base."""
         taps = [[tap.name, tap.site, tap.channels, tap.stride] for tap in self.branch_taps]
@@ -273,31 +263,20 @@ class UNetBase:
         return {"taps": taps, "latent_channels": latents, "text_width": text, "stride": self.stride}
 
     @cached_property
-    def digest(self) -> str:
-        """A digest of all weights: which base exactly a control was trained on and latents were cached for."""
-        modules = self.networks()
-        return digest({f"{part}.{k}": v for part, module in modules.items() for k, v in module.state_dict().items()})
-
-    @cached_property
     def text_digest(self) -> str:
-        """A digest of the text towers' weights, rounded to bfloat16: equal for equal weights in any number format.
-
-        Of their order and not their names, which differ between versions of transformers.
-        """
+        # Rounded to bfloat16; of their order and not their names, which differ between versions of transformers.
         values = [value for tower in self.towers for value in tower.encoder.parameters()]
         return digest({str(i): value.bfloat16() for i, value in enumerate(values)})
 
     # --- text and pictures ------------------------------------------------------------------------------
 
     def cut_words(self, prompt: str) -> str:
-        """The end of a prompt that does not fit the text tower's window; empty if all of it fits."""
         tokenizer = self.towers[0].tokenizer
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
-        """B prompts as the U-Net reads them; None is no prompt at all, ``size`` the picture's (height, width)."""
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
         tokens = torch.cat([one for one, _ in read], -1)
         pooled = sizes = None
@@ -312,7 +291,6 @@ class UNetBase:
         return TextEmbedding(tokens, pooled, sizes).of_size(size or (self.size, self.size))
 
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
-        """Of each prompt its tokens, by all towers, with the towers' digest and number format."""
         rows = [tower.tokenize(list(prompts)).cpu().numpy() for tower in self.towers]
         return [b" ".join([self._text_key, *(tokens[i].tobytes() for tokens in rows)]) for i in range(len(prompts))]
 
@@ -322,13 +300,19 @@ class UNetBase:
         return f"{digest(weights)} {[tower.penultimate for tower in self.towers]} {self.dtype}".encode()
 
     def moments_key(self) -> str:
-        """The VAE's digest and the number format it computes in."""
         return f"{digest(self.vae.state_dict())} {self.vae.dtype} {number_format(self.device.type)}"
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and log-variance of the latents (B, 2C, h, w), unscaled, of pictures (B, 3, H, W) in [-1, 1]."""
         return self._by_vae(lambda rows: self.vae.encode(rows).latent_dist.parameters, pixels)
+
+    def _latent_range(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Middle and spread (1, C or 1, 1, 1), which a VAE's configuration may have beside the scaling factor."""
+        config = self.vae.config
+        middle, spread = config.get("latents_mean") or config.get("shift_factor"), config.get("latents_std")
+        if not middle and spread is None:
+            return None
+        return like.new_tensor(middle or 0.0).view(1, -1, 1, 1), like.new_tensor(spread or 1.0).view(1, -1, 1, 1)
 
     def _by_vae(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """Apply ``work``, a pass through the VAE, to rows (B, ...), as many at once as fit: found once, by halving.
@@ -349,28 +333,22 @@ class UNetBase:
                 self._vae_rows = most // 2
 
     def draw_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, C, h, w) drawn from ``encode_moments``' Gaussians with standard normal ``noise``."""
         mean, log_variance = moments.chunk(2, dim=1)
-        return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * self.vae.config.scaling_factor
-
-    def mean_latents(self, moments: Tensor) -> Tensor:
-        """Latents (B, C, h, w) at the means of ``encode_moments``' Gaussians."""
-        return moments.chunk(2, dim=1)[0] * self.vae.config.scaling_factor
+        drawn = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        if at := self._latent_range(mean):
+            drawn = (drawn - at[0]) / at[1]
+        return drawn * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
         scaled = latents / self.vae.config.scaling_factor
+        if at := self._latent_range(latents):
+            scaled = scaled * at[1] + at[0]
         return self._by_vae(lambda rows: self.vae.decode(rows).sample, scaled).clamp(-1, 1)
 
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
-        """The prediction (B, C, h, w) under any number of controls: here they meet the base, and each other.
-
-        Args:
-            x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: of B prompts.
-        """
         inject, beside = self._split(x, t, text, controls)
         return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
 
@@ -387,10 +365,6 @@ class UNetBase:
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """By tap of a skip or the middle, (the control's effect on its feature, there or before; the feature without).
-
-        Shapes: x (B, C, h, w), t (B,); each feature (B, C, h, w) of its tap.
-        """
         inject, beside = self._split(x, t, text, [control])
         plain = self.encode_noise(x, t, text)
         walked = self.encode_noise(x, t, text, inject, beside)
@@ -431,79 +405,18 @@ class UNetBase:
                 h = upsampler(h, size)
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
 
-    # --- control ----------------------------------------------------------------------------------------
-
-    def copy_encoder(self) -> UNetEncoder:
-        """A trainable copy of the encoder and middle block (Θc starts as Θ): the body of a branch."""
-        return copy.deepcopy(self.encoder).requires_grad_(True)
-
-    def empty_encoder(self) -> UNetEncoder:
-        """An encoder of that shape on the ``meta`` device, without memory: for weights that are about to be loaded."""
-        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in self.encoder.parameters()}
-        return copy.deepcopy(self.encoder, memo)
-
-    def conv_body(self) -> ConvBody:
-        """A fresh body of ControlNet-lite for this base's taps."""
-        return ConvBody(self.latent_channels, self.stride, self.branch_taps)
-
-    def of_size(self, size: int) -> "UNetBase":
-        """The same base for pictures of another side, in pixels; ``Invalid`` where its U-Net cannot halve it."""
-        if size % self.multiple:
-            raise Invalid(f'"{self.name}" makes pictures whose sides are multiples of {self.multiple}; not {size}.')
-        other = copy.copy(self)
-        other.size = size
-        return other
-
     def with_own_denoiser(self) -> "UNetBase":
-        """The same base with a copy of its U-Net, to be trained."""
         unet = copy.deepcopy(self.unet)
         return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none).of_size(self.size)
 
-    def hint_input(self, hint: Tensor) -> Tensor:
-        """The hint itself: its encoder reads pixels."""
-        return hint
-
-    def hint_shape(self, channels: int) -> tuple[int, int]:
-        """(channels, pixels a latent)."""
-        return channels, self.stride
-
     @property
     def denoiser(self) -> nn.Module:
-        """The U-Net."""
         return self.unet
 
     @property
     def network_config(self) -> Mapping[str, Any]:
-        """The U-Net's diffusers configuration."""
         return self.unet.config
-
-    # --- placement --------------------------------------------------------------------------------------
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
         return self.unet.config.in_channels
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures of ``size``, (height, width) in pixels."""
-        return self.latent_channels, size[0] // self.stride, size[1] // self.stride
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the U-Net's weights and inputs."""
-        return self.unet.conv_in.weight.dtype
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
-        return autocast(self.device.type) if self.dtype == torch.float32 else nullcontext()
-
-    def to(self, device: str | torch.device) -> "UNetBase":
-        """Move the weights; returns the base itself."""
-        for module in self.networks().values():
-            module.to(device)
-        return self

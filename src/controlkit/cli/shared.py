@@ -1,16 +1,20 @@
 """Shared by several commands: options of one meaning, loading, progress, messages."""
 
+import importlib
 import logging
+import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from controlkit.errors import Invalid
+from controlkit.files import home_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -25,6 +29,7 @@ BaseOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; else the base's or picture's.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[
@@ -87,6 +92,42 @@ def on_cuda(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import diffusers without torch's compiler, which takes as long to import as a small picture takes to be made.
+
+    diffusers tells the compiler of some of its functions. They are left as they are, for a process that compiles none;
+    whoever asks for more of the compiler gets it. Packages that diffusers imports where they happen to be installed are
+    left out, too: nothing that stands inside uses them.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    import torch
+
+    def unchanged(function: Any = None, *_: object, **__: object) -> Any:
+        return function or (lambda decorated: decorated)
+
+    def of_the_compiler(name: str) -> Any:
+        if name.startswith("__"):  # which is asked of every module
+            raise AttributeError(name)
+        sys.modules.pop("torch._dynamo", None)
+        return getattr(importlib.import_module("torch._dynamo"), name)
+
+    stand_in: Any = ModuleType("torch._dynamo")
+    stand_in.disable = stand_in.allow_in_graph = stand_in.assume_constant_result = unchanged
+    stand_in.__getattr__, stand_in.__path__ = of_the_compiler, [str(Path(torch.__file__).parent / "_dynamo")]
+    sys.modules["torch._dynamo"] = stand_in
+    try:
+        from diffusers.utils import import_utils
+
+        import_utils._peft_available = import_utils._bitsandbytes_available = False
+        yield
+    finally:
+        if sys.modules.get("torch._dynamo") is stand_in:
+            del sys.modules["torch._dynamo"]
+
+
 def ready(device: str) -> str:
     """The device that is meant, and the libraries' own words and progress bars silenced."""
     import torch
@@ -107,11 +148,12 @@ def ready(device: str) -> str:
     return device
 
 
-def loaded_base(name: str, device: str, **options: Any) -> "Backbone":
-    """The base, on the device that is meant."""
-    from controlkit.backbones import load_base
+def loaded_base(name: str, device: str, compiles: bool = False, **options: Any) -> "Backbone":
+    """The base, on the device that is meant; ``compiles``: whether the command compiles, as training may."""
+    with nullcontext() if compiles or options.get("loras") else without_compiler():
+        from controlkit.backbones import load_base
 
-    return load_base(name, ready(device), **options)
+        return load_base(name, ready(device), **options)
 
 
 def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":
@@ -151,16 +193,30 @@ def warn(text: str) -> None:
 def split_lora(text: str) -> tuple[Path, float]:
     """FILE[=WEIGHT] as (path, weight)."""
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return Path(text), 1.0
+    whole = home_path(text)
+    if not equals or whole.exists():
+        return whole, 1.0
     try:
-        return Path(path), float(weight)
+        factor = float(weight)
     except ValueError:
-        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, such as style.safetensors=0.7.') from None
+        factor = math.nan
+    if not abs(factor) <= 100:  # so written, it holds for nan as well
+        raise Invalid(f'--lora is "{text}"; expected FILE or FILE=WEIGHT, -100 to 100, such as style.safetensors=0.7.')
+    return home_path(path), factor
+
+
+def key_values(given: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
+    """KEY=VALUE of a repeatable option, by key."""
+    pairs = [(one, *one.partition("=")[::2]) for one in given or []]
+    if wrong := [one for one, key, value in pairs if not (key and value)]:
+        raise Invalid(f'{option} is "{wrong[0]}"; expected {example}.')
+    return {key: value for _, key, value in pairs}
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """WxH, or one number for both, as (height, width)."""
+    from controlkit.images import MOST_SIDE
+
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
@@ -168,6 +224,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         sides = int(height or width), int(width)
     except ValueError:
         sides = (0, 0)
-    if min(sides) <= 0:
-        raise Invalid(f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number.')
+    if not 0 < min(sides) <= max(sides) <= MOST_SIDE:
+        raise Invalid(
+            f'--size is "{text}"; expected WIDTHxHEIGHT in pixels, such as 96x64, or one number, up to {MOST_SIDE}.'
+        )
     return sides

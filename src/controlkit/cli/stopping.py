@@ -6,16 +6,23 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+import typer
+
+from controlkit.cli.shared import warn
+
 _ECHO = 1.0
 """Seconds in which a launcher may pass on a signal that the terminal has sent already."""
 
 
 class Stopping:
-    """Within it signals are answered so; ``asked``: the first that came, or None."""
+    """Within it signals are answered so; ``asked``: the first that came, or None.
 
-    def __init__(self, words: str) -> None:
+    ``words`` are said at the first. Work that is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
+    """
+
+    def __init__(self, words: str, ended: str) -> None:
         self.asked: int | None = None
-        self._words, self._at = words, 0.0
+        self._words, self._ended, self._at = words, ended, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
@@ -25,6 +32,13 @@ class Stopping:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if kind is KeyboardInterrupt:
+            warn(self._ended)
+            raise typer.Exit(self.code) from None
+
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.asked is not None
 
     @property
     def code(self) -> int:

@@ -23,10 +23,9 @@ def inspect(
 
     Read from the names and shapes in it, never from the file's own name; nothing in it is run.
     """
-    from controlkit.formats import describe, shipped_controls, shipped_folder
-    from controlkit.hub import shipped_names
+    from controlkit.formats import describe, named_path
 
-    found = describe(shipped_folder(file) if file in {*shipped_names(), *shipped_controls()} else Path(file))
+    found = describe(named_path(file))
     say(json.dumps(found.to_json(), indent=2) if as_json else found.sentence())
 
 

@@ -4,7 +4,7 @@ A hint's type enters at two places: a token for each hint shifts that hint's fea
 is added to the time embedding. The features of several hints are added up.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,17 +108,27 @@ class UnionBranch(ControlBranch):
         if unknown := [name for name in names if name not in self.hint_types]:
             raise NotFound(f'This Union control knows no type "{unknown[0]}": {nearest(unknown[0], self.hint_types)}')
 
-    def encode_hint(self, hint: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+    def encode_hint(  # type: ignore[override]
+        self, hint: Mapping[str, Tensor], strengths: Mapping[str, float] | None = None
+    ) -> dict[str, Tensor]:
         """The sum of all hints' features, ``map`` (B, C, h, w), and their types' code, ``embedding`` (B, D).
 
-        ``hint``: (B, channels, H, W) by type; raises as ``check_types`` does.
+        ``hint``: (B, channels, H, W) by type; raises as ``check_types`` does. ``strengths``: of each type, 1 by
+        default. As in diffusers, those of several types scale their tokens, features and shifts, and the strength of
+        a type that is alone scales the residuals: ``strength`` (B, 1, 1, 1) in the result, which ``forward`` applies.
 
-        Neither depends on latents or timestep. The token's attention goes from a picture to itself alone, as it does
+        None depends on latents or timestep. The token's attention goes from a picture to itself alone, as it does
         wherever pictures are made one at a time; diffusers' module lets the pictures of a batch attend to each other,
         so that there each depends on its neighbours.
         """
         self.check_types(hint)
-        return self._fused({name: self.hint_encoder(one) for name, one in hint.items()})
+        given = [(strengths or {}).get(name, 1.0) for name in hint]
+        maps = {name: self.hint_encoder(one) for name, one in hint.items()}
+        if len(hint) > 1:
+            return self._fused(maps, given)
+        features = self._fused(maps)
+        rows = features["map"][:, :1, :1, :1]
+        return features | {"strength": torch.full_like(rows, given[0])}
 
     def encode_rows(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features of rows with one hint each, as training has them: rows of the first type, of the next, and so on.
@@ -130,16 +140,21 @@ class UnionBranch(ControlBranch):
         parts = [self._fused({name: one}) for name, one in zip(hints, maps, strict=True)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _fused(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of maps (B, C, h, w) of several types, each with its token's shift; and the code of the types."""
+    def _fused(self, hints: Mapping[str, Tensor], strengths: Sequence[float] = (1.0,)) -> dict[str, Tensor]:
+        """The sum of maps (B, C, h, w) of several types, each with its token's shift; and the code of the types.
+
+        ``strengths``: a factor for each type's map, token and shift.
+        """
         numbers, maps = [TYPES[name] for name in hints], list(hints.values())
-        means = [one.mean((2, 3)) + self.task_embedding[number] for one, number in zip(maps, numbers, strict=True)]
+        parts = list(zip(maps, numbers, strengths, strict=True))
+        means = [(one.mean((2, 3)) + self.task_embedding[number]) * strength for one, number, strength in parts]
         tokens = torch.stack(means)  # (hints, B, C)
         rows = tokens.flatten(0, 1)[None]  # to the module, a sequence of one token in each of hints x B rows
         for layer in self.transformer_layes:
             rows = layer(rows)
         shifts = self.spatial_ch_projs(rows[0]).unflatten(0, tokens.shape[:2])
-        features = sum(one + shift[..., None, None] for one, shift in zip(maps, shifts, strict=True))
+        shifted = zip(maps, shifts, strengths, strict=True)
+        features = sum(one * strength + shift[..., None, None] * strength for one, shift, strength in shifted)
         code = torch.zeros(self.shape.types, device=tokens.device)
         for number in numbers:  # a list of them would be copied to the device, and waited for
             code[number] = 1
@@ -148,7 +163,10 @@ class UnionBranch(ControlBranch):
 
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """The residual of each tap (B, C, h, w), by name; ``hint_features`` from ``encode_hint``."""
-        return self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
+        residuals = self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
+        if "strength" not in hint_features:
+            return residuals
+        return {name: residual * hint_features["strength"] for name, residual in residuals.items()}
 
 
 class OneType(ControlNetwork):
@@ -180,13 +198,13 @@ def time_width(body: nn.Module, name: str) -> int:
     return body.time_embedding.linear_2.out_features  # type: ignore[union-attr, return-value]
 
 
-def new_union(base: Backbone, types: int = 8, code_width: int = 32) -> UnionBranch:
-    """A fresh Union for a base; released ones have codes 256 wide, which is much for a small base.
+def new_union(base: Backbone, types: int = 8) -> UnionBranch:
+    """A fresh Union for a base; released ones have codes 256 wide, which is much for a small base: here 32.
 
     Types differ by their code alone: the tokens' shift stays zero, so that each type can be taken out as an ordinary
     ControlNet. Raises ``Unsupported`` where the base has no time embedding that a code could be added to.
     """
     body = base.copy_encoder()
-    shape = UnionShape(base.branch_taps[0].channels, code_width, time_width(body, base.name), types)
+    shape = UnionShape(base.branch_taps[0].channels, 32, time_width(body, base.name), types)
     channels, stride = base.hint_shape(3)
     return UnionBranch(base.branch_taps, body, stride, shape, channels).begin().to(base.device, base.dtype)

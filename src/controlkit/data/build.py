@@ -6,22 +6,22 @@ The work can be interrupted and resumed; until it is whole, nothing reads the fo
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
-from controlkit.data.captions import JOURNAL, Captioning, captioned
-from controlkit.data.layouts import BUILT
-from controlkit.data.layouts.rows import Listing, Row, rows_digest
+from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
+from controlkit.data.captions import Captioning, captioned
+from controlkit.data.layouts import BUILT, JOURNAL
+from controlkit.data.layouts.rows import Listing, Row, json_lines, rows_digest
+from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
-from controlkit.files import SCRATCH, write_atomic
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, png_bytes
+from controlkit.files import SCRATCH, is_leftover, mark_output, write_atomic
+from controlkit.images import HintSpec, fit, hint_bytes, png_bytes
 
 SHARD = 1000
 """Pairs in a tar."""
@@ -31,41 +31,41 @@ _STOP = f"{SCRATCH}stop"
 
 @dataclass(frozen=True)
 class Target:
-    """A layout to write: the folders of pictures and hints, what stands beside each picture, and the listing."""
+    """A layout to write: names of a row's files, by its number ``{}`` (a hint's without suffix), and the listing."""
 
-    pictures: str
-    hints: str
-    beside: Callable[[str], Mapping[str, bytes]] = lambda prompt: {}
-    """Suffix -> content of further files of a picture's name."""
-    listing: str | None = None
-    entry: Callable[[str, str, str], dict[str, str]] | None = None
-    """(picture, hint, prompt) -> a line of the listing."""
+    picture: str
+    hint: str
+    text: str = ""
+    """Of the caption's file, where it has one."""
+    text_end: str = ""
+    listing: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Of a line of the listing: key -> ``picture``, ``hint`` or ``prompt``."""
 
-    def paths(self, place: int) -> tuple[str, str]:
-        """Where picture and hint of a row go, in the set's folder; a hint that is no picture ends in ``.npy``."""
-        return f"{self.pictures}/{place}.png", f"{self.hints}/{place}.png"
+    def files(self, place: int, picture: np.ndarray, hint: np.ndarray, prompt: str) -> dict[str, bytes]:
+        """A row's files by name; the hint's is ``.npy`` where it is no picture."""
+        suffix, content = hint_bytes(hint)
+        text = {self.text.format(place): f"{prompt}{self.text_end}".encode()} if self.text else {}
+        return {self.picture.format(place): png_bytes(picture), self.hint.format(place) + suffix: content} | text
 
 
 TARGETS = {
     "prompt.json": Target(
-        "target",
-        "source",
+        "target/{}.png",
+        "source/{}",
         listing="prompt.json",
-        entry=lambda picture, hint, prompt: {"source": hint, "target": picture, "prompt": prompt},
+        keys={"source": "hint", "target": "picture", "prompt": "prompt"},
     ),
     "metadata": Target(
-        "images",
-        "conditioning_images",
+        "images/{}.png",
+        "conditioning_images/{}",
         listing="metadata.jsonl",
-        entry=lambda picture, hint, prompt: {
-            "file_name": picture,
-            "conditioning_image_file_name": hint,
-            "text": prompt,
-        },
+        keys={"file_name": "picture", "conditioning_image_file_name": "hint", "text": "prompt"},
     ),
-    "paired": Target("image_dir", "conditioning_data_dir", beside=lambda prompt: {".txt": f"{prompt}\n".encode()}),
+    "paired": Target("image_dir/{}.png", "conditioning_data_dir/{}", "image_dir/{}.txt", text_end="\n"),
+    "webdataset": Target("{:08}.png", "{:08}.conditioning_image", "{:08}.txt"),
 }
-"""Layouts of single files; ``webdataset`` is written in shards."""
+"""Layouts that are written; ``webdataset`` in shards, the others as single files."""
 
 
 def build_set(
@@ -84,10 +84,10 @@ def build_set(
     or hints that nothing makes; ``Mismatch`` if the folder was begun with other settings or another set, or holds
     anything else.
     """
-    if layout not in {*TARGETS, "webdataset"}:
-        raise Unsupported(f'Nothing writes the layout "{layout}": {nearest(layout, [*TARGETS, "webdataset"])}')
+    if layout not in TARGETS:
+        raise Unsupported(f'Nothing writes the layout "{layout}": {nearest(layout, TARGETS)}')
     made = all(kind_or_bare(part.annotator).is_made_here for part in parts_of(contract))
-    if not made and any(row.hint is None for row in listing.rows):
+    if not made and not all(row.hints for row in listing.rows):
         raise Unsupported("There are rows without a hint, and no annotator to make them: name one, such as canny.")
     settings = {
         "layout": layout,
@@ -99,17 +99,23 @@ def build_set(
     _begin(folder, settings)
     if captioning:
         listing = captioned(listing, captioning, folder / JOURNAL)
-    writer, count = _Writer(listing.rows, folder, contract, size), len(listing.rows)
+    target, count = TARGETS[layout], len(listing.rows)
+    writer = _Writer(listing.rows, folder, target, contract, size)
     if layout == "webdataset":
         shards = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
         yield from parallel_map(writer.shard, list(enumerate(shards)), workers, folder / _STOP)
     else:
-        target = TARGETS[layout]
-        yield from parallel_map(partial(writer.files, target), ranges_of(count), workers, folder / _STOP)
+        yield from parallel_map(writer.files, ranges_of(count), workers, folder / _STOP)
         if target.listing:
-            entries = [writer.entry(target, place) for place in range(count)]
-            write_atomic(folder / target.listing, "".join(f"{entry}\n" for entry in entries).encode())
+            write_atomic(folder / target.listing, json_lines(map(writer.entry, range(count))))
+    _clear(folder)
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a process left that was killed while it wrote, such as a worker whose part Ray gave to another."""
+    for left in folder.rglob(f"{SCRATCH}*"):
+        left.unlink()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
@@ -121,20 +127,11 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
-        for left in folder.rglob(f"{SCRATCH}*"):  # by a process that was killed
-            left.unlink()
-    elif folder.is_dir() and any(folder.iterdir()):
+        _clear(folder)
+    elif folder.is_dir() and not all(is_leftover(path.name) for path in folder.iterdir()):
         raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
+    mark_output(folder, "data build")
     write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
-
-
-def _hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
-    """(suffix, content) of a hint's file: a PNG where it is a picture, else an array."""
-    if hint.dtype == np.uint8 and hint.shape[-1] in (3, 4):
-        return ".png", png_bytes(hint)
-    buffer = io.BytesIO()
-    np.save(buffer, hint)
-    return ".npy", buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -143,29 +140,25 @@ class _Writer:
 
     rows: Sequence[Row]
     folder: Path
+    target: Target
     contract: HintSpec
     size: tuple[int, int] | None
 
-    def files(self, target: Target, places: range) -> Iterator[int]:
+    def files(self, places: range) -> Iterator[int]:
         """Write these rows' files; yields the number of rows up to each."""
         for place in places:
-            row = self.rows[place]
-            picture, hint = (self.folder / path for path in target.paths(place))
-            if not picture.exists():  # it comes last of its row's files
-                pixels, hinted = self._pair(row)
-                for suffix, words in target.beside(row.prompt).items():
-                    write_atomic(picture.with_suffix(suffix), words)
-                suffix, content = _hint_bytes(hinted)
-                write_atomic(hint.with_suffix(suffix), content)
-                write_atomic(picture, png_bytes(pixels))
+            if not (self.folder / self.target.picture.format(place)).exists():  # it comes last of its row's files
+                for name, content in reversed(self._files(place).items()):
+                    write_atomic(self.folder / name, content)
             yield place + 1
 
-    def entry(self, target: Target, place: int) -> str:
+    def entry(self, place: int) -> dict[str, str]:
         """A row's line of the listing, when its files are written."""
-        assert target.entry is not None
-        picture, hint = target.paths(place)
-        suffix = next(s for s in (".png", ".npy") if (self.folder / hint).with_suffix(s).exists())
-        return json.dumps(target.entry(picture, hint.removesuffix(".png") + suffix, self.rows[place].prompt))
+        hint = self.target.hint.format(place)
+        suffix = next(s for s in (".png", ".npy") if (self.folder / f"{hint}{s}").exists())
+        picture, prompt = self.target.picture.format(place), self.rows[place].prompt
+        values = {"picture": picture, "hint": hint + suffix, "prompt": prompt}
+        return {key: values[value] for key, value in self.target.keys.items()}
 
     def shard(self, numbered: tuple[int, range]) -> Iterator[int]:
         """Write the tar of this number, of these rows; yields the number of rows up to each."""
@@ -177,15 +170,8 @@ class _Writer:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for place in places:
-                pixels, hinted = self._pair(self.rows[place])
-                suffix, hint = _hint_bytes(hinted)
-                parts = {
-                    "png": png_bytes(pixels),
-                    f"conditioning_image{suffix}": hint,
-                    "txt": self.rows[place].prompt.encode(),
-                }
-                for part, content in parts.items():
-                    member = tarfile.TarInfo(f"{place:08}.{part}")
+                for name, content in self._files(place).items():
+                    member = tarfile.TarInfo(name)
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
                 if place + 1 < places.stop:
@@ -193,12 +179,13 @@ class _Writer:
         write_atomic(path, buffer.getvalue())
         yield places.stop
 
-    def _pair(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """Picture and hint of a row, brought to the size through the same cut."""
-        picture = decode_picture(row.picture.read(), row.picture.name)
+    def _files(self, place: int) -> dict[str, bytes]:
+        """A row's files; picture and hint are brought to the size through the same cut."""
+        row = self.rows[place]
+        picture, given = open_row(row, grounds_of(self.contract)).sound()
         picture = fit(picture, self.size) if self.size else picture
-        if row.hint is None:
-            return picture, annotate(picture, self.contract)
-        masked = self.contract.mask_value is not None
-        given = [decode_hint(held.read(), held.name, masked) for held in row.hints]
-        return picture, hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)
+        if given:
+            hint = hint_for_pair(Pair(picture, row.prompt, given[0], more=tuple(given[1:])), self.contract)
+        else:
+            hint = annotate(picture, self.contract)
+        return self.target.files(place, picture, hint, row.prompt)

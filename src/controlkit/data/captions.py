@@ -13,14 +13,12 @@ import numpy as np
 import torch
 
 from controlkit.data.layouts.folders import caption_file
-from controlkit.data.layouts.rows import Listing, Row
+from controlkit.data.layouts.rows import Listing, Row, json_lines
 from controlkit.errors import Invalid, NotFound, Unsupported, UserError, one_line
 from controlkit.files import write_atomic
 from controlkit.images import decode_picture
 
 CAPTIONER = "Salesforce/blip-image-captioning-base"
-JOURNAL = "captions.jsonl"
-"""In a folder that ``build`` writes: the captions that the captioner gave, by row."""
 Over = Literal["nothing", "names", "all"]
 """Captions that a captioner may replace: none, those that are only files' names, or all."""
 _BATCH = 8
@@ -116,7 +114,7 @@ def write_captions(listing: Listing, captioner: Captioner, places: Sequence[int]
 
     ``Unsupported`` for a layout whose captions stand elsewhere.
     """
-    check_beside(listing)
+    _check_beside(listing)
     done = 0
     for chunk, captions in _captions(listing.rows, captioner, places):
         for place, caption in zip(chunk, captions, strict=True):
@@ -125,7 +123,7 @@ def write_captions(listing: Listing, captioner: Captioner, places: Sequence[int]
         yield done
 
 
-def check_beside(listing: Listing) -> None:
+def _check_beside(listing: Listing) -> None:
     """``Unsupported`` unless the layout's captions lie beside its pictures."""
     if listing.layout not in ("pictures", "paired"):
         raise Unsupported(
@@ -134,9 +132,14 @@ def check_beside(listing: Listing) -> None:
         )
 
 
-def unwritten(listing: Listing, places: Sequence[int]) -> list[int]:
-    """Of these places, those beside whose picture no caption lies; an empty one was meant to be."""
-    return [place for place in places if caption_file(Path(listing.rows[place].picture.name)) is None]
+def unwritten(listing: Listing, over: Over) -> list[int]:
+    """The places of the pictures that ``write_captions`` is to caption; an empty caption beside one was meant to be.
+
+    ``Unsupported`` as there.
+    """
+    _check_beside(listing)
+    pictures = [Path(row.picture.name) for row in listing.rows]
+    return [place for place in wanting(listing.rows, over) if over == "all" or caption_file(pictures[place]) is None]
 
 
 def captioned(listing: Listing, captioning: Captioning, journal: Path) -> Listing:
@@ -145,12 +148,12 @@ def captioned(listing: Listing, captioning: Captioning, journal: Path) -> Listin
     lines = _whole_lines(journal)
     whole = len(lines) if len(lines) == len(places) else len(lines) // _BATCH * _BATCH
     lines = lines[:whole]
-    write_atomic(journal, _text(lines).encode())  # without what was torn
+    write_atomic(journal, json_lines(lines))  # without what was torn
     captioning.on_captions(whole)
-    with journal.open("a", encoding="utf-8") as file:
+    with journal.open("ab") as file:
         for chunk, captions in _captions(listing.rows, captioning.captioner, places[whole:]):
             new = [{"row": place, "text": text} for place, text in zip(chunk, captions, strict=True)]
-            file.write(_text(new))
+            file.write(json_lines(new))
             file.flush()
             lines += new
             captioning.on_captions(len(chunk))
@@ -168,10 +171,6 @@ def _captions(
         chunk = places[first : first + _BATCH]
         held = [rows[place].picture for place in chunk]
         yield chunk, captioner([decode_picture(one.read(), one.name) for one in held])
-
-
-def _text(lines: Sequence[dict[str, Any]]) -> str:
-    return "".join(f"{json.dumps(line)}\n" for line in lines)
 
 
 def _whole_lines(journal: Path) -> list[dict[str, Any]]:

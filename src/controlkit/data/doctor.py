@@ -5,24 +5,26 @@ problem must not be trained on.
 """
 
 import hashlib
-import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from controlkit.annotators import annotate, kind_or_bare, parts_of
-from controlkit.data.layouts.rows import Held, Listing, Problem, Row
-from controlkit.data.pairs import MOST_PIXELS, out_of_place, turned_over
+from controlkit.annotators import annotate, grounds_of, is_empty, kind_or_bare, parts_of
+from controlkit.data.layouts.rows import Held, Listing, Problem, Row, unequal
+from controlkit.data.opened import open_row
+from controlkit.data.pairs import inverted, rules_of, too_few
 from controlkit.data.workers import parallel_map, ranges_of
-from controlkit.errors import UserError
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, picture_error
+from controlkit.errors import Mismatch, one_line
+from controlkit.images import HintSpec, fit
 
 _SHOWN = 8  # rows on the sheet
+_SIDE = 128  # of a picture on it
+_ENLARGED = 1.5  # times, from which on a picture's enlarging is noted
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Finding:
     row: Row
     problems: tuple[Problem, ...] = ()
     picture_size: tuple[int, int] | None = None  # height, width
-    hint_size: tuple[int, int] | None = None
-    digest: str = ""
-    hint_light: float = float("nan")  # mean grey, 0 to 1
+    digests: tuple[str, ...] = ()  # of the picture's file, and of its pixels at the size trained at
+    cut: float | None = None  # the share of the picture that is cropped away there
+    hint_light: float | None = None  # mean grey, 0 to 1
     hint_kinds: tuple[str, ...] = ()  # what arrays they are, such as "3 channels of uint8"
     shown: tuple[np.ndarray, ...] = field(default=(), repr=False)  # picture and hints, where they belong on the sheet
 
@@ -50,6 +52,7 @@ class Report:
     sizes: Counter[tuple[int, int]]
     hints: int = 0
     hint_light: list[float] = field(default_factory=list)
+    cut: list[float] = field(default_factory=list)
     shown: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     @property
@@ -60,52 +63,55 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values, without pictures."""
         sizes = {f"{width}x{height}": count for (height, width), count in self.sizes.most_common()}
-        words = {
-            name: int(value)
-            for name, value in zip(("least", "median", "most"), _least_median_most(self.words), strict=True)
-        }
+        words = self.words or [0]
+        counted = {"least": min(words), "median": int(np.median(words)), "most": max(words)}
         return {
             "layout": self.layout,
             "rows": self.rows,
             "with_hints": self.hints,
             "may_train": self.may_train,
             "picture_sizes": sizes,
-            "caption_words": words | {"none": self.words.count(0)},
+            "caption_words": counted | {"none": self.words.count(0)},
+            "cropped_away": {"mean": round(float(np.mean(self.cut)), 4), "most": max(self.cut)} if self.cut else None,
             "hint_mean_grey": round(float(np.mean(self.hint_light)), 4) if self.hint_light else None,
             "problems": [{"kind": p.kind, "where": p.where, "words": p.words, "fatal": p.fatal} for p in self.problems],
         }
 
 
-def _least_median_most(values: Sequence[int]) -> tuple[float, float, float]:
-    return (min(values), float(np.median(values)), max(values)) if values else (0, 0, 0)
-
-
-def examine(listing: Listing, contract: HintSpec | None = None, workers: int = 1) -> Iterator[Finding]:
+def examine(
+    listing: Listing, contract: HintSpec | None = None, workers: int = 1, size: int | None = None
+) -> Iterator[Finding]:
     """Open every row's pictures, by ``workers`` processes; findings in the set's order.
 
-    ``contract``: of the hints, to compare the set's own with, or to make some for the contact sheet.
+    ``contract``: of the hints, to compare the set's own with, or to make some for the contact sheet. ``size``: side in
+    pixels that training brings pictures to; None to look at them only as they are.
     """
     rows = listing.rows
     shown = set(np.linspace(0, len(rows) - 1, _SHOWN).astype(int).tolist()) if rows else set()
-    yield from parallel_map(partial(_findings, rows, contract, shown), ranges_of(len(rows)), workers)
+    yield from parallel_map(partial(_findings, rows, contract, shown, size), ranges_of(len(rows)), workers)
 
 
-def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], places: range) -> Iterator[Finding]:
+def _findings(
+    rows: Sequence[Row], contract: HintSpec | None, shown: set[int], size: int | None, places: range
+) -> Iterator[Finding]:
     """The findings of the rows at these places; those in ``shown`` with their pictures."""
     for place in places:
         row = rows[place]
-        problems: list[Problem] = []
-        picture, data = _opened(row.picture, problems)
-        rules = _rules(row, contract, problems)
-        masked = contract is not None and contract.mask_value is not None
-        read = [_opened(held, problems, is_hint=True, masked=masked)[0] for held in row.hints]
+        opened = open_row(row, grounds_of(contract))
+        picture, problems = opened.picture, opened.problems
         hints = []  # as pictures
-        for held, hint, rule in zip(row.hints, read, rules, strict=True):
-            if hint is None:
-                continue
-            problems += _beside(held, picture, hint) if picture is not None else ()
-            problems += _against(held, hint, rule) if rule else ()
-            hints.append((rule or HintSpec("")).picture(hint)[..., :3])
+        for held, hint, rule in zip(row.hints, opened.hints, _rules(row, contract, problems), strict=True):
+            if hint is not None:
+                problems += _against(held, hint, rule, size) if rule else ()
+                hints.append((rule or HintSpec("")).picture(hint)[..., :3])
+        digests, cut = [opened.digest], None
+        if picture is not None and size:
+            digests.append(hashlib.sha256(fit(picture, (size, size)).tobytes()).hexdigest())
+            height, width = picture.shape[:2]
+            cut = round(1 - min(height, width) / max(height, width), 4)
+            if (times := size / min(height, width)) > _ENLARGED:
+                words = f"is {width}x{height}: enlarged {times:.1f} times to {size} pixels, so not sharp"
+                problems.append(Problem("enlarged", row.picture.name, words, fatal=False))
         made = hints
         if picture is not None and not row.hints and place in shown and contract:
             made = [annotate(picture, p)[..., :3] for p in parts_of(contract) if kind_or_bare(p.annotator).is_made_here]
@@ -113,50 +119,67 @@ def _findings(rows: Sequence[Row], contract: HintSpec | None, shown: set[int], p
             row,
             tuple(problems),
             None if picture is None else picture.shape[:2],
-            hints[0].shape[:2] if hints else None,
-            hashlib.sha256(data).hexdigest() if data else "",
-            float(hints[0].mean()) / 255 if hints else float("nan"),
-            tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in read if hint is not None),
+            tuple(digests),
+            cut,
+            float(hints[0].mean()) / 255 if hints else None,
+            tuple(f"{hint.shape[-1]} channels of {hint.dtype}" for hint in opened.hints if hint is not None),
             tuple(one for one in (picture, *made) if one is not None) if place in shown else (),
         )
 
 
 def _rules(row: Row, contract: HintSpec | None, problems: list[Problem]) -> list[HintSpec | None]:
     """The contract that each hint of a row is compared with."""
-    parts = parts_of(contract) if contract else []
-    if contract and len(row.hints) > 1 and len(row.hints) != len(parts):
-        words = f"has {len(row.hints)} hints, and {contract.annotator} names {len(parts)}: name all, as canny+depth"
-        problems.append(Problem("other hints", row.picture.name, words))
+    try:
+        return [*rules_of(contract, len(row.hints))] if contract else [None] * len(row.hints)
+    except Mismatch as error:
+        problems.append(Problem("other hints", row.picture.name, str(error)))
         return [None] * len(row.hints)
-    return [contract] * len(row.hints) if len(row.hints) < 2 else [*parts] or [None] * len(row.hints)
 
 
-def add_up(listing: Listing, findings: Iterator[Finding], contract: HintSpec | None = None) -> Report:
-    """The report of a set, from ``examine``'s findings."""
-    words = [len(row.prompt.split()) for row in listing.rows]
-    report = Report(listing.layout, len(listing.rows), list(listing.problems), words, Counter())
+def add_up(
+    listing: Listing,
+    findings: Iterable[Finding],
+    contract: HintSpec | None = None,
+    unread: Callable[[str], str] = lambda prompt: "",
+) -> Report:
+    """The report of a set, from ``examine``'s findings.
+
+    ``unread``: the end of a prompt that a base does not read (``Backbone.cut_words``).
+    """
+    lengths = [len(row.prompt.split()) for row in listing.rows]
+    report = Report(listing.layout, len(listing.rows), list(listing.problems), lengths, Counter())
     seen: dict[str, str] = {}
     kinds: dict[int, Counter[str]] = {}
     for finding in findings:
         name = finding.row.picture.name
         report.problems += finding.problems
-        report.hints += finding.row.hint is not None
+        report.hints += bool(finding.row.hints)
         if finding.picture_size:
             report.sizes[finding.picture_size] += 1
-        if finding.hint_size:
+        if finding.hint_light is not None:
             report.hint_light.append(finding.hint_light)
         for place, kind in enumerate(finding.hint_kinds):
             kinds.setdefault(place, Counter())[kind] += 1
         if finding.shown:
             report.shown.append(finding.shown)
-        if finding.digest in seen:
-            report.problems.append(
-                Problem("duplicate", name, f"is the very picture {seen[finding.digest]}", fatal=False)
-            )
-        elif finding.digest:
-            seen[finding.digest] = name
+        if finding.cut is not None:
+            report.cut.append(finding.cut)
+        for digest, words in zip(finding.digests, ("", "at the size trained at "), strict=False):
+            if digest in seen:
+                words = f"is {words}the very picture {seen[digest]}"
+                report.problems.append(Problem("duplicate", name, words, fatal=False))
+                break
+        seen |= {digest: name for digest in finding.digests if digest and digest not in seen}
+        if rest := unread(finding.row.prompt):
+            count, start = len(rest.split()), one_line(" ".join(rest.split()[:5]))[:60]
+            words = f'has a longer caption than the base reads: not its last {count} words, from "{start}" on'
+            report.problems.append(Problem("long caption", name, words, fatal=False))
     report.problems += [*_of_the_set(listing, report, kinds)]
-    if contract and (dark := turned_over(contract, report.hint_light)):
+    parts = parts_of(contract) if contract and not report.hints else []
+    if unmade := [part.annotator for part in parts if not kind_or_bare(part.annotator).is_made_here]:
+        words = f'nothing here makes hints of "{unmade[0]}": give them as files, or name another annotator'
+        report.problems.append(Problem("no hints", listing.layout, words))
+    if contract and report.may_train and (dark := inverted(listing.rows, contract)):
         report.problems.append(Problem("hints inverted", listing.layout, dark))
     return report
 
@@ -168,87 +191,25 @@ def _of_the_set(listing: Listing, report: Report, kinds: Mapping[int, Counter[st
         yield Problem("no captions", where, "no picture has one: prompts will mean little", fatal=False)
     elif none and not any(problem.kind == "no caption" for problem in report.problems):
         yield Problem("no caption", where, f"{none} of {rows} pictures have none", fatal=False)
-    if 0 < report.hints < rows:
-        yield Problem("missing hint", where, f"{rows - report.hints} of {rows} rows have no hint")
-    if len({len(row.hints) for row in listing.rows if row.hints}) > 1:
-        yield Problem("missing hint", where, "some rows have more hints than others")
+    if words := unequal(listing.rows):
+        yield Problem("missing hint", where, words)
     for counted in kinds.values():
         if len(counted) > 1:
             each = ", ".join(f"{n} have {kind}" for kind, n in counted.most_common())
             yield Problem("kinds differ", where, f"hints are of several kinds: {each}; one run reads one")
-    if not rows and not report.problems:
-        yield Problem("empty", where, "there is nothing in it")
+    if not any(problem.fatal for problem in report.problems) and (words := too_few(rows)):
+        yield Problem("too few", where, words)
 
 
-def _opened(
-    held: Held, problems: list[Problem], is_hint: bool = False, masked: bool = False
-) -> tuple[np.ndarray | None, bytes]:
-    """A picture or hint as training will read it, or None with the reason among ``problems``; and its file's bytes."""
-    try:
-        data = held.read()
-    except OSError as error:
-        problems.append(Problem("unreadable file", held.name, f"cannot be read ({error.strerror or error})"))
-        return None, b""
-    if not data:
-        problems.append(Problem("empty file", held.name, "has no bytes: write it anew, or take it out"))
-        return None, b""
-    if (is_hint and held.name.lower().endswith(".npy")) or data.startswith(b"\x93NUMPY"):
-        return _opened_array(held, data, problems, is_hint), data
-    try:
-        with Image.open(io.BytesIO(data)) as opened:  # the header alone
-            width, height = opened.size
-            mode = opened.mode
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        kind = "huge picture" if isinstance(error, Image.DecompressionBombError) else "unreadable picture"
-        problems.append(Problem(kind, held.name, f"{picture_error(error)}: write it anew, or take it out"))
-        return None, data
-    if width * height > MOST_PIXELS:
-        problems.append(Problem("huge picture", held.name, f"is {width}x{height}: more than {MOST_PIXELS:,} pixels"))
-        return None, data
-    try:
-        picture = (decode_hint if is_hint else decode_picture)(data, held.name, masked)
-    except UserError as error:
-        problems.append(Problem("unreadable picture", held.name, str(error).removeprefix(f"{held.name} ")))
-        return None, data
-    read_as = {
-        "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
-        "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),
-        "I;16": ("16 bits", "has 16 bits a sample: read as 8"),
-    }
-    mode = "I;16" if mode.startswith("I;16") else mode
-    if mode in read_as and picture.dtype == np.uint8:
-        kind, words = read_as[mode]
-        problems.append(Problem(kind, held.name, words, fatal=False))
-    return picture, data
-
-
-def _opened_array(held: Held, data: bytes, problems: list[Problem], is_hint: bool) -> np.ndarray | None:
-    try:
-        if is_hint and data.startswith(b"\x93NUMPY"):
-            return decode_hint(data, held.name)
-        words = "is an array: pictures are read from PNG, JPEG or WebP files" if not is_hint else "is no .npy file"
-    except UserError as error:
-        words = str(error).removeprefix(f"{held.name} ")
-    problems.append(Problem("unreadable array", held.name, words))
-    return None
-
-
-def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:
-    """Problems of a hint's size compared with its picture's."""
-    if words := out_of_place(picture, hint):
-        yield Problem("sizes differ", held.name, words)
-    elif picture.shape[:2] != hint.shape[:2]:
-        (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
-        words = f"is {wide}x{high}, its picture {width}x{height}: it will be scaled"
-        yield Problem("sizes differ", held.name, words, fatal=False)
-
-
-def _against(held: Held, hint: np.ndarray, contract: HintSpec) -> Iterator[Problem]:
+def _against(held: Held, hint: np.ndarray, contract: HintSpec, size: int | None) -> Iterator[Problem]:
     """Problems of a hint that is not as its contract says."""
     if words := contract.fault(hint):
         yield Problem("not as agreed", held.name, words)
-    elif not hint.any():
-        yield Problem("empty hint", held.name, "is black all over: it controls nothing", fatal=False)
+    elif is_empty(hint, contract):
+        yield Problem("empty hint", held.name, "is all one value: it controls nothing", fatal=False)
+    elif size and is_empty(fit(hint, (size, size), contract.resize), contract):
+        words = f"is all one value once it has {size} pixels: it controls nothing"
+        yield Problem("empty hint", held.name, words, fatal=False)
     elif kind_or_bare(contract.annotator).lines and _colour(contract.picture(hint)[..., :3]) > 8:
         yield Problem("colours in a hint", held.name, f"has colours; {contract.annotator} has greys alone", fatal=False)
 
@@ -260,9 +221,8 @@ def _colour(picture: np.ndarray) -> float:
     return float((most - least).mean())
 
 
-def sheet_rows(report: Report, side: int = 128) -> list[list[np.ndarray]]:
+def sheet_rows(report: Report) -> list[list[np.ndarray]]:
     """Pictures above, their hints below, for a contact sheet; hints that training will make are made."""
-    columns = [[fit(one, (side, side)) for one in shown] for shown in report.shown]
-    depth = max((len(column) for column in columns), default=0)
-    blank = np.full((side, side, 3), 255, np.uint8)
-    return [[column[k] if k < len(column) else blank for column in columns] for k in range(depth)]
+    columns = [[fit(one, (_SIDE, _SIDE)) for one in shown] for shown in report.shown]
+    blank = np.full((_SIDE, _SIDE, 3), 255, np.uint8)
+    return [list(row) for row in zip_longest(*columns, fillvalue=blank)]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit.annotators import all_kinds
+from controlkit.data.layouts import DRAWN
+from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
-from controlkit.files import write_atomic
+from controlkit.files import mark_output, write_atomic
 from controlkit.images import write_png
 
 if TYPE_CHECKING:
@@ -35,9 +37,9 @@ def make_fill50k(folder: Path, count: int, size: int = FILL50K_SIZE, seed: int =
         for name, picture in zip(names.values(), (truth.hint, truth.picture), strict=True):
             if picture is not None and not (folder / name).exists():
                 write_png(folder / name, picture)
-        lines.append(json.dumps(names | {"prompt": truth.prompt}))
+        lines.append(names | {"prompt": truth.prompt})
         yield i + 1
-    write_atomic(folder / "prompt.json", ("\n".join(lines) + "\n").encode())
+    write_atomic(folder / "prompt.json", json_lines(lines))
 
 
 def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: str = "depth") -> Iterator[int]:
@@ -75,7 +77,7 @@ def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: 
     ]
     rows = [{"file_name": f"target/{i}.png", "text": facts["captions"][0], **facts} for i, facts in enumerate(facts_of)]
     for name, lines in (("metadata.jsonl", rows), ("prompt.json", pairs)):
-        write_atomic(folder / name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomic(folder / name, json_lines(lines))
 
 
 def _edge_picture(scene: "Scene") -> np.ndarray:
@@ -84,11 +86,12 @@ def _edge_picture(scene: "Scene") -> np.ndarray:
 
 def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
     """Write the file that says a folder holds a set drawn with these settings; refuse one that holds another."""
-    drawn = folder / "drawn.json"
+    drawn = folder / DRAWN
     begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
     if not drawn.is_file() and (folder / "prompt.json").is_file():
         raise Mismatch(f"{folder} holds a set that was not drawn here: give another folder.")
     if begun != settings:
         ours, theirs = (" and ".join(f"{key} {value}" for key, value in of.items()) for of in (settings, begun))
         raise Mismatch(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
+    mark_output(folder, "data make")
     write_atomic(drawn, (json.dumps(settings) + "\n").encode())

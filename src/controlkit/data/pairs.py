@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from controlkit.annotators import annotate_all, kind_of, kind_or_bare, parts_of
+from controlkit.annotators import annotate_all, grounds_of, kind_of, kind_or_bare, parts_of
 from controlkit.data.buckets import Size, nearest_bucket
-from controlkit.data.layouts import folder_of, read_listing
-from controlkit.data.layouts.rows import Row, rows_digest
+from controlkit.data.layouts import folder_of, sound_listing
+from controlkit.data.layouts.rows import Row, rows_digest, unequal
+from controlkit.data.opened import open_row, sides_of_row
 from controlkit.errors import Invalid, Mismatch, Unsupported
-from controlkit.images import HintSpec, decode_hint, decode_picture, fit, sides_of
+from controlkit.images import Ground, HintSpec, fit
 from controlkit.mini import world
 from controlkit.seeds import numpy_rng
 
@@ -48,10 +49,9 @@ def hint_for_pair(pair: Pair, contract: HintSpec) -> np.ndarray:
     of one, in the contract's order. ``Invalid`` where its own is not as the contract says, ``Unsupported`` where there
     is nothing to make a hint of.
     """
-    parts = parts_of(contract)
     if pair.hint is not None:
-        return _own_hint(pair, contract, parts)
-    if len(parts) > 1:
+        return _own_hint(pair, contract)
+    if len(parts := parts_of(contract)) > 1:
         return np.concatenate([hint_for_pair(pair, part) for part in parts], 2)
     kind = kind_or_bare(contract.annotator)
     if kind.truth is not None and pair.truth is not None:
@@ -71,18 +71,27 @@ def is_annotated(pair: Pair, contract: HintSpec) -> bool:
     return pair.hint is None and all(k.is_made_here and not d for k, d in zip(kinds, drawn, strict=True))
 
 
-def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.ndarray:
+def rules_of(contract: HintSpec, hints: int) -> list[HintSpec]:
+    """The contract of each of a row's hints; ``Mismatch`` where it has others than are named.
+
+    Of one hint it is the contract itself: channels of several, side by side in one array, are one hint.
+    """
+    parts = parts_of(contract)
+    if hints > 1 and hints != len(parts):
+        raise Mismatch(
+            f"has {hints} hints, and {contract.annotator or 'no kind'} is named: name as many kinds as hints, in their "
+            "order (--annotator canny+depth; in a recipe, control.annotators)."
+        )
+    return parts if hints > 1 else [contract] * hints
+
+
+def _own_hint(pair: Pair, contract: HintSpec) -> np.ndarray:
     assert pair.hint is not None
     given, size = (pair.hint, *pair.more), pair.picture.shape[:2]
-    if len(given) == 1:  # channels of several, side by side in one array, are one hint
-        rules = [contract]
-    elif len(given) != len(parts):
-        raise Mismatch(
-            f"A pair has {len(given)} hints, and {len(parts)} are named: expected as many of control.annotators as "
-            "hints, in their order."
-        )
-    else:
-        rules = list(parts)
+    try:
+        rules = rules_of(contract, len(given))
+    except Mismatch as error:
+        raise Mismatch(f"A pair {error}") from None
     for hint, rule in zip(given, rules, strict=True):
         if words := rule.fault(hint):
             raise Invalid(f"A hint {words}. `controlkit data doctor` says which.")
@@ -95,23 +104,15 @@ def _own_hint(pair: Pair, contract: HintSpec, parts: Sequence[HintSpec]) -> np.n
     return np.concatenate(wide, 2)
 
 
-MOST_PIXELS = 64_000_000
-"""Of a picture that is trained on; a larger one is taken for a mistake, or for an attack."""
-
-
-def out_of_place(picture: np.ndarray, hint: np.ndarray) -> str:
-    """Why a hint does not lie on its picture, or "": both are cut to the same part only if they have one shape."""
-    (height, width), (high, wide) = picture.shape[:2], hint.shape[:2]
-    if abs(width / height - wide / high) <= 0.02 * width / height:
-        return ""
-    return f"is {wide}x{high}, its picture {width}x{height}: not of one shape, so not in place"
-
-
-def turned_over(contract: HintSpec, greys: Sequence[float]) -> str:
-    """Why line hints of these mean greys (0 to 1) are inverted, in words; "" where they are not, or are no lines."""
-    if not kind_or_bare(contract.annotator).lines or not greys or (mean := float(np.mean(greys))) <= 0.5:
-        return ""
-    return f"their mean grey is {mean:.2f}: {contract.annotator} is light lines on black"
+def inverted(rows: Sequence[Row], contract: HintSpec) -> str:
+    """Why the hints of these rows are inverted lines, in words, by the mean grey of a few; "" where they are not."""
+    few = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 16)).astype(int)) if rows else np.empty(0, int)
+    hints = [open_row(rows[place], grounds_of(contract)).sound()[1] for place in few if rows[place].hints]
+    for place, rule in enumerate(rules_of(contract, len(hints[0])) if hints else []):
+        greys = [rule.picture(row[place]).mean() / 255 for row in hints if not rule.fault(row[place])]
+        if kind_or_bare(rule.annotator).lines and greys and (mean := float(np.mean(greys))) > 0.5:
+            return f"their mean grey is {mean:.2f}: {rule.annotator} is light lines on black"
+    return ""
 
 
 _EVALUATION_SEED = 2**31  # far from the seeds people give
@@ -216,27 +217,27 @@ class CirclePairs(Sequence[Pair]):
 
 
 class FolderPairs(Sequence[Pair]):
-    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own (``hinted``), else annotations.
+    """A data set in a folder, in any of the layouts of ``layouts``. Hints are its own, else annotations.
 
-    ``masked``: what is transparent in a hint is masked, as with hints of ``inpaint``; else it is laid on white.
+    ``grounds``: the colour laid under what is transparent in each of a row's hints (``annotators.grounds_of``).
     ``columns``: as with ``read_listing``. ``Invalid`` where its listing has a fatal problem.
     """
 
-    def __init__(self, folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None) -> None:
-        listing = read_listing(folder, columns)
-        fatal = [problem for problem in listing.problems if problem.fatal]
-        if fatal:
-            more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
-            raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
-        self._rows, self._size, self._masked = listing.rows, size, masked
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        grounds: Sequence[Ground] = ("black",),
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        listing = sound_listing(folder, columns)
+        self._rows = self._listed = listing.rows
+        self._size, self._grounds = size, grounds
         self._sizes: list[Size] | None = None
-        self.hinted = any(row.hint for row in listing.rows)
         self.hints = max((len(row.hints) for row in listing.rows), default=0)
-        """Hints a row has."""
-        if bare := sum(row.hint is None for row in listing.rows) if self.hinted else 0:
-            raise Invalid(f"{bare} of {len(listing.rows)} rows in {folder} have no hint: expected all to, or none.")
-        if fewer := sum(len(row.hints) < self.hints for row in listing.rows):
-            raise Invalid(f"{fewer} of {len(listing.rows)} rows in {folder} have fewer than {self.hints} hints.")
+        """Hints a row has; with none they are annotations."""
+        if words := unequal(listing.rows):
+            raise Invalid(f"{folder}: {words}.")
 
     def part(self, rows: slice) -> "FolderPairs":
         """Some of the rows; pictures are still read one at a time."""
@@ -248,8 +249,7 @@ class FolderPairs(Sequence[Pair]):
     def bucketed(self, sizes: Sequence[Size]) -> "FolderPairs":
         """The same, each picture at the one of these sizes that is nearest to it in shape, instead of square."""
         chosen = copy.copy(self)
-        shapes = (sides_of(row.picture.read(), row.picture.name) for row in self._rows)
-        chosen._sizes = [nearest_bucket(shape, sizes) for shape in shapes]
+        chosen._sizes = [nearest_bucket(sides_of_row(row), sizes) for row in self._rows]
         return chosen
 
     def size_of(self, index: int) -> Size:
@@ -273,28 +273,14 @@ class FolderPairs(Sequence[Pair]):
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self._rows[index]
-        picture = decode_picture(row.picture.read(), row.picture.name)
-        height, width = picture.shape[:2]
-        if height * width > MOST_PIXELS:
-            raise Invalid(f"{row.picture.name} is {width}x{height}: expected at most {MOST_PIXELS:,} pixels.")
-        hints = self._hints(row)
-        for held, hint in zip(row.hints, hints, strict=True):
-            if words := out_of_place(picture, hint):
-                raise Invalid(f"{held.name} {words}. `controlkit data doctor` lists all such pairs.")
+        picture, hints = open_row(row, self._grounds).sound()
         fitted = fit(picture, self.size_of(index))
         return Pair(fitted, row.prompt, hints[0] if hints else None, more=tuple(hints[1:]))
 
-    def _hints(self, row: Row) -> list[np.ndarray]:
-        return [decode_hint(held.read(), held.name, self._masked) for held in row.hints]
-
     def check_hints(self, contract: HintSpec) -> None:
-        """``Invalid`` where a few hints, from all over the set, are inverted lines."""
-        few = [self._rows[i] for i in np.linspace(0, len(self) - 1, min(len(self), 16)).astype(int)]
-        for place, rule in enumerate(parts_of(contract)[: self.hints]):
-            hints = [self._hints(row)[place] for row in few] if kind_or_bare(rule.annotator).lines else []
-            greys = [rule.picture(hint).mean() / 255 for hint in hints if not rule.fault(hint)]
-            if words := turned_over(rule, greys):
-                raise Invalid(f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet.")
+        """``Invalid`` where a few hints, from all over the listed set, are inverted lines."""
+        if words := inverted(self._listed, contract):
+            raise Invalid(f"The hints are inverted: {words}. Invert them; `controlkit data doctor` shows a sheet.")
 
 
 def trained_count(pairs: int) -> int:
@@ -302,19 +288,24 @@ def trained_count(pairs: int) -> int:
     return max(pairs - min(max(pairs // 10, 2), 512), 0)
 
 
+def too_few(pairs: int) -> str:
+    """Why so many pairs cannot be trained on, in words; "" where they can."""
+    return "" if trained_count(pairs) else f"has {pairs} pairs: expected at least 3, of which 2 are held out"
+
+
 def split_folder(
-    folder: Path, size: int, masked: bool = False, columns: Mapping[str, str] | None = None
+    folder: Path, size: int, grounds: Sequence[Ground] = ("black",), columns: Mapping[str, str] | None = None
 ) -> tuple[FolderPairs, FolderPairs]:
     """(pairs to train on, pairs held out): a tenth of a folder, at most 512 pairs, is never trained on.
 
     Both are drawn by caption. A sorted folder's end is of one kind, and pictures of one caption are often one picture
-    twice: they stay on one side, but for one caption at the border. ``masked``, ``columns``: as with ``FolderPairs``.
+    twice: they stay on one side, but for one caption at the border. ``grounds``, ``columns``: as with ``FolderPairs``.
     ``Invalid`` for fewer than 3 pairs.
     """
-    pairs = FolderPairs(folder, size, masked, columns)
+    pairs = FolderPairs(folder, size, grounds, columns)
+    if words := too_few(len(pairs)):
+        raise Invalid(f"{folder} {words}.")
     trained = trained_count(len(pairs))
-    if not trained:
-        raise Invalid(f"{folder} has {len(pairs)} pairs: expected at least 3, of which 2 are held out.")
     pairs.mix()
     return pairs.part(slice(trained)), pairs.part(slice(trained, None))
 
@@ -328,14 +319,14 @@ def evaluation_pairs(
     size: int,
     num: int,
     person: bool = False,
-    masked: bool = False,
+    grounds: Sequence[Ground] = ("black",),
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, pictures that nothing was trained on as FID's reference).
 
     ``source`` is ``emoji`` (held-out concepts; held-out pictures), ``scenes`` (held-out pairings and poses, of a seed
     nothing is trained on; ``person``: only with a figure), ``fill50k`` (a seed no recipe uses) or a folder (its
-    held-out tenth; ``masked``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
+    held-out tenth; ``grounds``, ``columns``: as with ``FolderPairs``). ``Invalid`` for more scenes than there are.
     """
     if source == "emoji":
         unseen = EmojiPairs(size, "heldout_pictures")
@@ -348,5 +339,5 @@ def evaluation_pairs(
     if source == "fill50k":
         others = CirclePairs(size, 512, _EVALUATION_SEED + 1)
         return CirclePairs(size, num, _EVALUATION_SEED), [pair.picture for pair in others]
-    _, held = split_folder(folder_of(source), size, masked, columns)
+    _, held = split_folder(folder_of(source), size, grounds, columns)
     return held.part(slice(-num, None)), [pair.picture for pair in held]

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -66,9 +65,7 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._connection:
             self._connection.close()
             self._connection = None
@@ -125,7 +122,7 @@ class Store:
                 return action(self._connection)
             except (sqlite3.Error, OSError) as error:
                 reason = error
-                self.__exit__(None, None, None)
+                self.__exit__()
                 if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF not in _BROKEN:
                     break
                 self._number += 1

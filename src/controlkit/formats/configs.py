@@ -1,20 +1,15 @@
-"""Diffusers configurations read off the shapes of a file's tensors, and the shapes that a configuration means.
+"""Diffusers configurations read off the shapes of a file's tensors.
 
 Shapes do not tell everything: heads, normalisation groups and the like come from the configuration stored with the
 weights, else they are as the family has them.
 """
 
-import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from controlkit.backbones.unet_families import FAMILIES, Family, family_of_width
-from controlkit.controls import KINDS
-from controlkit.controls.xs import xs_network
 from controlkit.formats.names import EncoderShape, is_light_adapter
 from controlkit.tensors import Shape
 
@@ -103,6 +98,25 @@ def _unseen(read: Mapping[str, Any], channels: list[int]) -> tuple[list[int], bo
     return heads, bool(family and family.upcast_attention)
 
 
+_STORED = (
+    "act_fn",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "controlnet_conditioning_channel_order",
+    "downsample_padding",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "global_pool_conditions",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "num_trans_head",
+    "upcast_attention",
+)
+"""Settings of a ControlNet that its shapes do not show."""
+
+
 def controlnet_config(shapes: Shapes, stored: Mapping[str, Any], union: bool) -> dict[str, Any]:
     """The ``ControlNetModel`` or ``ControlNetUnionModel`` with these shapes; empty if they are not one's."""
     try:
@@ -114,8 +128,7 @@ def controlnet_config(shapes: Shapes, stored: Mapping[str, Any], union: bool) ->
     channels = read["block_out_channels"]
     heads, upcast = _unseen(read, channels)
     config = {"attention_head_dim": heads, "norm_num_groups": math.gcd(32, *channels), "upcast_attention": upcast}
-    known = _settings("union" if union else "controlnet")
-    config |= {key: value for key, value in stored.items() if key in known} | read
+    config |= {key: value for key, value in stored.items() if key in _STORED} | read
     if pooled:
         config.setdefault("addition_time_embed_dim", 256)
         config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": pooled}
@@ -200,31 +213,3 @@ def t2i_adapter_config(shapes: Shapes, stored: Mapping[str, Any]) -> dict[str, A
         kind, factor = stored["adapter_type"], stored["downscale_factor"]
     config = {"in_channels": entry // factor**2, "channels": channels, "num_res_blocks": layers}
     return config | {"downscale_factor": factor, "adapter_type": kind}
-
-
-# --- the other way --------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def _settings(kind: str) -> frozenset[str]:
-    """The settings that the diffusers class of a kind of control takes."""
-    return frozenset(inspect.signature(KINDS[kind].network_class().__init__).parameters) - {"self"}
-
-
-def expected_shapes(kind: str, config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the network that a configuration means, built without memory; empty if there is none such."""
-    return dict(_expected(kind, json.dumps(dict(config), sort_keys=True, default=list)))
-
-
-@lru_cache(maxsize=32)
-def _expected(kind: str, config: str) -> Shapes:
-    import torch
-
-    settings = json.loads(config)
-    network_class = KINDS[kind].network_class()
-    try:
-        with torch.device("meta"):
-            network = xs_network(settings) if kind == "xs" else network_class(**settings)
-    except Exception:  # diffusers raises anything where a stranger's settings do not go together
-        return {}
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

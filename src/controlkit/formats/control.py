@@ -21,10 +21,10 @@ from controlkit.backbones import Backbone
 from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
-from controlkit.errors import Invalid, Mismatch, NotFound, nearest
-from controlkit.files import SCRATCH, write_atomic
+from controlkit.errors import Invalid, Mismatch, NotFound, UserError, nearest
+from controlkit.files import SCRATCH, home_path, write_atomic
 from controlkit.formats.describe import Description
-from controlkit.formats.metadata import WEIGHTS, WEIGHTS_FILES, json_object, metadata_entry
+from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
 from controlkit.formats.weights import (
     Weights,
@@ -34,9 +34,11 @@ from controlkit.formats.weights import (
     read_weights,
     types_differ_by_code,
 )
-from controlkit.hub import shipped_names, shipped_path
+from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.images import HintSpec
+from controlkit.tensors import PICKLES, open_tensors
 
+_HUB_FILES = ["config.json", WEIGHTS, f"{WEIGHTS}.index.json", "diffusion_pytorch_model-*-of-*.safetensors"]
 _SCALE_KEY = "guidance"
 """The key of ``hint_cfg_scale`` in a file's ``controlkit.use``: weights that are shipped have it."""
 
@@ -55,7 +57,9 @@ class SavedControl:
     """The scale of guidance by its hint that it is meant to be used with, from 0; 1 unless its recipe says more."""
 
     def contract_of(self, kind: str) -> HintSpec:
-        """The contract of a Union's hints of a type: its own, or the annotator's of that name."""
+        """The contract of its hints, ""; of a Union's hints of a type: its own, or the annotator's of that name."""
+        if not kind:
+            return self.hint
         return self.hints.get(kind) or self.hint.made_by(contract(kind, foreign=True))
 
 
@@ -151,39 +155,54 @@ def shipped_folder(name: str) -> Path:
     return controls[name][0] if name in controls else shipped_path(name)
 
 
+def _control_folders(path: Path) -> list[Path]:
+    """The folders in which a control of this path's may lie: its own, a run's."""
+    return [one for one in (path, path / "control") if weights_in(one)]
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a file is one of weights, or a folder or run holds a control, or several."""
+    if path.is_file():
+        try:
+            return bool(open_tensors(path).shapes)
+        except UserError:
+            return False
+    return bool(_control_folders(path)) or any(path.glob(f"*/{WEIGHTS}")) or any(path.glob(f"control/*/{WEIGHTS}"))
+
+
+def named_path(name: str | Path) -> Path:
+    """The file or folder that a name means: what is shipped under it, or a path, whether it is there or not."""
+    return meant_path(name, {*shipped_names(), *shipped_controls()}, _holds_weights) or shipped_folder(str(name))
+
+
 def control_path(name: str | Path) -> Path:
-    """The file or folder of a control: a shipped name, a file, a control folder, or a training run's folder.
+    """The file or folder of a control: a shipped name, a file, a control folder, a run's folder, or a hub's name.
 
     Raises ``NotFound`` if there is none, ``Invalid`` if a folder holds several.
     """
-    if str(name) in shipped_names():
-        return shipped_path(str(name))
-    path = Path(name)
+    path = named_path(name)
     if path.is_file():
         return path
-    for folder in (path, path / "control"):
-        if any((folder / file).is_file() for file in WEIGHTS_FILES):
-            return folder
-    if str(name) in shipped_controls():
-        return shipped_folder(str(name))
+    if found := _control_folders(path):
+        return found[0]
     for folder in (path, path / "control"):  # a run whose hints are branches
         within = sorted(file.parent for file in folder.glob(f"*/{WEIGHTS}"))
         if len(within) > 1:
             raise Invalid(f"{folder} holds several controls: name one of {', '.join(map(str, within))}.")
+    if names_a_repository(str(name)) and not path.exists() and path.suffix.lower() not in (".safetensors", *PICKLES):
+        return snapshot(str(name), "control", _HUB_FILES, [], lambda folder: bool(_control_folders(folder)))
     raise NotFound(
         f'There is no control "{name}": expected one of {", ".join(shipped_controls()) or "(none is shipped)"}, '
-        f"a file of weights, or a folder that holds {WEIGHTS}."
+        f"a file of weights, a folder that holds {WEIGHTS}, or a hub's owner/name."
     )
 
 
 def type_of(name: str | Path) -> tuple[str | Path, str]:
     """(a Union, a type) that a name means: a shipped type's own name, or ``UNION:TYPE``; else the name and ""."""
-    if str(name) in shipped_names() or Path(name).exists():
-        return name, ""
+    if (shipped := shipped_controls().get(str(name))) and named_path(name) == shipped[0]:
+        return name, shipped[1]
     union, colon, kind = str(name).rpartition(":")
-    if colon and kind in TYPES:
-        return union, kind
-    return name, shipped_controls().get(str(name), (None, ""))[1]
+    return (union, kind) if colon and kind in TYPES and not home_path(name).exists() else (name, "")
 
 
 def load_control(name: str | Path, base: Backbone, annotator: str | None = None) -> SavedControl:
@@ -305,7 +324,7 @@ def _check_base(name: str | Path, path: Path, weights: Weights, described: Descr
     width = described.config.get("cross_attention_dim")
     if width is not None and width != own.get("text_width"):
         reads = own.get("text_width")
-        families = [f"{row.title} " if (row := family_of_width(w or 0)) else "" for w in (width, reads)]
+        families = [f"{row.name} " if (row := family_of_width(w or 0)) else "" for w in (width, reads)]
         raise Mismatch(
             f'The control "{name}" is for {families[0]}bases that read prompts {width} wide; "{base.name}" reads '
             f"{families[1]}prompts {reads} wide. Use a control made for this base, or its own base."

@@ -17,7 +17,6 @@ from controlkit.backbones import Backbone
 from controlkit.branch import gains
 from controlkit.controls import KINDS, new_control
 from controlkit.errors import Invalid, Mismatch, Unsupported, nearest
-from controlkit.formats.configs import expected_shapes
 from controlkit.formats.control import (
     SavedControl,
     control_weights,
@@ -29,6 +28,7 @@ from controlkit.formats.control import (
 )
 from controlkit.formats.metadata import json_object, metadata_entry
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
+from controlkit.formats.shapes import expected_shapes
 from controlkit.formats.weights import (
     Weights,
     as_json,

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.backbones.unet_families import Family, family_of_width
+from controlkit.backbones.rules import check_folder, check_signs
+from controlkit.backbones.unet_families import FAMILIES, Family, family_of_width
 from controlkit.formats.configs import (
     Shapes,
     controlnet_config,
-    expected_shapes,
     family_of_config,
     t2i_adapter_config,
     text_width,
@@ -24,6 +24,7 @@ from controlkit.formats.configs import (
 )
 from controlkit.formats.metadata import metadata_object, stored_config, weights_file
 from controlkit.formats.names import PREFIX, EncoderShape, adapter_paths, controlnet_paths, rename
+from controlkit.formats.shapes import expected_shapes
 from controlkit.tensors import Shape, TensorFile, open_tensors
 
 _TITLES = {
@@ -36,39 +37,73 @@ _TITLES = {
     "t2i-adapter": "a T2I-Adapter",
     "controlnet-xs": "a ControlNet-XS",
     "lllite": "a ControlNet-LLLite",
+    "lllite-anima": "a ControlNet-LLLite of Anima",
     "flux": "a ControlNet of Flux",
     "sd3": "a ControlNet of Stable Diffusion 3",
     "qwen-image": "a ControlNet of Qwen-Image",
+    "qwen-blockwise": "a blockwise ControlNet of Qwen-Image",
     "z-image": "a ControlNet of Z-Image",
     "hunyuan-dit": "a ControlNet of Hunyuan-DiT",
+    "sana": "a ControlNet of Sana",
+    "cosmos": "a ControlNet of Cosmos",
+    "pixart": "a ControlNet of PixArt",
+    "sparsectrl": "a SparseCtrl, a ControlNet of videos",
+    "brushnet": "a BrushNet",
+    "controlnext": "a ControlNeXt",
+    "style-adapter": "a T2I-Adapter of style, which reads what CLIP sees in a picture",
+    "ip-adapter": "an IP-Adapter, which reads a picture as a prompt",
+    "flux-redux": "a Redux of Flux, which reads a picture as a prompt",
+}
+"""Controls, by format; of those that are not run, all from ``lllite`` on, nothing but the name is known."""
+_NO_CONTROLS = {
     "base": "a base and no control: give it as --base",
     "other-base": "a base and no control, of no family known by its shapes",
     "unet": "a U-Net and no control: its pipeline folder is a base",
+    "vae": "a VAE and no control: give it as --vae",
+    "embedding": "a textual inversion and no control: give it as --embedding",
     "lora": "an ordinary LoRA and no control: give it as --lora",
+    "motion": "a motion module of AnimateDiff and no control of pictures",
+    "text-tower": "a text encoder and no control",
     "unknown": "not a layout of weights known here",
 }
 
 # The first row all of whose patterns match some name decides; rows go from patterns of one format to shared ones.
 _PATTERNS = [
     ("control-lora", r"lora_controlnet$"),
+    ("lllite-anima", r"lllite_dit"),
     ("lllite", r"lllite_"),
     ("flux", r"controlnet_mode_embedder\.|controlnet_single_blocks\."),
     ("flux", r"double_blocks\.", r"controlnet_blocks\.|input_hint_block\."),  # XLabs'
+    ("flux-redux", r"redux_(up|down)\."),
     ("union", r"task_embedding$|control_add_embedding\."),
     ("controlnet-xs", r"control_to_base_for_conv_in\.|down_blocks\.\d+\.(ctrl_to_base|base_to_ctrl)\."),
     ("controlnet-xs", r"(control_model\.)?enc_zero_convs_(in|out)\."),
     ("z-image", r"control_all_x_embedder|control_layers\.|control_noise_refiner\."),
     ("hunyuan-dit", r"after_proj_list\."),
+    ("qwen-blockwise", r"(controlnet_)?blocks\.\d+\.y_rms\."),
+    ("pixart", r".*(copied_block|before_proj)\."),
+    ("cosmos", r"control_blocks\.\d+\.", r"patch_embed(_base)?\."),
+    ("sana", r"caption_norm\.", r"controlnet_blocks\.|input_block\."),
     ("sd3", r"pos_embed_input\.|control_type$", r"controlnet_blocks\.|transformer_blocks\.0\.adaLN_modulation"),
     ("qwen-image", r"controlnet_x_embedder\.|controlnet_blocks\.", r"transformer_blocks\.0\.img_mod\.|txt_norm\."),
     ("flux", r"controlnet_x_embedder\."),
+    ("brushnet", r"brushnet_(down|mid|up)_block|conv_in_condition\."),
+    ("controlnext", r"(controlnet\.)?mid_convs\.\d+\.", r"(controlnet\.)?down_res\.\d+\."),
+    ("sparsectrl", r".*motion_modules\.", r".*(controlnet_|input_hint_block|zero_convs)"),
+    ("motion", r".*motion_modules\."),
+    ("ip-adapter", r"image_proj(_model)?\.|ip_adapter\."),
+    ("style-adapter", r"style_embedding$"),
     ("diffusers", r"controlnet_cond_embedding\.conv_in\.weight$"),
     ("cldm", r"(control_model\.)?input_hint_block\.0\.weight$"),
     ("t2i-adapter", r"(adapter\.)?body\.\d+\.(resnets\.\d+\.|body\.\d+\.)?(block1|in_conv)\.weight$"),
     ("base", r"model\.diffusion_model\.(input|output)_blocks\."),
     ("unet", r"up_blocks\.\d+\.resnets\."),
     ("lora", r"lora_(unet|te)|.*\.lora_(A|down|up)\b"),
+    ("vae", r"(first_stage_model\.)?encoder\.conv_in\.", r"(first_stage_model\.)?decoder\.conv_in\."),
+    ("text-tower", r"(text_model\.)?encoder\.layers\.0\.self_attn\."),
+    ("embedding", r"emb_params$|clip_[lg]$|<[^<>]+>$|\*$"),
 ]
+_OF_FAMILY = ("base", "unet", "lora", "controlnet-xs")
 _OF_BASE = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 _FLAGS = ("difference", "lora_controlnet")  # empty tensors by which a file says what it is
 
@@ -78,15 +113,16 @@ class Description:
     """A file of weights, described. The first seven fields are the keys of ``inspect --json``."""
 
     format: str
-    base: str | None
+    base: str | None = None
     """``sd15``, ``sd21``, ``sdxl``, or the base that a control of ours names as its own; None where it is unknown."""
-    hint_channels: int | None
-    parameters: int
-    missing: tuple[str, ...]
+    hint_channels: int | None = None
+    parameters: int = 0
+    missing: tuple[str, ...] = ()
     """Tensors its network has and the file lacks, or has in another shape; in diffusers' names."""
-    unexpected: tuple[str, ...]
+    unexpected: tuple[str, ...] = ()
     """Tensors the network has no place for, as the file names them."""
-    runs: bool
+    runs: bool = False
+    """Whether it is read as a control: it lacks nothing, and nothing is too much but what lies beside the network."""
     kind: str | None = None
     """``controlnet``, ``union``, ``xs`` or ``adapter``; None where ControlKit does not run it."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -99,9 +135,9 @@ class Description:
 
     def sentence(self) -> str:
         """One line: what it is, for which base, of which hints, what is missing, and whether it runs."""
-        text = _TITLES[self.format]
+        text = (_TITLES | _NO_CONTROLS)[self.format]
         if self.base:
-            text += f" for {self.family.title if self.family and self.family.name == self.base else self.base}"
+            text += f" for {self.base}"
         if self.hint_channels:
             text += f", hints of {self.hint_channels} channel{'s' if self.hint_channels > 1 else ''}"
         text += f", {self.parameters:,} parameters"
@@ -110,7 +146,7 @@ class Description:
                 text += f"; {verb} {len(names)} tensor{'s' if len(names) > 1 else ''}, first {names[0]}"
         if self.misshapen:
             text += f"; {self.misshapen[0]}"
-        if self.kind is None and self.format not in ("base", "other-base", "unet", "lora", "unknown"):
+        if self.kind is None and self.format in _TITLES:
             text += "; recognised, but not run yet"
         elif self.kind:
             text += "; runs" if self.runs else "; does not run"
@@ -125,9 +161,11 @@ class Description:
 def describe(path: Path) -> Description:
     """Describe a file or folder of weights.
 
-    Raises ``NotFound`` if there is none, ``Invalid`` or ``Unsupported`` if it cannot be read at all.
+    Raises ``NotFound`` if there is none, ``Invalid`` or ``Unsupported`` if it cannot be read at all, or is a base with
+    rules that are not followed here.
     """
     if (path / "model_index.json").is_file():  # a pipeline's folder: its U-Net shows its family
+        check_folder(path)
         return replace(describe(path / "unet"), format="base")
     header = open_tensors(weights_file(path))
     return describe_tensors(header, stored_config(header))
@@ -166,6 +204,9 @@ def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Descripti
         return _compare(found, "xs", xs_config(shapes, stored), {name: name for name in shapes}, shapes)
     if layout in ("diffusers", "union", "cldm", "control-lora"):
         return _describe_controlnet(found)
+    if layout == "base":
+        family = family_of_width(text_width(shapes) or 0)
+        check_signs(header.path, shapes, pooled=family is None or family.pooled_width > 0)
     return _describe_other(found)
 
 
@@ -190,6 +231,7 @@ def _compare(found: _Found, kind: str, config: dict[str, Any], names: Mapping[st
     if low_rank:  # it takes from its base whatever it lacks of the encoder
         missing = tuple(name for name in missing if name in known or not name.startswith(_OF_BASE))
     places = {name: _whole(place) if low_rank else place for name, place in names.items()}
+    unexpected = tuple(n for n in found.shapes if places.get(n) not in expected and n not in flags)
     family = family_of_config(config)
     return Description(
         format=found.format,
@@ -197,8 +239,8 @@ def _compare(found: _Found, kind: str, config: dict[str, Any], names: Mapping[st
         hint_channels=config.get("conditioning_channels"),
         parameters=found.parameters,
         missing=missing,
-        unexpected=tuple(n for n in found.shapes if places.get(n) not in expected and n not in flags),
-        runs=bool(expected) and not missing,
+        unexpected=unexpected,
+        runs=bool(expected) and not missing and not any(name in names for name in unexpected),
         kind=kind,
         names=names,
         config=config,
@@ -230,8 +272,6 @@ def _describe_own(found: _Found) -> Description:
         base=found.trained_base,
         hint_channels=channels,
         parameters=found.parameters,
-        missing=(),
-        unexpected=(),
         runs=channels is not None,
         kind="controlnet",
         names={name: name for name in found.shapes},
@@ -255,13 +295,19 @@ def _describe_adapter(found: _Found) -> Description:
 
 def _describe_other(found: _Found) -> Description:
     """A base, a LoRA, or a control that is recognised and not run."""
-    family, layout = None, found.format
-    if layout in ("base", "unet", "lora", "controlnet-xs"):
-        family = family_of_width(text_width(found.shapes) or 0)
+    layout, names = found.format, list(found.shapes)
+    family = family_of_width(text_width(found.shapes) or 0) if layout in _OF_FAMILY else None
+    base = family.name if family else "sdxl" if any(name.startswith("lllite_unet") for name in names) else None
+    if layout == "unknown" and len(names) <= 2 and all(0 < len(shape) <= 2 for shape in found.shapes.values()):
+        layout = "embedding"  # of diffusers: the word as the only name
+    if layout == "embedding":
+        widths = [shape[-1] for shape in found.shapes.values() if shape]
+        towers = {name: [tower[0] for tower in row.towers] for name, row in FAMILIES.items()}
+        base = next((name for name, known in towers.items() if sorted(widths) == sorted(known)), None)
+        layout = layout if base or found.format == "embedding" else "unknown"
     if layout in ("base", "unet") and family is None:
         layout = "other-base"
-    base = family.name if family else "sdxl" if layout == "lllite" else None
-    return Description(layout, base, None, found.parameters, (), (), False, family=family)
+    return Description(layout, base, parameters=found.parameters, family=family)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -3,16 +3,30 @@
 They are short, flat JSON objects or they are refused.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from controlkit.errors import Invalid, NotFound, one_line
-from controlkit.tensors import TensorFile
+from controlkit.files import is_leftover, parse_json
+from controlkit.tensors import PICKLES, TensorFile
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-WEIGHTS_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+_NAMES = tuple(
+    re.compile(rf"diffusion_pytorch_model{rest}")
+    for rest in (
+        r"\.safetensors",
+        r"\.safetensors\.index\.json",
+        r"\.\w+\.safetensors",
+        r"\.safetensors\.index\.\w+\.json",
+        r"\.bin",
+        r"\.bin\.index\.json",
+        r"\.\w+\.bin",
+    )
+)
+"""The names that diffusers gives to weights in a folder, the best first: whole, in shards, of a variant, as pickles."""
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 LONGEST_TEXT = 2**20
 """Letters of a metadata entry or a configuration that is read; a recipe has some 2**12."""
 _DEEPEST = 32  # levels of nesting; more cannot be relied on to be written again
@@ -26,6 +40,24 @@ _COUNTS = (
     "downscale_factor",
 )
 """Settings that are whole numbers from 1 on, or lists of them; None where they are not set."""
+_CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetXSAdapter", "T2IAdapter")
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of weights in a diffusers folder: by diffusers' names, else the only one; None where there is none.
+
+    Raises ``Invalid`` where several files of other names are there.
+    """
+    names = sorted(path.name for path in folder.glob("*") if path.is_file() and not is_leftover(path.name))
+    for test in _NAMES:
+        if found := [name for name in names if test.fullmatch(name)]:
+            return folder / found[0]
+    others = [name for name in names if name.endswith((".safetensors", *PICKLES)) and not _SHARD.search(name)]
+    if "config.json" not in names:  # no control's folder: a person's files, or a run's
+        return folder / others[0] if len(names) == len(others) == 1 else None
+    if len(others) > 1:
+        raise Invalid(f"{folder} holds {len(others)} files of weights: name one of {', '.join(others[:9])}.")
+    return folder / others[0] if others else None
 
 
 def weights_file(path: Path) -> Path:
@@ -33,34 +65,22 @@ def weights_file(path: Path) -> Path:
 
     Raises ``NotFound`` for a folder that holds none.
     """
-    if path.is_dir():
-        for folder in (path, path / "control"):
-            for name in WEIGHTS_FILES:
-                if (folder / name).is_file():
-                    return folder / name
-        raise NotFound(f"{path} holds no weights: expected a diffusers folder with {WEIGHTS}, or a file.")
-    return path
+    if not path.is_dir():
+        return path
+    if found := weights_in(path) or weights_in(path / "control"):
+        return found
+    raise NotFound(f"{path} holds no weights: expected a diffusers folder with {WEIGHTS}, or a file.")
 
 
-def text_beside(path: Path, longest: int = LONGEST_TEXT) -> str:
-    """The text of a small file that lies beside weights; ``ValueError`` if it has more than ``longest`` bytes."""
-    if path.stat().st_size > longest:
-        raise ValueError(f"{path.name} has more than {longest:,} bytes")
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The object that a JSON text holds; ``ValueError`` if it holds none, is too long or nested too deep."""
+def json_object(text: str | bytes, name: str = "the text") -> dict[str, Any]:
+    """The object that a JSON text holds; ``Invalid`` if it holds none, is too long or nested too deep."""
     if len(text) > LONGEST_TEXT:
-        raise ValueError(f"more than {LONGEST_TEXT:,} letters")
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested without end") from None
+        raise Invalid(f"{name} has more than {LONGEST_TEXT:,} letters")
+    found = parse_json(text, name)
     if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__}; expected keys and values")
+        raise Invalid(f"{name} holds a {type(found).__name__}; expected keys and values")
     if not _shallow(found):
-        raise ValueError("nested without end")
+        raise Invalid(f"{name} is nested without end")
     return found
 
 
@@ -91,18 +111,17 @@ def metadata_entry(
 
 
 def stored_config(header: TensorFile) -> dict[str, Any]:
-    """The configuration kept with weights: in their metadata, or in the ``config.json`` of a diffusers folder.
+    """The configuration kept with weights: in their metadata, or in the ``config.json`` beside them.
 
-    Raises ``Invalid`` if it cannot be read, or a setting that must be a positive whole number is none.
+    Raises ``Invalid`` if it cannot be read, a setting that must be a positive whole number is none, or another entry of
+    ours in the metadata is no object.
     """
-    texts = [header.metadata.get("controlkit.config", "{}")]
-    beside = header.path.with_name("config.json")
-    config: dict[str, Any] = {}
+    for key in header.metadata:
+        if key.startswith("controlkit."):
+            metadata_entry(header.metadata, header.path, key, json_object, {})
+    config = json_object(header.metadata.get("controlkit.config", "{}"))
     try:
-        if header.path.name in WEIGHTS_FILES and beside.is_file():
-            texts.append(text_beside(beside))
-        for text in texts:
-            config |= json_object(text)
+        config |= _config_beside(header.path)
         for key in _COUNTS:
             value = config.get(key)
             for count in value if isinstance(value, list) else [value]:
@@ -111,3 +130,16 @@ def stored_config(header: TensorFile) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise Invalid(f"The configuration of {header.path} cannot be read ({one_line(error)}).") from error
     return config
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The configuration beside a file of weights, if it is one's of its folder and not a stranger's."""
+    suffix = path.stem.removeprefix("diffusion_pytorch_model") if path.stem.startswith("diffusion_") else ""
+    for beside in (path.with_name(f"config{suffix}.json"), path.with_name("config.json")):
+        if beside.is_file():
+            if beside.stat().st_size > LONGEST_TEXT:
+                raise Invalid(f"{beside.name} has more than {LONGEST_TEXT:,} bytes")
+            config = json_object(beside.read_bytes(), beside.name)
+            if path.name.startswith("diffusion_pytorch_model") or config.get("_class_name") in _CLASSES:
+                return config
+    return {}

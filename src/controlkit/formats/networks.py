@@ -39,7 +39,8 @@ def network_weights(
     """(kind, tensors, configuration) of a network, to be written; ``Unsupported`` where its kind has no file."""
     if network.kind not in FILES:
         raise Unsupported(f"A {KINDS[network.kind].title} has no file of its own: write its parts.")
-    return network.kind, *FILES[network.kind].write(network, base, hint)
+    tensors, config = FILES[network.kind].write(network, base, hint)
+    return network.kind, {key: value.detach().cpu() for key, value in tensors.items()}, config
 
 
 def read_network(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
@@ -78,7 +79,7 @@ def _write_branch(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Wr
     """Joins that ``taps: mid`` leaves out are written as zeros, which act the same."""
     branch = cast("ControlBranch", network)
     table = key_table(branch)
-    tensors = {table[key]: value.detach().cpu() for key, value in branch.weights().items()}
+    tensors = {table[key]: value for key, value in branch.weights().items()}
     if stored_spec(branch.spec).body != "copy" or base.network_config is None:
         return tensors, {}
     tensors |= {key: torch.zeros(shape) for key, shape in _absent_joins(branch).items()}
@@ -128,26 +129,21 @@ def _copied(weights: Weights) -> dict[str, Tensor]:
 
 def _filled(name: str | Path, branch: ControlBranch, tensors: Mapping[str, Tensor], base: Backbone) -> ControlBranch:
     """The branch on these tensors; ``Mismatch`` if they are not all and only its own, in its shapes."""
-    table = key_table(branch)
+    table, fault = key_table(branch), ""
     missing = [theirs for theirs in table.values() if theirs not in tensors]
-    if missing:
-        raise Mismatch(
-            f'The control "{name}" does not fit the base "{base.name}": it lacks {len(missing)} of the {len(table)} '
-            f"tensors this base's branch has, first {missing[0]}."
-        )
     strange = sorted(tensors.keys() - set(table.values()) - _absent_joins(branch).keys())
-    if strange:
-        raise Mismatch(
-            f'The control "{name}" does not fit the base "{base.name}": its branch has no '
-            f"place for {len(strange)} of the file's tensors, first {strange[0]}."
-        )
-    state = {ours: tensors[theirs] for ours, theirs in table.items()}
-    for key, value in branch.state_dict().items():
-        if value.shape != state[key].shape:
-            raise Mismatch(
-                f'The control "{name}" does not fit the base "{base.name}": {table[key]} is {tuple(state[key].shape)} '
-                f"in the file, expected {tuple(value.shape)}."
-            )
+    state = {ours: tensors[theirs] for ours, theirs in table.items() if theirs in tensors}
+    expected = {key: value.shape for key, value in branch.state_dict().items()}
+    misshapen = [key for key in state if state[key].shape != expected[key]]
+    if missing:
+        fault = f"it lacks {len(missing)} of the {len(table)} tensors this base's branch has, first {missing[0]}"
+    elif strange:
+        fault = f"its branch has no place for {len(strange)} of the file's tensors, first {strange[0]}"
+    elif misshapen:
+        came, wanted = (tuple(shape) for shape in (state[misshapen[0]].shape, expected[misshapen[0]]))
+        fault = f"{table[misshapen[0]]} is {came} in the file, expected {wanted}"
+    if fault:
+        raise Mismatch(f'The control "{name}" does not fit the base "{base.name}": {fault}.')
     branch.load_state_dict(state, assign=True)
     return branch
 
@@ -156,9 +152,8 @@ def _body(weights: Weights, base: Backbone) -> nn.Module:
     """The body of the file's network, on the meta device: the base's encoder, or a slimmer one with the same taps."""
     copied = base.empty_encoder()
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    if all(shapes.get(name) == tensor.shape for name, tensor in copied.state_dict().items()):
-        return copied
-    if not weights.config:  # a body that no diffusers class has
+    is_whole = all(shapes.get(name) == tensor.shape for name, tensor in copied.state_dict().items())
+    if is_whole or not weights.config:  # without one: a body that no diffusers class has
         return copied
     network = KINDS[weights.kind].network_class()(**weights.config)
     features = [network.conv_in.out_channels]
@@ -175,8 +170,8 @@ def _body(weights: Weights, base: Backbone) -> nn.Module:
 
 def _write_walker(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Written:
     walker = cast("XSBranch", network)
-    tensors = {key: value.detach().cpu() for key, value in walker.network.state_dict().items()}
-    return tensors, walker.config | {"conditioning_channel_order": hint.colour_order.lower()}
+    order = {"conditioning_channel_order": hint.colour_order.lower()}
+    return walker.network.state_dict(), walker.config | order
 
 
 def _read_walker(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
@@ -198,9 +193,8 @@ def _read_walker(name: str | Path, weights: Weights, base: Backbone, spec: Contr
 
 
 def _write_adapter(network: ControlNetwork, base: Backbone, hint: HintSpec) -> Written:
-    adapter = cast("Adapter", network)
-    config = {key: value for key, value in adapter.network.config.items() if key[0] != "_"}
-    return {key: value.detach().cpu() for key, value in adapter.network.state_dict().items()}, config
+    adapter = cast("Adapter", network).network
+    return adapter.state_dict(), {key: value for key, value in adapter.config.items() if key[0] != "_"}
 
 
 def _read_adapter(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:

@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from controlkit.backbones import Backbone
-from controlkit.errors import Invalid, Mismatch, Unsupported
+from controlkit.errors import Invalid, Mismatch, Unsupported, UserError
+from controlkit.files import parse_yaml, read_text
 from controlkit.formats.configs import family_of_config
 from controlkit.formats.describe import Description, describe_tensors
 from controlkit.formats.metadata import (
-    json_object,
-    metadata_entry,
     metadata_object,
     stored_config,
-    text_beside,
     weights_file,
 )
 from controlkit.tensors import TensorFile, open_tensors
@@ -55,18 +52,12 @@ def read_weights(path: Path, base: Backbone | None = None) -> tuple[Weights, Des
     described = describe_tensors(header, stored)
     if described.kind is None:
         raise Unsupported(f"{path}: {described.sentence()}")
-    for key in header.metadata:
-        if key.startswith("controlkit."):
-            metadata_entry(header.metadata, path, key, json_object, {})
     if not described.runs:
-        raise Invalid(f"{path} is damaged or cut: {described.sentence()}")
+        of_another = described.unexpected and described.config and not described.missing
+        state = "has tensors of another network" if of_another else "is damaged or cut"
+        raise Invalid(f"{path} {state}: {described.sentence()}")
     if described.format == "controlkit":
         return Weights("controlnet", _float(header.read()), {}, header.metadata), described
-    if strange := [name for name in described.unexpected if name in described.names]:
-        raise Invalid(
-            f"{path} cannot be read as it is: its network has no place for {len(strange)} of its tensors, first "
-            f"{strange[0]}."
-        )
     is_difference = described.format in ("control-lora", "cldm-difference")
     if is_difference and base is None:
         raise Invalid(f"{path} holds only the difference to its base: name the base it belongs to (--base).")
@@ -90,9 +81,11 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
     beside = header.path.with_suffix(".yaml")
     if not beside.is_file():
         return False
+    if beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
+        return False
     try:
-        content = yaml.safe_load(text_beside(beside, 2**14))  # YAML takes its time; the original's have 2**11 letters
-    except Exception:  # PyYAML raises anything where a tag and its value do not go together
+        content = parse_yaml(read_text(beside), beside.name)
+    except UserError:  # another program's: it says nothing
         return False
     for key in ("model", "params", "global_average_pooling"):
         content = content.get(key) if isinstance(content, dict) else None

@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from controlkit.annotators import grounds_of
 from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, evaluation_pairs
 from controlkit.formats import SavedControl
@@ -82,7 +83,7 @@ def heldout_for(
     source = source or str(saved.trained.get("data", "emoji"))
     if source == "world":
         return EMBEDDED.heldout(spec, size, num)
-    return evaluation_pairs(source, size, num, first_kind(spec).needs_person, spec.mask_value is not None, columns)
+    return evaluation_pairs(source, size, num, first_kind(spec).needs_person, grounds_of(spec), columns)
 
 
 def world_of(base: Backbone) -> World | None:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from torch import Tensor, nn
 
-from controlkit.mini.observer import Stored
+from controlkit.mini.stored import Stored
 
 
 class AestheticHead(Stored):

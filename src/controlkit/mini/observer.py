@@ -6,21 +6,18 @@ draws scenes is imported here.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from controlkit.images import to_tensor
+from controlkit.mini.stored import Stored, resized
 from controlkit.mini.truth import JOINTS, MIRRORED, Truth
 from controlkit.precision import autocast
 
@@ -52,27 +49,6 @@ class Observation:
     keypoints: np.ndarray
 
 
-class Stored(nn.Module):
-    """A module made from a ``config`` (JSON) and stored as a folder without anything to unpickle."""
-
-    def __init__(self, config: dict) -> None:
-        super().__init__()
-        self.config = config
-
-    def save(self, folder: Path) -> None:
-        """Write ``config.json`` and half-precision ``model.safetensors``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a module that was saved in ``folder``, float32, frozen."""
-        module = cls(json.loads((folder / "config.json").read_text()))
-        module.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
-        return module.eval().requires_grad_(False)
-
-
 class Observer(Stored):
     """An encoder and a decoder with skips (diffusers' residual blocks), four kinds of map from one last convolution.
 
@@ -101,7 +77,7 @@ class Observer(Stored):
     def forward(self, pixels: Tensor) -> Maps:
         """``Maps`` as read off pictures (B, 3, H, W) in [-1, 1], of their size; joints at half the observer's side."""
         size = pixels.shape[-2:]
-        x = self.conv_in(F.pixel_unshuffle(_resized(pixels, self.config["pixels"]), 2))
+        x = self.conv_in(F.pixel_unshuffle(resized(pixels, self.config["pixels"]), 2))
         skips = []
         for down, left in zip(self.downs, self.lefts, strict=True):
             skips.append(x)
@@ -142,7 +118,7 @@ class Observer(Stored):
         device = self.conv_in.weight.device
         for start in range(0, len(pictures), batch):
             chunk = pictures[start : start + batch]
-            pixels = torch.cat([_resized(to_tensor([picture]), self.config["pixels"]) for picture in chunk])
+            pixels = torch.cat([resized(to_tensor([picture]), self.config["pixels"]) for picture in chunk])
             with autocast(device.type):
                 read = self(pixels.to(device))
             read["joints"] = read["joints"].sigmoid()
@@ -180,12 +156,6 @@ class _Block(ResnetBlock2D):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x, None)
-
-
-def _resized(pixels: Tensor, side: int) -> Tensor:
-    if pixels.shape[-2:] == (side, side):
-        return pixels
-    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 # --- joints -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """An analytic ray caster for solids on a floor under a sky: a ray a pixel for the truth, more for colour at borders.
 
-Plain arrays in named tuples, compiled by numba. Rays are (o, d); d need not have length 1. Camera rays have depth 1
-along the view, so that t is depth.
+Plain arrays in two named tuples, compiled by numba; one for all would be copied whole at each call, and take a third
+longer. Rays are (o, d); d need not have length 1. Camera rays have depth 1 along the view, so that t is depth.
 """
 
 import math
@@ -26,22 +26,13 @@ _LIGHT_SAMPLES = 16
 _fast: Callable = njit(cache=True, nogil=True)
 
 
-class View(NamedTuple):
-    """A camera: pixels of a side, focal length in widths of the picture, camera space to world, place in metres."""
-
-    size: int
-    focal: float
-    turn: np.ndarray  # (3, 3)
-    place: np.ndarray  # (3,)
-
-
 class Solids(NamedTuple):
-    """P primitives in G groups that stand apart, with spheres (centre and radius) that hold each."""
+    """P primitives in G groups that stand apart."""
 
     groups: np.ndarray  # (G, 2), the first primitive and the one after the last
-    bounds: np.ndarray  # (G, 4), spheres
+    bounds: np.ndarray  # (G, 4), spheres (centre and radius) that hold each group
     kinds: np.ndarray  # (P,), BALL to CAPSULE
-    centres: np.ndarray  # (P, 4), spheres
+    centres: np.ndarray  # (P, 4), spheres that hold each primitive
     turns: np.ndarray  # (P, 3, 3), own axes to the world's
     sizes: np.ndarray  # (P, 3), by kind
 
@@ -58,15 +49,6 @@ class Looks(NamedTuple):
     pattern: int  # 0 plain, 1 planks, 2 checkered
 
 
-class _Found(NamedTuple):
-    """Arrays (3,) that ``_shade`` fills for a ray; made once, as making them takes longer than filling."""
-
-    normal: np.ndarray
-    light: np.ndarray
-    point: np.ndarray
-    spare: np.ndarray
-
-
 def spots_of_a_light() -> np.ndarray:
     """Points (16, 2) of a disc: the middle, four of the rim, and a spiral."""
     first = [(0.0, 0.0), (0.97, 0.0), (-0.97, 0.0), (0.0, 0.97), (0.0, -0.97)]
@@ -79,8 +61,33 @@ def spots_of_a_light() -> np.ndarray:
 
 
 @_fast
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+@_fast
+def _in_own_axes(m, v):  # type: ignore[no-untyped-def]
+    """A vector of the world in a primitive's axes, whose turn is ``m``."""
+    return (
+        m[0, 0] * v[0] + m[1, 0] * v[1] + m[2, 0] * v[2],
+        m[0, 1] * v[0] + m[1, 1] * v[1] + m[2, 1] * v[2],
+        m[0, 2] * v[0] + m[1, 2] * v[1] + m[2, 2] * v[2],
+    )
+
+
+@_fast
+def _hit_disc(radius, height, o, d):  # type: ignore[no-untyped-def]
+    """The t at which a ray meets a level disc about the y axis."""
+    if abs(d[1]) > 1e-12:
+        t = (height - o[1]) / d[1]
+        x, z = o[0] + t * d[0], o[2] + t * d[2]
+        if t > _NEAR and x * x + z * z <= radius * radius:
+            return t
+    return _FAR
+
+
+@_fast
 def _hit_box(size, o, d):  # type: ignore[no-untyped-def]
-    best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
     near, far, axis, sign = -_FAR, _FAR, 0, 1.0
     for k in range(3):
         if abs(d[k]) < 1e-12:
@@ -93,10 +100,9 @@ def _hit_box(size, o, d):  # type: ignore[no-untyped-def]
         if t0 > near:
             near, axis, sign = t0, k, s
         far = min(far, t1)
-    if near <= far and near > _NEAR:
-        best = near
-        nx, ny, nz = sign if axis == 0 else 0.0, sign if axis == 1 else 0.0, sign if axis == 2 else 0.0
-    return best, nx, ny, nz
+    if near > far or near <= _NEAR:
+        return _FAR, 0.0, 0.0, 0.0
+    return near, sign if axis == 0 else 0.0, sign if axis == 1 else 0.0, sign if axis == 2 else 0.0
 
 
 @_fast
@@ -105,7 +111,7 @@ def _hit_ring(size, o, d):  # type: ignore[no-untyped-def]
     ox, oy, oz = o
     dx, dy, dz = d
     # Steps as long as the distance to the ring, which never pass through it.
-    length = math.sqrt(dx * dx + dy * dy + dz * dz)
+    length = math.sqrt(_dot(d, d))
     ux, uy, uz = dx / length, dy / length, dz / length
     along = -(ox * ux + oy * uy + oz * uz)
     past = along + (a + b)
@@ -140,11 +146,10 @@ def _hit_cylinder(size, o, d, closed):  # type: ignore[no-untyped-def]
         y = oy + t * dy
         if t > _NEAR and abs(y) <= b:
             best, nx, ny, nz = t, (ox + t * dx) / a, 0.0, (oz + t * dz) / a
-    if closed and abs(dy) > 1e-12:
+    if closed:
         s = 1.0 if dy < 0 else -1.0
-        t = (s * b - oy) / dy
-        x, z = ox + t * dx, oz + t * dz
-        if t > _NEAR and t < best and x * x + z * z <= a * a:
+        t = _hit_disc(a, s * b, o, d)
+        if t < best:
             best, nx, ny, nz = t, 0.0, s, 0.0
     return best, nx, ny, nz
 
@@ -170,24 +175,22 @@ def _hit_cone(size, o, d):  # type: ignore[no-untyped-def]
                 x, z = ox + t * dx, oz + t * dz
                 m = math.sqrt(x * x + z * z + (k * (b - y)) ** 2) + 1e-12
                 best, nx, ny, nz = t, x / m, k * (b - y) / m, z / m
-    if abs(dy) > 1e-12:
-        t = (-b - oy) / dy
-        x, z = ox + t * dx, oz + t * dz
-        if t > _NEAR and t < best and x * x + z * z <= a * a:
-            best, nx, ny, nz = t, 0.0, -1.0, 0.0
+    t = _hit_disc(a, -b, o, d)
+    if t < best:
+        best, nx, ny, nz = t, 0.0, -1.0, 0.0
     return best, nx, ny, nz
 
 
 @_fast
-def _hit_balls(size, o, d, count):  # type: ignore[no-untyped-def]
-    """Of a ball, or of the two at the ends of a capsule."""
+def _hit_balls(size, o, d):  # type: ignore[no-untyped-def]
+    """Of a ball, whose half height is 0, or of the two at the ends of a capsule."""
     a, b, _c = size
     ox, oy, oz = o
     dx, dy, dz = d
     best, nx, ny, nz = _FAR, 0.0, 0.0, 0.0
     for s in (-1.0, 1.0):
-        y0 = oy - s * b if count == 2 else oy
-        qa = dx * dx + dy * dy + dz * dz
+        y0 = oy - s * b
+        qa = _dot(d, d)
         qb = ox * dx + y0 * dy + oz * dz
         qc = ox * ox + y0 * y0 + oz * oz - a * a
         disc = qb * qb - qa * qc
@@ -195,7 +198,7 @@ def _hit_balls(size, o, d, count):  # type: ignore[no-untyped-def]
             t = (-qb - math.sqrt(disc)) / qa
             if t > _NEAR and t < best:
                 best, nx, ny, nz = t, (ox + t * dx) / a, (y0 + t * dy) / a, (oz + t * dz) / a
-        if count == 1:
+        if b == 0:
             break
     return best, nx, ny, nz
 
@@ -212,25 +215,25 @@ def _hit(kind, size, o, d):  # type: ignore[no-untyped-def]
     if kind == CONE:
         return _hit_cone(size, o, d)
     if kind == BALL:
-        return _hit_balls(size, o, d, 1)
-    side, ends = _hit_cylinder(size, o, d, False), _hit_balls(size, o, d, 2)
+        return _hit_balls(size, o, d)
+    side, ends = _hit_cylinder(size, o, d, False), _hit_balls(size, o, d)
     return ends if ends[0] < side[0] else side
 
 
 @_fast
 def _misses(centre, reach, o, d):  # type: ignore[no-untyped-def]
     """Whether a ray passes by a bounding sphere, or has it behind."""
-    x, y, z = o[0] - centre[0], o[1] - centre[1], o[2] - centre[2]
-    out = x * x + y * y + z * z - reach * reach
+    away = (o[0] - centre[0], o[1] - centre[1], o[2] - centre[2])
+    out = _dot(away, away) - reach * reach
     if out <= 0:
         return False
-    b = x * d[0] + y * d[1] + z * d[2]
-    return b > 0 or b * b < out * (d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+    b = _dot(away, d)
+    return b > 0 or b * b < out * _dot(d, d)
 
 
 @_fast
 def _first(o, d, limit, shadow, solids, n):  # type: ignore[no-untyped-def]
-    """The nearest part before ``limit`` (any at all for a shadow): (index or -1, t); its normal goes into ``n``."""
+    """The nearest part before ``limit``: (index or -1, t), with its normal in ``n``; for a shadow any, without that."""
     best, found = limit, -1
     for g in range(len(solids.groups)):
         if _misses(solids.bounds[g, :3], solids.bounds[g, 3], o, d):
@@ -239,15 +242,8 @@ def _first(o, d, limit, shadow, solids, n):  # type: ignore[no-untyped-def]
             centre, m = solids.centres[i], solids.turns[i]
             if _misses(centre, centre[3], o, d):
                 continue
-            x, y, z = o[0] - centre[0], o[1] - centre[1], o[2] - centre[2]
-            own = (
-                m[0, 0] * x + m[1, 0] * y + m[2, 0] * z, m[0, 1] * x + m[1, 1] * y + m[2, 1] * z,
-                m[0, 2] * x + m[1, 2] * y + m[2, 2] * z,
-            )  # fmt: skip
-            way = (
-                m[0, 0] * d[0] + m[1, 0] * d[1] + m[2, 0] * d[2], m[0, 1] * d[0] + m[1, 1] * d[1] + m[2, 1] * d[2],
-                m[0, 2] * d[0] + m[1, 2] * d[1] + m[2, 2] * d[2],
-            )  # fmt: skip
+            own = _in_own_axes(m, (o[0] - centre[0], o[1] - centre[1], o[2] - centre[2]))
+            way = _in_own_axes(m, d)
             size = (solids.sizes[i, 0], solids.sizes[i, 1], solids.sizes[i, 2])
             t, nx, ny, nz = _hit(solids.kinds[i], size, own, way)
             if t < best:
@@ -260,22 +256,20 @@ def _first(o, d, limit, shadow, solids, n):  # type: ignore[no-untyped-def]
 
 
 @_fast
-def _lit(p, light, spots, solids, spare):  # type: ignore[no-untyped-def]
+def _lit(p, light, spots, solids):  # type: ignore[no-untyped-def]
     """The share of a ball-shaped light seen from ``p``: five of its points, and all where those disagree."""
-    to = np.empty(3)
-    across = np.empty(3)
-    for k in range(3):
-        to[k] = light[k] - p[k]
-    length = math.sqrt(to[0] ** 2 + to[1] ** 2 + to[2] ** 2)
+    to = (light[0] - p[0], light[1] - p[1], light[2] - p[2])
+    length = math.sqrt(_dot(to, to))
     # Two directions across the way to the light.
     flat = math.sqrt(to[0] ** 2 + to[2] ** 2) + 1e-12
     ax, az = to[2] / flat, -to[0] / flat
     bx, by, bz = to[1] * az / length, (to[2] * ax - to[0] * az) / length, -to[1] * ax / length
     seen = 0
+    across = np.empty(3)
     for s in range(len(spots)):
         u, v = spots[s, 0] * light[3], spots[s, 1] * light[3]
         across[0], across[1], across[2] = to[0] + u * ax + v * bx, to[1] + v * by, to[2] + u * az + v * bz
-        if _first(p, across, 1.0, True, solids, spare)[0] < 0:
+        if _first(p, across, 1.0, True, solids, across)[0] < 0:
             seen += 1
         if s == 4 and (seen == 0 or seen == 5):
             return seen / 5.0
@@ -296,14 +290,9 @@ def _sky(y, skies):  # type: ignore[no-untyped-def]
 @_fast
 def _striped(part, p, solids):  # type: ignore[no-untyped-def]
     """Whether a point of a striped primitive is in a light stripe."""
-    centre, m = solids.centres[part], solids.turns[part]
-    y = m[0, 1] * (p[0] - centre[0]) + m[1, 1] * (p[1] - centre[1])
-    y += m[2, 1] * (p[2] - centre[2])
+    centre = solids.centres[part]
+    x, y, z = _in_own_axes(solids.turns[part], (p[0] - centre[0], p[1] - centre[1], p[2] - centre[2]))
     if solids.kinds[part] == RING:  # stripes around its body
-        x = m[0, 0] * (p[0] - centre[0]) + m[1, 0] * (p[1] - centre[1])
-        x += m[2, 0] * (p[2] - centre[2])
-        z = m[0, 2] * (p[0] - centre[0]) + m[1, 2] * (p[1] - centre[1])
-        z += m[2, 2] * (p[2] - centre[2])
         y = 0.2 * math.atan2(z, x) * 8 / math.pi
     return math.floor(y / 0.2 + 0.5) & 1
 
@@ -334,9 +323,8 @@ def _surface(part, p, solids, looks, base):  # type: ignore[no-untyped-def]
 
 
 @_fast
-def _shade(o, d, solids, looks, found):  # type: ignore[no-untyped-def]
-    """The part that a ray meets, or -1 for the floor, -2 for the sky, and t; normal and light go into ``found``."""
-    n, rgb, p = found.normal, found.light, found.point
+def _shade(o, d, solids, looks, n, rgb):  # type: ignore[no-untyped-def]
+    """The part that a ray meets, or -1 for the floor, -2 for the sky, and t; its normal and light go into n and rgb."""
     part, t = _first(o, d, _FAR, False, solids, n)
     if d[1] < 0:
         ground = -o[1] / d[1]
@@ -345,14 +333,14 @@ def _shade(o, d, solids, looks, found):  # type: ignore[no-untyped-def]
             n[0], n[1], n[2] = 0.0, 1.0, 0.0
     elif part < 0:
         part = -2
-    length = math.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+    length = math.sqrt(_dot(d, d))
     if part == -2:
         rgb[0], rgb[1], rgb[2] = _sky(d[1] / length, looks.skies)
         n[0], n[1], n[2] = 0.0, 0.0, 0.0
         return part, _FAR
+    p, base = np.empty(3), np.empty(3)
     for k in range(3):
         p[k] = o[k] + t * d[k]
-    base = np.empty(3)
     gloss, mirror = _surface(part, p, solids, looks, base)
     for k in range(3):
         p[k] += 2e-4 * n[k]
@@ -361,19 +349,19 @@ def _shade(o, d, solids, looks, found):  # type: ignore[no-untyped-def]
     for k in range(3):  # light from the sky above and, weaker, from the floor below
         around = 0.42 * zenith[k] * side + 0.2 * looks.floors[0, k] * (1 - side)
         rgb[k] = base[k] * around
-    dot = (n[0] * d[0] + n[1] * d[1] + n[2] * d[2]) / length
+    dot = _dot(n, d) / length
     rx, ry, rz = d[0] / length - 2 * dot * n[0], d[1] / length - 2 * dot * n[1], d[2] / length - 2 * dot * n[2]
     for i in range(len(looks.lights)):
         light = looks.lights[i]
-        x, y, z = light[0] - p[0], light[1] - p[1], light[2] - p[2]
-        far = math.sqrt(x * x + y * y + z * z)
-        facing = (n[0] * x + n[1] * y + n[2] * z) / far
+        to = (light[0] - p[0], light[1] - p[1], light[2] - p[2])
+        far = math.sqrt(_dot(to, to))
+        facing = _dot(n, to) / far
         if facing <= 0:
             continue
-        lit = _lit(p, light, looks.spots, solids, found.spare)
+        lit = _lit(p, light, looks.spots, solids)
         if lit == 0:
             continue
-        shine = max((rx * x + ry * y + rz * z) / far, 0.0) ** 40 * gloss
+        shine = max((rx * to[0] + ry * to[1] + rz * to[2]) / far, 0.0) ** 40 * gloss
         for k in range(3):
             tint = base[k] if mirror > 0 else 1.0
             rgb[k] += lit * light[4] * (facing * base[k] * (1 - 0.6 * mirror) + 0.6 * shine * tint)
@@ -384,33 +372,42 @@ def _shade(o, d, solids, looks, found):  # type: ignore[no-untyped-def]
             rgb[k] += mirror * around * base[k]
     if part == -1:  # haze, so that the floor meets the sky softly
         haze = 1.0 - math.exp(-(t * length) / 60.0)
-        rgb[0] += haze * (looks.skies[1, 0] - rgb[0])
-        rgb[1] += haze * (looks.skies[1, 1] - rgb[1])
-        rgb[2] += haze * (looks.skies[1, 2] - rgb[2])
+        for k in range(3):
+            rgb[k] += haze * (looks.skies[1, k] - rgb[k])
     return part, t
 
 
 @_fast
-def cast(view, solids, looks):  # type: ignore[no-untyped-def]
+def _aim(d, x, y, focal, turn):  # type: ignore[no-untyped-def]
+    """The ray through a place of the picture, x and y in [0, 1], goes into ``d``."""
+    u, v = (x - 0.5) / focal, (0.5 - y) / focal
+    for k in range(3):
+        d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
+
+
+@_fast
+def cast(size, focal, turn, place, solids, looks):  # type: ignore[no-untyped-def]
     """One ray a pixel for the truth; four more for the colour where neighbours differ.
 
-    Takes a ``View``, ``Solids`` and ``Looks``. Returns the part seen, -1 for the floor, -2 for the sky, int64 (H, W);
-    depth (H, W); normals in camera space (H, W, 3); linear light in [0, 1] (H, W, 3).
+    Args:
+        size: pixels of a side.
+        focal: the focal length in widths of the picture.
+        turn, place: (3, 3), camera space to world, and (3,) in metres.
+        solids, looks: ``Solids`` and ``Looks``.
+
+    Returns:
+        The part seen, -1 for the floor, -2 for the sky, int64 (H, W); depth (H, W); normals in camera space (H, W, 3);
+        linear light in [0, 1] (H, W, 3).
     """
-    size, focal, turn = view.size, view.focal, view.turn
     seen = np.empty((size, size), np.int64)
     depth = np.empty((size, size))
     normals = np.empty((size, size, 3))
     light = np.empty((size, size, 3))
-    found, d = _Found(np.empty(3), np.empty(3), np.empty(3), np.empty(3)), np.empty(3)
-    n, rgb = found.normal, found.light
+    d, n, rgb = np.empty(3), np.empty(3), np.empty(3)
     for y in range(size):
         for x in range(size):
-            u, v = ((x + 0.5) / size - 0.5) / focal, (0.5 - (y + 0.5) / size) / focal
-            for k in range(3):
-                d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
-            part, t = _shade(view.place, d, solids, looks, found)
-            seen[y, x], depth[y, x] = part, t
+            _aim(d, (x + 0.5) / size, (y + 0.5) / size, focal, turn)
+            seen[y, x], depth[y, x] = _shade(place, d, solids, looks, n, rgb)
             for k in range(3):
                 light[y, x, k] = min(rgb[k], 1.0)
                 normals[y, x, k] = turn[0, k] * n[0] + turn[1, k] * n[1] + turn[2, k] * n[2]
@@ -427,15 +424,10 @@ def cast(view, solids, looks):  # type: ignore[no-untyped-def]
                         if abs(light[v, u, k] - light[y, x, k]) > 0.06:
                             rough = True
             if rough:
-                total0, total1, total2 = 0.0, 0.0, 0.0
+                smooth[y, x] = 0.0
                 for i in range(4):
-                    fx, fy = 0.25 + 0.5 * (i & 1), 0.25 + 0.5 * (i >> 1)
-                    u, v = ((x + fx) / size - 0.5) / focal, (0.5 - (y + fy) / size) / focal
+                    _aim(d, (x + 0.25 + 0.5 * (i & 1)) / size, (y + 0.25 + 0.5 * (i >> 1)) / size, focal, turn)
+                    _shade(place, d, solids, looks, n, rgb)
                     for k in range(3):
-                        d[k] = turn[k, 0] * u + turn[k, 1] * v - turn[k, 2]
-                    _shade(view.place, d, solids, looks, found)
-                    total0 += min(rgb[0], 1.0)
-                    total1 += min(rgb[1], 1.0)
-                    total2 += min(rgb[2], 1.0)
-                smooth[y, x, 0], smooth[y, x, 1], smooth[y, x, 2] = total0 / 4, total1 / 4, total2 / 4
+                        smooth[y, x, k] += min(rgb[k], 1.0) / 4
     return seen, depth, normals, smooth

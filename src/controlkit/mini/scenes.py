@@ -11,7 +11,7 @@ camera, which looks along -z.
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +201,8 @@ def _solid(rng: np.random.Generator) -> _Thing:
     else:
         half_height = rng.uniform(0.35, 0.65)
         size, height = (a * 0.85, half_height, 0.0), half_height
-    part = _Part(kind, np.array([0.0, height, 0.0]), turn, size, _jittered(rng, COLOURS[colour]), material,
-                 CLASSES.index(name))  # fmt: skip
+    shade, middle = _jittered(rng, COLOURS[colour]), np.array([0.0, height, 0.0])
+    part = _Part(kind, middle, turn, size, shade, material, CLASSES.index(name))
     words = " ".join(filter(None, (MATERIALS[material], colour, name)))
     return _Thing(words, (f"{colour} {name}",), [part])
 
@@ -254,7 +254,6 @@ def _figure(rng: np.random.Generator) -> _Thing:
     head = neck + 0.21 * spine
     parts = [_limb(0.02 * spine, neck - 0.12 * spine, 0.14, above, "shirt")]
     parts += [_limb(neck - 0.05 * spine, neck + 0.1 * spine, 0.05, skin, "skin"), *_head(joints, head, skin, hair)]
-    shoulders, hips = [], []
     for side, sign, s, e, w, h, k, a in (("right", -1, 2, 3, 4, 8, 9, 10), ("left", 1, 5, 6, 7, 11, 12, 13)):
         joints[s] = neck + np.array([0.185 * sign, -0.03, 0])
         joints[e] = joints[s] + 0.28 * direction(side, "arm")
@@ -262,8 +261,6 @@ def _figure(rng: np.random.Generator) -> _Thing:
         joints[h] = np.array([0.095 * sign, -0.02, 0])
         joints[k] = joints[h] + 0.43 * direction(side, "thigh")
         joints[a] = joints[k] + 0.42 * direction(side, "shin")
-        shoulders.append(joints[s])
-        hips.append(joints[h])
         heel, toe = joints[a] + np.array([0, -0.035, -0.02]), joints[a] + np.array([0.02 * sign, -0.05, 0.13])
         parts += [
             _limb(joints[s], joints[e], 0.062, above, "shirt"),
@@ -273,18 +270,13 @@ def _figure(rng: np.random.Generator) -> _Thing:
             _limb(joints[k], joints[a], 0.065, below, "trousers"),
             _limb(heel, toe, 0.05, shoes, "shoes"),
         ]
-    parts += [
-        _limb(shoulders[0], shoulders[1], 0.075, above, "shirt"),
-        _limb(hips[0], hips[1], 0.105, below, "trousers"),
-    ]
+    parts.append(_limb(joints[2], joints[5], 0.075, above, "shirt"))
+    parts.append(_limb(joints[8], joints[11], 0.105, below, "trousers"))
     # Feet on the floor, turned about: mostly towards the viewer, one in six away.
     low = min(float(p.centre[1] - abs(p.turn[1, 1]) * p.size[1] - p.size[0]) for p in parts)
     up = -low + (0.12 if pose_name == "jumping" else 0.0)
     spin = _yaw(rng.normal(0, 0.5) + (math.pi if rng.random() < 1 / 6 else 0.0))
-    lifted = [
-        _Part(p.kind, spin @ (p.centre + (0, up, 0)), spin @ p.turn, p.size, p.colour, p.material, p.label)
-        for p in parts
-    ]
+    lifted = [replace(p, centre=spin @ (p.centre + (0, up, 0)), turn=spin @ p.turn) for p in parts]
     words = f"person in a {shirt} shirt and {trousers} trousers, {pose_name}"
     return _Thing(words, (pose_name,), lifted, (joints + (0, up, 0)) @ spin.T)
 
@@ -323,22 +315,18 @@ def _arranged(rng: np.random.Generator) -> tuple[list[_Thing], _Camera]:
     figures = 0 if drawn < 0.5 else 1 if drawn < 0.92 else 2
     solids = int(rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2))) if not figures else int(rng.choice(3, p=(0.45, 0.4, 0.15)))
     things = [_figure(rng) for _ in range(figures)] + [_solid(rng) for _ in range(solids)]
-    placed: list[_Thing] = []
     reach = 0.35
-    for thing in things:
+    for i, thing in enumerate(things):
         while True:
-            x, z = rng.uniform(-1, 1) * reach, rng.uniform(-1, 0.6) * reach
-            apart = [math.hypot(x - o.at[0], z - o.at[1]) - 0.85 * (thing.radius + o.radius) for o in placed]
-            if all(gap > 0 for gap in apart):
+            thing.at = x, z = rng.uniform(-1, 1) * reach, rng.uniform(-1, 0.6) * reach
+            if all(math.hypot(x - o.at[0], z - o.at[1]) > 0.85 * (thing.radius + o.radius) for o in things[:i]):
                 break
             reach *= 1.05
-        thing.at = (x, z)
-        placed.append(thing)
     height, pitch, focal = rng.uniform(0.9, 1.9), 0.2, rng.uniform(1.1, 1.5)
     margin = rng.uniform(0.05, 0.14)
     distance = 2.0
     corners = np.array(
-        [(t.at[0] + sx * 0.8 * t.radius, y, t.at[1]) for t in placed for sx in (-1, 1) for y in (0.0, t.height)]
+        [(t.at[0] + sx * 0.8 * t.radius, y, t.at[1]) for t in things for sx in (-1, 1) for y in (0.0, t.height)]
     )
     while True:
         for _ in range(3):  # turn to the middle of the things
@@ -349,7 +337,7 @@ def _arranged(rng: np.random.Generator) -> tuple[list[_Thing], _Camera]:
         seen = camera.project(corners, 1)
         fits = seen[:, :2].min() > margin and seen[:, :2].max() < 1 - margin and seen[:, 2].min() > 0.5
         if fits or distance > 12:
-            return placed, camera
+            return things, camera
         distance *= 1.05
 
 
@@ -460,12 +448,17 @@ def _visible_lines(edges: Iterator[np.ndarray], camera: _Camera, depth: np.ndarr
         around = np.stack([depth[np.clip(y + i, 0, size - 1), np.clip(x + j, 0, size - 1)] for i in (-1, 0, 1)
                            for j in (-1, 0, 1)])  # fmt: skip
         seen = around.max(0) >= points[:, 2] - 0.05
-        runs = np.flatnonzero(np.diff(np.concatenate([[0], seen.astype(int), [0]])))
-        for first, last in zip(runs[::2], runs[1::2], strict=True):
+        for first, last in _runs(seen):
             start, end = points[first], points[last - 1]
             if last - first >= 4 and np.hypot(*(end - start)[:2]) >= size / 20:
                 found.append([*start[:2], *end[:2]])
     return found
+
+
+def _runs(there: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The runs of True in a row of them, bool (N,): the first of each, and the one after its last."""
+    ends = np.flatnonzero(np.diff(np.concatenate([[0], there.astype(int), [0]])))
+    yield from zip(ends[::2], ends[1::2], strict=True)
 
 
 def _horizon(labels: np.ndarray) -> list[list[float]]:
@@ -473,8 +466,7 @@ def _horizon(labels: np.ndarray) -> list[list[float]]:
     meet = (labels[:-1] == 0) & (labels[1:] == 1)
     found = []
     for y in np.flatnonzero(meet.any(1)):
-        runs = np.flatnonzero(np.diff(np.concatenate([[0], meet[y].astype(int), [0]])))
-        for first, last in zip(runs[::2], runs[1::2], strict=True):
+        for first, last in _runs(meet[y]):
             if last - first >= len(labels) / 20:
                 found.append([float(first), y + 1.0, float(last), y + 1.0])
     return found
@@ -503,46 +495,34 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
     things, camera = _arranged(rng)
     floor, sky = (list(names)[rng.integers(len(names))] for names in (FLOORS, SKIES))
     angle = rng.uniform(-1.1, 1.1)
-    lights = np.array(
-        [
-            (5 * math.sin(angle), rng.uniform(4, 6), 5 * math.cos(angle), rng.uniform(0.25, 0.6), 0.62),
-            (-4 * math.sin(angle), rng.uniform(2.5, 4.5), 4, rng.uniform(0.4, 0.8), 0.24),
-        ]
-    )  # x, y, z, radius, strength
+    key = (5 * math.sin(angle), rng.uniform(4, 6), 5 * math.cos(angle), rng.uniform(0.25, 0.6), 0.62)
+    fill = (-4 * math.sin(angle), rng.uniform(2.5, 4.5), 4, rng.uniform(0.4, 0.8), 0.24)
+    lights = np.array([key, fill])
     skies = np.array([_jittered(rng, colour, 8) for colour in SKIES[sky]])
     floors = np.array([_jittered(rng, colour, 8) for colour in FLOORS[floor]])
     pattern = {"wooden": 1, "checkered": 2}.get(floor, 0)
     if not pattern:
         floors[1] = floors[0]
 
-    parts = [
-        (i, _Part(p.kind, p.centre + (t.at[0], 0.0, t.at[1]), p.turn, p.size, p.colour, p.material, p.label))
-        for i, t in enumerate(things, 1)
-        for p in t.parts
-    ]
+    parts = [replace(p, centre=p.centre + (t.at[0], 0.0, t.at[1])) for t in things for p in t.parts]
     counts = np.cumsum([0] + [len(t.parts) for t in things])
     groups = np.stack([counts[:-1], counts[1:]], axis=1)
     bounds = []
     for first, last in groups:
-        own = [p for _, p in parts[first:last]]
+        own = parts[first:last]
         middle = np.mean([p.centre for p in own], axis=0)
         bounds.append([*middle, max(float(np.linalg.norm(p.centre - middle)) + p.reach for p in own)])
-    only = [p for _, p in parts]
-    solids = raycast.Solids(
-        groups, np.array(bounds), np.array([p.kind for p in only]), np.array([[*p.centre, p.reach] for p in only]),
-        np.array([p.turn for p in only]), np.array([p.size for p in only]),
-    )  # fmt: skip
-    looks = raycast.Looks(
-        np.array([p.colour for p in only]), np.array([p.material for p in only]), lights, raycast.spots_of_a_light(),
-        skies, floors, pattern,
-    )  # fmt: skip
-    seen, depth, normals, light = raycast.cast(
-        raycast.View(size, camera.focal, camera.turn, camera.place), solids, looks
-    )
-    labels = np.array([p.label for p in only] + [0, 1], np.uint8)[seen]  # -2 sky, -1 floor
-    instances = np.array([i for i, _ in parts] + [0, 0], np.uint8)[seen]
+    spheres = [[*p.centre, p.reach] for p in parts]
+    facts = [(p.kind, p.turn, p.size, p.colour, p.material) for p in parts]
+    kinds, turns, sizes, colours, materials = (np.array(column) for column in zip(*facts, strict=True))
+    solids = raycast.Solids(groups, np.array(bounds), kinds, np.array(spheres), turns, sizes)
+    looks = raycast.Looks(colours, materials, lights, raycast.spots_of_a_light(), skies, floors, pattern)
+    seen, depth, normals, light = raycast.cast(size, camera.focal, camera.turn, camera.place, solids, looks)
+    labels = np.array([p.label for p in parts] + [0, 1], np.uint8)[seen]  # -2 sky, -1 floor
+    owners = [i for i, t in enumerate(things, 1) for _ in t.parts]
+    instances = np.array(owners + [0, 0], np.uint8)[seen]
     depth = np.where(seen == -2, np.inf, depth)
-    lines = _visible_lines(_straight(only, camera), camera, depth) + _horizon(labels)
+    lines = _visible_lines(_straight(parts, camera), camera, depth) + _horizon(labels)
     return Scene(
         picture=(255 * light ** (1 / 2.2)).round().astype(np.uint8),
         captions=_captions(things, floor, sky),
@@ -557,11 +537,11 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
     )
 
 
-def draw_scenes(size: int, seed: int, indices: Sequence[int], workers: int = 2) -> Iterator[Scene]:
-    """Scenes in order, drawn by several threads (the ray caster lets go of Python's lock)."""
-    with ThreadPoolExecutor(workers) as pool:
-        for first in range(0, len(indices), 8 * workers):  # a slow reader does not make them heap up
-            yield from pool.map(lambda index: draw_scene(size, seed, index), indices[first : first + 8 * workers])
+def draw_scenes(size: int, seed: int, indices: Sequence[int]) -> Iterator[Scene]:
+    """Scenes in order, drawn by two threads (the ray caster lets go of Python's lock)."""
+    with ThreadPoolExecutor(2) as pool:
+        for first in range(0, len(indices), 16):  # a slow reader does not make them heap up
+            yield from pool.map(lambda index: draw_scene(size, seed, index), indices[first : first + 16])
 
 
 _EDITION = 1
@@ -573,10 +553,8 @@ def load_scenes(size: int, seed: int, count: int) -> list[Scene]:
     path = cache_dir() / "world" / f"scenes-{_EDITION}-{size}-{seed}-{count}.npz"
     if not path.exists():
         drawn = [vars(scene) for scene in draw_scenes(size, seed, range(count))]
-        parts: dict[str, np.ndarray] = {}
-        for name in ("picture", "depth", "normals", "labels", "instances", "edges"):
-            parts[name] = np.stack([scene[name] for scene in drawn])
-        parts["heldout"] = np.array([scene["heldout"] for scene in drawn])
+        whole = ("picture", "depth", "normals", "labels", "instances", "edges", "heldout")
+        parts = {name: np.stack([scene[name] for scene in drawn]) for name in whole}
         for name in ("captions", "lines", "keypoints"):  # of differing lengths: end to end, with the lengths beside
             parts[f"{name}_counts"] = np.array([len(scene[name]) for scene in drawn])
             parts[name] = np.concatenate([np.asarray(scene[name]) for scene in drawn])

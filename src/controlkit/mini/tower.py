@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetModel
+
+from controlkit.mini.stored import Stored, resized
 
 WINDOW = 32  # tokens, start and end marks included
 _MARKS = ["<|startoftext|>", "<|endoftext|>"]
@@ -46,12 +47,14 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> CLIPToke
     return tokenizer
 
 
-class ImageTextTower(nn.Module):
-    """A small ResNet and a CLIP text transformer with a shared space of unit vectors."""
+class ImageTextTower(Stored):
+    """A small ResNet and a CLIP text transformer with a shared space of unit vectors.
+
+    The tokenizer's files lie beside its own.
+    """
 
     def __init__(self, config: dict) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.text = CLIPTextModel(CLIPTextConfig(**config["text"]))
         self.image = ResNetModel(ResNetConfig(**config["image"]))
         self.text_projection = nn.Linear(config["text"]["hidden_size"], config["space"], bias=False)
@@ -60,10 +63,7 @@ class ImageTextTower(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pooled features (B, C) of pictures (B, 3, H, W) in [-1, 1], resized to the tower's size."""
-        side = self.config["pixels"]
-        if pixels.shape[-2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        return self.image(pixels).pooler_output.flatten(1)
+        return self.image(resized(pixels, self.config["pixels"])).pooler_output.flatten(1)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Unit vectors (B, space) of pictures (B, 3, H, W) in [-1, 1]."""
@@ -79,18 +79,3 @@ class ImageTextTower(nn.Module):
         same = (tokens[:, None] == tokens[None]).all(-1).float()
         target = same / same.sum(-1, keepdim=True)
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-
-    def save(self, folder: Path) -> None:
-        """Write ``config.json`` and half-precision ``model.safetensors``; the tokenizer's files lie beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2))
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-
-    @classmethod
-    def load(cls, folder: Path) -> "ImageTextTower":
-        """The tower saved in ``folder``, float32, frozen."""
-        tower = cls(json.loads((folder / "config.json").read_text()))
-        state = load_file(folder / "model.safetensors")
-        tower.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-        return tower.eval().requires_grad_(False)

@@ -27,31 +27,26 @@ from controlkit.seeds import numpy_rng
 
 PACKAGES = {
     "noto": Package(  # Google Noto Emoji, Apache-2.0
-        "@iconify-json/noto",
-        "1.2.9",
-        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "@iconify-json/noto", "1.2.9",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
     ),
     "twemoji": Package(  # Twitter Emoji, CC-BY-4.0
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        "@iconify-json/twemoji", "1.2.5",
+        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
     ),
     "fluent": Package(  # Microsoft Fluent Emoji, colour, MIT
-        "@iconify-json/fluent-emoji",
-        "1.2.7",
-        "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
+        "@iconify-json/fluent-emoji", "1.2.7",
+        "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA=="
     ),
     "flat": Package(  # Microsoft Fluent Emoji, flat, MIT
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        "@iconify-json/fluent-emoji-flat", "1.2.6",
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
     ),
     "3d": Package(  # Microsoft Fluent Emoji, 3D, MIT
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+        "@lobehub/fluent-emoji-3d", "1.1.0",
+        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="
     ),
-}
+}  # fmt: skip
 STYLES = tuple(PACKAGES)
 
 GROUNDS = {

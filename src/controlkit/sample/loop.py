@@ -49,6 +49,11 @@ def _for_rows(features: HintTensors, times: int) -> HintTensors:
     return {name: one.repeat(times, *[1] * (one.dim() - 1)) for name, one in features.items()}
 
 
+def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
+    """The features of hints, read once for all steps."""
+    return control.network.encode_hint(hints, *([control.strengths] if control.strengths else []))
+
+
 @torch.no_grad()
 def denoise(
     base: Backbone,
@@ -80,7 +85,7 @@ def denoise(
     used = scales.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop
     with base.autocast():
         features = [
-            _for_rows(control.network.encode_hint(hints), rows // count) if any(used[i][k] for k in span) else {}
+            _for_rows(_encoded(control, hints), rows // count) if any(used[i][k] for k in span) else {}
             for i, (control, hints) in enumerate(controls)
         ]
     for step in span:
@@ -175,6 +180,13 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
         yield Step(done.step + 1, settings.steps, len(alike), preview)
     with base.autocast():
         decoded = base.decode_latents(final)
+    for one, *values in zip(alike, final, decoded, strict=True):
+        if not all(value.isfinite().all() for value in values):
+            raise Invalid(
+                f"The picture of seed {one.request.seed} is none: its numbers are not finite. Take a lower guidance or "
+                "scale, weights in fp32 (half precision overflows first), or an earlier checkpoint of a control or "
+                "base whose training went astray."
+            )
     made = zip(alike, to_pictures(decoded), final, strict=True)
     return [Picture(one.request, pixels, latents) for one, pixels, latents in made]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controlkit.annotators import annotate, contract, drawn_hint
+from controlkit.annotators import annotate, contract, drawn_hint, grounds_of, is_empty, kind_or_bare
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
 from controlkit.errors import Invalid, Mismatch, nearest
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
+from controlkit.images import Ground, HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
 from controlkit.sample.request import ControlRequest, Request
 
 
@@ -41,6 +41,8 @@ class PreparedControl:
     end: float = 1.0
     guess: bool = False
     hint_cfg_scale: float = 1.0
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    """Of a Union's types, each its own in the place of ``scale``."""
     hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
 
@@ -48,8 +50,10 @@ class PreparedControl:
     def of(cls, saved: SavedControl, asked: ControlRequest, hints: Mapping[str, np.ndarray]) -> "PreparedControl":
         """A control that was loaded, used as asked for."""
         counted = saved.hint_cfg_scale if asked.hint_cfg_scale is None else asked.hint_cfg_scale
-        specs = {kind: spec_for(saved, kind) for kind in hints or [""]}
-        return cls(saved.branch, specs, asked.scale, asked.start, asked.end, asked.guess, counted, hints)
+        specs = {kind: saved.contract_of(kind) for kind in hints or [""]}
+        strengths = {kind: asked.scales.get(kind, asked.scale) for kind in hints if kind}
+        scale = float(any(strengths.values())) if strengths else asked.scale
+        return cls(saved.branch, specs, scale, asked.start, asked.end, asked.guess, counted, strengths, hints)
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Its hints as pictures to look at, uint8 (H, W, 3 or 4)."""
@@ -78,11 +82,6 @@ class Prepared:
         return (self.settings, self.controls) == (other.settings, other.controls)
 
 
-def spec_for(saved: SavedControl, kind: str) -> HintSpec:
-    """The contract of a control's hints; of a Union's, of that type."""
-    return saved.contract_of(kind) if kind else saved.hint
-
-
 def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) of the pictures to make; ``Invalid`` where the base cannot make that size."""
     height, width = size or (base.size, base.size)
@@ -101,7 +100,7 @@ def check_pictures(control: ControlRequest) -> None:
         contract(control.annotator)
     for source in control.images.values():
         if isinstance(source, Path):
-            _read(source, control.ready, masked=False)
+            _read(source, control.ready)
 
 
 def load(name: str, base: Backbone, annotator: str | None = None) -> tuple[SavedControl, list[str]]:
@@ -109,7 +108,7 @@ def load(name: str, base: Backbone, annotator: str | None = None) -> tuple[Saved
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         saved = load_control(name, base, annotator)
-    notes = [str(one.message) for one in caught if one.category is UserWarning]
+    notes = list(dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning))
     trained_on = saved.trained.get("base_digest")
     # A digest takes seconds on a large base, and bfloat16's rounding gives another.
     comparable = trained_on and base.dtype != torch.bfloat16
@@ -162,6 +161,7 @@ class _Preparation:
             if key not in self.ready:
                 self.ready[key] = self._control(control, size)
             controls.append(self.ready[key])
+            notes += _empty(control, self.ready[key])
         settings = SamplingSettings(request.steps, request.guidance, size)
         return Prepared(request, settings, tuple(controls), tuple(dict.fromkeys(notes)))
 
@@ -198,25 +198,38 @@ class _Preparation:
             raise Mismatch(f'"{name}" is no Union and has no types: give it as {name}=IMAGE.')
         if unknown := [kind for kind in types if kind not in network.hint_types]:
             raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
-        hints = {kind: _hint(source, asked, spec_for(saved, kind), size) for kind, source in asked.images.items()}
+        hints = {kind: _hint(source, asked, saved.contract_of(kind), size) for kind, source in asked.images.items()}
         return PreparedControl.of(saved, asked, hints)
 
 
-def _read(path: Path, ready: bool, masked: bool) -> np.ndarray:
+def _empty(asked: ControlRequest, prepared: PreparedControl) -> list[str]:
+    """Notes on the hints of a control that say nothing."""
+    return [
+        f'the hint of "{asked.name}{f":{kind}" if kind else ""}" is empty, all one value, and steers nothing: look at '
+        "the picture it comes from, its transparency and, of lines, their contrast"
+        for kind, hint in prepared.hints.items()
+        if is_empty(hint, prepared.specs[kind])
+    ]
+
+
+def _read(path: Path, ready: bool, ground: Ground = "black") -> np.ndarray:
     if path.suffix.lower() == ".npy" and not ready:
         raise Invalid(f"{path} is an array, and arrays are hints already: say so by ready (--hint-ready).")
-    return (read_hint if ready else read_picture)(path, masked)
+    return (read_hint if ready else read_picture)(path, ground)
 
 
 def _hint(source: Path | np.ndarray, asked: ControlRequest, spec: HintSpec, size: tuple[int, int]) -> np.ndarray:
     """A hint (*size, channels) of a source: as it is where it is ready, else annotated."""
-    masked, where = spec.mask_value is not None, f'of "{asked.name}"'
+    ground, where = grounds_of(spec)[0], f'of "{asked.name}"'
+    if ground and not asked.ready and kind_or_bare(spec.annotator).is_made_here:
+        ground = "white"  # of the photograph that hints are made of
+    drawn = not isinstance(source, Path) and source.dtype == np.uint8 and source.shape[-1] in (3, 4)
     if isinstance(source, Path):
-        pixels, where = _read(source, asked.ready, masked), f"in {source}"
+        pixels, where = _read(source, asked.ready, ground), f"in {source}"
+    elif drawn and (not asked.ready or (source.shape[-1] == 4 and spec.channels in (1, 3))):
+        pixels = decode_picture(png_bytes(source), "the picture", ground)  # as if it were a file
     elif asked.ready:
         pixels = source
-    elif source.dtype == np.uint8 and source.shape[-1] in (3, 4):
-        pixels = decode_picture(png_bytes(source), "the picture", masked)  # as if it were a file
     else:
         shape = " x ".join(map(str, source.shape))
         raise Invalid(f'"{asked.name}" got {shape} of {source.dtype}, which is no picture: if it is a hint, set ready.')

@@ -5,8 +5,6 @@ option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.Eval
 """
 
 import base64
-import io
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
     PlainSerializer,
     PlainValidator,
     ValidationError,
@@ -26,8 +24,9 @@ from pydantic import (
 )
 from torch import Tensor
 
-from controlkit.errors import Invalid, nearest
-from controlkit.images import decode_hint, png_bytes
+from controlkit.errors import Invalid, first_fault
+from controlkit.files import home_path, parse_json
+from controlkit.images import MOST_SIDE, decode_hint, hint_bytes
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -38,12 +37,30 @@ RGBA = b"\x06"
 """The colour type of a PNG with transparency, its 26th byte."""
 
 
+def _as_utf8(text: str) -> str:
+    """A text that can be written; half a character, as a shell's bytes that are no UTF-8 leave it, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!a:.80}; expected a text in UTF-8") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_as_utf8)]
+Factor = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+"""Of residuals. Beyond this no picture is left; some numbers would overflow their format."""
+Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Side = Annotated[int, Field(gt=0, le=MOST_SIDE)]
+
+
 def _read_source(value: Any) -> Path | np.ndarray:
     """A path, or an array (H, W, C) that cannot be written to; of a ``data:`` URI the array in it."""
     if isinstance(value, str) and value.startswith("data:"):
         value = _from_uri(value)
     if isinstance(value, str | Path) and str(value):
-        return Path(value)
+        if "\0" in str(value):
+            raise ValueError(f"{str(value)!a:.80}; expected a path, which has no zero bytes")
+        return home_path(_as_utf8(str(value)))
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{value!r:.80}; expected a path, a data: URI or an array")
     if value.ndim != 3 or not value.size or value.dtype.name not in ARRAY_TYPES:
@@ -62,7 +79,7 @@ def _from_uri(uri: str) -> np.ndarray:
         data = base64.b64decode(code, validate=True)
     except ValueError as error:
         raise ValueError(f"a data: URI whose base64 cannot be read ({error})") from None
-    pixels = decode_hint(data, "the data: URI", masked=True)
+    pixels = decode_hint(data, "the data: URI", ground=None)
     whole = pixels.dtype == np.uint8 and pixels.shape[-1] == 4 and pixels[..., 3].min() == 255
     return pixels[..., :3] if whole and data[25:26] != RGBA and uri.startswith("data:image") else pixels
 
@@ -71,11 +88,8 @@ def _write_source(source: Path | np.ndarray) -> str:
     """A path as text; an array as a ``data:`` URI, a PNG where it is a picture and else a ``.npy`` file."""
     if isinstance(source, Path):
         return str(source)
-    if source.dtype == np.uint8 and source.shape[-1] in (3, 4):
-        return PNG + base64.b64encode(png_bytes(source)).decode()
-    buffer = io.BytesIO()
-    np.save(buffer, source, allow_pickle=False)
-    return NPY + base64.b64encode(buffer.getvalue()).decode()
+    suffix, content = hint_bytes(source)
+    return (PNG if suffix == ".png" else NPY) + base64.b64encode(content).decode()
 
 
 def _by_type(value: Any) -> Any:
@@ -96,7 +110,7 @@ class _Checked(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise Invalid(_sentence(error, type(self))) from None
+            raise Invalid(first_fault(error, type(self).__name__, type(self).model_fields)) from None
 
     def to_json(self) -> str:
         """All of it as JSON; arrays as ``data:`` URIs."""
@@ -105,35 +119,16 @@ class _Checked(BaseModel):
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """The value that ``to_json`` wrote; ``Invalid`` where the text is none."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise Invalid(f"The text is not JSON ({error}): expected what {cls.__name__}.to_json() writes.") from None
+        values = parse_json(text, f"The {cls.__name__}")
         if not isinstance(values, dict):
             raise Invalid(f"The JSON holds a {type(values).__name__}; expected keys and values of a {cls.__name__}.")
         return cls(**values)
 
 
-def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault: key, value and what was expected."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "")
-    inner = first.get("ctx", {}).get("error")
-    if first["type"] == "extra_forbidden":
-        return f'A {model.__name__} has no "{name}": {nearest(name, model.model_fields)}'
-    if isinstance(inner, Invalid):  # a whole sentence, of a value within this one
-        return f"{name}: {inner}"
-    if isinstance(inner, Exception):
-        quoted = f'"{name}" is ' if name else ""
-        return f"{model.__name__}: {quoted}{str(inner).rstrip('.')}."
-    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
-    return f'{model.__name__}: "{name}" is {found}; {first["msg"][0].lower()}{first["msg"][1:]}.'
-
-
 class ControlRequest(_Checked):
     """One control of a picture, with its own settings."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[Text, Field(min_length=1)]
     """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
     images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
     """Its pictures: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
@@ -143,15 +138,17 @@ class ControlRequest(_Checked):
     drawn dark on light is inverted; arrays are taken as they are."""
     annotator: str | None = None
     """Name of the annotator, for a control that does not say it itself."""
-    scale: FiniteFloat = 1.0
-    """A factor on its residuals; 0 is no control."""
+    scale: Factor = 1.0
+    """A factor on its residuals, -100 to 100; 0 is no control. Of several types of a Union, on their features."""
+    scales: Mapping[str, Factor] = {}
+    """Of a Union: the scale of each type, by its name, where that is not ``scale``."""
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
     """It acts on the steps between these shares of all steps."""
     guess: bool = False
     """Guess mode (Section 4.2 of the paper's first version), for use without a prompt: the control acts on the
     conditional half of guidance alone, and is weaker at finer resolutions (0.1 at the finest, 1 at the middle)."""
-    hint_cfg_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    hint_cfg_scale: Guidance | None = None
     """How many times guidance counts the hint, 0 to ``Request.guidance``; see ``scales.unconditional_share``. None: as
     the control's file says, or 1."""
 
@@ -159,6 +156,8 @@ class ControlRequest(_Checked):
     def _in_order(self) -> Self:
         if self.start > self.end:
             raise ValueError(f"start is {self.start:g} and end is {self.end:g}; expected start <= end")
+        if self.images and (strange := self.scales.keys() - (self.images.keys() - {""})):
+            raise ValueError(f'scales names the type "{min(strange)}", of which there is no picture')
         return self
 
     def _key(self) -> tuple[Any, ...]:
@@ -166,8 +165,8 @@ class ControlRequest(_Checked):
         images = {
             kind: s if isinstance(s, Path) else (s.dtype.name, s.shape, s.tobytes()) for kind, s in self.images.items()
         }
-        others = (getattr(self, name) for name in type(self).model_fields if name != "images")
-        return frozenset(images.items()), *others
+        others = (getattr(self, name) for name in type(self).model_fields if name not in ("images", "scales"))
+        return frozenset(images.items()), frozenset(self.scales.items()), *others
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, ControlRequest) and self._key() == other._key())
@@ -182,17 +181,17 @@ class Request(_Checked):
     The same request on the same base gives the same picture, whatever is made beside it.
     """
 
-    prompt: str = PLAIN_PROMPT
+    prompt: Text = PLAIN_PROMPT
     """Words for the picture; "" is no prompt."""
-    negative_prompt: str | None = None
+    negative_prompt: Text | None = None
     """Words for what the picture must not show; None is no prompt at all (for SDXL not the same as an empty one)."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**64)
     """The starting noise depends on it alone, as ``torch.Generator().manual_seed(seed)`` gives it."""
-    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    size: tuple[Side, Side] | None = None
     """(height, width) in pixels; None is the base's own."""
     steps: int = Field(20, ge=1)
-    guidance: float = Field(4.0, ge=0, allow_inf_nan=False)
-    """Of classifier-free guidance; 1 is none."""
+    guidance: Guidance = 4.0
+    """Of classifier-free guidance, 0 to 1000; 1 is none."""
     controls: tuple[ControlRequest, ...] = ()
 
 

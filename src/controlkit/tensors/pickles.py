@@ -8,9 +8,10 @@ import math
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,38 @@ _MOST_STEPS = 500_000  # in such a pickle; a whole checkpoint's takes some 100,0
 _LONGEST_TUPLE = 10_000  # with the tuples in it written out
 _CALLED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size", "torch.device")
 _DICTIONARY = "collections.OrderedDict"
+_SETS, _ENCODE = ("__builtin__.set", "builtins.set"), "_codecs.encode"
 _TYPES = re.compile(r"torch\.((cuda\.)?[A-Z]\w*Storage|bool|b?float\d+|u?int\d+)")  # named, never called
-_WRAPPERS = ("state_dict", "string_to_param", "adapter")  # of checkpoints, textual inversions, T2I-Adapters
+_WRAPPERS = ("state_dict", "module", "model", "controlnet", "string_to_param", "adapter")
+"""Keys of checkpoints (of torch, DeepSpeed and scripts), textual inversions and T2I-Adapters."""
+
+
+class _Parameters(dict):
+    """A ``ParameterDict`` in a file, as the plain dictionary that it holds."""
+
+    def __setstate__(self, state: Any) -> None:
+        held = state.get("_parameters") if type(state) is dict else None
+        self.update(_items(held))
+
+
+class _Beside(dict):
+    """An object beside the weights that is harmless and of no use: a number of numpy's, the settings of a script."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep nothing."""
+
+
+_STAND_INS: dict[str, type] = {
+    "torch.nn.modules.container.ParameterDict": _Parameters,
+    "numpy.core.multiarray.scalar": _Beside,
+    "numpy._core.multiarray.scalar": _Beside,
+    "numpy.dtype": _Beside,
+    "argparse.Namespace": _Beside,
+}
+"""Names that files have beside tensors, and the classes of ours that are made in their place."""
 
 
 def unreadable(path: Path, error: object) -> Invalid:
@@ -46,25 +77,34 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise unreadable(path, "its parts are compressed, which torch never does")
             codes = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
+            if not codes:
+                raise Invalid(f"{path} is an archive of other files, not weights: unpack it first.")
             if sum(entry.file_size for entry in codes) > _LONGEST_PICKLE:
                 raise unreadable(path, f"its pickle has more than {_LONGEST_PICKLE:,} bytes beside the tensors")
             for entry in codes:
                 _check_code(path, archive.read(entry))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except Exception as error:  # a damaged archive makes torch's reader raise anything: the file is at fault
         raise unreadable(path, error) from error
-    for wrapper in _WRAPPERS:
-        # dict's own methods: a pickle may put what it likes in the place of an OrderedDict's
-        if isinstance(content, dict) and isinstance(dict.get(content, wrapper), dict):
-            content = dict.get(content, wrapper)
-    found = dict.items(content) if isinstance(content, dict) else ()
-    tensors = {name: tensor.detach() for name, tensor in found if torch.is_tensor(tensor)}
+    for _ in _WRAPPERS:  # one in another, in any order; a dictionary may hold itself
+        held = [dict.get(content, wrapper) for wrapper in _WRAPPERS] if isinstance(content, dict) else []
+        content = next((one for one in held if isinstance(one, dict)), content)
+    tensors = {name: tensor.detach() for name, tensor in _items(content) if torch.is_tensor(tensor)}
+    if not tensors:  # a network's parts, each a dictionary: an IP-Adapter
+        parts = [(outer, name, tensor) for outer, part in _items(content) for name, tensor in _items(part)]
+        tensors = {f"{outer}.{name}": tensor.detach() for outer, name, tensor in parts if torch.is_tensor(tensor)}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise Invalid(f"{path} holds no named tensors: expected the state dict of a network.")
     _check_sizes(path, tensors)
     return tensors
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys and values, by dict's own method: a pickle may put what it likes in the place of an OrderedDict's."""
+    return dict.items(value) if isinstance(value, dict) else ()
 
 
 def _check_sizes(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -83,11 +123,13 @@ def _check_sizes(path: Path, tensors: dict[str, Tensor]) -> None:
 # --- the walk through a pickle ----------------------------------------------------------------------------------
 
 
-class _Value(NamedTuple):
+@dataclass
+class _Value:
     """An object on the stack of a pickle, as far as it is known without making it."""
 
     name: str = ""  # a function's or type's dotted name; a string after a quote; "tuple"; what was called, and "()"
     size: int = 1  # of a tuple, with the tuples in it written out
+    held: "list[_Value]" = field(default_factory=list)  # of a tuple; of a list that is filled, anything
 
 
 def _steps(code: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
@@ -140,7 +182,7 @@ def _check_code(path: Path, code: bytes) -> None:
 
 def _allowed(path: Path, name: str) -> str:
     """The dotted name of a function or type, if a dictionary of tensors needs it; else ``Invalid``."""
-    if name not in (*_CALLED, _DICTIONARY) and not _TYPES.fullmatch(name):
+    if name not in (*_CALLED, _DICTIONARY, *_SETS, _ENCODE, *_STAND_INS) and not _TYPES.fullmatch(name):
         raise Invalid(
             f"{path} is refused: reading it would run {one_line(name)}. Ask for the file as safetensors, "
             "which cannot hold code."
@@ -153,21 +195,35 @@ def _result(op: pickletools.OpcodeInfo, arg: Any, taken: Sequence[_Value], items
     if "UNICODE" in op.name:
         return [_Value(f"'{arg}")]
     if "TUPLE" in op.name:
-        return [_Value("tuple", 1 + sum(value.size for value in (*taken, *items)))]
+        parts = [*taken, *items]
+        return [_Value("tuple", 1 + sum(value.size for value in parts), parts)]
+    if op.name == "EMPTY_LIST":
+        return [_Value("list")]
     if op.name in ("REDUCE", "NEWOBJ"):
         function, arguments = taken
-        empty = function.name == _DICTIONARY and arguments == _Value("tuple")
-        if function.name not in _CALLED and not empty:
-            raise ValueError("its pickle calls what is no function of weights")
+        if arguments.name != "tuple" or not _may_call(function.name, arguments.held):
+            raise ValueError(f"its pickle calls {function.name or 'what it made itself'}: no function of weights")
         return [_Value(f"{function.name}()")]
     if op.name in ("SETITEM", "SETITEMS"):
         if any(key.name in ("tuple", "torch.Size()") for key in (*taken[1:], *items)[::2]):
             raise ValueError("its pickle has keys that are no names")
         return list(taken[:1])
     if op.name in ("APPEND", "APPENDS", "BUILD"):
-        if op.name == "BUILD" and taken[0].name != f"{_DICTIONARY}()":
+        if op.name == "BUILD" and taken[0].name.removesuffix("()") not in (_DICTIONARY, *_STAND_INS):
             raise ValueError("its pickle changes an object that is no dictionary")
+        taken[0].held = [_Value()]  # the object, so in the memo too: it is empty no more
         return list(taken[:1])
     if op.name == "LONG1" and abs(arg) >= 2**64:  # keys chosen to collide take for ever, too
         raise ValueError("its pickle holds a number of more than 64 bits")
     return [_Value() for _ in op.stack_after]
+
+
+def _may_call(name: str, given: Sequence[_Value]) -> bool:
+    """Whether a call can neither run a stranger's code nor take more than the file's own size of memory and time."""
+    if name == _DICTIONARY:
+        return not given
+    if name in _SETS:  # a filled one's members are hashed
+        return [(value.name, value.held) for value in given] == [("list", [])]
+    if name == _ENCODE:  # of the bytes of a number; other codecs compress and expand
+        return len(given) == 2 and given[1].name == "'latin1"
+    return name in _CALLED or name in _STAND_INS

@@ -4,15 +4,18 @@ Safetensors are read by their library, which checks sizes against the file befor
 ``pickles``. Either way the header comes first: names, shapes and types are known before a tensor is read.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from controlkit.errors import Invalid, NotFound, Unsupported
+from controlkit.errors import Invalid, NotFound, Unsupported, one_line
+from controlkit.files import parse_json
 from controlkit.tensors.pickles import PICKLES, read_pickle, unreadable
 
 LONGEST_HEADER = 2**23
@@ -21,29 +24,41 @@ LONGEST_HEADER = 2**23
 Shape = tuple[int, ...]
 
 
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of git-lfs in its place: run `git lfs pull`, or download the file itself",
+    b"GGUF": "a GGUF file, whose packed numbers are not read here: get the weights as safetensors",
+    b"\x89HDF": "a file of Keras (HDF5): get the weights as safetensors",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"\x1f\x8b": "an archive: unpack it first",
+    b"7z\xbc\xaf": "an archive: unpack it first",
+    b"Rar!": "an archive: unpack it first",
+}
+"""Beginnings of files that people have in the place of weights, and what these are."""
+_WEB_PAGES = ("<!doctype", "<html", "<head", "<?xml", "<!--")
+_WRAPPED = ("module.", "_orig_mod.", "controlnet.")
+"""Beginnings of all names of a file, by what held the network when it was saved: DistributedDataParallel, a script."""
+_MOST_SHARDS = 100
+
+
 @dataclass(frozen=True)
 class TensorFile:
-    """The header of a file of tensors; ``read`` brings the tensors themselves."""
+    """The header of a file of tensors, or of one in shards; ``read`` brings the tensors themselves."""
 
     path: Path
     shapes: Mapping[str, Shape]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    _mapped: Mapping[str, Tensor] | None = None  # a pickle's tensors; None: a safetensors file
+    metadata: Mapping[str, str]
+    _bring: Callable[[list[str]], dict[str, Tensor]]
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Tensors by name, as stored; all by default.
 
         Raises ``Invalid`` if the file is damaged, or a tensor holds NaN, infinity or complex numbers.
         """
-        wanted = list(self.shapes if names is None else names)
-        if self._mapped is not None:
-            tensors = {name: self._mapped[name].contiguous() for name in wanted}
-        else:
-            try:
-                with safe_open(self.path, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in wanted}
-            except (SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
-                raise unreadable(self.path, error) from error
+        try:
+            tensors = self._bring(list(self.shapes if names is None else names))
+        except (SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
+            raise unreadable(self.path, error) from error
         for name, tensor in tensors.items():
             if tensor.is_complex():
                 raise Invalid(f"{self.path} cannot be weights: {name} holds complex numbers.")
@@ -59,27 +74,41 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Read the header of a file of tensors.
+    """Read the header of a file of tensors, or of the file that lists the shards of one (``*.index.json``).
 
-    Raises ``NotFound`` if there is no such file, ``Unsupported`` for torch's old kind of pickle, and ``Invalid`` if the
-    file is damaged or would run code.
+    Names are given without what all of them begin with, if it is of no network (``module.``). Raises ``NotFound`` if
+    there is no such file, ``Unsupported`` for torch's old kind of pickle, and ``Invalid`` if the file is damaged, is
+    something else, or would run code.
     """
+    return _unwrapped(_open(path))
+
+
+def _open(path: Path, is_shard: bool = False) -> TensorFile:
     try:
         if not path.is_file():
             raise NotFound(f"There is no file {path}: expected a .safetensors file, or a .pth.")
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(64)
     except OSError as error:
         raise unreadable(path, error.strerror) from error
     if start.startswith(b"PK\3\4"):
-        tensors = read_pickle(path)
-        return _checked(TensorFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}, tensors))
+        return _checked(_of_tensors(path, read_pickle(path)))
     if start.startswith(b"\x80") and path.suffix.lower() in PICKLES:
         raise Unsupported(
             f"{path} is a pickle of the kind torch wrote before 2020, whose sizes cannot be checked: load it where you "
             "trust it and save it as safetensors."
         )
-    if int.from_bytes(start, "little") > LONGEST_HEADER:
+    text = start.removeprefix(BOM_UTF8).decode("latin1").lstrip().lower()
+    words = next((words for magic, words in _OTHERS.items() if start.startswith(magic)), None)
+    if text.startswith(_WEB_PAGES):
+        words = "a web page in the place of the file: download the file itself (on a hub, /resolve/ and not /blob/)"
+    if not start:
+        raise unreadable(path, "it is empty")
+    if words:
+        raise Invalid(f"{path} is {words}. Expected weights, as safetensors or a torch pickle (.pth).")
+    if text.startswith("{") and not is_shard:
+        return _open_shards(path)
+    if int.from_bytes(start[:8], "little") > LONGEST_HEADER:
         raise unreadable(path, f"its header claims more than {LONGEST_HEADER:,} bytes")
     try:
         with safe_open(path, framework="pt") as file:
@@ -88,7 +117,44 @@ def open_tensors(path: Path) -> TensorFile:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise unreadable(path, error) from error
-    return _checked(TensorFile(path, shapes, metadata))
+
+    def bring(wanted: list[str]) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in wanted}
+
+    return _checked(TensorFile(path, shapes, metadata, bring))
+
+
+def _of_tensors(path: Path, tensors: Mapping[str, Tensor]) -> TensorFile:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return TensorFile(path, shapes, {}, lambda wanted: {name: tensors[name].contiguous() for name in wanted})
+
+
+def _open_shards(path: Path) -> TensorFile:
+    """The header of all shards that an index lists; it may name no file but those beside it."""
+    if path.stat().st_size > LONGEST_HEADER:
+        raise unreadable(path, f"a text of more than {LONGEST_HEADER:,} bytes")
+    index = parse_json(path.read_bytes(), str(path))
+    homes = index.get("weight_map") if isinstance(index, dict) else None
+    if not (homes and isinstance(homes, dict)):
+        raise Invalid(f"{path} is a text of JSON and no weights: name the folder or the file of weights beside it.")
+    places = sorted({str(home) for home in homes.values()})
+    if len(places) > _MOST_SHARDS or any(not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pth|pt)", one) for one in places):
+        raise unreadable(path, "it lists what are no files of weights beside it")
+    if absent := [place for place in places if not path.with_name(place).is_file()]:
+        raise NotFound(f"{path} lists {len(places)} files of weights, and {absent[0]} is not there: get all of them.")
+    shards = {place: _open(path.with_name(place), is_shard=True) for place in places}
+    if lost := [name for name, place in homes.items() if name not in shards[place].shapes]:
+        raise unreadable(path, f"{one_line(homes[lost[0]])} lacks {one_line(lost[0])}")
+
+    def bring(wanted: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for place, shard in shards.items():
+            found |= shard.read([name for name in wanted if homes[name] == place])
+        return found
+
+    shapes = {name: shards[place].shapes[name] for name, place in homes.items()}
+    return _checked(TensorFile(path, shapes, shards[places[0]].metadata, bring))
 
 
 def _checked(header: TensorFile) -> TensorFile:
@@ -97,3 +163,19 @@ def _checked(header: TensorFile) -> TensorFile:
         if not (len(name) <= 250 and name.isprintable() and len(shape) <= 8):
             raise unreadable(header.path, f"{name[:100]!a} is no name of a weight, or its shape is none")
     return header
+
+
+def _unwrapped(header: TensorFile) -> TensorFile:
+    """The header, names without what all of them begin with by what held the network."""
+    names = list(header.shapes)
+    while prefix := next((one for one in _WRAPPED if names and all(n.startswith(one) for n in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    stored = {name.replace("._orig_mod.", "."): own for name, own in zip(names, header.shapes, strict=True)}
+    if list(stored) == list(header.shapes) or len(stored) < len(names):
+        return header
+
+    def bring(wanted: list[str]) -> dict[str, Tensor]:
+        tensors = header._bring([stored[name] for name in wanted])
+        return {name: tensors[stored[name]] for name in wanted}
+
+    return replace(header, shapes={name: header.shapes[own] for name, own in stored.items()}, _bring=bring)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from controlkit.annotators import grounds_of
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
 from controlkit.errors import Invalid
@@ -49,7 +50,7 @@ def own_hints(plan: EvaluationRecipe, spec: HintSpec) -> list[tuple[str, np.ndar
     """Read (prompt, hint) of each of the user's own hints. Raises ``NotFound``, or ``Invalid`` for another file."""
     found = []
     for prompt, path in plan.own():
-        hint = read_hint(Path(path), spec.mask_value is not None)
+        hint = read_hint(Path(path), grounds_of(spec)[0])
         if words := spec.fault(hint):
             raise Invalid(f"{path} {words}.")
         found.append((prompt, hint))

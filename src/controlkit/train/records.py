@@ -11,9 +11,9 @@ from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
-_RELATIVE, _RESIDUAL, _LOSS, _STEPS = 2.0, 100.0, 3.0, 8
+_RELATIVE, _RESIDUAL, _LOSS, _STEPS = 2.0, 1000.0, 3.0, 8
 """A run has diverged above these: loss relative to no control, residual relative to its feature, mean loss of so many
-steps relative to that of the first (or to 1)."""
+steps relative to that of the first steps."""
 QUALITY = ("clip_score", "clip_score_no_control", "clip_score_truth")
 
 
@@ -128,10 +128,10 @@ def should_stop(
 
 
 def divergence(record: Record, losses: Sequence[float]) -> str:
-    """What shows that a run has diverged, in words; "" where nothing does.
+    """The figure that shows that a run has diverged, in words; "" where none does.
 
-    ``record``: of its last step; ``losses``: of all its steps. A network that predicts nothing has a loss near 1, and
-    the first steps' is that of the base.
+    ``record``: of its last step; ``losses``: of all its steps. The first steps' loss is the base's own, and that of a
+    network that predicts nothing is near 1: a run is above both.
     """
     for name, quarters in record.relative.items():
         if not (mean := sum(quarters) / len(quarters)) <= _RELATIVE:
@@ -139,8 +139,8 @@ def divergence(record: Record, losses: Sequence[float]) -> str:
     for tap, size in record.residuals.items():
         if not size <= _RESIDUAL:
             return f"the residual at {tap} is {size:.3g} times what it is added to"
-    first, last = (sum(part) / len(part) for part in (losses[:_STEPS], losses[-_STEPS:]))
-    if len(losses) >= 2 * _STEPS and last > _LOSS * max(first, 1):
+    first, last = (sum(part) / _STEPS for part in (losses[:_STEPS], losses[-_STEPS:]))
+    if len(losses) >= 2 * _STEPS and last > max(_LOSS * first, 1):
         return f"the loss of the last {_STEPS} steps is {last:.3g}, and that of the first was {first:.3g}"
     return ""
 

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from controlkit.annotators import contract, joined, kind_of, kind_or_bare, names_of, parts_of
+from controlkit.annotators import contract, grounds_of, joined, kind_of, kind_or_bare, names_of, parts_of
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec
 from controlkit.controls import TYPES, MultiBranch, new_control, new_union, start_from
@@ -81,14 +81,14 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
     data, spec = plan.data, plan.specs[""]
     if not (place := folder_of(data.source)).is_dir():
         raise NotFound(f'data.source is "{data.source}", which is no folder: {nearest(data.source, DRAWN)}')
-    folder, held = split_folder(place, base.size, spec.mask_value is not None, data.columns)
+    folder, held = split_folder(place, base.size, grounds_of(spec), data.columns)
     names = plan.control.annotators or [plan.control.annotator]
     if folder.hints > 1 and folder.hints != len(names):
         raise Mismatch(
             f"{data.source} has {folder.hints} hints a row, and the recipe names {', '.join(names)}: list as many in "
             "control.annotators, in their order, or take the others out."
         )
-    if not folder.hinted and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
+    if not folder.hints and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
         reason = f'nothing here makes hints of "{unmade[0]}"' if unmade[0] else "nobody says which hints to make"
         raise Unsupported(
             f"{data.source} has pictures and no hints, and {reason}: set control.annotator (--annotator, beside flags "

@@ -1,33 +1,35 @@
 """Data sets as people have them: one reader a layout, chosen by what lies in the folder.
 
 A reader lists a set without opening its pictures: a ``Row`` for each pair, and a ``Problem`` for whatever the listing
-itself has wrong. ``LAYOUTS`` is the order in which they are tried:
-
-- ``huggingface``: what the datasets library saved, or parquet files, with columns for picture, hint and caption;
-- ``simpletuner``: ``multidatabackend.json``, a backend of pictures that names a backend of hints;
-- ``prompt.json``: the original repository's, JSON lines with ``source`` (hint), ``target`` (picture), ``prompt``;
-- ``metadata``: the datasets library's folder of pictures, ``metadata.jsonl`` or ``.csv`` (DiffSynth's columns too);
-- ``webdataset``: tar shards, whose members of one name belong together;
-- ``paired``: a folder of pictures beside a folder of hints of the same names (kohya, ai-toolkit), captions beside the
-  pictures;
-- ``pictures``: a plain folder; captions from ``NAME.txt`` or the file's name, hints by an annotator.
+itself has wrong. ``LAYOUTS`` is the order in which they are tried; docs/data.md says what each looks like.
 """
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from controlkit.data.layouts.archives import webdataset
-from controlkit.data.layouts.folders import plain, two_folders
+from controlkit.data.layouts.folders import CAPTION_SUFFIXES, OTHER_PICTURES, namesakes, plain, two_folders
 from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
-from controlkit.data.layouts.rows import Listing, Names, Problem, Row
+from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Listing, Names, Problem, Row
 from controlkit.data.layouts.tables import huggingface
+from controlkit.data.layouts.tree import NO_PICTURE, Tree, tree_of
 from controlkit.errors import Invalid, NotFound, Unsupported, one_line
+from controlkit.files import parse_json
 from controlkit.hub import cache_dir, names_a_repository
 
 BUILT = "built.json"
 """The file that ``build`` writes into its folder; it says whether the set is whole."""
-LAYOUTS: dict[str, Callable[[Path, list[Problem], Names], list[Row] | None]] = {
+DRAWN = "drawn.json"
+"""The file that ``make_fill50k`` and ``make_scenes`` write into theirs."""
+JOURNAL = "captions.jsonl"
+"""In a folder that ``build`` writes: the captions that the captioner gave, by row."""
+_OURS = {BUILT, DRAWN, JOURNAL}
+_FOLDERS = ("paired", "pictures")
+"""Layouts without a listing."""
+LAYOUTS: dict[str, Callable[[Tree, list[Problem], Names], list[Row] | None]] = {
     "huggingface": huggingface,
     "simpletuner": simpletuner,
     "prompt.json": prompt_json,
@@ -69,34 +71,92 @@ def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> List
     """The rows of a data set, in the first layout that its folder shows.
 
     ``columns``: the names of its ``image``, ``hint`` or ``caption``, where they are none of the usual ones.
-    ``NotFound`` for no folder, ``Unsupported`` if it shows no layout, ``Invalid`` if it is not whole or has other
-    columns.
+    Of folders of pictures and hints, the names of these folders; ``image: .`` says that all that lies there are
+    pictures. ``NotFound`` for no folder, ``Unsupported`` if it shows no layout, ``Invalid`` if it is not whole or has
+    other columns.
     """
     names = Names.of(columns or {})
     if not folder.is_dir():
         raise NotFound(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
-    if (folder / "drawn.json").is_file() and not (folder / "prompt.json").is_file():
+    if {"size", "seed"} <= _facts(folder / DRAWN).keys() and not (folder / "prompt.json").is_file():
         raise Invalid(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
-    if _half_built(folder):
+    built = _facts(folder / BUILT)
+    if {"layout", "hint"} <= built.keys() and not built.get("whole"):
         raise Invalid(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
+    tree = tree_of(folder)
     for name, reader in LAYOUTS.items():
         problems: list[Problem] = []
-        rows = reader(folder, problems, names)
-        if rows is not None:
-            if names.given and name not in ("huggingface", "metadata"):
-                raise Invalid(f"{folder} is read as {name}, which has no columns: give none.")
-            return Listing(name, rows, problems)
+        rows = reader(tree, problems, names)
+        if rows is None:
+            continue
+        _check_names(tree, name, names)
+        if "image" not in names.given:
+            problems += _taken_for_pictures(tree, name, rows)
+        if name in _FOLDERS:
+            _leave_others_out(tree, SUFFIXES if name == "pictures" else HINT_SUFFIXES)
+        rows = _without_half_letters(rows, problems)
+        return Listing(name, rows, [*problems, *tree.notes()])
+    left_out = "".join(f" {note}." for note in tree.notes())
     raise Unsupported(
         f"{folder} shows no layout known here: expected metadata.jsonl, prompt.json, multidatabackend.json, parquet or "
-        "tar files, a folder of pictures beside one of hints, or pictures."
+        f"tar files, a folder of pictures beside one of hints, or pictures.{left_out}"
     )
 
 
-def _half_built(folder: Path) -> bool:
-    """Whether ``build`` began this folder and did not end; other tools' files of the same name are ignored."""
-    marker = folder / BUILT
+def _check_names(tree: Tree, layout: str, names: Names) -> None:
+    """``Invalid`` for names of parts that a layout has not; folders have no captions apart from their pictures."""
+    if layout in _FOLDERS and "caption" in names.given:
+        raise Invalid(f"{tree.root} is read as {layout}: captions lie beside its pictures, in NAME.txt.")
+    if layout not in ("huggingface", "metadata", *_FOLDERS) and names.given and names.image != (".",):
+        raise Invalid(f"{tree.root} is read as {layout}, which has no columns: give none.")
+
+
+def _taken_for_pictures(tree: Tree, layout: str, rows: Sequence[Row]) -> Iterator[Problem]:
+    """The question whether pictures without hints are pictures and their hints."""
+    if any(row.hints for row in rows):
+        return
+    names = {Path(os.path.normpath(row.picture.name.replace(".tar:", ".tar/"))) for row in rows}
+    if words := namesakes(names.union(tree.under(tree.root, OTHER_PICTURES) if layout != "metadata" else ())):
+        answer = "name both folders, as --column image=A --column hint=B; if all are pictures, --column image=."
+        if layout == "metadata":
+            answer = "name the column of the hints (--column hint=NAME); if all are pictures, that of the pictures"
+        words = f"{words}: are these pictures and their hints? If so, {answer} (in a recipe: data.columns)"
+        yield Problem("unclear folders", str(tree.root), words)
+
+
+def _without_half_letters(rows: Sequence[Row], problems: list[Problem]) -> list[Row]:
+    """The rows, without surrogates that stand alone in captions: no text tower reads them, and no file holds them."""
+    whole = [row.prompt.encode("utf-8", "ignore").decode() for row in rows]
+    for row, prompt in zip(rows, whole, strict=True):
+        if prompt != row.prompt:
+            words = "has half a letter in its caption (a surrogate): left out of it"
+            problems.append(Problem("half a letter", row.picture.name, words, fatal=False))
+    return [replace(row, prompt=prompt) for row, prompt in zip(rows, whole, strict=True)]
+
+
+def _leave_others_out(tree: Tree, suffixes: Sequence[str]) -> None:
+    """Note the files of a folder that are neither pictures nor captions of one."""
+    pictures = {path.with_suffix("") for path in tree.under(tree.root, suffixes)}
+    for path in tree.files:
+        ending = path.suffix.lower()
+        caption = ending in CAPTION_SUFFIXES and path.with_suffix("") in pictures
+        if not caption and ending not in suffixes and path.name not in _OURS:
+            tree.leave_out(NO_PICTURE, path)
+
+
+def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Listing:
+    """The rows of a data set, as ``read_listing`` gives them; ``Invalid`` where the listing has a fatal problem."""
+    listing = read_listing(folder, columns)
+    if fatal := [problem for problem in listing.problems if problem.fatal]:
+        more = f" and {len(fatal) - 1} more such things" if len(fatal) > 1 else ""
+        raise Invalid(f"{fatal[0]}{more}. `controlkit data doctor {folder}` lists them all.")
+    return listing
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The values in a JSON file of ours; none in other tools' files of that name, which are ignored."""
     try:
-        facts = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
-    except ValueError:
-        return False
-    return isinstance(facts, dict) and {"layout", "hint"} <= facts.keys() and not facts.get("whole")
+        facts = parse_json(path.read_bytes(), path.name) if path.is_file() else None
+    except Invalid:
+        return {}
+    return facts if isinstance(facts, dict) else {}

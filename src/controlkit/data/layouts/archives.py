@@ -4,19 +4,21 @@ Listed here and not by the webdataset library, which reads shards from end to en
 read in any order, so members are read where they lie, without a dependency.
 """
 
-import json
 import tarfile
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from controlkit.data.layouts.rows import HINT_NAMES, HINT_SUFFIXES, Held, Names, Problem, Row, one_of, row_of, wording
+from controlkit.data.layouts.rows import HINT_NAMES, HINT_SUFFIXES, Held, Names, Problem, Row, one_of, wording
+from controlkit.data.layouts.tree import HIDDEN, NO_FILE, Tree
+from controlkit.errors import UserError, one_line
+from controlkit.files import decode_text, is_leftover, parse_json
 
 
-def webdataset(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def webdataset(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """Tar shards: ``KEY.jpg``, ``KEY.txt``, ``KEY.conditioning_image.png``, ``KEY.json``."""
-    shards = sorted(folder.rglob("*.tar"))
+    shards = tree.under(tree.root, [".tar"])
     if not shards:
         return None
     rows = []
@@ -25,14 +27,19 @@ def webdataset(folder: Path, problems: list[Problem], names: Names) -> list[Row]
         try:
             with tarfile.open(shard, "r:") as archive:  # not compressed: members are read where they lie
                 for member in archive:
-                    if member.isfile():
+                    if any(map(is_leftover, PurePosixPath(member.name).parts)):
+                        tree.leave_out(HIDDEN, shard / member.name)
+                    elif member.isfile():
                         where, _, name = member.name.rpartition("/")
                         stem, _, part = name.partition(".")
                         read = partial(_bytes_at, shard, member.offset_data, member.size)
                         key = f"{where}/{stem}" if where else stem
                         samples.setdefault(key, {})[part.lower()] = Held(f"{shard}:{member.name}", read)
-        except tarfile.TarError as error:
-            problems.append(Problem("unreadable file", str(shard), f"is no whole tar file, uncompressed ({error})"))
+                    elif not member.isdir():
+                        tree.leave_out(NO_FILE, shard / member.name)
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            words = f"is no whole tar file, uncompressed ({one_line(error)})"
+            problems.append(Problem("unreadable file", str(shard), words))
         for key, parts in samples.items():
             row = _sample(f"{shard}:{key}", parts, problems, names)
             if row:
@@ -50,21 +57,18 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], name
     if len(own) != 1:
         problems.append(Problem("missing file", where, f"has {len(own)} pictures; expected one, such as KEY.jpg"))
         return None
-    facts: dict[str, Any] = {}
+    facts: Any = None
     prompt: str | None = None
     try:
         text = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
-        prompt = text.read().decode("utf-8").strip() if text else None
+        prompt = decode_text(text.read(), text.name).strip() if text else None
         if "json" in parts:
-            held = json.loads(parts["json"].read().decode("utf-8"))
-            facts = held if isinstance(held, dict) else {}
-    except UnicodeDecodeError as error:
-        problems.append(Problem("not UTF-8", where, f"{error.reason} at byte {error.start}: save it as UTF-8"))
-    except ValueError as error:
-        problems.append(Problem("unreadable line", where, f"its json cannot be read ({error})"))
+            facts = parse_json(parts["json"].read(), parts["json"].name)
+    except UserError as error:
+        problems.append(Problem("unreadable caption", where, str(error)))
     if prompt is None:
-        prompt = wording(one_of(facts, names.caption), 0)
-    return row_of(own[0], prompt, hints)
+        prompt = wording(one_of(facts, names.caption) if isinstance(facts, dict) else None, 0)
+    return Row(own[0], prompt, tuple(hints))
 
 
 def _bytes_at(path: Path, offset: int, size: int) -> bytes:

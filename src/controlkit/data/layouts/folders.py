@@ -1,70 +1,128 @@
 """Folders of pictures, by themselves or beside folders of hints; captions beside pictures, or in their names."""
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 
 from controlkit.annotators import all_kinds
-from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Names, Problem, Row, file_at, text_of
+from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Names, Problem, Row, file_at, is_there, text_of
+from controlkit.data.layouts.tree import Tree
+from controlkit.errors import Invalid
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".text")
-FOLDERS = ("conditioning", "control", "controls", "hint", "hints", "cond")
+OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".tga", ".npy")
+"""Of files that are no pictures here, but may be those whose hints lie beside them."""
+FOLDERS = ("condition", "conditions", "conditioning", "control", "controls", "hint", "hints", "cond")
 """The first word of a name that says a folder holds hints."""
 
+ByName = dict[Path, Path]
+"""A folder's pictures by what their names are below it, without suffix."""
 
-def two_folders(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+
+def two_folders(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """A folder of pictures, with captions beside them, and one of hints, known by its name.
 
-    The name begins with one of ``FOLDERS``; or with a word of a kind of hint (``HintKind.folders``), where most of the
-    folder's names are those of pictures beside it. The pictures may lie in the folder itself. Further hints lie in
-    folders of its name with ``_2``, ``_3`` and so on. A folder named as one of hints whose pictures are not clear is a
-    problem: taken as pictures, hints would be trained on.
+    The name begins with one of ``FOLDERS``; or a word in it is a word for hints (``_hint_words``), or is "source"
+    beside a "target", where most of the folder's names are those of pictures beside it. The pictures may lie in the
+    folder itself. Further hints lie in folders of its name with ``_2``, ``_3`` and so on. ``names`` may name both
+    folders. A folder named as one of hints whose pictures are not clear is a problem: taken as pictures, hints would
+    be trained on.
     """
-    inside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    held = {path: _names_in(path, HINT_SUFFIXES) for path in inside}
-    hints = [path for path in inside if _first_word(path.name) in FOLDERS]
-    pictures = {path: found for path in inside if path not in hints and (found := _names_in(path, SUFFIXES))}
-    if own := {name for name in _names_in(folder, SUFFIXES) if len(name.parts) == 1}:
-        pictures[folder] = own
-    if not hints:
-        words = {word for kind in all_kinds() for word in kind.folders}
-        likely = [path for path in inside if held[path] and _first_word(path.name) in words]
-        rest = [path for path in pictures if path not in likely]
-        if len(rest) != 1 or not all(2 * len(held[path] & pictures[rest[0]]) >= len(held[path]) for path in likely):
-            return None
-        hints, pictures = likely, {rest[0]: pictures[rest[0]]}
-    if not hints or not pictures:
+    if names.given and "hint" not in names.given:
         return None
-
-    def unclear(words: str) -> list[Row]:
-        problems.append(Problem("unclear folders", str(folder), words))
+    groups = _groups(tree)
+    held = {path: by_name(path, files, HINT_SUFFIXES) for path, files in groups.items()}
+    pictures = {path: found for path, files in groups.items() if (found := by_name(path, files))}
+    if names.given:
+        hints = [_named(tree, names.hint[0])]
+        further = (hints[0].with_name(f"{hints[0].name}_{k}") for k in count(2))
+        hints += takewhile(tree.folders.__contains__, further)
+        held |= {path: by_name(path, tree.under(path, HINT_SUFFIXES), HINT_SUFFIXES) for path in hints}
+        if "image" in names.given:
+            folder = _named(tree, names.image[0])
+            pictures = {folder: by_name(folder, tree.under(folder, SUFFIXES))}
+    else:
+        hints = [path for path in groups if path != tree.root and _first_word(path.name) in FOLDERS]
+        hints = hints or _likely(tree.root, held, pictures)
+    pictures = {path: found for path, found in pictures.items() if path not in hints}
+    if not hints or not (pictures or names.given):
+        return None
+    whose, words = _whose(hints, held, pictures)
+    if words:
+        problems.append(Problem("unclear folders", str(tree.root), words))
         return []
+    for path in sorted(pictures.keys() - {whose}):
+        words = f"has nothing to do with {hints[0].name}: not read"
+        problems.append(Problem("other folder", str(path), words, fatal=False))
+    return paired(tree, whose, [(tree, path) for path in hints], lambda path: caption_beside(path, problems), problems)
 
+
+def _groups(tree: Tree) -> dict[Path, list[Path]]:
+    """The pictures and hints in each folder of a set, at any depth, and under the set's own those in no folder."""
+    groups: dict[Path, list[Path]] = {path: [] for path in tree.folders if path.parent == tree.root}
+    depth = len(tree.root.parts) + 1
+    for path in tree.under(tree.root, HINT_SUFFIXES):
+        groups.setdefault(tree.root if len(path.parts) == depth else Path(*path.parts[:depth]), []).append(path)
+    return groups
+
+
+def _named(tree: Tree, name: str) -> Path:
+    """The folder that a person named; ``Invalid`` where there is none."""
+    folder = tree.root / name
+    if folder != tree.root and folder not in tree.folders:
+        raise Invalid(f"{tree.root} has no folder {name} to read: expected the name of one in it, or . for itself.")
+    return folder
+
+
+def _hint_words() -> set[str]:
+    """Words in folders' names that say that hints lie in them, without a plural's s."""
+    return {word.removesuffix("s") for words in (FOLDERS, *(kind.folders for kind in all_kinds())) for word in words}
+
+
+def _likely(root: Path, held: Mapping[Path, ByName], pictures: Mapping[Path, ByName]) -> list[Path]:
+    """Folders whose names have a word for hints in them, and most of whose pictures have namesakes elsewhere."""
+    words = {path: {word.removesuffix("s") for word in _words(path.name)} for path in held if path != root}
+    known = _hint_words() | ({"source"} if any("target" in said for said in words.values()) else set())
+    likely = [path for path, said in words.items() if said & known and held[path]]
+    others = [found for path, found in pictures.items() if path not in likely]
+    return [p for p in likely if any(2 * len(held[p].keys() & found.keys()) >= len(held[p]) for found in others)]
+
+
+def _whose(hints: Sequence[Path], held: Mapping[Path, ByName], pictures: Mapping[Path, ByName]) -> tuple[Path, str]:
+    """(The folder whose pictures these folders of hints belong to, what is unclear about them or "")."""
     called = ", ".join(path.name for path in hints)
     if empty := [path for path in hints if not held[path]]:
-        return unclear(f"{empty[0].name} is named as a folder of hints and has none: fill it, or take it out")
+        return hints[0], f"{empty[0].name} is named as a folder of hints and has none: fill it, or take it out"
     if [path.name for path in hints[1:]] != [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)]:
-        return unclear(
+        return hints[0], (
             f"{called} may all be hints: name them control, control_2 and so on, in the order they are meant"
         )
-    whose = [path for path, found in pictures.items() if found & held[hints[0]]]
+    whose = [path for path, found in pictures.items() if found.keys() & held[hints[0]].keys()]
     if len(whose) != 1:
         several = f"{len(whose)} folders have" if whose else "no folder has"
-        return unclear(f"{several} pictures of the names in {called}: expected one, beside it or around it")
-    for path in pictures.keys() - set(whose):
-        problems.append(Problem("other folder", str(path), f"has nothing to do with {called}: not read", fatal=False))
-    return paired(whose[0], hints, lambda path: caption_beside(path, problems), problems)
+        return hints[0], (
+            f"{several} pictures of the names in {called}: expected one, beside it or around it. Name both, as "
+            f"--column image=FOLDER --column hint={hints[0].name} (in a recipe: data.columns)"
+        )
+    return whose[0], ""
 
 
-def plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
-    """Pictures, at any depth."""
-    found = pictures_in(folder)
+def plain(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
+    """Pictures, at any depth; those in the folder that ``names`` may name, "." for all."""
+    top = _named(tree, names.image[0]) if "image" in names.given else tree.root
+    found = tree.under(top, SUFFIXES)
     if not found:
         return None
-    within = (path.relative_to(folder).parent for path in found)
+    within = (path.relative_to(tree.root).parent for path in found if not names.given)
     if hints := next((path for path in within if any(_first_word(part) in FOLDERS for part in path.parts)), None):
-        words = f"{hints} is named as a folder of hints: give the folder that it and its pictures lie in, or rename it"
-        problems.append(Problem("unclear folders", str(folder), words))
+        words = (
+            f"{hints} is named as a folder of hints: give the folder that it and its pictures lie in, or rename it; if "
+            "all are pictures, --column image=. (in a recipe: data.columns)"
+        )
+        problems.append(Problem("unclear folders", str(tree.root), words))
         return []
     rows = []
     for path in found:
@@ -73,45 +131,85 @@ def plain(folder: Path, problems: list[Problem], names: Names) -> list[Row] | No
     return rows
 
 
+def namesakes(pictures: Iterable[Path]) -> str:
+    """Why these files may be pictures and their hints, in words; "" where their names do not say so.
+
+    Names are compared without case, suffix, zeros before numbers and words for hints. Two folders match where at least
+    half of the names in one are in the other, and these are no odd ones among many pictures: three, all two, or a tenth
+    of all pictures. Files of one folder match where a word for hints tells two of them apart, or at least half of the
+    names come twice.
+    """
+    known = _hint_words()
+    folders: dict[str, Counter[str]] = defaultdict(Counter)
+    having: dict[str, list[str]] = defaultdict(list)
+    bare: dict[tuple[str, str, bool], str] = {}
+    for path in sorted(map(str, pictures)):
+        folder, file = os.path.split(path)
+        stem = file.rpartition(".")[0] or file
+        words = [word.lstrip("0") or "0" for word in _words(stem)]
+        said = [word for word in words if word.removesuffix("s") not in known]
+        name = " ".join(said or words) or stem
+        bare[folder, name, words == said] = file
+        if other := bare.get((folder, name, words != said)):
+            return f"{folder} has {file} beside {other}"
+        if name not in folders[folder]:
+            having[name].append(folder)
+        folders[folder][name] += not file.lower().endswith(OTHER_PICTURES)  # beside a picture it is that picture's own
+    total = sum(map(len, folders.values()))
+    for folder, counts in folders.items():
+        twice = [name for name, count in counts.items() if count > 1]
+        if 2 * len(twice) >= len(counts) and (len(twice) > 2 or 10 * len(twice) >= total):
+            return f'{folder} has several pictures of {len(twice)} names, such as "{twice[0]}"'
+        shared = Counter(other for name in counts for other in having[name] if other != folder)
+        for other, common in shared.most_common(1):
+            enough = common > 2 or common == 2 == len(folders[other]) or 10 * common >= total
+            if 2 * common >= len(counts) and enough:
+                return f"{folder} and {other} have {common} pictures of the same names"
+    return ""
+
+
 def paired(
-    pictures: Path, hints: Sequence[Path], prompt_of: Callable[[Path], str | None], problems: list[Problem]
+    tree: Tree,
+    pictures: Path,
+    hints: Sequence[tuple[Tree, Path]],
+    prompt_of: Callable[[Path], str | None],
+    problems: list[Problem],
 ) -> list[Row]:
     """Pictures and hints of the same names, whatever their suffixes, in two folders; or in more, of further hints.
 
     Folders of hints may lie within that of the pictures, whose other folders are left alone then.
     """
-    own = _by_name(pictures, problems, deep=not any(hint.is_relative_to(pictures) for hint in hints))
-    others = [_by_name(folder, problems, HINT_SUFFIXES) for folder in hints]
+    files = tree.under(pictures, SUFFIXES)
+    if any(hint.is_relative_to(pictures) for _, hint in hints):
+        files = [path for path in files if path.parent == pictures]
+    own = by_name(pictures, files, problems=problems)
+    others = [by_name(hint, where.under(hint, HINT_SUFFIXES), HINT_SUFFIXES, problems) for where, hint in hints]
     rows = []
     for name, path in own.items():
-        if lacking := [folder for folder, held in zip(hints, others, strict=True) if name not in held]:
+        if lacking := [folder for (_, folder), held in zip(hints, others, strict=True) if name not in held]:
             problems.append(Problem("missing hint", str(path), f"has no hint of its name in {lacking[0]}"))
             continue
         prompt = prompt_of(path)
         if prompt is None:
             problems.append(Problem("no caption", str(path), "has no caption beside it; none is taken", fatal=False))
-        first, *more = (file_at(held[name]) for held in others)
-        rows.append(Row(file_at(path), prompt or "", first, tuple(more)))
+        rows.append(Row(file_at(path), prompt or "", tuple(file_at(held[name]) for held in others)))
     for held in others:
         for name in sorted(held.keys() - own.keys()):
             problems.append(Problem("extra hint", str(held[name]), f"has no picture of its name in {pictures}"))
     return rows
 
 
-def _by_name(
-    folder: Path, problems: list[Problem], suffixes: Sequence[str] = SUFFIXES, deep: bool = True
-) -> dict[Path, Path]:
-    """A folder's pictures by what their names are without suffix; those in its folders, too, where ``deep``."""
-    if not folder.is_dir():
-        problems.append(Problem("missing folder", str(folder), "is named by the data set and is not there"))
-    found: dict[Path, Path] = {}
-    for path in pictures_in(folder, suffixes):
-        name = path.relative_to(folder).with_suffix("")
-        if not deep and len(name.parts) > 1:
-            continue
-        if name in found:
-            problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
-        found[name] = path
+def by_name(
+    folder: Path, files: Iterable[Path], suffixes: Sequence[str] = SUFFIXES, problems: list[Problem] | None = None
+) -> ByName:
+    """Those of a folder's files that have these suffixes; two of one name are a problem."""
+    found: ByName = {}
+    for path in files:
+        if path.suffix.lower() in suffixes:
+            name = path.relative_to(folder).with_suffix("")
+            if name in found and problems is not None:
+                problems.append(Problem("two of a name", str(path), f"has the name of {found[name]}: rename one"))
+            found[name] = path
     return found
 
 
@@ -119,19 +217,13 @@ def _first_word(name: str) -> str:
     return re.split(r"[^a-z0-9]+", name.lower())[0]
 
 
-def _names_in(folder: Path, suffixes: Sequence[str]) -> set[Path]:
-    """The names of a folder's pictures, without suffix."""
-    return {path.relative_to(folder).with_suffix("") for path in pictures_in(folder, suffixes)}
-
-
-def pictures_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """A folder's pictures at any depth, by name."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.casefold())
 
 
 def caption_file(path: Path) -> Path | None:
     """The caption file of a picture's name, if there is one."""
-    return next((beside for s in CAPTION_SUFFIXES if (beside := path.with_suffix(s)).is_file()), None)
+    return next((beside for s in CAPTION_SUFFIXES if is_there(beside := path.with_suffix(s))), None)
 
 
 def caption_beside(path: Path, problems: list[Problem]) -> str | None:

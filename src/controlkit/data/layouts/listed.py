@@ -2,31 +2,32 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.folders import caption_beside, paired, pictures_in, words_of
+from controlkit.data.layouts.folders import caption_beside, paired, words_of
 from controlkit.data.layouts.rows import (
     HINT_SUFFIXES,
+    SUFFIXES,
     Names,
     Problem,
     Row,
     file_at,
     inside,
+    is_there,
     one_of,
-    row_of,
     text_of,
     wording,
 )
-from controlkit.errors import Invalid, nearest
+from controlkit.data.layouts.tree import Tree, tree_of
+from controlkit.errors import Invalid, nearest, one_line
+from controlkit.files import parse_json, read_text
 
 
-def prompt_json(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def prompt_json(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """The original repository's ``prompt.json``."""
-    listing = folder / "prompt.json"
+    folder, listing = tree.root, tree.root / "prompt.json"
     if not listing.is_file():
         return None
     rows = []
@@ -37,25 +38,28 @@ def prompt_json(folder: Path, problems: list[Problem], names: Names) -> list[Row
             continue
         hint, picture = (inside(folder, values[key], problems) for key in ("source", "target"))
         if hint and picture:
-            rows.append(Row(picture, values["prompt"], hint))
-    problems += _unnamed(folder, rows, problems)
+            rows.append(Row(picture, values["prompt"], (hint,)))
+    problems += _unnamed(tree, folder, rows, problems)
     return rows
 
 
-def metadata(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def metadata(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """``metadata.jsonl``, ``.csv`` or ``.json`` (a list), in the folder itself or in ``train/``; paths from where it
     lies."""
     suffixes = (".jsonl", ".csv", ".json")
-    places = [base / f"metadata{suffix}" for base in (folder, folder / "train") for suffix in suffixes]
+    places = [base / f"metadata{suffix}" for base in (tree.root, tree.root / "train") for suffix in suffixes]
     listing = next((path for path in places if path.is_file()), None)
-    if listing is None or (listing.suffix == ".json" and not listing.read_bytes().lstrip().startswith(b"[")):
+    if listing is None:
+        return None
+    text = text_of(listing, problems)
+    if listing.suffix == ".json" and not text.lstrip().startswith("[") and not problems:
         return None  # a JSON object of that name is about something else
     rows = []
-    for number, (where, values) in enumerate(_entries(listing, problems)):
+    for number, (where, values) in enumerate(_entries(listing, text, names, problems)):
         if not number:
             names.check(list(values), where)
         named = one_of(values, names.image)
-        hinted = [str(values[name]) for name in names.hints([key for key in values if values[key] not in (None, "")])]
+        hinted = [values[name] for name in names.hints([key for key in values if values[key] not in (None, "")])]
         if not isinstance(named, str):
             words = f"names no picture; expected one of {', '.join(names.image)}"
             problems.append(Problem("unreadable line", where, words))
@@ -63,46 +67,34 @@ def metadata(folder: Path, problems: list[Problem], names: Names) -> list[Row] |
         picture = inside(listing.parent, named, problems)
         others = [inside(listing.parent, name, problems) for name in hinted]
         if picture and all(others):
-            rows.append(row_of(picture, wording(one_of(values, names.caption), number), others))
-    problems += _unnamed(listing.parent, rows, problems)
-    if hints := sum(row.hint is not None for row in rows):
-        for row in rows:
-            if row.hint is None:
-                problems.append(Problem("missing hint", row.picture.name, f"has no hint, and {hints} others have"))
-        rows = [row for row in rows if row.hint is not None]
+            rows.append(Row(picture, wording(one_of(values, names.caption), number), tuple(filter(None, others))))
+    problems += _unnamed(tree, listing.parent, rows, problems)
     return rows
 
 
-def _unnamed(folder: Path, rows: Sequence[Row], problems: Sequence[Problem]) -> list[Problem]:
+def _unnamed(tree: Tree, folder: Path, rows: Sequence[Row], problems: Sequence[Problem]) -> list[Problem]:
     """Pictures beside a listing that it does not name; none where it is broken, and may have meant to."""
     if any(problem.fatal for problem in problems):
         return []
     named = {held.name for row in rows for held in (row.picture, *row.hints)}
-    extra = [path for path in map(str, pictures_in(folder, HINT_SUFFIXES)) if path not in named]
+    extra = [path for path in map(str, tree.under(folder, HINT_SUFFIXES)) if path not in named]
     more = f", and {len(extra) - 1} more like it" if len(extra) > 1 else ""
     return (
         [Problem("extra file", extra[0], f"is not named by the listing{more}: not read", fatal=False)] if extra else []
     )
 
 
-def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(listing: Path, text: str, names: Names, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The values a listing has for each picture, and where they stand."""
     if listing.suffix == ".jsonl":
-        yield from _json_lines(listing, problems)
+        yield from _json_lines(listing, problems, text)
     elif listing.suffix == ".csv":
-        lines = csv.DictReader(io.StringIO(text_of(listing, problems), newline=""))
-        for values in lines:
-            where = f"{listing}, line {lines.line_num}"
-            if None in values:  # where the rest of a line goes
-                words = "has more fields than the first line: a caption with commas stands in quotes"
-                problems.append(Problem("unreadable line", where, words))
-            else:
-                yield where, values
+        yield from _csv_lines(listing, text, names, problems)
     else:
         try:
-            listed = json.loads(text_of(listing, problems) or "[]")
-        except ValueError as error:
-            problems.append(Problem("unreadable file", str(listing), f"is no JSON ({error})"))
+            listed = parse_json(text or "[]", str(listing))
+        except Invalid as error:
+            problems.append(Problem("unreadable file", str(listing), str(error).removeprefix(f"{listing} ")))
             return
         for place, values in enumerate(listed):
             if isinstance(values, dict):
@@ -112,68 +104,102 @@ def _entries(listing: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
                 problems.append(Problem("unreadable line", f"{listing}, entry {place}", words))
 
 
-def _json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_lines(listing: Path, text: str, names: Names, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table whose fields are parted by commas, semicolons or tabs, as its first line shows."""
+    first = text.partition("\n")[0]
+    parted = (mark for mark in ",;\t" if set(names.image) & {field.strip(' "\r') for field in first.split(mark)})
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=next(parted, ","))
+    while True:
+        where = f"{listing}, line {lines.line_num + 1}"
+        try:
+            values = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append(Problem("unreadable line", where, f"is no line of a table ({one_line(error)})"))
+            return
+        if None in values:  # where the rest of a line goes
+            words = "has more fields than the first line: a caption with commas stands in quotes"
+            problems.append(Problem("unreadable line", f"{listing}, line {lines.line_num}", words))
+        else:
+            yield f"{listing}, line {lines.line_num}", values
+
+
+def _json_lines(path: Path, problems: list[Problem], text: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, and where each stands."""
-    for number, line in enumerate(text_of(path, problems).split("\n"), 1):  # captions may hold other ends of lines
+    lines = (text_of(path, problems) if text is None else text).split("\n")  # captions may hold other ends of lines
+    for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                values = json.loads(line)
+                values = parse_json(line, where)
                 reason = f"holds a {type(values).__name__}"
-            except ValueError as error:
-                values, reason = None, f"is no JSON ({error})"
+            except Invalid as error:
+                values, reason = None, str(error).removeprefix(f"{where} ").partition(": expected")[0]
             if isinstance(values, dict):
                 yield where, values
             else:
                 problems.append(Problem("unreadable line", where, f"{reason}; expected a JSON object a line"))
 
 
-def simpletuner(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """``multidatabackend.json``: backends of pictures with ``conditioning_data``, the id of a backend of hints.
 
     ``Invalid`` for a file that cannot be read, or an unknown caption strategy or id.
     """
-    path = folder / "multidatabackend.json"
+    path = tree.root / "multidatabackend.json"
     if not path.is_file():
         return None
+    listed = parse_json(read_text(path), str(path))
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        backends = {one["id"]: one for one in listed if not one.get("disabled")}
+        backends = {str(one["id"]): one for one in listed if not one.get("disabled")}
         local = [one for one in backends.values() if "instance_data_dir" in one]
         for one in backends.values():
             problems += _left_out(str(path), one)
         pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise Invalid(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
+    trees: dict[Path, Tree] = {}
 
-    def place(backend: Mapping[str, Any]) -> Path:
-        return folder / str(backend["instance_data_dir"])
+    def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
+        folder = tree.root / str(backend["instance_data_dir"])
+        if folder not in trees and is_there(folder, folder=True):
+            trees[folder] = tree_of(folder)
+            tree.files += trees[folder].files
+            for reason, paths in trees[folder].left_out.items():
+                tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
+        elif folder not in trees:
+            where = one_line(folder)
+            problems.append(Problem("missing folder", where, "is named by the data set and is not there"))
+        return trees.get(folder) or Tree(folder), folder
 
     rows: list[Row] = []
     for backend in pictures:
-        strategy = backend.get("caption_strategy", "filename")
-        prompts: dict[str, Callable[[Path], str | None]] = {
-            "filename": words_of,
-            "textfile": lambda picture: caption_beside(picture, problems),
-            "instanceprompt": partial(_fixed_prompt, str(backend.get("instance_prompt", ""))),
-        }
-        if strategy not in prompts:
-            raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompts)}')
+        strategy, prompt_of = str(backend.get("caption_strategy", "filename")), _prompts(backend, problems)
+        if strategy not in prompt_of:
+            raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompt_of)}')
         named_hints = backend.get("conditioning_data")
-        others = named_hints if isinstance(named_hints, list) else [named_hints]
+        others = [str(other) for other in (named_hints if isinstance(named_hints, list) else [named_hints])]
         if named_hints is None:
-            named = strategy == "filename"
-            rows += [Row(file_at(p), prompts[strategy](p) or "", named=named) for p in pictures_in(place(backend))]
-        elif unknown := [other for other in others if other not in backends]:
-            raise Invalid(f'{path}: conditioning_data is "{unknown[0]}": {nearest(str(unknown[0]), backends)}')
+            here, folder = place(backend)
+            said, named = prompt_of[strategy], strategy == "filename"
+            rows += [Row(file_at(p), said(p) or "", named=named) for p in here.under(folder, SUFFIXES)]
+        elif unknown := [other for other in others if "instance_data_dir" not in backends.get(other, {})]:
+            known = [name for name, one in backends.items() if "instance_data_dir" in one]
+            raise Invalid(f'{path}: conditioning_data is "{unknown[0]}": {nearest(unknown[0], known)}')
         else:
             hints = [place(backends[other]) for other in others]
-            rows += paired(place(backend), hints, prompts[strategy], problems)
+            rows += paired(*place(backend), hints, prompt_of[strategy], problems)
     return rows
 
 
-def _fixed_prompt(prompt: str, path: Path) -> str:
-    return prompt
+def _prompts(backend: Mapping[str, Any], problems: list[Problem]) -> dict[str, Callable[[Path], str | None]]:
+    """Functions that make a picture's prompt, by caption strategy."""
+    return {
+        "filename": words_of,
+        "textfile": lambda picture: caption_beside(picture, problems),
+        "instanceprompt": lambda picture: str(backend.get("instance_prompt", "")),
+    }
 
 
 def _left_out(where: str, backend: Mapping[str, Any]) -> Iterator[Problem]:

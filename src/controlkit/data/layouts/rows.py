@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from controlkit.errors import Invalid, nearest
+from controlkit.errors import Invalid, UserError, nearest, one_line
+from controlkit.files import read_text
+from controlkit.images import picture_suffixes
 from controlkit.seeds import numpy_rng
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = picture_suffixes()
 """Of files that are taken for pictures."""
 HINT_SUFFIXES = (*SUFFIXES, ".npy")
 """Of files that are taken for hints."""
@@ -77,16 +80,10 @@ class Row:
 
     picture: Held
     prompt: str
-    hint: Held | None = None
-    more: tuple[Held, ...] = ()
-    """Further hints, each of a kind of its own."""
+    hints: tuple[Held, ...] = ()
+    """Each of a kind of its own, in order."""
     named: bool = False
     """The prompt is what the picture's file is called; nobody wrote a caption."""
-
-    @property
-    def hints(self) -> tuple[Held, ...]:
-        """All of its hints, in order."""
-        return (self.hint, *self.more) if self.hint else ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,8 @@ class Problem:
     fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.words}"
+        text = f"{self.where}: {self.words}"
+        return text.encode("utf-8", "replace").decode()  # names of files may be bytes that are no text
 
 
 @dataclass(frozen=True)
@@ -117,34 +115,50 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def json_lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    """A file of JSON lines."""
+    return "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
+
+
 def file_at(path: Path) -> Held:
     """A file's bytes, when they are asked for."""
     return Held(str(path), path.read_bytes)
 
 
-def inside(folder: Path, name: str, problems: list[Problem]) -> Held | None:
-    """The file a listing names, if it is there and in the data set's own folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        problems.append(
-            Problem("path escapes", name, f"lies outside {folder}; a listing may name what is inside alone")
-        )
+def is_there(path: Path, folder: bool = False) -> bool:
+    """Whether there is a regular file, or a folder; a name that no file can have names none."""
+    try:
+        return path.is_dir() if folder else path.is_file()
+    except OSError:
+        return False
+
+
+def inside(folder: Path, name: Any, problems: list[Problem]) -> Held | None:
+    """The file a listing names, if it is there and in the data set's own folder; a link in it may lead anywhere.
+
+    Backslashes, as listings made on Windows have, part folders where no file's name has them.
+    """
+    where = one_line(name)
+    if not isinstance(name, str):
+        problems.append(Problem("missing file", where, "is a value of a listing; expected a file's name"))
         return None
-    if not path.is_file():
-        problems.append(Problem("missing file", name, f"is named by the listing and not in {folder}"))
-        return None
-    return file_at(path)
+    bases = [Path(os.path.abspath(folder)), folder.resolve()]  # noqa: PTH100  # "..", without following links
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        path = Path(os.path.abspath(folder / spelling))  # noqa: PTH100
+        base = next((base for base in bases if path.is_relative_to(base)), None)
+        if base and is_there(path):
+            return file_at(folder / path.relative_to(base))
+    if base:
+        problems.append(Problem("missing file", where, f"is named by the listing and not in {folder}"))
+    else:
+        words = f"lies outside {folder}; a listing may name what is inside alone"
+        problems.append(Problem("path escapes", where, words))
+    return None
 
 
 def one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The value of the first of these names that has one."""
     return next((values[name] for name in names if values.get(name) not in (None, "")), None)
-
-
-def row_of(picture: Held, prompt: str, hints: Sequence[Held | None]) -> Row:
-    """A pair and its hints, if it has some."""
-    first, *more = hints or [None]
-    return Row(picture, prompt, first, tuple(held for held in more if held))
 
 
 def wording(captions: Any, place: int) -> str:
@@ -155,9 +169,21 @@ def wording(captions: Any, place: int) -> str:
 
 
 def text_of(path: Path, problems: list[Problem]) -> str:
-    """A file's text; nothing, and a problem, if it is not UTF-8."""
+    """A file's text; nothing, and a problem, if it is none that can be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        problems.append(Problem("not UTF-8", str(path), f"{error.reason} at byte {error.start}: save it as UTF-8"))
-        return ""
+        return read_text(path)
+    except UserError as error:
+        problems.append(Problem("not UTF-8", str(path), str(error).removeprefix(f"{path} ")))
+    except OSError as error:
+        problems.append(Problem("unreadable file", str(path), f"cannot be read ({error.strerror or error})"))
+    return ""
+
+
+def unequal(rows: Sequence[Row]) -> str:
+    """Why these rows are not trained on together, in words: some have more hints than others; "" if all are alike."""
+    counts = [len(row.hints) for row in rows]
+    if bare := counts.count(0) if any(counts) else 0:
+        return f"{bare} of {len(rows)} rows have no hint: expected all to, or none"
+    if fewer := sum(count < max(counts) for count in counts):
+        return f"{fewer} of {len(rows)} rows have fewer than {max(counts)} hints"
+    return ""

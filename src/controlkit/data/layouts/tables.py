@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, row_of, wording
-from controlkit.errors import Invalid, Unsupported
+from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, wording
+from controlkit.data.layouts.tree import Tree
+from controlkit.errors import Invalid, Unsupported, one_line
 from controlkit.hub import cache_dir
 
 
-def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row] | None:
+def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
+    folder = tree.root
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    tables = _for_training(sorted(folder.rglob("*.parquet")), folder)
+    tables = _for_training(tree.under(folder, [".parquet"]), folder)
     if not saved and not tables:
         return None
     try:
@@ -22,10 +24,13 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
         raise Unsupported(
             f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
         ) from error
-    if saved:
-        table = datasets.load_from_disk(str(folder))
-    else:
-        table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+    try:
+        if saved:
+            table = datasets.load_from_disk(str(folder))
+        else:
+            table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+    except Exception as error:  # what a damaged file is depends on the library's own readers
+        raise Invalid(f"{folder} cannot be read as a data set ({one_line(error)}): fetch or write it anew.") from error
     if isinstance(table, datasets.DatasetDict):
         table = table["train"] if "train" in table else next(iter(table.values()))
     columns = table.column_names
@@ -35,31 +40,35 @@ def huggingface(folder: Path, problems: list[Problem], names: Names) -> list[Row
     if picture is None:
         raise Invalid(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
     for name in (picture, *hints):
-        if isinstance(table.features[name], datasets.Image):
+        feature = table.features[name]
+        bare = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # written by another library
+        if isinstance(feature, datasets.Image) or bare or feature == datasets.Value("binary"):
             table = table.cast_column(name, datasets.Image(decode=False))
+        elif getattr(feature, "dtype", "") not in ("string", "large_string"):
+            raise Invalid(f"{folder} has a {one_line(feature)} in its column {name}: expected pictures, or paths.")
 
-    empty = {name: _nulls(table, name) for name in (picture, *hints)}
-    linked = {name: _linked(table, name) for name in (picture, *hints)}
+    contents = {name: _contents(table, name) for name in (picture, *hints)}
 
     def held(place: int, column: str) -> Held | None:
-        if place in empty[column]:
+        empty, linked = contents[column]
+        if place in empty:
             problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
             return None
 
         if isinstance(table.features[column], datasets.Image):
-            if link := linked[column].get(place):  # people's own tables may name files anywhere, a hub's may not
+            if link := linked.get(place):  # people's own tables may name files anywhere, a hub's may not
                 fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
                 return inside(folder, link, problems) if fetched else file_at(folder / link)
             return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
-        name = str(table[place][column])
+        name = table[place][column]
         beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
         return inside(beside, name, problems)
 
     rows = []
     for place, captions in enumerate(table[caption] if caption else [""] * len(table)):
-        own, others = held(place, picture), [held(place, name) for name in hints]
+        own, *others = (held(place, name) for name in (picture, *hints))
         if own and all(others):
-            rows.append(row_of(own, wording(captions, place), others))
+            rows.append(Row(own, wording(captions, place), tuple(filter(None, others))))
     return rows
 
 
@@ -73,17 +82,12 @@ def _for_training(tables: Sequence[Path], folder: Path) -> list[str]:
     return [str(path) for path in split or tables]
 
 
-def _nulls(table: Any, column: str) -> set[int]:
-    """The rows of a table of the datasets library that have nothing in a column."""
+def _contents(table: Any, column: str) -> tuple[set[int], dict[int, str]]:
+    """Of a column: the rows that have nothing in it, and the paths of pictures that have a path instead of bytes."""
     values = table.select_columns([column]).with_format("arrow")[:].column(column)
-    return {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
-
-
-def _linked(table: Any, column: str) -> dict[int, str]:
-    """The rows whose picture is a path instead of bytes, and that path; the bytes are not read for it."""
-    values = table.select_columns([column]).with_format("arrow")[:].column(column)
+    empty = {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
     if not {"bytes", "path"} <= {field.name for field in getattr(values.type, "fields", ())}:
-        return {}
+        return empty, {}
     bare = [null for chunk in values.chunks for null in chunk.field("bytes").is_null().to_pylist()]
     paths = [path for chunk in values.chunks for path in chunk.field("path").to_pylist()]
-    return {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
+    return empty, {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
