@@ -38,7 +38,7 @@ SMALL = [nn.Linear(10, 10)]
         (2, lambda threads, turn: 3e-4 / threads**0.6, 2),  # quiet: no speed is lost
         (2, lambda threads, turn: 3e-4 * (1 if threads == 1 else 0.98), 1),  # quiet, and more threads gain nothing
         (2, lambda threads, turn: 3e-4 if threads == 1 else 0.02, 1),  # busy: the second thread waits for its turn
-        (2, lambda threads, turn: 3e-4 if threads == 1 else (2e-4, 2e-4, 2e-4, 4e-3)[turn % 4], 1),  # busy at times
+        (2, lambda threads, turn: 3e-4 if threads == 1 else (2e-4 if turn // 10 % 3 else 4e-3), 1),  # busy at times
         (2, lambda threads, turn: (3e-4 if turn % 50 else 3e-2) / threads**0.6, 2),  # a hiccup
         (64, lambda threads, turn: 3e-4 / min(threads, 8) + 1e-6 * threads, 8),  # more than such operations can use
     ],

@@ -192,7 +192,7 @@ def test_a_run_that_diverges_ends_at_once_and_goes_on_with_a_lower_rate(
     assert not (tmp_path / "best").exists() and not (tmp_path / "control").exists()
     assert "NaN" not in (tmp_path / "log.jsonl").read_text() and len(log_of(tmp_path)) == 2
     ending = read_ending(tmp_path)
-    assert ending.reason == "divergence" and ending.verdict is None and "from step 2 on" in ending.why
+    assert (ending.step, ending.reason, ending.verdict) == (2, "divergence", None) and "from step 2 on" in ending.why
     change = next(word for word in shlex.split(ending.next) if word.startswith("lr="))
     lower = read_recipe(tmp_path / "recipe.yaml", [change])
     assert lower.lr == pytest.approx(1e-4)
@@ -211,4 +211,4 @@ def test_a_loss_that_explodes_is_named_between_evaluations(tiny_recipe, toy_base
 def test_the_ending_in_the_folder_is_plain(tiny_recipe, toy_base, tmp_path):
     list(train_control(tiny_recipe(steps=1), tmp_path, toy_base))
     held = json.loads((tmp_path / "ending.json").read_text())
-    assert set(held) == {"step", "reason", "why", "verdict", "next"}
+    assert set(held) == {"step", "reason", "why", "verdict", "next", "words"}

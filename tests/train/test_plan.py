@@ -155,6 +155,12 @@ def test_a_plan_in_words():
     lines = plan.lines()
     assert lines[0] == "estimated memory: 13.0 GB; in a step" and lines[1].split() == ["base", "1000", "MB"]
     assert lines[-1] == "estimated time: 10.0 minutes, 0.5 s a step; caching and evaluations take more"
+    for minutes, time in (
+        (2.0, "estimated time: 2.0 minutes (max_minutes, enough for at most 240 of 1,200 steps), 0.5 s a step"),
+        (1e-6, "estimated time: 0.0 minutes (max_minutes, enough for at most 1 of 1,200 steps), 0.5 s a step"),
+        (60.0, lines[-1]),
+    ):
+        assert dataclasses.replace(plan, minutes=minutes).lines()[-1] == time
     made = dataclasses.replace(plan, caching=2 * 10**10)
     assert made.peak == 2 * 10**10 and "while latents are made" in "\n".join(made.lines())
 

@@ -83,7 +83,7 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
 @pytest.mark.parametrize(
     ("launcher", "code", "words"),
     [
-        (["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"], 0, "; 2 processes"),
+        (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "; 2 processes"),
         (["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--cpu"], 1, "asked for several processes and has started this one alone"),
         (["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
@@ -331,7 +331,7 @@ def in_threads(count, function):
 def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, monkeypatch):
     """Pairs are dealt out; with five there are more processes than pairs, and only some have any."""
     monkeypatch.setattr(evaluation, "maker", partial(evaluation.maker, batch=1))  # rounding depends on how many
-    monkeypatch.setattr("controlkit.measure.evaluate._AT_ONCE", 1)  # pictures are made together
+    monkeypatch.setattr(sys.modules["controlkit.measure.evaluate"], "_AT_ONCE", 1)  # pictures are made together
     recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
     pairs = training_pairs(resolve(recipe).data, toy_base)[1]
     branch = drawn_joins(new_control(toy_base))

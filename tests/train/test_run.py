@@ -1,8 +1,10 @@
 """A run: what it writes, reports and refuses."""
 
+import copy
 import dataclasses
 import itertools
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,9 +127,20 @@ def test_a_run_says_beforehand_what_it_will_do(tiny_recipe, toy_base, tmp_path):
     assert total == 0 and plan.startswith(
         f"{learning:.2f}M parameters learn hints of canny [0, 1] for {toy_base.name}: "
     )
-    assert (
-        "8 pairs, 1.5 times each, in 6 steps of 4 rows; 50% of prompts dropped" in plan and "adamw, rate 0.001" in plan
-    )
+    assert "8 pairs, 1.5 times each, in 6 steps of 4 rows; 50% of prompts dropped" in plan
+    assert plan.endswith("adamw, rate 0.001; 1 process")
+    recipe = recipe.model_copy(update={"max_minutes": 0.8})
+    next(train_control(recipe, tmp_path / "short", toy_base, on_stage=lambda name, total: said.append((name, total))))
+    assert any("in 6 steps (or 0.8 minutes) of 4 rows" in name for name, _ in said)
+
+
+@pytest.mark.parametrize("changes", [{"evaluation": {"steps": 1000}}, {"noises_per_pair": 1000, "batch": 1000}])
+def test_more_steps_or_noises_than_timesteps_are_refused_before_the_run(tiny_recipe, changes, toy_base, tmp_path):
+    base = copy.copy(toy_base)
+    base.noise = SimpleNamespace(count=999)
+    with pytest.raises(UserError, match=r"is 1000, and .* has 999 timesteps: use fewer"):
+        next(train_control(tiny_recipe(**changes), tmp_path / "run", base))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(
@@ -136,7 +149,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_learning_rate(
     run = train_control(tiny_recipe(), tmp_path, toy_base)
     list(itertools.islice(run, 2))
     monkeypatch.setattr("controlkit.train.gradients.objective", lambda *args: objective(*args) * float("nan"))
-    with pytest.raises(UserError, match=r"step 3 the loss is nan.*learning rate.*0\.001"):
+    with pytest.raises(UserError, match=r"Diverged at step 3: the loss is nan.*learning rate.*0\.001"):
         next(run)
     assert len(log_of(tmp_path)) == 2
 
@@ -154,7 +167,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny_recipe, to
     run = train_control(tiny_recipe(), tmp_path, toy_base)
     list(itertools.islice(run, 3))
     monkeypatch.setattr("controlkit.train.gradients.objective", lambda *args: Overflow.apply(objective(*args)))
-    with pytest.raises(UserError, match=r"step 4 the loss is [\d.]+ and its gradient's norm (nan|inf)"):
+    with pytest.raises(UserError, match=r"at step 4: the loss is [\d.]+ and its gradient's norm (nan|inf)"):
         next(run)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"], "step 4 was kept"
     assert len(log_of(tmp_path)) == 3

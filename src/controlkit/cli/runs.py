@@ -85,22 +85,16 @@ def train(
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
-            if not ranks.first:  # rich prints beside bars that are not shown, too
-                return
-            if not total:  # no work, but a sentence
+            if ranks.first and not total:  # no work, but a sentence; rich prints beside bars that are not shown, too
                 say_beside(progress, name)
-                return
-            progress.reset(side, total=total, description=name, visible=True)
+            elif ranks.first:
+                progress.reset(side, total=total, description=name, visible=True)
 
         def advance(count: int) -> None:
             progress.advance(side, count)
 
         mean = 0.0
-
-        def asked() -> bool:
-            return stopping.asked is not None
-
-        for record in train_control(settings, out, base, stage, advance, True, asked):
+        for record in train_control(settings, out, base, stage, advance, True, stopping.is_asked):
             if not ranks.first:
                 continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
@@ -109,15 +103,21 @@ def train(
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
             for line in _describe_record(record):
                 say_beside(progress, f"step {record.step}: {line}")
-    ending = read_ending(out)
-    stopped = ending is not None and ending.reason == "interruption"
-    if ending and ranks.first:
-        which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
-        place = [] if stopped else [f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."]
-        for line in (*ending.lines()[:-1], *place, ending.lines()[-1]):
-            say(line)
-    if stopped:
+    if ranks.first:
+        _say_ending(out, "The controls are" if settings.control.hints_as == "branches" else "The control is")
+    if (ending := read_ending(out)) and ending.reason == "interruption":
         raise typer.Exit(stopping.code)
+
+
+def _say_ending(out: Path, which: str) -> None:
+    """Tell how the run in ``out`` ended, and where its control is."""
+    from controlkit.train import read_ending
+
+    if ending := read_ending(out):
+        *found, advice = ending.lines()
+        place = f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."
+        for line in (*found, *([place] if ending.verdict else []), advice):
+            say(line)
 
 
 def _asked_for(

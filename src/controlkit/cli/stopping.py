@@ -36,6 +36,10 @@ class Stopping:
             warn(self._ended)
             raise typer.Exit(self.code) from None
 
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.asked is not None
+
     @property
     def code(self) -> int:
         """The exit code of a process that was stopped."""

@@ -167,15 +167,16 @@ def _rates(recipe: Recipe) -> dict[str, Any]:
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:
     """The settings, by their names with dots, that a run keeps from its first step to its last."""
-    values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True, "evaluation": {
-        "every", "patience", "target", "hints", "prompts"}} | dict.fromkeys(_rates(recipe), True))  # fmt: skip
-    inner = {name: value for name, value in values.items() if name in ("control", "data", "evaluation")}
-    flat = {f"{name}.{key}": value for name, section in inner.items() for key, value in section.items()}
-    return {name: value for name, value in values.items() if name not in inner} | flat
+    values = recipe.model_dump()
+    inner = {name: values.pop(name) for name in ("control", "data", "evaluation")}
+    values |= {f"{name}.{key}": value for name, section in inner.items() for key, value in section.items()}
+    free = {"keep", "checkpoint_every", "tracking", *_rates(recipe)}
+    free |= {f"evaluation.{name}" for name in ("every", "patience", "target", "hints", "prompts")}
+    return {name: value for name, value in values.items() if name not in free}
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs, in words: each with its value now and before."""
+    """The settings that differ, in words, each with its value now and before."""
     return [f"{key} is {value!r} and was {before[key]!r}" for key, value in after.items() if before[key] != value]
 
 

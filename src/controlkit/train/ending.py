@@ -8,7 +8,6 @@ from typing import Literal
 
 from controlkit.files import write_atomic
 from controlkit.measure import Verdict
-from controlkit.train.parts import RatePlan
 from controlkit.train.recipe import Recipe
 
 Reason = Literal["steps", "budget", "target", "patience", "interruption", "divergence"]
@@ -19,7 +18,7 @@ ENDING = "ending.json"
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of a run after ``step`` steps. ``why``: a sentence on the reason.
+    """The end of a run after ``step`` steps, those in its log. ``why``: a sentence on the reason.
 
     ``verdict``: on the control that it ended with; None where it was not measured (an interruption, a divergence).
     ``next``: the command to type now.
@@ -36,8 +35,8 @@ class Ending:
         return [self.why, *([str(self.verdict)] if self.verdict else []), f"Next: {self.next}"]
 
     def write(self, out: Path) -> None:
-        """Write it into the run's folder."""
-        write_atomic(out / ENDING, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        """Write it into the run's folder, with its words for other programs."""
+        write_atomic(out / ENDING, (json.dumps(asdict(self) | {"words": self.lines()}, indent=2) + "\n").encode())
 
 
 def read_ending(out: Path) -> Ending | None:
@@ -45,6 +44,7 @@ def read_ending(out: Path) -> Ending | None:
     if not (out / ENDING).is_file():
         return None
     held = json.loads((out / ENDING).read_text())
+    del held["words"]
     return Ending(**held | {"verdict": Verdict(**held["verdict"]) if held["verdict"] else None})
 
 
@@ -79,9 +79,8 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
             control /= recipe.control.annotators[0]
         return shlex.join(["controlkit", "generate", "a prompt", "--control", f"{control}=picture.png", *base, *vae])
     if verdict.finding == "not found":
-        rates = RatePlan.of(recipe)
-        longer = {"budget": f"max_minutes={2 * (rates.max_minutes or 1):g}", "patience": "evaluation.patience=0"}
-        return train_command(out, longer.get(reason, f"steps={2 * rates.steps}"))
+        longer = {"budget": "max_minutes=null", "patience": "evaluation.patience=0"}
+        return train_command(out, longer.get(reason, f"steps={2 * recipe.steps}"))
     if recipe.control.types:
         return shlex.join(["controlkit", "evaluate", f"{out}:{recipe.control.types[0]}", *base, *vae])
     if verdict.finding == "found" or not recipe.evaluation.every:

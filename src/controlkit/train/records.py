@@ -128,7 +128,7 @@ def should_stop(
 
 
 def divergence(record: Record, losses: Sequence[float]) -> str:
-    """What shows that a run has diverged, in words; "" where nothing does.
+    """The figure that shows that a run has diverged, in words; "" where none does.
 
     ``record``: of its last step; ``losses``: of all its steps. The first steps' loss is the base's own, and that of a
     network that predicts nothing is near 1: a run is above both.

@@ -295,7 +295,7 @@ class Run:
         if len(kept) > 1:
             why += "; from an earlier checkpoint with --from-step"
         if self.ranks.first:
-            Ending(step, "divergence", f"{why}.", None, command).write(self.out)
+            Ending(step - 1, "divergence", f"{why}.", None, command).write(self.out)
         raise Invalid(f"{why}.")
 
     def keep(self) -> None:
@@ -314,13 +314,14 @@ class Run:
         before = self.ranks.broadcast(read_ending(self.out) if self.ranks.first else None)
         if before and (before.step, before.reason) == (self.done, reason):  # nothing was left to do
             return
-        best = best_of(self.evaluations)
-        why = why_ended(reason, self.done, recipe, best and best.step)
+        held = best_of(self.evaluations)
+        best = held.step if held else None
+        why = why_ended(reason, self.done, recipe, best)
         if reason == "interruption":
             ending = Ending(self.done, reason, why, None, train_command(self.out))
         else:
             found = self._verdict(weights)
-            command = next_command(self.out, recipe, reason, found, best and best.step, self.done)
+            command = next_command(self.out, recipe, reason, found, best, self.done)
             ending = Ending(self.done, reason, why, found, command)
         if self.ranks.first:
             ending.write(self.out)
