@@ -57,7 +57,7 @@ FOLDERS = NAMES | st.sampled_from(
      "train_canny", "..x", "deep/er/still", "images.tar"]
 )  # fmt: skip
 ENDINGS = st.sampled_from(["png", "PNG", "jpg", "jfif", "webp", "gif", "bmp", "tif", "avif", "jp2"])
-OTHER_ENDINGS = st.sampled_from(["heic", "npy", "svg", "txt", "jpg"])
+OTHER_ENDINGS = st.sampled_from(["heic", "npy", "svg", "exr", "jpg"])
 CAPTIONS = st.sampled_from(["a red hat", "a cat", "", "é 画", "cat \ud83d", 'with, "marks"; and\n lines', "x " * 200])
 CODINGS = st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16"])
 OTHER_CODINGS = st.sampled_from(["latin-1", "cp037", "utf-32"])
