@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +28,14 @@ from controlkit.cli.shared import (
 from controlkit.errors import Invalid, Unsupported
 
 if TYPE_CHECKING:
-    from controlkit.train import Record
+    from controlkit.train import Ending, Record
     from controlkit.train.recipe import Recipe
 
 app = typer.Typer()
+FromStepOption = Annotated[
+    int | None,
+    typer.Option(help="Resume from the checkpoint of this step; later ones, and a later `OUT/best`, are deleted."),
+]
 
 
 @app.command(
@@ -51,10 +56,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
     ] = None,
-    from_step: Annotated[
-        int | None,
-        typer.Option(help="Resume from the checkpoint of this step; later ones, and a later `OUT/best`, are deleted."),
-    ] = None,
+    from_step: FromStepOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a control, and report whether control was found.
@@ -90,34 +92,27 @@ def train(
             elif ranks.first:
                 progress.reset(side, total=total, description=name, visible=True)
 
-        def advance(count: int) -> None:
-            progress.advance(side, count)
-
         mean = 0.0
-        for record in train_control(settings, out, base, stage, advance, True, stopping.is_asked):
-            if not ranks.first:
-                continue
+        run = train_control(settings, out, base, stage, partial(progress.advance, side), True, stopping.is_asked)
+        for record in run:
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
-            for line in _describe_record(record):
+            for line in _describe_record(record) if ranks.first else ():
                 say_beside(progress, f"step {record.step}: {line}")
-    if ranks.first:
-        _say_ending(out, "The controls are" if settings.control.hints_as == "branches" else "The control is")
-    if (ending := read_ending(out)) and ending.reason == "interruption":
+    if (ending := read_ending(out)) and ranks.first:
+        _say_ending(ending, out, "The controls are" if settings.control.hints_as == "branches" else "The control is")
+    if ending and ending.reason == "interruption":
         raise typer.Exit(stopping.code)
 
 
-def _say_ending(out: Path, which: str) -> None:
+def _say_ending(ending: "Ending", out: Path, which: str) -> None:
     """Tell how the run in ``out`` ended, and where its control is."""
-    from controlkit.train import read_ending
-
-    if ending := read_ending(out):
-        *found, advice = ending.lines()
-        place = f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."
-        for line in (*found, *([place] if ending.verdict else []), advice):
-            say(line)
+    *found, advice = ending.lines()
+    place = f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."
+    for line in (*found, *([place] if ending.verdict else []), advice):
+        say(line)
 
 
 def _asked_for(
