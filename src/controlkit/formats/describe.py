@@ -22,7 +22,7 @@ from controlkit.formats.configs import (
     text_width,
     xs_config,
 )
-from controlkit.formats.metadata import metadata_object, stored_config, weights_file
+from controlkit.formats.metadata import json_object, stored_config, weights_file
 from controlkit.formats.names import PREFIX, EncoderShape, adapter_paths, controlnet_paths, rename
 from controlkit.formats.shapes import expected_shapes
 from controlkit.tensors import Shape, TensorFile, open_tensors
@@ -107,6 +107,7 @@ _PATTERNS = [
 ]
 _OF_FAMILY = ("base", "unet", "lora", "controlnet-xs")
 _OF_BASE = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
+_OURS = ("trained", "spec", "config")
 _FLAGS = ("difference", "lora_controlnet")  # empty tensors by which a file says what it is
 
 
@@ -188,17 +189,17 @@ class _Found:
 
 
 def describe_tensors(header: TensorFile, stored: Mapping[str, Any]) -> Description:
-    """Describe a file by its header and the configuration that is stored with it."""
+    """Describe a file by its header and the configuration that ``stored_config`` found with it."""
     shapes = dict(header.shapes)
     layout = _format_of(shapes)
     if layout == "cldm" and any(name.startswith(PREFIX) for name in shapes):  # the rest of a checkpoint is no control's
         shapes = {n: s for n, s in shapes.items() if n.startswith(PREFIX) or n == "difference"}
     parameters = sum(math.prod(shape) for name, shape in shapes.items() if name not in _FLAGS)
-    base = metadata_object(header.metadata, "controlkit.trained").get("base")
+    trained, spec, own = (json_object(header.metadata.get(f"controlkit.{key}", "{}")) for key in _OURS)
+    base = trained.get("base")
     named = isinstance(base, str) and len(base) < 100 and base.isprintable()
     found = _Found(layout, shapes, stored, base if named else None, parameters)
-    spec, config = (metadata_object(header.metadata, f"controlkit.{key}") for key in ("spec", "config"))
-    if layout == "diffusers" and spec and not config:  # a body that no diffusers class has
+    if layout == "diffusers" and spec and not own:  # a body that no diffusers class has
         return _describe_own(found)
     if layout == "t2i-adapter":
         return _describe_adapter(found)

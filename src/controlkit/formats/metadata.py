@@ -89,14 +89,6 @@ def _shallow(value: Any, levels: int = _DEEPEST) -> bool:
     return levels > 0 and all(_shallow(part, levels - 1) for part in inner)
 
 
-def metadata_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """The object in a metadata entry, for describing a file: empty where the entry is absent or holds none."""
-    try:
-        return json_object(metadata.get(key, "{}"))
-    except ValueError:
-        return {}
-
-
 def metadata_entry(
     metadata: Mapping[str, str], path: str | Path, key: str, parse: Callable[[str], Any], default: Any
 ) -> Any:

@@ -19,7 +19,7 @@ from controlkit.errors import Invalid, Mismatch, Unsupported, UserError
 from controlkit.files import parse_yaml, read_text
 from controlkit.formats.configs import family_of_config
 from controlkit.formats.describe import Description, describe_tensors
-from controlkit.formats.metadata import metadata_object, stored_config, weights_file
+from controlkit.formats.metadata import json_object, stored_config, weights_file
 from controlkit.seeds import torch_rng
 from controlkit.tensors import TensorFile, open_tensors
 
@@ -182,7 +182,7 @@ def labelled(weights: Weights, layout: str, title: str) -> dict[str, str]:
     """The metadata to write: ours, the configuration, and the keys that other tools show (``modelspec.*``)."""
     known = {key: value for key, value in weights.metadata.items() if key.startswith(("controlkit.", "modelspec."))}
     family = family_of_config(weights.config)
-    base = metadata_object(known, "controlkit.trained").get("base", "unknown")
+    base = json_object(known.get("controlkit.trained", "{}")).get("base", "unknown")
     architecture = _ARCHITECTURES[family.name] if family else base
     kinds = {"adapter": "t2i-adapter", "xs": "controlnet-xs"}
     network = "control-lora" if layout == "control-lora" else kinds.get(weights.kind, "controlnet")
