@@ -57,8 +57,8 @@ def test_the_referee_is_loaded_once_a_device():
         ("canny", None, ("emoji", 32, 3, False)),
         ("depth", None, ("scenes", 32, 3, False)),
         ("pose", None, ("scenes", 32, 3, True)),
-        ("depth", "photos", ("photos", 32, 3, False, False, {})),
-        ("inpaint", "photos", ("photos", 32, 3, False, True, {})),
+        ("depth", "photos", ("photos", 32, 3, False, ["black"], {})),
+        ("inpaint", "photos", ("photos", 32, 3, False, [None], {})),
     ],
 )
 def test_a_control_of_the_world_is_measured_where_its_hints_are_known(monkeypatch, kind, given, wanted):
@@ -72,5 +72,5 @@ def test_a_control_of_a_folder_is_measured_on_its_columns(monkeypatch):
     monkeypatch.setattr(world, "evaluation_pairs", lambda *args: args)
     trained = {"data": "photos", "recipe": {"data": {"columns": {"image": "file"}}}}
     saved = SavedControl(None, contract("canny"), trained)
-    assert heldout_for(saved, 32, 3) == ("photos", 32, 3, False, False, {"image": "file"})
+    assert heldout_for(saved, 32, 3) == ("photos", 32, 3, False, ["black"], {"image": "file"})
     assert heldout_for(SavedControl(None, contract("canny")), 32, 3)[0] == "emoji"

@@ -136,13 +136,14 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
     """Sample, and write the pictures, the hints and all of them side by side."""
     from controlkit.files import mark_output
     from controlkit.images import grid, write_png
+    from controlkit.precision import settle_threads
     from controlkit.sample import generate, pictures
 
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         warn(note)
     settled = {one.request.seed: json.loads(one.settled().to_json()) for one in prepared}
     height, width = prepared[0].settings.size or (base.size, base.size)
-    facts = {**facts, "width": width, "height": height}
+    facts = {**facts, "width": width, "height": height, "threads": settle_threads(base.networks().values())}
     made = []
     with progress_bars() as progress:
         total = sum(one.settings.steps for one in prepared)

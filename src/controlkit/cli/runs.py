@@ -245,11 +245,13 @@ def evaluate(
     """
     from controlkit.files import write_atomic
     from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
+    from controlkit.precision import settle_threads
     from controlkit.sample import ControlRequest, maker
 
     if json_file and json_file.is_dir():
         raise Invalid(f"--json is {json_file}, which is a folder; expected a file to write.")
     model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], vae=vae)
+    settle_threads(model.networks().values())
     saved = loaded_control(control, model, annotator)
     if saved.branch.hint_types:
         raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
