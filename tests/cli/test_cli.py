@@ -232,6 +232,21 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
     assert load_control(tmp_path / "run", toy_base).trained["step"] == 2
 
 
+def test_bars_of_long_work_are_on_stderr_and_what_came_of_it_on_stdout(run, toy_folder, control, drawing, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"base: {toy_folder}\ndata: {{source: fill50k, count: 4}}\nsteps: 1\nbatch: 2\n")
+    base, out = ["--base", toy_folder], ["--out", tmp_path / "out"]
+    for command, bar, words in (
+        (["generate", "a", *base, *out, "--steps", 1], "generating", "1 picture in"),
+        (["evaluate", control, *base, "--data", "fill50k", "--num", 2, "--steps", 1], "measuring", "obedience"),
+        (["data", "make", "fill50k", "--count", 2, "--size", 32, "--out", tmp_path / "set"], "drawing", "2 pairs"),
+        (["train", recipe, "--set", "evaluation.every=0", "--out", tmp_path / "run"], "training", "The control is in"),
+    ):
+        code, shown, err = run(*command)
+        assert code == 0, err
+        assert bar in err and bar not in shown and words in shown and shown.endswith("\n"), command
+
+
 def test_train_takes_the_launcher_s_number_format_where_the_recipe_leaves_it_open(
     run, toy_folder, tmp_path, monkeypatch
 ):
@@ -574,7 +589,7 @@ def test_generate_imports_no_compiler(toy_folder, control, drawing, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=True)
     count, *modules = done.stdout.splitlines()[-1].split()
-    heavy = {"torch._dynamo", "torch._inductor", "peft", "bitsandbytes", "torchmetrics", "numba", "datasets", "yaml"}
+    heavy = {"torch._dynamo", "torch._inductor", "peft", "bitsandbytes", "torchmetrics", "numba", "datasets"}
     assert not heavy & set(modules) and int(count) < 3300, "see cli.shared.without_compiler"
     assert (tmp_path / "picture-0.png").is_file()
 

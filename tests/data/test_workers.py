@@ -13,6 +13,7 @@ from controlkit.data import CirclePairs, add_up, build_set, examine, read_listin
 from controlkit.data.build import TARGETS
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
+from controlkit.files import SCRATCH
 from controlkit.images import write_png
 
 COUNT = 10
@@ -115,3 +116,34 @@ def test_what_some_began_others_go_on_with(first, photos, workers, tmp_path, mon
     assert ended.value.code in (0, None)
     assert len(before) == 4 and {path: path.stat().st_mtime_ns for path in before} == before, "what was there is kept"
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_what_a_killed_worker_left_half_written_is_gone_when_the_set_is_whole(photos, tmp_path):
+    out = tmp_path / "out"
+    steps = built(photos, out, "metadata")
+    next(steps)
+    for place in (out, out / "images"):
+        (place / f"{SCRATCH}of-a-worker").write_bytes(b"half")
+    list(steps)
+    assert not list(out.rglob(f"{SCRATCH}*"))
+    assert len(read_listing(out).rows) == COUNT
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "10.0.0.1:6379"])
+def test_the_ray_that_the_environment_names_is_used_or_said_not_to_answer(address, monkeypatch):
+    ray, asked = pytest.importorskip("ray"), []
+
+    def init(**options):
+        asked.append(options)
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"No Ray answers at RAY_ADDRESS, which is {address}.*unset it"):
+        list(parallel_map(lambda part: [part], range(4), 2))
+    assert [options["address"] for options in asked] == [address] and "num_cpus" not in asked[0]
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConnectionError):
+        list(parallel_map(lambda part: [part], range(4), 2))
+    assert (asked[1]["address"], asked[1]["num_cpus"]) == ("local", 2)

@@ -37,6 +37,28 @@ def test_a_chart_s_line_and_band_stay_in_its_box(wide):
     assert len(re.findall(r"[\d.]+,[\d.]+", chart.outline)) == 4
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks", "limits"),
+    [
+        ([0.4, 0.6], [0, 1], (0, 1)),
+        ([-0.02, 0.5], [0, 1], (-0.02, 1)),
+        ([0.4, 1.6], [0, 1, 1.6], (0, 1.6)),
+        ([-2, 0.5], [0, 1, -2], (-2, 1)),
+    ],
+)
+def test_a_measure_s_scale_is_always_shown_and_what_lies_clearly_beyond_it(values, ticks, limits):
+    chart = Chart("obedience", list(enumerate(values)), scale=(0, 1), marks=[(0.25, "found")])
+    assert (chart.ticks, chart.limits) == (ticks, limits)
+    page = render("", "", [Section("", charts=[chart])])
+    assert ">found</text>" in page and page.count("<line") == len(ticks) + 1
+
+
+@pytest.mark.parametrize(("refresh", "times"), [(None, 0), (0.2, 1), (5, 1)])
+def test_a_page_is_loaded_again_where_it_changes(refresh, times):
+    assert render("", "", [], refresh).count('http-equiv="refresh"') == times
+    assert 'content="0"' not in render("", "", [], refresh)
+
+
 def test_a_chart_of_one_value_has_a_height():
     chart = Chart("loss", [(0, 2.0)])
     low, high = chart.limits

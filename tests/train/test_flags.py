@@ -2,7 +2,7 @@
 
 import pytest
 
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported, UserError
 from controlkit.train import flags as scripts
 from controlkit.train.flags import NEEDLESS, PLACES, parser, read_flags
 from controlkit.train.recipe import parse_recipe
@@ -18,6 +18,10 @@ image_column conditioning_image_column caption_column max_train_samples proporti
 validation_image num_validation_images validation_steps tracker_project_name"""
 SDXL = """pretrained_vae_model_name_or_path crops_coords_top_left_h crops_coords_top_left_w image_interpolation_mode
 enable_npu_flash_attention"""  # what train_controlnet_sdxl.py has besides
+SD3 = """num_extra_conditioning_channels upcast_vae weighting_scheme logit_mean logit_std mode_scale
+precondition_outputs max_sequence_length dataset_preprocess_batch_size"""  # train_controlnet_sd3.py, diffusers 0.37
+FLUX = """use_adafactor num_double_layers num_single_layers jsonl_for_train guidance_scale save_weight_dtype
+weighting_scheme logit_mean logit_std mode_scale enable_model_cpu_offload"""  # train_controlnet_flux.py, diffusers 0.31
 MANY = """--train_batch_size 2 --gradient_accumulation_steps=3 --num_train_epochs 2 --learning_rate 1e-5
 --gradient_checkpointing --seed 7 --proportion_empty_prompts 0.5 --checkpointing_steps 100 --resolution 128
 --checkpoints_total_limit 3 --max_train_samples 60 --adam_weight_decay 0 --output_dir o --annotator canny
@@ -44,20 +48,56 @@ def asked(tmp_path):
 
 def test_every_flag_of_the_script_is_known_and_in_one_place():
     known = {action.dest for action in parser()._actions}
-    assert known == {*SCRIPT.split(), *SDXL.split(), "annotator"}
-    assert {*PLACES, *NEEDLESS} <= known and not {*PLACES} & {*NEEDLESS}
+    refused = {*scripts._ELSEWHERE}
+    assert known | refused == {*SCRIPT.split(), *SDXL.split(), *SD3.split(), *FLUX.split(), "annotator"}
+    assert not known & refused and {*PLACES, *NEEDLESS} <= known and not {*PLACES} & {*NEEDLESS}
 
 
 def test_what_is_left_out_has_the_script_s_defaults(asked, tmp_path):
     found = asked()
     recipe = parse_recipe(found.recipe)
     assert (recipe.base, recipe.data.source, str(found.out)) == ("mini", str(tmp_path), "controlnet-model")
-    assert (recipe.batch, recipe.lr, recipe.prompt_dropout, recipe.warmup, recipe.cooldown) == (4, 5e-6, 0.0, 0, 0)
+    assert (recipe.batch, recipe.lr, recipe.prompt_dropout, recipe.warmup, recipe.cooldown) == (4, 2e-4, 0.0, 0, 0)
     assert recipe.steps == 26, "one epoch of 103 pairs, four a step"
     assert (recipe.size, recipe.keep, recipe.control.annotator, recipe.data.columns) == (512, None, "", {})
     assert (recipe.tracking.to, recipe.tracking.project) == (["tensorboard"], "train_controlnet")
     assert recipe.evaluation.every == 26 and any("--annotator" in note for note in found.notes)
     assert any("proportion_empty_prompts 0.5" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--weighting_scheme=logit_normal", "train_controlnet_sd3.py and train_controlnet_flux.py; .* flow matching"),
+        ("--precondition_outputs 1", "a flag of diffusers' train_controlnet_sd3.py; there is no such setting here"),
+        ("--max_sequence_length 77", "T5 text encoder, which no base here has. Leave it out"),
+        ("--num_double_layers 4", "train_controlnet_flux.py; .* U-Nets"),
+        ("--jsonl_for_train rows.jsonl", "name the file metadata.jsonl, and give --train_data_dir"),
+    ],
+)
+def test_flags_of_scripts_for_other_bases_are_named_as_theirs(flag, words, asked):
+    with pytest.raises(Unsupported, match=words):
+        asked(*flag.split())
+
+
+def test_flags_of_scripts_for_other_bases_that_have_a_place_go_there(asked):
+    found = asked("--use_adafactor", "--upcast_vae", "--dataset_preprocess_batch_size", 100)
+    assert parse_recipe(found.recipe).optimizer == "adafactor"
+    assert sum(f"--{name} is not needed" in note for note in found.notes for name in NEEDLESS) == 2
+
+
+def test_the_script_s_rate_is_for_stable_diffusion_and_mini_has_its_own(asked, tmp_path):
+    assert any("rate of 5e-06 is for Stable Diffusion, mini's is 0.0002" in note for note in asked().notes)
+    for given, base, rate in (
+        ([], "mini", 2e-4),
+        ([], "sd15", 5e-6),
+        (["--learning_rate", "1e-6"], "mini", 1e-6),
+        (["--scale_lr"], "mini", 2e-5),
+    ):
+        flags = ["--pretrained_model_name_or_path", base, "--train_data_dir", str(tmp_path), *given]
+        found = read_flags(flags)
+        assert parse_recipe(found.recipe).lr == pytest.approx(rate)
+        assert any("mini's is" in note for note in found.notes) is (rate == 2e-4)
 
 
 def test_flags_go_where_they_belong(asked):
@@ -135,10 +175,10 @@ def test_names_of_folders_are_never_read_as_numbers(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "schedule", "warmup", "lr"),
     [
-        ("--lr_warmup_steps 10", "constant", 0, 5e-6),
-        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 10", "constant_with_warmup", 10, 5e-6),
+        ("--lr_warmup_steps 10", "constant", 0, 2e-4),
+        ("--lr_scheduler constant_with_warmup --lr_warmup_steps 10", "constant_with_warmup", 10, 2e-4),
         ("--lr_scheduler linear --lr_warmup_steps 10 --scale_lr", "linear", 10, 2e-5),
-        ("--lr_scheduler cosine", "cosine", 500, 5e-6),
+        ("--lr_scheduler cosine", "cosine", 500, 2e-4),
     ],
 )
 def test_schedules_are_diffusers(flags, schedule, warmup, lr, asked):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -23,6 +24,7 @@ from controlkit.controls import new_control
 from controlkit.errors import UserError
 from controlkit.formats import WEIGHTS, load_control
 from controlkit.train import Record, evaluation, resolve, train_control, training_pairs
+from controlkit.train import ranks as ranks_module
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.state import TrainState
@@ -78,27 +80,120 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     assert drifts[1] == [pytest.approx(drift, abs=1e-3) for drift in drifts[0]]
 
 
-def test_the_launcher_people_use_starts_them(toy_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "code", "words"),
+    [
+        (["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"], 0, "; 2 processes"),
+        (["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no", "--cpu"], 1, "asked for several processes and has started this one alone"),
+        (["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no"], 0, "; 1 process"),
+    ],
+)  # fmt: skip
+def test_a_launcher_s_processes_take_part_or_it_says_that_they_do_not(launcher, code, words, toy_folder, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": str(toy_folder)} | RECIPE))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    command = [*launch, "--main_process_port", "0", "-m", "controlkit", "train", tmp_path / "r.yaml"]
+    command = [sys.executable, "-m", *launcher, "-m", "controlkit", "train", tmp_path / "r.yaml", "--out"]
     done = subprocess.run(
-        [*map(str, command), "--out", str(tmp_path / "run"), "--device", "cpu"],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        [*map(str, command), str(tmp_path / "run"), "--device", "cpu"],
+        capture_output=True, text=True, timeout=250,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "1000", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The control is in") == 1 and done.stdout.count("parameters learn hints") == 1
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert done.returncode == code, done.stderr
+    assert words in " ".join((done.stdout + done.stderr).split())
+    assert (tmp_path / "run" / "control").is_dir() is (code == 0)
+    if code == 0:
+        assert done.stdout.count("The control is in") == 1
+        log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == [1, 2]
+
+
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION",
+            "SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # fmt: skip
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (ACCELERATE | {"MASTER_ADDR": "127.0.0.1"}, "accelerate launch` was asked for several processes"),
+        ({"WORLD_SIZE": "2"}, "says that 2 processes take part .* not which of them"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "says that 4 processes take part .* not which of them"),
+        ({"SLURM_STEP_NUM_TASKS": "3"}, "srun has started 3 tasks that do not know of each other"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "2 processes take part, and 1 found each other .LOCAL_RANK is not set"),
+        ({}, ""),
+        (ACCELERATE, ""),
+        ({"MASTER_ADDR": "127.0.0.1"}, ""),
+        (ACCELERATE | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, ""),
+        ({"SLURM_NTASKS": "2"}, ""),
+    ],
+)
+def test_one_that_was_launched_as_one_of_several_and_is_alone_is_refused(told, words, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    alone = type("State", (), {"process_index": 0, "num_processes": 1, "__init__": lambda self, cpu, timeout: None})
+    monkeypatch.setattr("accelerate.PartialState", alone)
+    with pytest.raises(UserError, match=f"{words}.*torchrun") if words else nullcontext():
+        assert connect_ranks(cpu=True) == Ranks()
+
+
+ELSEWHERE = """
+import os
+from controlkit.train import ranks
+ranks._SEEN = 0.5
+os.makedirs(f"{folder}/node-{{os.environ['RANK']}}")
+os.chdir(f"{folder}/node-{{os.environ['RANK']}}")
+"""
+
+
+def test_machines_without_a_shared_folder_are_told_so(toy_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": str(toy_folder)} | RECIPE))
+    codes, said = launch(tmp_path / "r.yaml", "run", before=ELSEWHERE.format(folder=tmp_path))
+    assert codes == [2, 2]
+    for _, error in said:
+        assert "run is not the same folder on every machine of this run" in " ".join(error.split())
+        assert "Traceback" not in error
+    assert not (tmp_path / "node-1" / "run").exists()
+
+
+@pytest.mark.parametrize("apart", [[], [1], [1, 2]])
+def test_a_folder_is_shared_where_all_see_what_the_first_writes(apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks_module, "_SEEN", 0.3)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    def check(rank):
+        try:
+            rank.check_shared(tmp_path / ("b" if rank.index in apart else "a"))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    told = in_threads(3, check)
+    assert all(("is not the same folder" in words) is bool(apart) for words in told)
+    assert not list(tmp_path.rglob(".*")), "nothing is left"
+
+
+STRUCK = """
+import os, signal
+from controlkit.train.state import TrainState
+step = TrainState.step
+def struck(self, rate, number):
+    if number == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(self, rate, number)
+TrainState.step = struck
+"""
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(toy_folder, tmp_path):
+    recipe = {"base": str(toy_folder)} | RECIPE | {"steps": 5, "checkpoint_every": 9, "evaluation": {"every": 0}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    codes, said = launch(tmp_path / "r.yaml", tmp_path / "run", before=STRUCK)
+    assert codes == [130, 143], said
+    assert "Stopped at step 2 of 5; run again to go on." in said[0][0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
 
 
 KILLED = """
@@ -203,6 +298,9 @@ def in_threads(count, function):
         def wait(self):
             here.wait()
 
+        def broadcast(self, value):
+            return self.gather(value)[0]
+
         def gather(self, value):
             held[self.index] = value
             here.wait()
@@ -232,9 +330,8 @@ def in_threads(count, function):
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_several_measure_what_one_does(count, toy_base, drawn_joins, tmp_path, monkeypatch):
     """Pairs are dealt out; with five there are more processes than pairs, and only some have any."""
-    for name in ("maker", "ceiling_of"):  # rounding depends on how many pictures are made together
-        function = partial(getattr(evaluation, name), batch=1)
-        monkeypatch.setattr(evaluation, name, function)
+    monkeypatch.setattr(evaluation, "maker", partial(evaluation.maker, batch=1))  # rounding depends on how many
+    monkeypatch.setattr("controlkit.measure.evaluate._AT_ONCE", 1)  # pictures are made together
     recipe = parse_recipe(RECIPE | {"evaluation": {"every": 1, "num": 3, "steps": 2}})
     pairs = training_pairs(resolve(recipe).data, toy_base)[1]
     branch = drawn_joins(new_control(toy_base))
@@ -305,6 +402,7 @@ def test_deepspeed_is_not_handed_the_run_and_sharding_takes_several(monkeypatch)
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{asked}", "true")
             patch.setenv("WORLD_SIZE", count)
+            patch.setenv("RANK", "1")
             found = connect_ranks(cpu=False)
             assert (found.count, found.sharded, len(found.notes)) == (int(count), sharded, notes)
             assert os.environ[f"ACCELERATE_USE_{asked}"] == "true"
@@ -319,7 +417,7 @@ def test_a_batch_must_go_round(toy_base, tmp_path, monkeypatch):
 
 
 def test_more_processes_than_gpus_are_refused_in_words(monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

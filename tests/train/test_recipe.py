@@ -62,6 +62,42 @@ def test_what_is_not_a_recipe_is_said_to_be_none(content, words, tmp_path):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("learning_rate", "lr"),
+        ("learning-rate", "lr"),
+        ("max_train_steps", "steps"),
+        ("resolution", "size"),
+        ("batch_size", "batch"),
+        ("pretrained_model_name_or_path", "base"),
+        ("budget", "max_minutes"),
+        ("conditioning_image_column", "data.columns"),
+    ],
+)
+def test_another_program_s_word_for_a_setting_hints_at_ours(word, key):
+    with pytest.raises(UserError, match=f'unknown key "{word}": did you mean "{key}"\\?'):
+        parse_recipe({word: 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "rate"),
+    [
+        ({}, 2e-4),
+        ({"base": "mini"}, 2e-4),
+        ({"base": "sd15"}, 1e-5),
+        ({"base": "some/folder"}, 1e-5),
+        ({"optimizer": "prodigy"}, 1.0),
+        ({"base": "sdxl", "lr": 1e-6}, 1e-6),
+        ({"lr": 1e-5}, 1e-5),
+    ],
+)
+def test_the_rate_by_default_is_the_base_s(values, rate):
+    read = parse_recipe(values)
+    assert read.lr == rate and ("lr" in read.model_fields_set) is ("lr" in values)
+    assert parse_recipe(read.model_dump()).lr == rate, "a run's own file says it"
+
+
 def test_a_recipe_is_read_as_written_and_an_empty_one_is_the_default(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("lr: 1e-5\ncontrol: {annotator: scribble, options: {width: 0.1}}\n")

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
 from controlkit.measure import Figure, obedience
 from controlkit.train import train_control
+from controlkit.train.checkpoints import go_back
 from controlkit.train.recipe import read_recipe
 
 
@@ -295,13 +297,19 @@ def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_later(
 
 
 @pytest.mark.parametrize(
-    ("change", "key"), [({"lr": 0.1}, "lr"), ({"seed": 3}, "seed"), ({"control": {"join": "gaussian"}}, "control")]
+    ("change", "key"),
+    [
+        ({"batch": 4}, "batch is 4 and was 2"),
+        ({"seed": 3}, "seed is 3 and was 0"),
+        ({"control": {"join": "gaussian"}}, "control.join is 'gaussian' and was 'zero'"),
+        ({"data": {"count": 6}, "lr": 0.1}, "data.count is 6 and was 8"),
+    ],
 )
 def test_another_recipe_in_the_same_folder_is_refused_and_the_difference_named(
     tiny_recipe, change, key, whole, toy_base
 ):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=rf"another recipe \(it differs in {key}\b"):
+    with pytest.raises(UserError, match=rf"another recipe: {key}\. Run with these as they were to go on.*start_from="):
         next(train_control(tiny_recipe(**change), whole, toy_base))
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
@@ -313,7 +321,7 @@ def test_a_recipe_laid_out_otherwise_is_the_same_recipe(tiny_recipe, whole, toy_
     assert not list(train_control(tiny_recipe(), tmp_path / "run", toy_base))
 
 
-def test_a_run_can_be_made_longer_and_otherwise_kept_where_its_rate_knows_of_no_end(tiny_recipe, toy_base, tmp_path):
+def test_a_run_made_longer_is_the_longer_run_where_its_rate_knows_of_no_end(tiny_recipe, toy_base, tmp_path):
     whole, _ = ended(tiny_recipe(steps=4), tmp_path / "whole", toy_base)
     ended(tiny_recipe(steps=2), tmp_path / "run", toy_base)
     longer = tiny_recipe(steps=4, keep=None, checkpoint_every=1, evaluation={"patience": 3})
@@ -321,14 +329,48 @@ def test_a_run_can_be_made_longer_and_otherwise_kept_where_its_rate_knows_of_no_
     assert equal(went_on, whole) and [line["step"] for line in log] == [1, 2, 3, 4]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 3, "null keeps all"
     assert read_recipe(tmp_path / "run" / "recipe.yaml") == longer
-    with pytest.raises(UserError, match=r"differs in lr\): give another --out, or run with the recipe as it was"):
-        next(train_control(tiny_recipe(steps=4, lr=5e-4), tmp_path / "run", toy_base))
-    for bent in ({"cooldown": 1}, {"schedule": "cosine"}):  # what was made knew of no end, what is asked for does
-        with pytest.raises(UserError, match=f"differs in .*{next(iter(bent))}"):
-            next(train_control(tiny_recipe(steps=6, **bent), tmp_path / "run", toy_base))
-    ended(tiny_recipe(steps=2, cooldown=1), tmp_path / "falling", toy_base)
-    with pytest.raises(UserError, match=r"differs in steps\).*longer where its rate does not come down"):
-        next(train_control(tiny_recipe(steps=4, cooldown=1), tmp_path / "falling", toy_base))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"cooldown": 1}, {"cooldown": 1, "steps": 4}, "steps is 4 and was 2"),
+        ({}, {"steps": 4, "schedule": "cosine"}, "schedule is 'cosine' and was 'constant'; steps is 4 and was 2"),
+        ({"max_minutes": 1e-9}, {"max_minutes": 60}, "max_minutes is 60.0 and was 1e-09"),
+        ({}, {"lr": 1e-4, "steps": 4}, "lr is 0.0001 and was 0.001; steps is 4 and was 2"),
+    ],
+)
+def test_a_finished_or_budgeted_run_goes_on_with_other_rates_and_says_so(
+    tiny_recipe, before, after, words, toy_base, tmp_path
+):
+    plain, said = {"steps": 2, "evaluation": {"every": 0}}, []
+    made = len(list(train_control(tiny_recipe(**plain | before), tmp_path, toy_base)))
+    first = (tmp_path / "recipe.yaml").read_bytes()
+    recipe = tiny_recipe(**plain | after)
+    records = list(train_control(recipe, tmp_path, toy_base, lambda name, total: said.append(name)))
+    assert [record.step for record in records] == list(range(made + 1, recipe.steps + 1))
+    [note] = [line for line in said if line.startswith("note: ")]
+    mixed = "so no single recipe describes this run" if "max_minutes" not in words else ""
+    assert f"{words}: from step {made} on" in note and mixed in note
+    assert (tmp_path / f"recipe-to-step-{made:07d}.yaml").read_bytes() == first
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_one_s_choice(tiny_recipe, toy_base, tmp_path):
+    recipe = tiny_recipe(keep=None, evaluation={"every": 2, "num": 2, "steps": 1})
+    list(train_control(recipe, tmp_path / "whole", toy_base))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(UserError, match=r"has no checkpoint of step 3: those it has are of steps 2, 4, 6"):
+        go_back(tmp_path / "run", 3)
+    go_back(tmp_path / "run", 2)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [3, 4, 5, 6]
+    assert_like(tmp_path / "whole", tmp_path / "run")
+    go_back(tmp_path / "run", 6)
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="Another process is training"):
+        go_back(tmp_path / "run", 2)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+    with pytest.raises(UserError, match="those it has are of steps none"):
+        go_back(tmp_path / "nowhere", 2)
 
 
 def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_base, tmp_path):
@@ -339,8 +381,36 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_ba
     run.close()
     listing = tmp_path / "set" / "prompt.json"
     lines = listing.read_text().splitlines()
-    listing.write_text("\n".join(lines[1:]))
-    with pytest.raises(UserError, match="has other names or captions than when the run in"):
-        next(train_control(recipe, tmp_path / "run", toy_base))
+    gone = Path(json.loads(lines[0])["target"]).name
+    renamed = [*lines[:-1], json.dumps(json.loads(lines[-1]) | {"prompt": "another"})]
+    for changed, words in ((lines[1:], f"gone or with another caption: .*{gone}"), (renamed, "new: .*another")):
+        listing.write_text("\n".join(changed))
+        with pytest.raises(UserError, match=rf"has other pictures or captions than when the run in .*{words}"):
+            next(train_control(recipe, tmp_path / "run", toy_base))
     listing.write_text("\n".join(lines))
     assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("begun", "noted"),
+    [
+        ({"threads": 1, "processes": 2}, "begun in 2 process(es) of 1 thread(s), going on in 1 of 1"),
+        ({"threads": 512, "processes": 1}, "begun in 1 process(es) of 512 thread(s)"),
+        ({"threads": 1, "processes": 1}, ""),
+        ({"threads": 1}, ""),
+    ],
+)
+def test_another_layout_uses_what_the_machine_has_and_says_that_it_is_not_exact(
+    tiny_recipe, begun, noted, stopped, toy_base, monkeypatch
+):
+    path, said, asked = stopped / "machine.json", [], []
+    held = json.loads(path.read_text())
+    del held["processes"]
+    path.write_text(json.dumps(held | begun))
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    next(train_control(tiny_recipe(), stopped, toy_base, lambda name, total: said.append(name)))
+    notes = [line for line in said if "thread(s)" in line]
+    assert asked == [] and bool(notes) is bool(noted) and all(noted in line for line in notes)
+    assert all("not equal to the bit" in line for line in notes)
+    now = json.loads(path.read_text())
+    assert (now["threads"], now["processes"], now["format"]) == (1, 1, held["format"])

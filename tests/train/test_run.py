@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import CANNY, ended, equal, leftovers, log_of
 
+from conftest import TINY
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
 from controlkit.data import Cached, make_fill50k
-from controlkit.errors import UserError
+from controlkit.errors import Unsupported, UserError
 from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
-from controlkit.images import HintSpec
+from controlkit.images import HintSpec, write_png
 from controlkit.measure import COLOURS, Figure, obedience
 from controlkit.train import BatchPlan, draw_batch, objective, train_control
-from controlkit.train.recipe import EvaluationRecipe, Recipe, read_recipe
+from controlkit.train.recipe import EvaluationRecipe, Recipe, parse_recipe, read_recipe
 
 
 def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(tiny_recipe, toy_base, tmp_path):
@@ -86,10 +87,33 @@ def test_the_work_announced_is_the_work_done(tiny_recipe, toy_base, tmp_path):
         lambda n: stages[-1].append(n),
     )
     list(run)
-    assert [name for name, *_ in stages[1:]] == ["caching", "evaluating", "evaluating"]
+    assert [name for name, total, *_ in stages[1:] if total] == ["caching", "evaluating", "evaluating"]
     assert stages[0][1:] == [0, 0], "the plan: nothing to be done, something to know"
     for name, total, *done in stages:
         assert sum(done) == total, name
+
+
+@pytest.mark.parametrize(
+    ("annotator", "words"),
+    [
+        ("", "pictures and no hints, and nobody says which hints to make: set control.annotator .--annotator, beside"),
+        ("hed", 'nothing here makes hints of "hed": set control.annotator'),
+        ("ip2p", 'nothing here makes hints of "ip2p"'),
+    ],
+)
+def test_a_folder_without_hints_is_told_how_to_name_some(annotator, words, tiny_recipe, toy_base, tmp_path):
+    for i in range(8):
+        write_png(tmp_path / "photos" / f"{i}.png", np.full((32, 32, 3), 20 * i, np.uint8))
+    recipe = tiny_recipe(data={"source": str(tmp_path / "photos"), "count": None}, control={"annotator": annotator})
+    with pytest.raises(Unsupported, match=words):
+        next(train_control(recipe, tmp_path / "run", toy_base))
+
+
+def test_a_run_whose_rate_nobody_gave_says_whose_it_is(toy_base, tmp_path):
+    recipe = parse_recipe({key: value for key, value in TINY.items() if key != "lr"})
+    said = []
+    next(train_control(recipe, tmp_path, toy_base, on_stage=lambda name, total: said.append(name)))
+    assert "rate 0.0002 (the default for mini; `lr` sets it)" in said[0]
 
 
 def test_a_run_says_beforehand_what_it_will_do(tiny_recipe, toy_base, tmp_path):

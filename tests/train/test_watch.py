@@ -1,5 +1,6 @@
 """A run read from its folder, as lines and as a page."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from safetensors.numpy import save_file
 
 from controlkit.errors import UserError
 from controlkit.images import write_png
+from controlkit.measure import Verdict
+from controlkit.train.ending import Ending
 from controlkit.train.watch import bars, blocks, lines, page, read_run
 
 
@@ -161,14 +164,14 @@ def test_looking_leaves_the_lock_free_and_makes_none(run):
 
 
 def test_the_reason_for_the_end_is_shown_and_that_of_an_earlier_end_is_not(run):
-    ending = {"step": 40, "reason": "budget", "words": ["Control found: <so>.", "It ended by its budget."]}
-    (run / "ending.json").write_text(json.dumps(ending))
+    ending = Ending(40, "budget", "It took too long.", Verdict("found", "<so>", True), "controlkit generate")
+    ending.write(run)
     seen = read_run(run)
-    assert seen.ended and lines(seen)[0].endswith("ended (budget)") and lines(seen)[-2:] == ending["words"]
-    assert "<p>Control found: &lt;so&gt;.</p>" in page(seen, 5) and "refresh" not in page(seen, 5)
-    (run / "ending.json").write_text(json.dumps(ending | {"reason": "interruption"}))
+    assert seen.ended and lines(seen)[0].endswith("ended (budget)") and lines(seen)[-3:] == ending.lines()
+    assert "<p>Control found: &lt;so&gt;; quality kept.</p>" in page(seen, 5) and "refresh" not in page(seen, 5)
+    dataclasses.replace(ending, reason="interruption", verdict=None).write(run)
     assert not read_run(run).ended and read_run(run).stopped
-    (run / "ending.json").write_text(json.dumps(ending | {"step": 20}))
+    dataclasses.replace(ending, step=20).write(run)
     assert not read_run(run).ended and "news at 40" in lines(read_run(run))
 
 
@@ -199,11 +202,11 @@ def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, tmp_path):
         more = {"step": 41, "loss": 0.5, "seconds": 0.5}
         (run / "log.jsonl").write_text("\n".join([*text, json.dumps(more)]) + "\n")
         then = [looking.stdout.readline() for _ in range(2)]
-        (run / "ending.json").write_text(json.dumps({"step": 41, "reason": "steps", "words": ["That was it."]}))
+        Ending(41, "steps", "That was it.", None, "generate").write(run)
         rest, _ = looking.communicate()
     assert first[0].endswith("1 min left\n") and first[-1].startswith("obedience")
     assert "news at 40\n" in then[0] and "step 41 of 100" in then[1]
-    assert rest.endswith("That was it.\n") and "ended (steps)" in rest
+    assert rest.endswith("That was it.\nNext: generate\n") and "ended (steps)" in rest
 
 
 def test_bars_reach_from_the_least_to_the_greatest():

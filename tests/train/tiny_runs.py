@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from controlkit.data import Cached, build_cache
+from controlkit.files import OUTPUT
 from controlkit.formats import WEIGHTS
 from controlkit.images import HintSpec
 from controlkit.measure import EvaluationPlan
@@ -49,8 +50,8 @@ def far(a, b):
 
 
 def leftovers(out):
-    """Files and folders a write left behind: hidden ones, but for the lock."""
-    return [str(path) for path in out.rglob(".*") if path != out / ".lock"]
+    """Files and folders a write left behind: hidden ones, but for the lock and the mark of an output."""
+    return [str(path) for path in out.rglob(".*") if path not in (out / ".lock", out / OUTPUT)]
 
 
 def assert_like(whole, out):

@@ -124,8 +124,8 @@ def generate(
         raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
     for one in first.controls:
         sample.check_pictures(one)
-    added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
-    model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
+    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], **options)
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
     facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
@@ -136,13 +136,14 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
     """Sample, and write the pictures, the hints and all of them side by side."""
     from controlkit.files import mark_output
     from controlkit.images import grid, write_png
+    from controlkit.precision import settle_threads
     from controlkit.sample import generate, pictures
 
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         warn(note)
     settled = {one.request.seed: json.loads(one.settled().to_json()) for one in prepared}
     height, width = prepared[0].settings.size or (base.size, base.size)
-    facts = {**facts, "width": width, "height": height}
+    facts = {**facts, "width": width, "height": height, "threads": settle_threads(base.networks().values())}
     made = []
     with progress_bars() as progress:
         total = sum(one.settings.steps for one in prepared)

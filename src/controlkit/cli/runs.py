@@ -51,14 +51,21 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A value in place of the recipe's; repeatable."),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(help="Resume from the checkpoint of this step; later ones, and a later `OUT/best`, are deleted."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a control, and report whether control was found.
 
-    Run the same command again to resume from the last checkpoint. `OUT/log.jsonl` holds a record a line,
-    `OUT/samples` pictures, `OUT/control` the result.
+    Run the same command again to resume from the last checkpoint; rates, `steps` and `max_minutes` may be others then.
+    Ctrl-C saves a checkpoint first. `OUT/log.jsonl` holds a record a line, `OUT/samples` pictures, `OUT/control` the
+    result.
     """
-    from controlkit.train import train_control
+    from controlkit.cli.stopping import Stopping
+    from controlkit.train import read_ending, train_control
+    from controlkit.train.checkpoints import go_back
     from controlkit.train.ranks import connect_ranks
 
     given = [*([str(recipe)] if recipe else []), *context.args]
@@ -66,10 +73,14 @@ def train(
     settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
     for note in notes if ranks.first else []:
         warn(note)
+    if from_step is not None and ranks.first:
+        go_back(out, from_step)
+    ranks.wait()
     base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    with progress_bars(disable=not ranks.first) as progress:
+    stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
+    with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
 
@@ -85,21 +96,28 @@ def train(
             progress.advance(side, count)
 
         mean = 0.0
-        verdict = ""
-        for record in train_control(settings, out, base, stage, advance, estimate_first=True):
+
+        def asked() -> bool:
+            return stopping.asked is not None
+
+        for record in train_control(settings, out, base, stage, advance, True, asked):
             if not ranks.first:
                 continue
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds
             progress.update(side, visible=False)
             progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
-            verdict = record.verdict or verdict
             for line in _describe_record(record):
                 say_beside(progress, f"step {record.step}: {line}")
-    if ranks.first:
+    ending = read_ending(out)
+    stopped = ending is not None and ending.reason == "interruption"
+    if ending and ranks.first:
         which = "The controls are" if settings.control.hints_as == "branches" else "The control is"
-        verdict = f"{verdict}. " if verdict else ""
-        say(f"{verdict}{which} in {out / 'control'}; the log in {out / 'log.jsonl'}.")
+        place = [] if stopped else [f"{which} in {out / 'control'}; the log in {out / 'log.jsonl'}."]
+        for line in (*ending.lines()[:-1], *place, ending.lines()[-1]):
+            say(line)
+    if stopped:
+        raise typer.Exit(stopping.code)
 
 
 def _asked_for(
@@ -232,11 +250,13 @@ def evaluate(
     """
     from controlkit.files import write_atomic
     from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
+    from controlkit.precision import settle_threads
     from controlkit.sample import ControlRequest, maker
 
     if json_file and json_file.is_dir():
         raise Invalid(f"--json is {json_file}, which is a folder; expected a file to write.")
     model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], vae=vae)
+    settle_threads(model.networks().values())
     saved = loaded_control(control, model, annotator)
     if saved.branch.hint_types:
         raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')

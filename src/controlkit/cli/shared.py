@@ -80,8 +80,8 @@ def progress_bars(disable: bool = False) -> Iterator["Progress"]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    columns = (*columns, TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False, disable=disable) as progress:
+    figures, console = TextColumn("{task.fields[figures]}"), Console(stderr=True)
+    with Progress(*columns, figures, console=console, redirect_stdout=False, disable=disable) as progress:
         yield progress
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,6 +259,10 @@ class FolderPairs(Sequence[Pair]):
     def digest(self) -> str:
         """The digest of its pictures' names and prompts, in their order."""
         return rows_digest(self._rows)
+
+    def lines(self) -> list[str]:
+        """Each row's picture and prompt, as ``digest`` takes them, on a line."""
+        return [json.dumps([Path(row.picture.name).name, row.prompt]) for row in self._rows]
 
     def mix(self) -> None:
         """Put the rows in an order that captions alone decide; those of one caption in the set's order."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlkit.errors import Unsupported, UserError
+from controlkit.errors import Unsupported, UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +33,9 @@ def parallel_map(
 
     A ``UserError`` or ``OSError`` of the work is raised here at the place where it would have come without workers;
     these may have begun later parts meanwhile. ``stop_file``: a path that all workers see; they stop once a file lies
-    there; by default one on this machine. Where Ray runs already it is used as it is, so that its workers may be a
-    cluster's; else it is started here and ended. ``Unsupported`` where several workers are asked for without Ray.
+    there; by default one on this machine. Where Ray runs already, or ``$RAY_ADDRESS`` names one, it is used as it is,
+    so that its workers may be a cluster's; else it is started here and ended. ``Unsupported`` where several workers are
+    asked for without Ray, or none answers at that address.
     """
     if workers < 2 or len(parts) < 2:
         for part in parts:
@@ -50,9 +51,7 @@ def parallel_map(
         ) from error
     own = not ray.is_initialized()
     if own:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-        ray.init(address="local", num_cpus=workers, **options)
+        _start_ray(workers)
     with TemporaryDirectory() as scratch:
         stop_file = stop_file or Path(scratch) / "stop"
         context = ray.data.DataContext.get_current().copy()
@@ -82,6 +81,24 @@ def parallel_map(
             stop_file.unlink(missing_ok=True)
             if own:
                 ray.shutdown()
+
+
+def _start_ray(workers: int) -> None:
+    """Connect to the Ray that ``$RAY_ADDRESS`` names, as Ray itself does; else start one here."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise Unsupported(
+                f"No Ray answers at RAY_ADDRESS, which is {address} ({one_line(error)}). Start one there, or unset it: "
+                "a Ray of its own is started then."
+            ) from error
+    else:
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
 
 
 def _results_of(batch: Mapping[str, "np.ndarray"], held: Any, stop_file: Path) -> dict[str, list[bytes]]:

@@ -19,7 +19,7 @@ _QUALITY = {True: "quality kept", False: "quality fell", None: "quality not meas
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a control. ``why``: the figures it rests on, or what stands in the way; no full stop.
+    """A finding about a control. ``why``: the figures it rests on, or what stands in the way; no full stop.
 
     ``quality_kept``: None where nothing here may judge it.
     """

@@ -1,5 +1,6 @@
 """Training a control: the recipe and its parts, the objective, evaluations on the way, checkpoints, the run."""
 
+from controlkit.train.ending import Ending, read_ending
 from controlkit.train.parts import BatchPlan, Resolved
 from controlkit.train.records import EvaluationSummary, Record, best_of, found_step, should_stop, summary_of, verdict
 from controlkit.train.run import Run, train_control
@@ -10,6 +11,7 @@ from controlkit.train.step import Batch, controlled, draw_batch, objective
 __all__ = [
     "Batch",
     "BatchPlan",
+    "Ending",
     "EvaluationSummary",
     "Record",
     "Resolved",
@@ -21,6 +23,7 @@ __all__ = [
     "hint_specs",
     "learning_rate",
     "objective",
+    "read_ending",
     "resolve",
     "should_stop",
     "summary_of",

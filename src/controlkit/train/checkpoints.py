@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from controlkit.backbones import Backbone
-from controlkit.errors import Invalid, Mismatch, OutOfRoom, Unsupported
-from controlkit.files import SCRATCH, write_atomic
+from controlkit.data import FolderPairs
+from controlkit.errors import Invalid, Mismatch, NotFound, OutOfRoom, Unsupported, one_line
+from controlkit.files import SCRATCH, mark_output, write_atomic
 from controlkit.formats import SavedControl, save_control, write_tensors
 from controlkit.precision import faster_format, settle_format
+from controlkit.train.parts import RatePlan
+from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import FORMATS, Recipe, read_recipe
-from controlkit.train.records import EvaluationSummary, summary_of
+from controlkit.train.records import EvaluationSummary, best_of, summary_of
 from controlkit.train.state import TrainState
 
 _LAYOUT = "5"
@@ -97,43 +101,58 @@ def load_checkpoint(folder: Path, state: TrainState, base: Backbone) -> dict[str
     return facts
 
 
-def cut_log(path: Path, step: int) -> tuple[list[EvaluationSummary], int]:
-    """Cut the log back to a checkpoint's step; returns the evaluations it still has, and the last step it had."""
-    lines = []
+def _read_log(path: Path) -> tuple[list[tuple[int, str]], list[EvaluationSummary]]:
+    """The whole lines of a log with their steps, and its evaluations. A line that a kill cut short ends it."""
+    lines: list[tuple[int, str]] = []
     evaluations = []
-    logged = 0
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
-            break  # the line a kill cut short
-        logged = record["step"]
-        if logged > step:
-            continue
-        lines.append(line)
+            break
+        lines.append((record["step"], line))
         if seen := summary_of(record):
             evaluations.append(seen)
-    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
-    return evaluations, logged
+    return lines, evaluations
 
 
-def check_folder(recipe: Recipe, out: Path) -> None:
-    """Check that ``out`` can be this recipe's folder: ``Mismatch`` for another recipe's, ``Invalid`` for a file.
+def cut_log(path: Path, step: int) -> tuple[list[EvaluationSummary], list[float], int]:
+    """Cut the log back to a checkpoint's step; returns its evaluations and losses, and the last step it had before."""
+    lines, evaluations = _read_log(path)
+    kept = [line for number, line in lines if number <= step]
+    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    losses = [json.loads(line)["loss"] for line in kept]
+    return [one for one in evaluations if one.step <= step], losses, lines[-1][0] if lines else 0
 
-    Settings that change no step already made may differ (``_lasting``).
+
+def check_folder(recipe: Recipe, out: Path) -> list[str]:
+    """Check that ``out`` can be this recipe's folder; returns notes on what of the recipe is new to a run there.
+
+    Rates and length (``RatePlan``) may differ: steps that were made stay as they are. What changes no step may differ,
+    too (``_lasting``). Raises ``Mismatch`` for another recipe's folder, ``Invalid`` for a file.
     """
-    path = out / "recipe.yaml"
-    both = (read_recipe(path) if path.is_file() else recipe, recipe)
-    endless = all(_endless(one) for one in both)
-    before, after = (_lasting(one, endless) for one in both)
-    if changed := [key for key, value in after.items() if before[key] != value]:
-        longer = " A run can be made longer where its rate does not come down (no cooldown, schedule: constant)."
-        raise Mismatch(
-            f"{out} holds a run of another recipe (it differs in {', '.join(changed)}): give another --out, "
-            f"or run with the recipe as it was to resume.{longer if {'steps', 'max_minutes'} & {*changed} else ''}"
-        )
     if out.exists() and not out.is_dir():
         raise Invalid(f"{out} is a file; expected a folder, or a name for a new one.")
+    before = _begun_recipe(out)
+    if before is None:
+        return []
+    if changed := _changes(_lasting(before), _lasting(recipe)):
+        raise Mismatch(
+            f"{out} holds a run of another recipe: {'; '.join(changed)}. Run with these as they were to go on (rates, "
+            f"steps and max_minutes may change), or give another --out: with control.start_from={out / 'control'} it "
+            "begins with what this run has learnt, once that has ended."
+        )
+    made = checkpoints_in(out)
+    if not made or not (changed := _changes(_rates(before), _rates(recipe))):
+        return []
+    longer = {"steps", "max_minutes"} >= {change.split(" ")[0] for change in changed} and _endless(before)
+    mixed = "" if longer else ". The steps before had the former rates, so no single recipe describes this run"
+    return [f"{'; '.join(changed)}: from step {_step_of(made[-1])} on{mixed}"]
+
+
+def _begun_recipe(out: Path) -> Recipe | None:
+    path = out / "recipe.yaml"
+    return read_recipe(path) if path.is_file() else None
 
 
 def _endless(recipe: Recipe) -> bool:
@@ -141,13 +160,43 @@ def _endless(recipe: Recipe) -> bool:
     return recipe.schedule in ("constant", "constant_with_warmup") and not recipe.cooldown
 
 
-def _lasting(recipe: Recipe, endless: bool) -> dict[str, Any]:
-    """The settings that a run keeps from its first step to its last: without its length where it is ``endless``."""
-    values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True,
-                                        "evaluation": {"every", "patience", "target"}})  # fmt: skip
-    if endless:
-        del values["steps"], values["max_minutes"]
-    return values
+def _rates(recipe: Recipe) -> dict[str, Any]:
+    """The settings that may be others from a checkpoint on."""
+    return asdict(RatePlan.of(recipe))
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """The settings, by their names with dots, that a run keeps from its first step to its last."""
+    values = recipe.model_dump(exclude={"keep": True, "checkpoint_every": True, "tracking": True, "evaluation": {
+        "every", "patience", "target", "hints", "prompts"}} | dict.fromkeys(_rates(recipe), True))  # fmt: skip
+    inner = {name: value for name, value in values.items() if name in ("control", "data", "evaluation")}
+    flat = {f"{name}.{key}": value for name, section in inner.items() for key, value in section.items()}
+    return {name: value for name, value in values.items() if name not in inner} | flat
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs, in words: each with its value now and before."""
+    return [f"{key} is {value!r} and was {before[key]!r}" for key, value in after.items() if before[key] != value]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def go_back(out: Path, step: int) -> None:
+    """Have the run in ``out`` go on from the checkpoint of a step: later ones are deleted, and a later ``OUT/best``.
+
+    Raises ``NotFound`` where there is no such checkpoint, ``Unsupported`` where another process holds the folder.
+    """
+    steps = {_step_of(path): path for path in checkpoints_in(out)}
+    if step not in steps:
+        held = ", ".join(map(str, steps)) or "none"
+        raise NotFound(f"{out} has no checkpoint of step {step}: those it has are of steps {held}.")
+    with sole_owner(out):
+        best = best_of(_read_log(out / "log.jsonl")[1])
+        later = [path for number, path in steps.items() if number > step]
+        for path in [*later, *([out / "best"] if best and best.step > step else [])]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -161,33 +210,72 @@ def sole_owner(out: Path) -> Iterator[None]:
         raise Unsupported(f"Another process is training in {out}: wait until it ends, or give another --out.") from None
 
 
-def begin_folder(recipe: Recipe, out: Path, device_type: str, rows: str = "") -> None:
+def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, folders: Sequence[FolderPairs] = ()) -> str:
     """Delete files that a kill left half written, write the recipe, and use the run's thread count and number format.
 
-    A run is exact to the bit with one thread count and one format, whatever this machine would choose now. ``rows``: a
-    digest of the data set's rows; ``Mismatch`` where the run began with others, for held-out pairs may then have been
-    trained on.
+    A run is exact to the bit in one layout, processes times threads, and in one format, whatever this machine would
+    choose now. Another layout uses what this machine has; returns a note on it, or "". ``folders``: pairs trained on
+    and held out; ``Mismatch`` where the run began with others, for held-out pairs may then have been trained on.
     """
+    mark_output(out, "train")
     path = out / "machine.json"
-    begun = json.loads(path.read_text()) if path.is_file() else None
-    if begun and begun.get("rows", rows) != rows:
+    begun = json.loads(path.read_text()) if path.is_file() else {}
+    digest, rows = "".join(folder.digest() for folder in folders), [row for one in folders for row in one.lines()]
+    if begun.get("rows", digest) != digest:
         raise Mismatch(
-            f"{recipe.data.source} has other names or captions than when the run in {out} began: put them back as they "
-            "were, or give another --out (with control.start_from to use what this run has learnt)."
+            f"{recipe.data.source} has other pictures or captions than when the run in {out} began"
+            f"{_differing_rows(out / _ROWS, rows)}. Put them back as they were, or give another --out (with "
+            f"control.start_from={out / 'control'} to use what this run has learnt)."
         )
     own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
     for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    if rows and not (out / _ROWS).is_file():
+        write_atomic(out / _ROWS, "".join(f"{row}\n" for row in rows).encode())
+    before, made = _begun_recipe(out), checkpoints_in(out)
+    if before and made and _rates(before) != _rates(recipe):
+        shutil.copyfile(out / "recipe.yaml", out / f"recipe-to-{made[-1].name}.yaml")
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False).encode())
-    if not begun:
-        asked = FORMATS.get(recipe.precision) or faster_format(device_type)
-        begun = {"threads": torch.get_num_threads(), "format": asked, "rows": rows}
-        write_atomic(path, (json.dumps(begun) + "\n").encode())
+    here = {"threads": torch.get_num_threads(), "processes": ranks.count}
+    kept = here | {name: begun[name] for name in here if name in begun}
+    note = ""
+    if begun and (kept["processes"] != ranks.count or kept["threads"] * ranks.beside > _cores()):
+        note = (
+            f"begun in {kept['processes']} process(es) of {kept['threads']} thread(s), going on in {ranks.count} of "
+            f"{here['threads']}: from here on not equal to the bit to what it would have been"
+        )
+        kept = here
+    asked = begun.get("format") or FORMATS.get(recipe.precision) or faster_format(device_type)
+    if begun != (settings := kept | {"format": asked, "rows": digest}):
+        write_atomic(path, (json.dumps(settings) + "\n").encode())
     keep_format(out, device_type)
+    return note
+
+
+_ROWS = "rows.txt"
+"""The file in a run's folder that lists the rows of a folder's data set, a line each."""
+
+
+def _differing_rows(path: Path, rows: Sequence[str]) -> str:
+    """Which rows differ from those in a file, in words; "" where there is no such file."""
+    if not path.is_file():
+        return ""
+    before = path.read_text().splitlines()
+    parts = [("gone or with another caption", set(before) - set(rows)), ("new", set(rows) - set(before))]
+    named = [f"{what}: {one_line(', '.join(sorted(of)[:3]))}{_and_more(len(of) - 3)}" for what, of in parts if of]
+    return f" ({'; '.join(named) or 'in another order'})"
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_format(out: Path, device_type: str) -> None:
-    """Use the thread count and number format that the run in ``out`` began with."""
+    """Use the thread count and number format that the run in ``out`` has."""
     begun = json.loads((out / "machine.json").read_text())
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])

@@ -61,7 +61,7 @@ class Evaluator:
     """Obedience on held-out hints, where it can be measured, and pictures of them.
 
     What does not depend on the branch is made once, by the ``frozen`` base where ``base`` learns, too. ``shown``:
-    (prompt, hint) of the user's own hints.
+    (prompt, hint) of the user's own hints. ``out``: the run's folder; None for no sheets.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Evaluator:
         frozen: Backbone,
         plan: EvaluationPlan,
         shown: Sequence[tuple[str, np.ndarray]],
-        out: Path,
+        out: Path | None,
         ranks: Ranks,
     ) -> None:
         self.base, self.frozen, self.plan, self.out, self.ranks = base, frozen, plan, out, ranks
@@ -156,7 +156,7 @@ class Evaluator:
         pixels = (picture.pixels for picture in make(requests))
         size, spec = (self.base.size, self.base.size), self.plan.spec
         rows = [[fit(spec.picture(hint), size, spec.resize), *islice(pixels, SEEDS)] for _, hint in self.shown]
-        write_png(self.out / "samples" / f"own-step-{step:07d}.png", grid(rows))
+        self._write(f"own-step-{step:07d}.png", grid(rows))
 
     def _write_sheet(self, made: list[list[np.ndarray]], step: int) -> None:
         """``made``: of the first few pairs, with control and without."""
@@ -165,4 +165,8 @@ class Evaluator:
             for hint, pair, two in zip(self.plan.hints, self.plan.pairs, made, strict=False)
         ]
         sheet = grid(rows, ["hint", "truth", "controlled", "no control"])
-        write_png(self.out / "samples" / f"step-{step:07d}.png", sheet)
+        self._write(f"step-{step:07d}.png", sheet)
+
+    def _write(self, name: str, sheet: np.ndarray) -> None:
+        if self.out:
+            write_png(self.out / "samples" / name, sheet)

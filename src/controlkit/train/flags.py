@@ -1,4 +1,4 @@
-"""The flags of diffusers' ``train_controlnet.py`` and ``train_controlnet_sdxl.py``, read as a recipe.
+"""The flags of diffusers' ``train_controlnet.py`` and its neighbours for SDXL, SD 3 and Flux, read as a recipe.
 
 Every flag of these scripts is known: it has a place in the recipe, or a reason why it is not needed, or is refused with
 what to do instead. A flag left out has the script's default, not the recipe's, or a note says where it differs.
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from controlkit.data import folder_of, read_listing, trained_count
-from controlkit.errors import Invalid, NotFound, nearest
-from controlkit.train.recipe import ScheduleName, TrackerName
+from controlkit.errors import Invalid, NotFound, Unsupported, nearest
+from controlkit.train.recipe import ScheduleName, TrackerName, usual_rate
 
 PLACES = {
     "pretrained_model_name_or_path": "base",
@@ -53,8 +53,41 @@ NEEDLESS = {
     "tokenizer_name": "the base brings its own",
     "num_validation_images": "four pictures are made of each --validation_image, and obedience is measured besides",
     "logging_dir": "the log is OUT/log.jsonl, and TensorBoard's files are in OUT/tensorboard",
+    "upcast_vae": "a VAE that needs single precision is computed in it",
+    "dataset_preprocess_batch_size": "latents, text and hints are cached in batches that fit",
+    "enable_model_cpu_offload": "pictures are made by the networks that are loaded for training",
 }
 """Flags that change nothing here, and why."""
+
+_SD3, _FLUX = "train_controlnet_sd3.py", "train_controlnet_flux.py"
+_NO_FLOW = "no base that is trained by flow matching can be used"
+_NO_BLOCKS = "bases here are U-Nets, whose encoder is copied whole"
+_ELSEWHERE = {
+    "weighting_scheme": (f"{_SD3} and {_FLUX}", _NO_FLOW),
+    "logit_mean": (f"{_SD3} and {_FLUX}", _NO_FLOW),
+    "logit_std": (f"{_SD3} and {_FLUX}", _NO_FLOW),
+    "mode_scale": (f"{_SD3} and {_FLUX}", _NO_FLOW),
+    "precondition_outputs": (_SD3, _NO_FLOW),
+    "max_sequence_length": (_SD3, "it is of the T5 text encoder, which no base here has"),
+    "num_extra_conditioning_channels": (_SD3, "the channels of hints are counted: `--set control.channels=N`"),
+    "num_double_layers": (_FLUX, _NO_BLOCKS),
+    "num_single_layers": (_FLUX, _NO_BLOCKS),
+    "guidance_scale": (_FLUX, "no base here has guidance embedded; of samples: `--set evaluation.guidance=N`"),
+    "jsonl_for_train": (_FLUX, "data sets are folders: name the file metadata.jsonl, and give --train_data_dir"),
+    "save_weight_dtype": (_FLUX, "controls are saved in float32; `controlkit convert --dtype` makes them smaller"),
+}
+"""Flags of other scripts that have no setting here -> the scripts, and why or what to do."""
+
+_OTHER_WORDS = {
+    "train_batch_size": "batch", "batch_size": "batch", "num_train_epochs": "steps", "epochs": "steps",
+    "max_steps": "steps", "iterations": "steps", "rate": "lr", "image_size": "size", "output_dir": "--out",
+    "mixed_precision": "precision", "dtype": "precision", "lr_warmup_steps": "warmup", "warmup_steps": "warmup",
+    "checkpoints_total_limit": "keep", "report_to": "tracking.to", "validation_steps": "evaluation.every",
+    "use_8bit_adam": "optimizer", "use_adafactor": "optimizer", "lr_num_cycles": "cycles", "lr_power": "power",
+    "image_column": "data.columns", "caption_column": "data.columns", "conditioning_image_column": "data.columns",
+    "budget": "max_minutes", "model": "base", "data": "data.source", "dataset": "data.source",
+}  # fmt: skip
+"""Other programs' words for a recipe's settings, beside ``PLACES``."""
 
 _COLUMNS = {
     "image_column": ("image", "image"),
@@ -68,10 +101,12 @@ _ONE_SCHEDULE = {"lr_num_cycles": ("cycles", "cosine_with_restarts"), "lr_power"
 
 _DEFAULTS = {
     "train_batch_size": 4, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "lr_warmup_steps": 500,
-    "checkpointing_steps": 500, "resolution": 512, "learning_rate": 5e-6, "proportion_empty_prompts": 0.0,
-    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
+    "checkpointing_steps": 500, "resolution": 512, "proportion_empty_prompts": 0.0, "adam_beta1": 0.9,
+    "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
 }  # fmt: skip
 """The scripts' defaults of numbers, where they differ from the recipe's or are not among its settings."""
+_RATE = 5e-6
+"""The scripts' learning rate, for Stable Diffusion."""
 
 _FORMATS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
@@ -102,11 +137,11 @@ def parser() -> argparse.ArgumentParser:
     for name in ("max_train_steps", "max_train_samples", "validation_steps", "checkpoints_total_limit",
                  "lr_num_cycles"):  # fmt: skip
         add(f"--{name}", type=_whole)
-    for name in ("adam_epsilon", "max_grad_norm", "lr_power"):
+    for name in ("adam_epsilon", "learning_rate", "max_grad_norm", "lr_power"):
         add(f"--{name}", type=_number)
     for name, default in _DEFAULTS.items():
         add(f"--{name}", type=_whole if isinstance(default, int) else _number, default=default)
-    for name in ("gradient_checkpointing", "scale_lr", "use_8bit_adam"):
+    for name in ("gradient_checkpointing", "scale_lr", "use_8bit_adam", "use_adafactor"):
         add(f"--{name}", action="store_true")
     for name in ("validation_prompt", "validation_image"):
         add(f"--{name}", nargs="*")
@@ -149,10 +184,15 @@ def read_flags(arguments: Sequence[str], processes: int = 1) -> Asked:
     if values.max_train_steps is None:
         pairs = min(_pairs_in(source, columns), values.max_train_samples or 2**62)
         recipe["steps"] = -(-pairs // recipe["batch"]) * values.num_train_epochs
+    if recipe["base"] != "mini" or values.scale_lr:
+        recipe.setdefault("lr", _RATE)
     if values.scale_lr:
         recipe["lr"] *= recipe["batch"]
-    recipe["betas"] = [values.adam_beta1, values.adam_beta2]
-    recipe["optimizer"] = "adamw8bit" if values.use_8bit_adam else "adamw"
+    if values.use_adafactor:
+        recipe["optimizer"] = "adafactor"
+    else:
+        recipe["betas"] = [values.adam_beta1, values.adam_beta2]
+        recipe["optimizer"] = "adamw8bit" if values.use_8bit_adam else "adamw"
     recipe["warmup"] = 0 if recipe["schedule"] == "constant" else values.lr_warmup_steps
     for name, (key, schedule) in _ONE_SCHEDULE.items():
         if given[name] is not None and recipe["schedule"] == schedule:
@@ -167,6 +207,12 @@ def read_flags(arguments: Sequence[str], processes: int = 1) -> Asked:
     return Asked(recipe, Path(values.output_dir), _notes(given, recipe, processes))
 
 
+def key_of(word: str) -> str:
+    """The recipe's key for another program's word, or ""."""
+    word = word.lower().lstrip("-").replace("-", "_").replace("learningrate", "learning_rate")
+    return PLACES.get(word) or _OTHER_WORDS.get(word, "")
+
+
 def _pairs_in(folder: Path, columns: Mapping[str, str]) -> int:
     return trained_count(len(read_listing(folder, columns).rows))
 
@@ -177,6 +223,11 @@ def _check(values: argparse.Namespace, rest: Sequence[str]) -> None:
         raise Invalid(f'"{rest[0]}" stands where a flag was expected, such as --train_data_dir.')
     if rest:
         name = rest[0][2:].partition("=")[0]
+        if name in _ELSEWHERE:
+            script, reason = _ELSEWHERE[name]
+            raise Unsupported(
+                f"--{name} is a flag of diffusers' {script}; there is no such setting here: {reason}. Leave it out."
+            )
         raise Invalid(f"--{name} is no flag of train_controlnet.py: {nearest(name, vars(values))}")
     if values.pretrained_model_name_or_path is None:
         raise Invalid("--pretrained_model_name_or_path is missing: expected `mini`, a diffusers folder or a file.")
@@ -193,6 +244,9 @@ def _notes(given: Mapping[str, Any], recipe: Mapping[str, Any], processes: int) 
     for name, (_, schedule) in _ONE_SCHEDULE.items():
         if given[name] is not None and recipe["schedule"] != schedule:
             notes.append(f"--{name} is not needed: only --lr_scheduler {schedule} reads it")
+    if "lr" not in recipe:
+        usual = f"{usual_rate('mini', recipe['optimizer']):g}"
+        notes.append(f"the script's rate of {_RATE:g} is for Stable Diffusion, mini's is {usual}: --learning_rate")
     if not given["annotator"]:
         notes.append("--annotator, a flag of its own, says what the hints are, so that obedience can be measured")
     if processes > 1:

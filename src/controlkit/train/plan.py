@@ -4,6 +4,7 @@ Weights, gradients, optimizer and data are counted. What a part of a batch needs
 with 2 and 4 pairs, from which the whole is estimated, then with all of them, where that fits.
 """
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -34,13 +35,15 @@ _MAPPED = "cached pairs"
 @dataclass(frozen=True)
 class Plan:
     """An estimate. ``parts``: bytes of the device's memory in a step, by what they are for. ``caching``: the most while
-    latents are made. ``free``: bytes the device had left. ``seconds``: of a step; None where its parts do not fit."""
+    latents are made. ``free``: bytes the device had left. ``seconds``: of a step; None where its parts do not fit.
+    ``minutes``: the run's budget, if it has one."""
 
     parts: Mapping[str, int]
     caching: int
     free: int
     seconds: float | None
     steps: int
+    minutes: float | None = None
 
     @property
     def peak(self) -> int:
@@ -57,9 +60,18 @@ class Plan:
         if self.seconds is None:
             advice = "raise gradient_accumulation, or set gradient_checkpointing: true"
             return [*lines, f"That does not fit in the {format_bytes(self.free)} left here: {advice}."]
-        whole = self.seconds * self.steps
-        span = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
-        return [*lines, f"estimated time: {span}, {self.seconds:.2g} s a step; caching and evaluations take more"]
+        whole, budget = self.seconds * self.steps, 60 * (self.minutes or math.inf)
+        if budget < whole:
+            made = f"max_minutes, enough for at most {max(int(budget / self.seconds), 1):,} of {self.steps:,} steps"
+            return [*lines, f"estimated time: {_span(budget)} ({made}), {self.seconds:.2g} s a step"]
+        return [
+            *lines,
+            f"estimated time: {_span(whole)}, {self.seconds:.2g} s a step; caching and evaluations take more",
+        ]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
 
 
 class Meter:
@@ -133,7 +145,7 @@ def estimate(plan: Resolved, base: Backbone, state: TrainState, pairs: int, mete
     state.learning.zero_grad()
     parts["micro-batch: features, libraries"] = max(needed, 0)
     caching = here + peak_of(partial(_encode, base), min(AT_ONCE, pairs))
-    return Plan(parts, caching, free, seconds, plan.rates.steps)
+    return Plan(parts, caching, free, seconds, plan.rates.steps, plan.rates.max_minutes)
 
 
 def peak_of(work: Callable[[int], Any], count: int) -> int:

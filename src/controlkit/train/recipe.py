@@ -40,6 +40,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def usual_rate(base: str, optimizer: str) -> float:
+    """The learning rate by default: the paper's for Stable Diffusion; ``mini``, which is small, learns faster.
+
+    Prodigy multiplies its own estimate by it.
+    """
+    if optimizer == "prodigy":
+        return 1.0
+    return 2e-4 if base == "mini" else 1e-5
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -156,7 +166,7 @@ class Recipe(_Strict):
     max_grad_norm: float = Field(1.0, gt=0, le=1e9)
     """Largest L2 norm of the gradients, over all weights; larger ones are scaled down to it."""
     lr: float = Field(1e-5, gt=0, le=100)
-    """The learning rate at its highest."""
+    """The learning rate at its highest; by default ``usual_rate``."""
     schedule: ScheduleName = "constant"
     warmup: Steps = 0
     """Steps at the start over which the learning rate rises linearly."""
@@ -176,6 +186,12 @@ class Recipe(_Strict):
     keep: Count | None = 2
     evaluation: EvaluationRecipe = EvaluationRecipe()
     tracking: TrackingRecipe = TrackingRecipe()
+
+    @model_validator(mode="after")
+    def _rate_follows_the_base(self) -> "Recipe":
+        if "lr" not in self.model_fields_set:
+            object.__setattr__(self, "lr", usual_rate(self.base, self.optimizer))  # which leaves it out of the set
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
@@ -340,9 +356,11 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
         *path, key = first["loc"]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise Invalid(
-                f'{origin} has an unknown key "{name}": {nearest(str(key), _known_keys(Recipe, path))}'
-            ) from None
+            from controlkit.train.flags import key_of  # which reads recipes
+
+            meant = f'did you mean "{other}"?' if (other := key_of(str(key))) else ""
+            known = nearest(str(key), _known_keys(Recipe, path))
+            raise Invalid(f'{origin} has an unknown key "{name}": {meant or known}') from None
         raise Invalid(
             f'{origin}: "{name}" is {one_line(repr(first["input"]))}; {first["msg"][0].lower()}{first["msg"][1:]}.'
         ) from None

@@ -5,12 +5,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
 _MAIN = ("fidelity", "floor", "ceiling", "obedience")
+_RELATIVE, _RESIDUAL, _LOSS, _STEPS = 2.0, 1000.0, 3.0, 8
+"""A run has diverged above these: loss relative to no control, residual relative to its feature, mean loss of so many
+steps relative to that of the first steps."""
 QUALITY = ("clip_score", "clip_score_no_control", "clip_score_truth")
 
 
@@ -110,16 +113,36 @@ def best_of(evaluations: Sequence[EvaluationSummary]) -> EvaluationSummary | Non
     return max(meaningful, key=lambda one: (one.quality_kept and one.control, one.mean), default=None)
 
 
-def should_stop(plan: EvaluationRecipe, evaluations: Sequence[EvaluationSummary]) -> bool:
-    """Whether a run ends before its last step: it reached its target, or has not improved for its patience."""
+def should_stop(
+    plan: EvaluationRecipe, evaluations: Sequence[EvaluationSummary]
+) -> Literal["target", "patience"] | None:
+    """Why a run ends before its last step: it reached its target, or has not improved for its patience."""
     best = best_of(evaluations)
     if best is None:
-        return False
+        return None
     if plan.target is not None and any(
         one.is_meaningful and one.quality_kept and one.low >= plan.target for one in evaluations
     ):
-        return True
-    return 0 < plan.patience <= sum(one.step > best.step for one in evaluations)
+        return "target"
+    return "patience" if 0 < plan.patience <= sum(one.step > best.step for one in evaluations) else None
+
+
+def divergence(record: Record, losses: Sequence[float]) -> str:
+    """What shows that a run has diverged, in words; "" where nothing does.
+
+    ``record``: of its last step; ``losses``: of all its steps. The first steps' loss is the base's own, and that of a
+    network that predicts nothing is near 1: a run is above both.
+    """
+    for name, quarters in record.relative.items():
+        if not (mean := sum(quarters) / len(quarters)) <= _RELATIVE:
+            return f"the loss relative to no control{f' ({name})' if name else ''} is {mean:.3g}, and 1 is no control"
+    for tap, size in record.residuals.items():
+        if not size <= _RESIDUAL:
+            return f"the residual at {tap} is {size:.3g} times what it is added to"
+    first, last = (sum(part) / _STEPS for part in (losses[:_STEPS], losses[-_STEPS:]))
+    if len(losses) >= 2 * _STEPS and last > max(_LOSS * first, 1):
+        return f"the loss of the last {_STEPS} steps is {last:.3g}, and that of the first was {first:.3g}"
+    return ""
 
 
 def verdict(evaluations: Sequence[EvaluationSummary]) -> str:

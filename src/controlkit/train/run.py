@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import HintSpec
-from controlkit.measure import EvaluationPlan, unmeasurable
+from controlkit.measure import EvaluationPlan, Obedience, Verdict, unmeasurable, verdict_on
 from controlkit.sample import ControlRequest
 from controlkit.train.checkpoints import (
     begin_folder,
@@ -33,6 +34,7 @@ from controlkit.train.checkpoints import (
     save_checkpoint,
     sole_owner,
 )
+from controlkit.train.ending import ENDING, Ending, Reason, next_command, read_ending, train_command, why_ended
 from controlkit.train.evaluation import CONTROL, Evaluator, own_hints
 from controlkit.train.gradients import Gradients
 from controlkit.train.heldout import HeldoutLoss
@@ -40,7 +42,15 @@ from controlkit.train.parts import Resolved
 from controlkit.train.plan import Meter, estimate, format_bytes
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import Recipe
-from controlkit.train.records import EvaluationSummary, Record, best_of, should_stop, summary_of, verdict
+from controlkit.train.records import (
+    EvaluationSummary,
+    Record,
+    best_of,
+    divergence,
+    should_stop,
+    summary_of,
+    verdict,
+)
 from controlkit.train.schedule import Clock, learning_rate
 from controlkit.train.setup import describe_buckets, describe_run, new_branch, own_specs, resolve, training_pairs
 from controlkit.train.state import TrainState
@@ -59,12 +69,13 @@ def train_control(
     on_stage: Callable[[str, int], None] = lambda name, total: None,
     on_advance: Callable[[int], None] = lambda count: None,
     estimate_first: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
     """Train a control, yielding a record a step: the paper's Section 3.3, with the objective of equation 5.
 
-    ``OUT/control`` holds the result when the iterator ends, ``OUT/best`` the most obedient control measured. Called
-    again it resumes from the last checkpoint. With several processes (``accelerate launch``), each computes its part of
-    every batch.
+    ``OUT/control`` holds the result when the iterator ends, ``OUT/best`` the most obedient control measured, and
+    ``read_ending(OUT)`` tells why it ended and what was found. Called again it resumes from the last checkpoint. With
+    several processes (``torchrun``), each computes its part of every batch.
 
     ``on_stage(name, total)`` and ``on_advance(count)`` report the work between steps: caching and evaluating. With a
     total of 0 the name is a sentence for the user, such as what was done when memory ran out.
@@ -72,33 +83,38 @@ def train_control(
     ``estimate_first``: try a part of a batch and report the memory and time the run will take, and after the first step
     the memory it took.
 
+    ``stopping`` is asked after every step: where it is true in any process, a checkpoint is written and the run ends,
+    to go on another time. Before the first step it is a ``KeyboardInterrupt``.
+
     Raises a ``UserError``: ``NotFound`` for a base, data, control or package that is missing; ``Invalid`` for a setting
-    or file; ``Mismatch`` for the folder of another recipe, or other weights or data than the run began with;
+    or file, or where the run diverges; ``Mismatch`` for the folder of another recipe, or other weights or data than it
+    began with;
     ``Unsupported`` for settings that do not work together, or a folder another process trains in; ``OutOfRoom`` where
     memory or disk is too small. A recipe that cannot run leaves no folder behind.
     """
     prepared = prepare(recipe, out, base, estimate_first)
     with ExitStack() as opened:
-        run = Run(prepared, out, Reports(on_stage, on_advance), opened)
-        while not run.ended:
+        run = Run(prepared, out, Reports(on_stage, on_advance, stopping), opened)
+        while not run.reason:
             yield run.step()
         run.finish()
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Where a run reports its progress (``train_control``)."""
+    """Where a run reports its progress, and asks whether to stop (``train_control``)."""
 
     on_stage: Callable[[str, int], None]
     on_advance: Callable[[int], None]
+    stopping: Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All that a run begins with; nothing is written yet. ``state.base`` is a copy of ``frozen`` where it is trained.
 
-    ``heldout``: the pairs to measure on. ``shown``: (prompt, hint) of the user's own hints. ``meter``: where an
-    estimate is wanted.
+    ``heldout``: the pairs to measure on. ``unmeasured``: why obedience is not measured, as a sentence, or "".
+    ``shown``: (prompt, hint) of the user's own hints. ``meter``: where an estimate is wanted.
     """
 
     plan: Resolved
@@ -106,6 +122,7 @@ class Prepared:
     state: TrainState
     pairs: Sequence[Pair]
     heldout: Sequence[Pair]
+    unmeasured: str
     shown: Sequence[tuple[str, np.ndarray]]
     ranks: Ranks
     notes: Sequence[str]
@@ -116,26 +133,27 @@ def prepare(recipe: Recipe, out: Path, base: Backbone | None, estimate_first: bo
     """Check the recipe and the folder, load the base, find the data and make the branch."""
     plan = resolve(recipe)
     check_trackers(recipe.tracking.to)
-    check_folder(recipe, out)
+    notes = check_folder(recipe, out)
     base = base or load_base(recipe.base, vae=recipe.vae)
-    notes: list[str] = []
     if recipe.size and recipe.size != base.size:
         notes.append(f'pictures of {recipe.size} pixels; "{base.name}" was trained on {base.size}')
         base = base.of_size(recipe.size)
     meter = Meter(base) if estimate_first else None
     ranks = connect_ranks(cpu=base.device.type == "cpu")
     _check_processes(plan, ranks)
+    _check_timesteps(recipe, base)
     pairs, heldout = training_pairs(plan.data, base)
-    notes += _notes_on_measuring(plan, heldout)
+    unmeasured = _why_unmeasured(plan, heldout)
+    notes += _notes_on_measuring(recipe, unmeasured, len(heldout))
     shown = own_hints(recipe.evaluation, plan.specs[""]) if "" in plan.specs else []
     branch = new_branch(recipe.control, plan.specs, base, recipe.seed, not checkpoints_in(out), notes.append)
     learner = base.with_own_denoiser() if recipe.unfreeze_after else base
     state = TrainState.of(plan.learning, branch, learner, ranks)
-    return Prepared(plan, base, state, pairs, heldout, shown, ranks, notes, meter)
+    return Prepared(plan, base, state, pairs, heldout, unmeasured, shown, ranks, notes, meter)
 
 
 class Run:
-    """A training run in its folder: ``step`` until ``ended``, then ``finish``.
+    """A training run in its folder: ``step`` until there is a ``reason`` to end, then ``finish``.
 
     ``done``: the steps made. ``evaluations``: those up to this step, in order.
     """
@@ -148,12 +166,12 @@ class Run:
         self.plan, self.frozen, self.state = prepared.plan, prepared.frozen, prepared.state
         self.ranks, self.out, self.reports = prepared.ranks, out, reports
         recipe, base = self.plan.recipe, self.state.base
-        self._clock = Clock(self.plan.rates.max_minutes)
-        self._take_folder(prepared, opened)
+        self._clock, self._unmeasured = Clock(self.plan.rates.max_minutes), prepared.unmeasured
+        note = self._take_folder(prepared, opened)
         if self.ranks.first:
-            self._announce(prepared)
+            self._announce(prepared, note)
             reports.on_stage("caching", len(prepared.pairs))
-        cached = self._cached("pairs", prepared.pairs, reports.on_advance, mirrors=recipe.data.flip > 0)
+        cached = self._cached("pairs", prepared.pairs, self._advance, mirrors=recipe.data.flip > 0)
         if not self.ranks.first:
             keep_format(out, base.device.type)
         elif recipe.data.buckets:
@@ -169,30 +187,40 @@ class Run:
         self._gradients = Gradients(self.state, cached, batches, compute, self.ranks, reports.on_stage)
         self._unmetered = prepared.meter
         """Tells after the first step how much memory it took."""
-        self.done, self._out_of_time = 0, False
+        self.done, self._out_of_time, self._stopped = 0, False, False
         if checkpoints := checkpoints_in(out):
             facts = load_checkpoint(checkpoints[-1], self.state, self.frozen)
             self._clock.restore(facts)
             self.done, self._out_of_time = int(facts["step"]), self.ranks.broadcast(self._clock.over)
         self.evaluations: list[EvaluationSummary] = []
+        self._losses: list[float] = []
+        self._measured = Record(0, 0.0, 0.0)
+        """What the last evaluation found."""
         if self.ranks.first:
-            self.evaluations, logged = cut_log(out / "log.jsonl", self.done)
+            self.evaluations, self._losses, logged = cut_log(out / "log.jsonl", self.done)
             self._log = opened.enter_context((out / "log.jsonl").open("a"))
             trackers = tracked(recipe.tracking, recipe.model_dump(), out, self.done, logged)
             self._track = opened.enter_context(trackers)
-        self.evaluations = self.ranks.broadcast(self.evaluations)
+        self.evaluations, self._losses = self.ranks.broadcast((self.evaluations, self._losses))
         if compute.gradient_checkpointing:
             opened.enter_context(recomputed(self.state.branch, base.denoiser, within=self._gradients.attention))
 
     @property
-    def ended(self) -> bool:
-        """Whether no step is left: all are made, the time is over, or the evaluations say so."""
-        stopped = should_stop(self.plan.recipe.evaluation, self.evaluations)
-        return self.done >= self.plan.rates.steps or stopped or self._out_of_time
+    def reason(self) -> Reason | None:
+        """Why no step follows; None where one does."""
+        if enough := should_stop(self.plan.recipe.evaluation, self.evaluations):
+            return enough
+        if self.done >= self.plan.rates.steps:
+            return "steps"
+        if self._out_of_time:
+            return "budget"
+        return "interruption" if self._stopped else None
 
     def step(self) -> Record:
-        """Make one step; evaluate and keep where it is due."""
+        """Make one step; evaluate and keep where it is due. ``Invalid`` where it diverges."""
         started = time.perf_counter()
+        if self.ranks.first:
+            (self.out / ENDING).unlink(missing_ok=True)
         if after := self.plan.learning.unfreeze_after:
             self.state.base.denoiser.requires_grad_(self.done >= after)
             if self.done == after:
@@ -202,38 +230,49 @@ class Run:
         # Where a step waits for the device, once: what is not finite must not reach the weights.
         value, slope = torch.stack([loss, norm]).tolist()
         if not np.isfinite([value, slope]).all() and not (np.isfinite(value) and self.state.skips_overflow):
-            raise Invalid(
-                f"At step {self.done + 1} the loss is {value} and its gradient's norm {slope}. Lower the learning rate "
-                f"(it is {self.plan.rates.lr}) and give another --out."
-            )
+            self._diverge(f"the loss is {value} and its gradient's norm {slope}", self.done + 1)
         limited = self.plan.rates.max_minutes is not None
         spent = self.ranks.broadcast(self._clock.share) if limited else 0.0
         rate = learning_rate(self.plan.rates, self.done, spent)
         self.done += 1
         self.state.step(rate, self.done)
         record = Record(self.done, value, self._clock.stepped(started))
+        self._losses.append(value)
         every = self.plan.recipe.evaluation.every
-        if every and (self.done % every == 0 or self.done == self.plan.rates.steps):
-            record = self.evaluate(record)
         self._out_of_time = limited and self.ranks.broadcast(self._clock.over)
+        due = every and (self.done % every == 0 or self.done == self.plan.rates.steps or self._out_of_time)
+        record = self._measure(record) if due else record
+        if words := divergence(record, self._losses):
+            self._diverge(words, self.done)
+        if due:
+            record = self._evaluated(record)
+            self._out_of_time = limited and self.ranks.broadcast(self._clock.over)
         if self.ranks.first:
             self._log_record(record, rate)
-        if self.done % self.plan.recipe.checkpoint_every == 0 or self.ended:
+        self._stopped = self.ranks.any(self.reports.stopping())
+        if self.done % self.plan.recipe.checkpoint_every == 0 or self.reason:
             self.keep()
         if self._unmetered and self.ranks.first:
             self.reports.on_stage(f"most memory held up to the first step: {format_bytes(self._unmetered.peak())}", 0)
             self._unmetered = None
         return record
 
-    def evaluate(self, record: Record) -> Record:
-        """Measure the control after a step, add what was found to its record, and keep the best control."""
+    def _measure(self, record: Record) -> Record:
+        """Add to a step's record what an evaluation of the control finds."""
         assert self._loss
-        weights = self.state.result().eval()
+        started, weights = time.perf_counter(), self.state.result().eval()
         record = replace(record, relative=self._loss.measure(weights), residuals=self._loss.residuals(weights))
         if self._evaluator:
             self.reports.on_stage("evaluating", self._evaluator.work)
             record = self._evaluator.measure(weights, record, self.reports.on_advance)
         weights.train()
+        self._clock.evaluation = time.perf_counter() - started
+        self._measured = record
+        return record
+
+    def _evaluated(self, record: Record) -> Record:
+        """Add an evaluation to those before it and its verdict to the record, and keep the best control."""
+        weights = self.state.result()
         summary = summary_of(json.loads(record.to_json()))  # as the log has it: a resumed run decides alike
         assert summary is not None
         self.evaluations.append(summary)
@@ -244,6 +283,21 @@ class Run:
         self.evaluations = self.ranks.broadcast(self.evaluations)
         return record
 
+    def _diverge(self, words: str, step: int) -> NoReturn:
+        """End the run at a step that diverged; what was kept before it stays."""
+        rate, kept = self.plan.rates.lr, checkpoints_in(self.out)
+        begin = f"from step {int(kept[-1].name.removeprefix('step-'))} on" if kept else "from the beginning"
+        command = train_command(self.out, f"lr={rate / 10:g}")
+        why = (
+            f"Diverged at step {step}: {words}. The learning rate is too high: it is {rate:g}. A tenth of it, "
+            f"{begin}: {command}"
+        )
+        if len(kept) > 1:
+            why += "; from an earlier checkpoint with --from-step"
+        if self.ranks.first:
+            Ending(step, "divergence", f"{why}.", None, command).write(self.out)
+        raise Invalid(f"{why}.")
+
     def keep(self) -> None:
         """Write a checkpoint, from which a run resumes exactly."""
         state, weights = self.state.state(keep=self.ranks.first), self.state.result()
@@ -252,26 +306,71 @@ class Run:
             save_checkpoint(self.out, self.done, controls, self.frozen, state, self.plan.recipe.keep, facts)
 
     def finish(self) -> None:
-        """Write the control into ``OUT/control``."""
-        weights = self.state.result()
-        if self.ranks.first:
+        """Write the control into ``OUT/control``, unless it was interrupted; judge it, and write how the run ended."""
+        reason, recipe, weights = self.reason, self.plan.recipe, self.state.result()
+        assert reason
+        if reason != "interruption" and self.ranks.first:
             self._write(self.out / "control", weights)
+        before = self.ranks.broadcast(read_ending(self.out) if self.ranks.first else None)
+        if before and (before.step, before.reason) == (self.done, reason):  # nothing was left to do
+            return
+        best = best_of(self.evaluations)
+        why = why_ended(reason, self.done, recipe, best and best.step)
+        if reason == "interruption":
+            ending = Ending(self.done, reason, why, None, train_command(self.out))
+        else:
+            found = self._verdict(weights)
+            command = next_command(self.out, recipe, reason, found, best and best.step, self.done)
+            ending = Ending(self.done, reason, why, found, command)
+        if self.ranks.first:
+            ending.write(self.out)
         self.ranks.wait()
 
-    def _take_folder(self, prepared: Prepared, opened: ExitStack) -> None:
+    def _verdict(self, weights: ControlNetwork) -> Verdict:
+        """Judge the control that the run ends with, on an evaluation of it and a second one with other seeds."""
+        if not self._loss:
+            return Verdict("cannot be measured", "evaluation.every is 0, so nothing was measured")
+        if self._measured.step != self.done:  # killed after the last step
+            self._measure(Record(self.done, 0.0, 0.0))
+        record, evaluator = self._measured, self._evaluator
+        if not (record.evaluation and evaluator):
+            loss = ", ".join(f"{name} {sum(x) / len(x):.3f}".strip() for name, x in record.relative.items())
+            reason = f"{self._unmeasured} The held-out loss is {loss} of that without control"
+            return Verdict("cannot be measured", reason)
+
+        def again() -> Obedience | None:
+            other = replace(evaluator.plan, first_seed=len(evaluator.plan.pairs))
+            second = Evaluator(self.state.base, self.frozen, other, [], None, self.ranks)
+            self.reports.on_stage("evaluating with other seeds", second.work)
+            return second.measure(weights.eval(), record, self.reports.on_advance).evaluation
+
+        summary = summary_of(json.loads(record.to_json()))
+        return verdict_on(record.evaluation, summary.quality_kept if summary and record.quality else None, again)
+
+    def _advance(self, count: int) -> None:
+        """Report work before the first step, which may be stopped."""
+        self.reports.on_advance(count)
+        if self.reports.stopping():
+            raise KeyboardInterrupt
+
+    def _take_folder(self, prepared: Prepared, opened: ExitStack) -> str:
+        """Lock the folder and begin, or go on, there; returns a note, or ""."""
         self.ranks.wait()
-        self.out.mkdir(parents=True, exist_ok=True)
+        note = ""
         if self.ranks.first:
+            self.out.mkdir(parents=True, exist_ok=True)
             opened.enter_context(sole_owner(self.out))
             folders = [part for part in (prepared.pairs, prepared.heldout) if isinstance(part, FolderPairs)]
-            rows = "".join(folder.digest() for folder in folders)
-            begin_folder(self.plan.recipe, self.out, self.frozen.device.type, rows)
+            note = begin_folder(self.plan.recipe, self.out, self.frozen.device.type, self.ranks, folders)
+        self.ranks.check_shared(self.out)
+        return note
 
-    def _announce(self, prepared: Prepared) -> None:
+    def _announce(self, prepared: Prepared, note: str) -> None:
         """Report what the run is about to do and, with a meter, what it will take."""
         pairs, meter = len(prepared.pairs), prepared.meter
-        sentence = describe_run(self.plan, self.frozen, self.state.branch, pairs)
-        for line in (*self.ranks.notes, sentence, *(f"note: {note}" for note in prepared.notes)):
+        sentence = describe_run(self.plan, self.frozen, self.state.branch, pairs, self.ranks.count)
+        notes = [*prepared.notes, *([note] if note else [])]
+        for line in (*self.ranks.notes, sentence, *(f"note: {note}" for note in notes)):
             self.reports.on_stage(line, 0)
         if meter and not self.ranks.sharded:  # all processes would have to take part
             found = estimate(self.plan, self.frozen, self.state, pairs, meter, self.ranks.count)
@@ -343,18 +442,29 @@ class Run:
             save_difference(folder / DIFFERENCE, self.frozen, self.state.base)
 
 
-def _notes_on_measuring(plan: Resolved, heldout: Sequence[Pair]) -> Iterator[str]:
-    """Sentences on what the evaluations cannot show; errors for what they cannot do."""
-    evaluation, specs = plan.recipe.evaluation, plan.specs
-    if not evaluation.every:
-        return
+def _why_unmeasured(plan: Resolved, heldout: Sequence[Pair]) -> str:
+    """Why a run's evaluations do not measure obedience, as a sentence; "" where they do, or there are none."""
+    if not plan.recipe.evaluation.every:
+        return ""
     union = "A Union's is, type by type, when it is trained."
-    if reason := unmeasurable(specs[""], heldout) if "" in specs else union:
-        yield f"obedience is not measured: {reason} The best control is the one with the least relative loss"
-        if evaluation.target is not None:
-            raise Unsupported(f"evaluation.target is an obedience, and none is measured: {reason}")
-    if len(heldout) < min(evaluation.num, _FEW):
-        yield f"{len(heldout)} pairs are held out to measure on: too few to say much"
+    return unmeasurable(plan.specs[""], heldout) if "" in plan.specs else union
+
+
+def _notes_on_measuring(recipe: Recipe, unmeasured: str, heldout: int) -> Iterator[str]:
+    """Sentences on what the evaluations cannot show; errors for what they cannot do."""
+    if unmeasured:
+        yield f"obedience is not measured: {unmeasured} The best control is the one with the least relative loss"
+        if recipe.evaluation.target is not None:
+            raise Unsupported(f"evaluation.target is an obedience, and none is measured: {unmeasured}")
+    if recipe.evaluation.every and heldout < min(recipe.evaluation.num, _FEW):
+        yield f"{heldout} pairs are held out to measure on: too few to say much"
+
+
+def _check_timesteps(recipe: Recipe, base: Backbone) -> None:
+    """Refuse more sampling steps, or noises of a pair, than the base has timesteps."""
+    for key, value in (("evaluation.steps", recipe.evaluation.steps), ("noises_per_pair", recipe.noises_per_pair)):
+        if value > base.noise.count:
+            raise Invalid(f'{key} is {value}, and "{base.name}" has {base.noise.count} timesteps: use fewer.')
 
 
 def _check_processes(plan: Resolved, ranks: Ranks) -> None:

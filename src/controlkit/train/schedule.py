@@ -40,8 +40,8 @@ class Clock:
     def __init__(self, minutes: float | None) -> None:
         self._limit = math.inf if minutes is None else 60 * minutes
         self._began = time.monotonic()
-        self.last_step = 0.0
-        """Seconds the last step took: the estimate for the next."""
+        self.last_step = self.evaluation = 0.0
+        """Seconds that the last step, and the last evaluation, took: the estimates for the next."""
 
     def restore(self, facts: Mapping[str, str]) -> None:
         """Add the time of a checkpoint's ``facts()``."""
@@ -55,8 +55,8 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """Whether one more step would end after the budget."""
-        return self._seconds + self.last_step > self._limit
+        """Whether one more step, and an evaluation of what comes of it, would end after the budget."""
+        return self._seconds + self.last_step + self.evaluation > self._limit
 
     @property
     def _seconds(self) -> float:

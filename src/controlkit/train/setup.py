@@ -89,9 +89,10 @@ def _folder_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Seque
             "control.annotators, in their order, or take the others out."
         )
     if not folder.hints and (unmade := [name for name in names if not kind_or_bare(name).is_made_here]):
+        reason = f'nothing here makes hints of "{unmade[0]}"' if unmade[0] else "nobody says which hints to make"
         raise Unsupported(
-            f"{data.source} has pictures and no hints, and nothing here makes hints of "
-            f'"{unmade[0]}": set control.annotator to one of {", ".join(names_of(lambda kind: kind.is_made_here))}.'
+            f"{data.source} has pictures and no hints, and {reason}: set control.annotator (--annotator, beside flags "
+            f"of train_controlnet.py) to one of {', '.join(names_of(lambda kind: kind.is_made_here))}."
         )
     folder = folder.part(slice(data.count))
     folder.check_hints(spec)
@@ -188,15 +189,18 @@ def describe_buckets(cached: Sequence[Cached], batch: int) -> str:
     return f"pictures in {len(cached)} sizes: {sizes}{often}"
 
 
-def describe_run(plan: Resolved, base: Backbone, branch: ControlNetwork, pairs: int) -> str:
+def describe_run(plan: Resolved, base: Backbone, branch: ControlNetwork, pairs: int, processes: int = 1) -> str:
     """A sentence on what a run is about to do; ``pairs``: how many it trains on."""
     learning = sum(p.numel() for p in branch.parameters() if p.requires_grad)
     specs = [replace(spec, annotator=kind or spec.annotator) for kind, spec in plan.specs.items()]
     hints = ", ".join(map(_describe_spec, specs))
     batches, rates = plan.batches, plan.rates
+    limit = f" (or {rates.max_minutes:g} minutes)" if rates.max_minutes else ""
+    visits = rates.steps * batches.pairs / max(pairs, 1)
+    usual = "" if "lr" in plan.recipe.model_fields_set else f" (the default for {plan.recipe.base}; `lr` sets it)"
     return (
         f"{learning / 1e6:.2f}M parameters learn hints of {hints} for {base.name}: {pairs:,} pairs, "
-        f"{rates.steps * batches.pairs / max(pairs, 1):.1f} times each, in {rates.steps:,} steps of {batches.batch} "
-        f"rows; {batches.prompt_dropout:.0%} of prompts dropped; {number_format(base.device.type)}, "
-        f"{plan.learning.optimizer}, rate {rates.lr:g}"
+        f"{visits:.1f} times each, in {rates.steps:,} steps{limit} of {batches.batch} rows; "
+        f"{batches.prompt_dropout:.0%} of prompts dropped; {number_format(base.device.type)}, "
+        f"{plan.learning.optimizer}, rate {rates.lr:g}{usual}; {processes} process{'es' if processes > 1 else ''}"
     )

@@ -23,9 +23,10 @@ from rich.text import Text
 from safetensors import safe_open
 
 from controlkit.errors import Invalid, NotFound
-from controlkit.files import parse_json, parse_yaml, read_text
+from controlkit.files import parse_yaml, read_text
 from controlkit.measure import FOUND
 from controlkit.pages import Chart, Figure, Section, Table, render
+from controlkit.train.ending import Ending, read_ending
 from controlkit.train.recipe import Recipe
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -47,7 +48,7 @@ class RunLog:
     records: list[dict[str, Any]]
     recipe: Mapping[str, Any]
     sheets: Sequence[Path]
-    ending: Mapping[str, Any]
+    ending: Ending | None = None
 
     @property
     def step(self) -> int:
@@ -58,7 +59,7 @@ class RunLog:
     def ended(self) -> bool:
         """Whether the control of the last step is written. A run that was made longer has an older control."""
         if self.ending:
-            return bool(self.ending["reason"] != "interruption")
+            return self.ending.reason != "interruption"
         result, log = self.folder / "control", self.folder / "log.jsonl"
         if not result.is_dir() or not log.is_file():
             return result.is_dir()
@@ -133,8 +134,8 @@ class RunLog:
     @property
     def verdict(self) -> str:
         """The words about control at the run's end; before it those of the last evaluation, if any."""
-        if words := self.ending.get("words"):
-            return "\n".join(words)
+        if self.ending:
+            return "\n".join(self.ending.lines())
         return next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), "")
 
     @property
@@ -145,7 +146,7 @@ class RunLog:
         if not self.records:
             return "no step yet"
         if self.ended:
-            return f"ended ({self.ending['reason']})" if self.ending else "ended"
+            return f"ended ({self.ending.reason})" if self.ending else "ended"
         return f"{self.pace:.2f} s a step, {self.left / 60:.0f} min left"
 
 
@@ -184,10 +185,9 @@ def read_run(folder: Path) -> RunLog:
         except ValueError:
             break
     newest = [sorted((folder / "samples").glob(f"{kind}-*.png"))[-1:] for kind in ("step", "own-step")]
-    end = folder / "ending.json"
-    ending = parse_json(end.read_bytes(), str(end)) if end.is_file() else {}
-    if not records or ending.get("step") != records[-1]["step"]:
-        ending = {}  # of before the run was made longer
+    ending = read_ending(folder)
+    if ending and records and ending.step != records[-1]["step"]:
+        ending = None  # of before the run was made longer
     return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets], ending)
 
 
@@ -276,14 +276,13 @@ def page(run: RunLog, refresh: float | None = None) -> str:
         chart = _chart("obedience", rows, wide=True, scale=(0, 1), marks=marks)
         body.append(Section("Obedience: 0 is no control, 1 is all the VAE lets through", charts=[chart]))
     if rows := run.fidelity():
-        scale = (0, 1) if all(0 <= end <= 1 for _, *values in rows for end in values) else ()
-        chart = _chart("fidelity", rows, wide=True, scale=scale)
+        is_share = all(0 <= end <= 1 for _, *values in rows for end in values)
+        chart = _chart("fidelity", rows, wide=True, scale=(0, 1) if is_share else ())
         body.append(Section("Fidelity, between floor and ceiling", charts=[chart]))
     for key, (title, scale) in _SECTIONS.items():
         if found := run.series(key):
-            body.append(
-                Section(title, charts=[_chart(name or "all", rows, scale=scale) for name, rows in found.items()])
-            )
+            charts = [_chart(name or "all", rows, scale=scale) for name, rows in found.items()]
+            body.append(Section(title, charts=charts))
     if rows := run.loss():
         body.append(Section("Training loss", charts=[_chart("loss", rows, wide=True, scale=(0,))]))
     for sheet in run.sheets:

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: the first asks long work to stop where it can go on from another time, the second ends it."""
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import typer
+
+from controlkit.cli.shared import warn
+
+_ECHO = 1.0
+"""Seconds in which a launcher may pass on a signal that the terminal has sent already."""
+
+
+class Stopping:
+    """Within it signals are answered so; ``asked``: the first that came, or None.
+
+    ``words`` are said at the first. Work that is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
+    """
+
+    def __init__(self, words: str, ended: str) -> None:
+        self.asked: int | None = None
+        self._words, self._ended, self._at = words, ended, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stopping":
+        self._before = {number: signal.signal(number, self._answer) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if kind is KeyboardInterrupt:
+            warn(self._ended)
+            raise typer.Exit(self.code) from None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was stopped."""
+        return 128 + (self.asked or signal.SIGINT)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is None:
+            self.asked, self._at = number, time.monotonic()
+            os.write(2, f"\n{self._words}\n".encode())  # print may be busy in the line that was interrupted
+        elif time.monotonic() - self._at > _ECHO:
+            signal.signal(number, signal.SIG_DFL)  # the third ends even what does not listen
+            raise KeyboardInterrupt
