@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from controlkit.files import write_atomic
+from controlkit.files import mark_output, write_atomic
 from controlkit.images import write_png
 from controlkit.pages import Figure, Section, Table, render
 
@@ -17,6 +17,7 @@ class Page:
     """One HTML page in a folder, with its pictures beside it; ``write`` writes it whole. Words are plain text."""
 
     def __init__(self, folder: Path, title: str, heading: str) -> None:
+        mark_output(folder, "a page")
         self.folder, self.title, self.heading = folder, title, heading
         self._body: list[str | Table | Section] = []
         self._pictures = 0

@@ -46,6 +46,12 @@ def test_json_with_a_byte_order_mark():
     assert parse_json('\ufeff{"a": 1}', "x") == {"a": 1}
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"steps": 2, "lr": 1, "steps": 2}}]'])
+def test_json_with_a_key_twice_is_refused(text):
+    with pytest.raises(Invalid, match=r'settings\.json.*the key "(a|steps)" is given twice'):
+        parse_json(text, "settings.json")
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a" 1}', b"\xff{}"])
 def test_json_that_is_none(text):
     with pytest.raises(Invalid, match=r"settings\.json") as caught:

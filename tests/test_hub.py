@@ -47,7 +47,7 @@ HIDING = {
 @pytest.mark.parametrize("case", HIDING)
 def test_what_is_called_like_a_shipped_control_and_holds_no_weights_does_not_hide_it(case, here, shipped, toy_base):
     HIDING[case](here)
-    with pytest.warns(UserWarning, match="is what is known by that name, and not ./canny"):
+    with pytest.warns(UserWarning, match="taken for what is known by that name; write ./canny"):
         assert named_path("canny") == shipped
     with pytest.warns(UserWarning):
         assert load_control("canny", toy_base).hint.annotator == "canny"
@@ -58,13 +58,13 @@ def test_what_is_called_like_a_shipped_control_and_holds_no_weights_does_not_hid
 @pytest.mark.parametrize("inside", [".", "control", "control/canny"])
 def test_what_is_called_like_a_shipped_control_and_holds_weights_is_meant_and_said(inside, here, shipped, edges):
     shutil.copytree(edges, here / "canny" / inside, dirs_exist_ok=True)
-    with pytest.warns(UserWarning, match="is ./canny here, not what is known by that name"):
+    with pytest.warns(UserWarning, match="taken for ./canny, which holds weights"):
         assert named_path("canny").resolve() == here / "canny"
 
 
 def test_a_file_of_weights_called_like_a_shipped_control_is_meant(here, shipped, edges):
     shutil.copy(edges / "diffusion_pytorch_model.safetensors", here / "depth")
-    with pytest.warns(UserWarning, match="is ./depth here"):
+    with pytest.warns(UserWarning, match="taken for ./depth, which holds"):
         assert named_path("depth").resolve() == here / "depth"
 
 
@@ -74,11 +74,11 @@ def test_a_folder_called_like_a_base_does_not_hide_it(name, here, toy_folder, to
     name = toy_folder.name if name == "toy" else name
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(toy_folder))
     (here / name).mkdir()
-    with pytest.warns(UserWarning, match="is what is known by that name"):
+    with pytest.warns(UserWarning, match="taken for what is known by that name"):
         assert load_base(name).digest == toy_base.digest
     shutil.rmtree(here / name)
     shutil.copytree(toy_folder, here / name)
-    with pytest.warns(UserWarning, match=f"is ./{name} here"):
+    with pytest.warns(UserWarning, match=f"taken for ./{name}, which holds"):
         assert load_base(name).digest == toy_base.digest
 
 

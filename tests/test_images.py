@@ -189,7 +189,9 @@ def drawn_in(colour, side=32):
         ((255, 0, 0), "white", (255, 255, 255)),
         ((200, 100, 255), "#8080ff", (128, 128, 255)),
         ((255, 255, 255), "white", (0, 0, 0)),  # white on white would be nothing
-        ((0, 0, 0), "black", (255, 255, 255)),
+        ((0, 0, 0), "ink", (255, 255, 255)),
+        ((255, 0, 0), "ink", (0, 0, 0)),
+        ((0, 0, 0), "black", (0, 0, 0)),  # a depth, say: nothing is there, and nothing is made up
     ],
 )
 def test_a_ground_is_laid_under_what_is_clear_unless_it_would_swallow_the_drawing(colour, ground, nothing, tmp_path):

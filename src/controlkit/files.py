@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,20 @@ def read_text(path: Path) -> str:
     return decode_text(path.read_bytes(), str(path))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text, whose keys are given once; else the last would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'the key "{key}" is given twice')
+    return found
+
+
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text from outside; ``name`` names it in errors. Raises ``Invalid`` for anything else."""
     try:
-        return json.loads(decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff"))
+        plain = decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        return json.loads(plain, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         if isinstance(error, Invalid):
             raise
@@ -111,7 +122,7 @@ def mark_output(folder: Path, command: str) -> None:
     marker = folder / OUTPUT
     if marker.exists() or any(not is_leftover(path.name) for path in folder.iterdir()):
         return
-    words = f"Written by `controlkit {command}`. Data sets leave this folder out; delete this file to use it as data.\n"
+    words = f"Written by ControlKit ({command}). Data sets leave this folder out; delete this file to use it as data.\n"
     write_atomic(marker, words.encode())
 
 

@@ -79,9 +79,10 @@ def meant_path(name: str | Path, known: Collection[str], holds: Callable[[Path],
     if not path.exists():
         return None
     if holds(path):
-        warnings.warn(f'"{name}" is ./{name} here, not what is known by that name: rename it for that', stacklevel=3)
+        told = f'"{name}" was taken for ./{name}, which holds weights; rename it to use what is known by that name'
+        warnings.warn(told, stacklevel=3)
         return path
-    warnings.warn(f'"{name}" is what is known by that name, and not ./{name}: write it so for that', stacklevel=3)
+    warnings.warn(f'"{name}" was taken for what is known by that name; write ./{name} for that path', stacklevel=3)
     return None
 
 

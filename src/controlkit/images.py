@@ -42,7 +42,9 @@ MOST_SIDE = 16_384
 """The longest side, in pixels, of a picture to be made."""
 
 Ground = str | None
-"""The colour, as Pillow names it, that is laid under what is transparent; None keeps that, in a fourth channel."""
+"""The colour, as Pillow names it, that is laid under what is transparent; None keeps that, in a fourth channel.
+``ink`` is black, but white under a drawing in black; ``white`` is the same, the other way round."""
+_SECOND = {"ink": ("black", "white"), "white": ("white", "black")}
 
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
@@ -195,12 +197,10 @@ def decode_picture(data: bytes, name: str, ground: Ground = "white") -> np.ndarr
 
 
 def _laid_on(picture: Image.Image, ground: str) -> Image.Image:
-    """A picture (RGBA) on a ground; on the opposite one where this would swallow all that is drawn."""
-    for colour in (ground, "black" if ground == "white" else "white"):
-        laid = Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)
-        if any(least < most for least, most in laid.getextrema()):
-            return laid
-    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+    """A picture (RGBA) on a ground; on the ground's second colour where the first would swallow all that is drawn."""
+    grounds = [Image.new("RGBA", picture.size, colour) for colour in _SECOND.get(ground, (ground,))]
+    laid = [Image.alpha_composite(one, picture) for one in grounds]
+    return next((one for one in laid if np.ptp(np.asarray(one), (0, 1)).any()), laid[0])
 
 
 def read_hint(path: Path, ground: Ground = "black") -> np.ndarray:

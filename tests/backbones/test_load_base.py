@@ -32,6 +32,7 @@ from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import FAMILIES, load_base, unet_families
 from controlkit.backbones.unet_families import clip_tokenizer, pipeline_configs, unet_config
 from controlkit.errors import UserError
+from controlkit.formats import describe
 
 PROMPTS = ["a photo of a cat!", ""]
 KINDS = ("sd15", "sd21", "sdxl")
@@ -699,7 +700,10 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(("name", "settings", "words"), SCHEDULERS.values(), ids=SCHEDULERS)
 def test_a_scheduler_of_another_noise_is_refused_by_name(folders, tmp_path, name, settings, words):
-    assert words in refusal(with_class(folders("sd15"), tmp_path / "base", "scheduler", name, **settings))
+    folder = with_class(folders("sd15"), tmp_path / "base", "scheduler", name, **settings)
+    assert words in refusal(folder)
+    with pytest.raises(UserError, match=words):  # inspect says no more than is so
+        describe(folder)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
@@ -746,9 +750,22 @@ def test_a_vae_s_latents_have_the_range_that_its_configuration_says(small, folde
     assert relative(base.mean_latents(base.encode_moments(decoded)), encoded) <= 1e-5
 
 
-def test_a_range_of_latents_that_is_none_is_refused(folders, tmp_path):
-    for name, settings in (("few", {"latents_mean": [1.0]}), ("word", {"latents_std": ["a"] * 4})):
-        assert "expected numbers" in refusal(with_config(folders("sd15"), tmp_path / name, "vae", **settings))
+WRONG = {
+    "too few means": ("vae", {"latents_mean": [1.0]}, "expected numbers, one a channel"),
+    "a spread of words": ("vae", {"latents_std": ["a"] * 4}, "expected numbers, one a channel"),
+    "a spread of zeros": ("vae", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "expected numbers, one a channel"),
+    "one mean": ("vae", {"latents_mean": 3}, "expected numbers, one a channel"),
+    "no factor": ("vae", {"scaling_factor": None}, "expected a number"),
+    "a factor without end": ("vae", {"scaling_factor": float("inf")}, "expected a number"),
+    "betas that are none": ("scheduler", {"beta_end": float("nan")}, "is not a whole"),
+    "steps in words": ("scheduler", {"num_train_timesteps": "many"}, "is not a whole"),
+    "channels in words": ("unet", {"block_out_channels": "many"}, "is not a whole"),
+}
+
+
+@pytest.mark.parametrize(("part", "settings", "words"), WRONG.values(), ids=WRONG)
+def test_settings_that_are_no_such_numbers_are_refused(folders, tmp_path, part, settings, words):
+    assert words in refusal(with_config(folders("sd15"), tmp_path / "base", part, **settings))
 
 
 PARTS = {

@@ -114,6 +114,10 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tutorial, ph
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="was not built here"):
         next(build_set(tutorial, tmp_path / "photos", "metadata", CANNY))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "built.json").write_bytes(b"\xff no JSON")
+    with pytest.raises(UserError, match="begun with another layout and hint"):
+        next(build_set(tutorial, tmp_path / "theirs", "metadata", CANNY))
     next(build_set(tutorial, tmp_path / "out", "metadata", CANNY))
     with pytest.raises(UserError, match="begun with another layout and size"):
         next(build_set(tutorial, tmp_path / "out", "paired", CANNY, (8, 8)))

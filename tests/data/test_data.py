@@ -119,6 +119,10 @@ def test_a_set_begun_with_another_seed_or_size_is_not_mixed_with_this_one(tmp_pa
 
 
 def test_pairs_somebody_else_made_are_not_overwritten(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "drawn.json").write_text("[theirs]")
+    with pytest.raises(UserError, match="was begun with size None"):
+        next(make_fill50k(tmp_path / "other", 2, size=32))
     (tmp_path / "prompt.json").write_text("theirs")
     with pytest.raises(UserError, match="not drawn here"):
         next(make_fill50k(tmp_path, 2, size=32))

@@ -296,6 +296,16 @@ def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_
     assert [problem.kind for problem in listing.problems] == ["path escapes"] * 2
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "x" * 300, "a\0b", "gone.png"])
+def test_a_table_s_paths_that_name_no_file_are_told_and_never_opened(name, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name}]}, features)
+    pytest.importorskip("pyarrow.parquet").write_table(table.data.table, tmp_path / "train.parquet")
+    [problem] = read_listing(tmp_path).problems
+    assert problem.kind in ("missing file", "path escapes") and problem.fatal and len(str(problem)) < 500
+
+
 def pack(path):
     path.write_bytes(gzip.compress(path.read_bytes()))
 

@@ -32,7 +32,7 @@ from controlkit.formats import (
 )
 from controlkit.formats.names import EncoderShape, controlnet_paths, rename
 from controlkit.formats.shapes import expected_shapes
-from controlkit.formats.weights import encoder_tensors, read_weights
+from controlkit.formats.weights import encoder_tensors, low_rank, product, read_weights
 from controlkit.images import HintSpec
 
 HINT = HintSpec("canny", {"low": 100.0, "high": 200.0}, resize="lines")
@@ -228,6 +228,34 @@ def test_what_we_write_as_the_original_diffusers_reads_from_its_single_file(sd2_
     assert same(dict(stock.state_dict()), tensors_of(tmp_path / "edges"))
 
 
+def test_of_sdxl_diffusers_reads_the_file_in_its_own_layout_and_not_the_original(xl_base, drawn_joins, tmp_path):
+    """It has no row for ``label_emb`` of a ControlNet. If this fails, docs/formats.md and the note can say more."""
+    branch = drawn_joins(new_control(xl_base), base=xl_base).eval()
+    save_control(tmp_path / "edges", SavedControl(branch, HINT), xl_base)
+    done = convert(tmp_path / "edges", tmp_path / "edges.safetensors", "cldm")
+    assert "from_single_file reads no SDXL" in done.notes[0]
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # of add_embedding, which stays empty
+        ControlNetModel.from_single_file(tmp_path / "edges.safetensors", config=str(tmp_path / "edges"))
+    stock = ControlNetModel.from_single_file(tmp_path / "edges" / WEIGHTS, config=str(tmp_path / "edges"))
+    assert same(dict(stock.state_dict()), tensors_of(tmp_path / "edges"))
+
+
+def test_the_original_s_names_have_the_prefix_that_is_asked_for(saved, base, tmp_path):
+    """kohya's generator wants one, its trainer none."""
+    for prefix, start in ((None, "control_model."), ("control_model", "control_model."), ("none", "")):
+        done = convert(saved, tmp_path / f"{prefix}.safetensors", "cldm", options=WriteOptions(prefix=prefix))
+        names = tensors_of(done.path).keys()
+        assert all(name.startswith(f"{start}") for name in names) and f"{start}input_hint_block.0.weight" in names
+        assert describe(done.path).runs
+    assert not any(name.startswith("control_model") for name in names)
+    ours, theirs = (load_control(tmp_path / f"{one}.safetensors", base).branch for one in ("None", "none"))
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    with pytest.raises(UserError, match="--prefix is of the names in the layout cldm"):
+        convert(saved, tmp_path / "folder", "diffusers", options=WriteOptions(prefix="none"))
+    with pytest.raises(UserError, match='did you mean "none"'):
+        WriteOptions(prefix="nome")
+
+
 def test_a_difference_to_the_base_is_added_to_it(saved, base, tmp_path):
     convert(saved, tmp_path / "a.safetensors", "cldm")
     of_base = encoder_tensors(base)
@@ -288,6 +316,33 @@ def test_a_rank_is_chosen_that_keeps_nearly_all_of_a_difference_of_low_rank(xl_b
     save_control(tmp_path / "edges", SavedControl(branch, HINT), xl_base)
     done = convert(tmp_path / "edges", tmp_path / "a.safetensors", "control-lora", base=xl_base)
     assert done.notes == ("Rank 16; 0.0% of the difference to the base is lost.",)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 300), (48, 24, 3, 3)], ids=str)
+@pytest.mark.parametrize("fall", [0.0, 0.5, 1.5])
+def test_a_difference_in_low_rank_is_as_near_as_the_best_there_is(shape, fall):
+    """By the whole decomposition; singular values fall as n**-fall: not at all, slowly, quickly."""
+    generator = torch.Generator().manual_seed(0)
+    left, values, right = torch.linalg.svd(torch.randn(shape, generator=generator).flatten(1), full_matrices=False)
+    if fall:
+        values = torch.arange(1.0, len(values) + 1) ** -fall
+    difference = (left * values @ right).reshape(shape)
+    for rank in (1, 4, 16):
+        up, down = low_rank(difference, rank)
+        assert up.shape == (shape[0], rank, *[1] * (len(shape) - 2)) and down.shape == (rank, *shape[1:])
+        lost = float((difference - product(up, down)).norm())
+        assert lost <= 1.01 * float(values[rank:].square().sum().sqrt())
+        assert all(map(torch.equal, (up, down), low_rank(difference, rank)))
+
+
+def test_a_difference_of_zeros_takes_no_room_and_is_itself_again(base, tmp_path):
+    attach(base, tmp_path / "a.safetensors", "control-lora", options=WriteOptions(rank=2))
+    stored = tensors_of(tmp_path / "a.safetensors")
+    pairs = {name: tensor for name, tensor in stored.items() if name.endswith((".up", ".down"))}
+    assert pairs and not any(tensor.any() for tensor in pairs.values())
+    assert all(tensor.shape[1 if name.endswith(".up") else 0] == 1 for name, tensor in pairs.items())
+    body = load_control(tmp_path / "a.safetensors", base, "canny").branch.body.state_dict()
+    assert same(body, base.encoder.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:for .*no-op")  # names and shapes are asked for on the meta device
@@ -539,8 +594,10 @@ def test_a_pooled_control_says_so_in_its_configuration_or_in_the_yaml_beside_it(
         tensors_of(tmp_path / "shuffle.safetensors"), tmp_path / "shuffle.safetensors"
     )  # a foreign one: no metadata
     assert not load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
-    (tmp_path / "shuffle.yaml").write_text("model:\n  params:\n    global_average_pooling: True\n")
-    assert load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        text = "model:\n  params:\n    global_average_pooling: True\n"
+        (tmp_path / "shuffle.yaml").write_text(text, encoding=encoding)
+        assert load_control(tmp_path / "shuffle.safetensors", deep_base, "shuffle").branch.pools
     convert(tmp_path / "shuffle.safetensors", tmp_path / "pooled", "diffusers", annotator="shuffle")
     assert load_control(tmp_path / "pooled", deep_base).branch.pools
 

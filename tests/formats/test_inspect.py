@@ -163,6 +163,10 @@ NAMED = {
         "cosmos",
     ),
     "PixArt": ({"controlnet.0.copied_block.attn.qkv.weight": (3456, 1152)}, "pixart"),
+    "Kolors'": (
+        {"encoder_hid_proj.weight": (2048, 4096), "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
+        "kolors",
+    ),
     "SparseCtrl": (
         {
             "controlnet_cond_embedding.conv_in.weight": (16, 4, 3, 3),
@@ -250,7 +254,7 @@ def test_what_is_no_control_is_told_where_it_can_be_used(kind, option, tmp_path)
 
 
 STRANGE = {
-    "Kolors'": ("sdxl", {"encoder_hid_proj.weight": (2048, 4096), "encoder_hid_proj.bias": (2048,)}),
+    "with a variance": ("sdxl", {"conv_out.weight": (8, 320, 3, 3), "conv_out.bias": (8,)}),
     "with classes": ("sd15", {"class_embedding.weight": (10, 1280)}),
     "with another's layers": ("sd21", {"mid_block.motion_modules_0.norm.weight": (1280,)}),
 }
@@ -266,8 +270,10 @@ def test_a_network_with_tensors_of_another_does_not_run_here_as_nowhere_else(fam
 
 
 def test_a_file_of_another_family_s_rules_is_refused_as_a_base_by_name(tmp_path):
-    with pytest.raises(Unsupported, match="Playground"):
-        describe(write_holes(tmp_path / "a.safetensors", OF_BASE | {"edm_mean": (1, 4, 1, 1)}))
+    entry = "model.diffusion_model.input_blocks.0.0.weight"
+    for more, words in (({"edm_mean": (1, 4, 1, 1)}, "Playground"), ({entry: (320, 9, 3, 3)}, "inpainting")):
+        with pytest.raises(Unsupported, match=words):
+            describe(write_holes(tmp_path / "a.safetensors", OF_BASE | more))
 
 
 FOLDERS = {

@@ -4,6 +4,9 @@
 """
 
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -47,3 +50,30 @@ def test_a_pinned_package_s_own_requirements_hold_for_the_other_pins(name):
 def test_make_extras_tries_every_extra():
     tried = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
     assert sorted(tried.split(",")) == sorted(EXTRAS)
+
+
+WITHOUT_EXTRAS = """
+import importlib.machinery, sys
+find = importlib.machinery.PathFinder.find_spec
+gone = {"numba", "llvmlite", "resvg_py"}
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *more: None if name.split(".")[0] in gone else find(name, *more)
+)
+from controlkit.cli import main
+main()
+"""
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.search(r"After `make demo` these run.*?```sh\n(.*?)```", README, re.DOTALL).group(1).splitlines()
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_run_after_make_demo_without_an_extra(tmp_path):
+    """One after the other, as they stand there; what the extra ``world`` brings is not to be had."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        assert program == "controlkit"
+        line = [sys.executable, "-c", WITHOUT_EXTRAS, *arguments]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"

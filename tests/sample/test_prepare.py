@@ -114,6 +114,7 @@ def test_a_hint_on_a_clear_ground_gets_the_ground_of_its_kind(case, toy_base, sa
     [
         ("canny", np.zeros((32, 32, 4), np.uint8), True),
         ("pose", np.zeros((32, 32, 3), np.uint8), True),
+        ("pose", clear((0, 0, 0)), True),  # black on nothing
         ("depth", np.full((32, 32, 1), 0.5, np.float32), True),
         ("canny", np.full((32, 32, 3), 200, np.uint8), False),  # a flat picture has no edges
     ],

@@ -42,7 +42,8 @@ def grounds_of(hint: HintSpec | None) -> list[Ground]:
     """The ground (``images.decode_hint``) of each hint that is channels of this one; of a hint by itself, one."""
     if hint is None:
         return ["black"]
-    return [None if part.mask_value is not None else kind_or_bare(part.annotator).ground for part in parts_of(hint)]
+    kinds = [kind_or_bare(part.annotator) for part in parts_of(hint)]
+    return [None if hint.mask_value is not None else "ink" if kind.lines else kind.ground for kind in kinds]
 
 
 def is_empty(hint: np.ndarray, kind: HintSpec) -> bool:

@@ -6,7 +6,7 @@ A diffusers folder names the classes of its parts and their settings; a single f
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,16 @@ _PIPELINES = re.compile(
     r"StableDiffusion(XL)?(ControlNet(XS|Union)?|Adapter|PAG|ControlNetPAG)?(Img2Img|Inpaint)?Pipeline"
 )
 """Classes of pipelines that hold a whole base; the U-Net's channels tell an inpainting model."""
-_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Schedulers of one noise, by betas at whole timesteps: they differ in the way back from it, which here is DDIM's."""
 _CLASSES = {
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "unet": ("UNet2DConditionModel",),
-    "scheduler": _SCHEDULERS,
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel(WithProjection)?",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "unet": "UNet2DConditionModel",
+    # Of one noise, by betas at whole timesteps; they differ in the way back from it, which here is DDIM's.
+    "scheduler": "((DDIM|DDPM)(Parallel)?|PNDM|SASolver|(UniPC|DEIS)Multistep|DPMSolver(Multistep|Singlestep|SDE)"
+    "|(LMS|Heun|Euler|EulerAncestral|KDPM2|KDPM2Ancestral)Discrete)Scheduler",
 }
+"""By part: the classes, of diffusers and transformers, whose rules are followed."""
 _FOLLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
         "addition_embed_type": (None, "text_time"),
@@ -70,6 +53,7 @@ _FOLLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 """By part: settings that change what is computed, and the values of them that are followed."""
+_ENTRY = "model.diffusion_model.input_blocks.0.0.weight"
 _SIGNS = {
     "edm_mean": "the noise of EDM, as Playground v2.5 has it",
     "edm_vpred.sigma_max": "the noise of EDM, as CosXL has it",
@@ -94,12 +78,14 @@ def check_folder(folder: Path) -> tuple[str, dict[str, Any]]:
             "one of their kinds for pictures (Img2Img, Inpaint, ControlNet)."
         )
     _check_classes(folder, index)
+    configs: dict[str, dict[str, Any]] = {}
     for part in _FOLLOWED:
         path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        if path.is_file():
-            config = read_config(path)
-            _check_classes(folder, {part: [config.get("_class_name", _CLASSES[part][0])]})
-            check_settings(folder, part, config)
+        config = configs[part] = read_config(path) if path.is_file() else {}
+        _check_classes(folder, {part: [config["_class_name"]]} if "_class_name" in config else {})
+        _check_settings(folder, part, config)
+    read, made = (configs["unet"].get(key, 4) for key in ("in_channels", "out_channels"))
+    _check_channels(folder, read, configs["vae"].get("latent_channels", 4), made)
     return kind, index
 
 
@@ -115,14 +101,13 @@ def _check_classes(origin: object, index: Mapping[str, Any]) -> None:
     """Raise ``Unsupported`` for a pipeline's index that names a part whose class has other rules."""
     for part, known in _CLASSES.items():
         entry = index.get(part)
-        name = entry[-1] if isinstance(entry, list) and entry else known[0]
-        if name not in known:
-            _refuse(
-                origin, f"a {one_line(name)} as its {part}", f"{known[0]}{' or one like it' if len(known) > 1 else ''}"
-            )
+        name = str(entry[-1]) if isinstance(entry, list) and entry else None
+        if name is not None and not re.fullmatch(known, name):
+            expected = "one of Stable Diffusion's noise, as DDIM's" if part == "scheduler" else known.partition("(")[0]
+            _refuse(origin, f"a {one_line(name)} as its {part}", expected)
 
 
-def check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None:
+def _check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None:
     """Raise ``Unsupported`` for a part's configuration with a setting that is not followed."""
     for key, known in _FOLLOWED[part].items():
         value = config.get(key, known[0])
@@ -132,16 +117,17 @@ def check_settings(origin: object, part: str, config: Mapping[str, Any]) -> None
                 _refuse(origin, f"{key} {one_line(one)} in its {part}", expected)
 
 
-def check_signs(origin: object, names: Mapping[str, Any], pooled: bool) -> None:
+def check_signs(origin: object, shapes: Mapping[str, Sequence[int]], pooled: bool) -> None:
     """Raise ``Unsupported`` for a single file with tensors of another kind of model; ``pooled``: as SDXL has it."""
+    _check_channels(origin, shapes[_ENTRY][1] if len(shapes.get(_ENTRY, ())) > 1 else 4, 4)
     for name, meaning in _SIGNS.items():
-        if name in names:
+        if name in shapes:
             _refuse(origin, f"{meaning} (it holds {name})", "a text-to-image base of Stable Diffusion's noise")
-    if not pooled and "model.diffusion_model.label_emb.0.0.weight" in names:
+    if not pooled and "model.diffusion_model.label_emb.0.0.weight" in shapes:
         _refuse(origin, "an embedding beside the prompt (it holds label_emb), as unCLIP has it", "none")
 
 
-def check_channels(origin: object, read: int, latents: int, predicted: int | None = None) -> None:
+def _check_channels(origin: object, read: Any, latents: Any, predicted: Any = None) -> None:
     """Raise ``Unsupported`` where a U-Net does not read and predict latents of the VAE's channels."""
     if read != latents:
         raise Unsupported(
@@ -183,14 +169,18 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def latent_space(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a VAE by which its latents become a U-Net's; ``Invalid`` where they are no numbers."""
+    """The settings of a VAE by which its latents become a U-Net's; ``Invalid`` where they are no such numbers."""
     found = {key: config.get(key) for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     for key, value in found.items():
-        many = key.startswith("latents")
-        numbers: list[Any] = value if many and value is not None else [value]
-        good = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
-        if value is not None and not (good and len(numbers) == (config["latent_channels"] if many else 1)):
-            raise Invalid(f"The VAE's {key} is {value!r:.80}; expected numbers, one a channel or one.")
+        many, divides = key.startswith("latents"), key in ("scaling_factor", "latents_std")
+        numbers: list[Any] = list(value) if many and isinstance(value, list | tuple) else [value]
+        finite = all(type(one) in (int, float) and math.isfinite(one) and (one or not divides) for one in numbers)
+        if value is None and key != "scaling_factor":
+            continue
+        if not finite or len(numbers) != (config["latent_channels"] if many else 1):
+            raise Invalid(
+                f"The VAE's {key} is {value!r:.80}; expected {'numbers, one a channel' if many else 'a number'}."
+            )
     return found
 
 

@@ -6,7 +6,10 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 import errno
 import sys
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -53,12 +56,17 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 
-def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
-    """Show a warning of this package as a note; Python's own way shows the others."""
-    if category is UserWarning and Path(__file__).parents[1] in Path(filename).parents:
-        warn(str(message))
-    else:
-        typer.echo(warnings.formatwarning(message, category, filename, lineno), err=True)
+def _shown_as_notes() -> Callable[..., None]:
+    """A way to show warnings: this package's as notes, each once, and others as Python does."""
+    note = cache(warn)
+
+    def show(message: Warning | str, category: type[Warning], file: str, line: int, *_: Any) -> None:
+        if category is UserWarning and Path(__file__).parents[1] in Path(file).parents:
+            note(str(message))
+        else:
+            typer.echo(warnings.formatwarning(message, category, file, line), err=True)
+
+    return show
 
 
 def _with_home(argument: str) -> str:
@@ -71,7 +79,7 @@ def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _note
+            warnings.showwarning = _shown_as_notes()
             app([_with_home(argument) for argument in sys.argv[1:]])
     except (UserError, OSError, RuntimeError) as error:
         if (sentence := _sentence(error)) is None:

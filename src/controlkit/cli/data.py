@@ -39,7 +39,8 @@ ColumnOption = Annotated[
     typer.Option(
         "--column",
         metavar="KIND=NAME",
-        help="What the column of `image`, `hint` or `caption` is called, where unusual; repeatable.",
+        help="What the column of `image`, `hint` or `caption` is called, where unusual; without a listing, which "
+        "folder holds the pictures (`image=.`: all do) or the hints. Repeatable.",
     ),
 ]
 WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]
@@ -195,6 +196,7 @@ def caption(
     captioner: CaptionerOption = "Salesforce/blip-image-captioning-base",
     replace: ReplaceOption = "nothing",
     device: DeviceOption = "auto",
+    column: ColumnOption = None,
 ) -> None:
     """Caption the pictures that have none, by BLIP: `NAME.txt` beside each, where trainers look for it.
 
@@ -203,7 +205,7 @@ def caption(
     from controlkit.data import load_captioner, sound_listing, unwritten, write_captions
 
     over = _over(replace)
-    listing = sound_listing(path)
+    listing = sound_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
     places = unwritten(listing, over)
     named = sum(row.named and bool(row.prompt) for row in listing.rows)
     if not places:

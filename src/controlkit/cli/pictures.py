@@ -124,8 +124,8 @@ def generate(
         raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
     for one in first.controls:
         sample.check_pictures(one)
-    added = {"loras": [split_lora(text) for text in lora or []], "embeddings": embedding or [], "vae": vae}
-    model = loaded_base(base, device, dtype=DTYPES[dtype], **added)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
+    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], **options)
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
     facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}

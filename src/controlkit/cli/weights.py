@@ -55,6 +55,10 @@ def convert(
         str | None, typer.Option(help="Another base: move the control there, + (its weights - the base's).")
     ] = None,
     annotator: Annotated[str | None, typer.Option(help="What makes the hints, where the source does not say.")] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Of names in `cldm`: `control_model` by default; `none`, which kohya's trainer wants."),
+    ] = None,
 ) -> None:
     """Write a control in another format; or attach a fresh one to a base, or transfer one to another base.
 
@@ -65,7 +69,7 @@ def convert(
     if attach:
         if rank is not None or transfer_to is not None or base is not None:
             raise Invalid("--attach makes a fresh branch for the base SRC: no --base, --rank or --transfer-to.")
-        options = formats.WriteOptions(dtype)
+        options = formats.WriteOptions(dtype, prefix=prefix)
         done = formats.attach(loaded_base(source, "cpu"), target, to, annotator=annotator or "", options=options)
     else:
         models = {name: loaded_base(name, "cpu") for name in dict.fromkeys((base, transfer_to)) if name}
@@ -76,7 +80,7 @@ def convert(
             def on_tensor(count: int, total: int) -> None:
                 progress.update(task, completed=count, total=total, visible=True)
 
-            options = formats.WriteOptions(dtype, rank, on_tensor)
+            options = formats.WriteOptions(dtype, rank, on_tensor, prefix)
             done = formats.convert(source, target, to, own, other, annotator, options)
     for note in done.notes:
         warn(note)

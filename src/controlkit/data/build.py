@@ -14,7 +14,7 @@ import numpy as np
 
 from controlkit.annotators import annotate, grounds_of, kind_or_bare, parts_of
 from controlkit.data.captions import Captioning, captioned
-from controlkit.data.layouts import BUILT, JOURNAL
+from controlkit.data.layouts import BUILT, JOURNAL, own_facts
 from controlkit.data.layouts.rows import Listing, Row, json_lines, rows_digest
 from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
@@ -122,8 +122,7 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
     """Write the file that says a folder is being built with these settings; refuse one that holds something else."""
     marker = folder / BUILT
     if marker.is_file():
-        begun = json.loads(marker.read_text())
-        begun.pop("whole", None)
+        begun = {key: value for key, value in own_facts(marker).items() if key != "whole"}
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")

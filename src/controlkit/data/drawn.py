@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit.annotators import all_kinds
-from controlkit.data.layouts import DRAWN
+from controlkit.data.layouts import DRAWN, own_facts
 from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
 from controlkit.errors import Mismatch, NotFound, nearest
@@ -87,11 +87,11 @@ def _edge_picture(scene: "Scene") -> np.ndarray:
 def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
     """Write the file that says a folder holds a set drawn with these settings; refuse one that holds another."""
     drawn = folder / DRAWN
-    begun = json.loads(drawn.read_text()) if drawn.is_file() else settings
+    begun = own_facts(drawn) if drawn.is_file() else settings
     if not drawn.is_file() and (folder / "prompt.json").is_file():
         raise Mismatch(f"{folder} holds a set that was not drawn here: give another folder.")
     if begun != settings:
-        ours, theirs = (" and ".join(f"{key} {value}" for key, value in of.items()) for of in (settings, begun))
+        ours, theirs = (" and ".join(f"{key} {of.get(key)}" for key in settings) for of in (settings, begun))
         raise Mismatch(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
     mark_output(folder, "data make")
     write_atomic(drawn, (json.dumps(settings) + "\n").encode())

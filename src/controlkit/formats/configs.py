@@ -100,6 +100,7 @@ def _unseen(read: Mapping[str, Any], channels: list[int]) -> tuple[list[int], bo
 
 _STORED = (
     "act_fn",
+    "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "attention_head_dim",
     "controlnet_conditioning_channel_order",
@@ -112,6 +113,8 @@ _STORED = (
     "norm_num_groups",
     "num_attention_heads",
     "num_trans_head",
+    "only_cross_attention",
+    "resnet_time_scale_shift",
     "upcast_attention",
 )
 """Settings of a ControlNet that its shapes do not show."""

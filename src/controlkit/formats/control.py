@@ -26,14 +26,7 @@ from controlkit.files import SCRATCH, home_path, write_atomic
 from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
-from controlkit.formats.weights import (
-    Weights,
-    as_controlnet,
-    as_json,
-    labelled,
-    read_weights,
-    types_differ_by_code,
-)
+from controlkit.formats.weights import Weights, as_controlnet, as_json, labelled, read_weights, types_differ_by_code
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.images import HintSpec
 from controlkit.tensors import PICKLES, open_tensors

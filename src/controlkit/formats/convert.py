@@ -29,19 +29,13 @@ from controlkit.formats.control import (
 from controlkit.formats.metadata import json_object, metadata_entry
 from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, rename
 from controlkit.formats.shapes import expected_shapes
-from controlkit.formats.weights import (
-    Weights,
-    as_json,
-    encoder_tensors,
-    labelled,
-    low_rank,
-    product,
-    spectrum,
-)
+from controlkit.formats.weights import Weights, as_json, encoder_tensors, labelled, low_rank, product
 from controlkit.hub import shipped_names
 from controlkit.images import HintSpec
 
 Layout = Literal["diffusers", "cldm", "control-lora", "union"]
+PREFIXES = {"control_model": PREFIX, "none": ""}
+"""Beginnings of names in the original layout: as in a whole checkpoint, or of the network alone."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 RANKS = (16, 32, 64, 128, 256)
@@ -67,13 +61,17 @@ class WriteOptions:
     rank: int | None = None
     """Of a Control-LoRA, from 1; None: the least that keeps 95% of the difference to the base."""
     on_tensor: Callable[[int, int], None] = lambda count, total: None
-    """Called with the tensors decomposed so far, and all of them (Control-LoRA only)."""
+    """Called with the tensors decomposed so far at the rank that is tried, and all of them (Control-LoRA only)."""
+    prefix: str | None = None
+    """Of the original's names: ``control_model`` (None: the same), or ``none``, as kohya's trainer wants them."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise Invalid(f'There is no type "{self.dtype}" to convert to: {nearest(self.dtype, DTYPES)}')
         if self.rank is not None and self.rank < 1:
             raise Invalid(f"--rank is {self.rank}; expected at least 1.")
+        if self.prefix not in (None, *PREFIXES):
+            raise Invalid(f'--prefix is "{self.prefix}": {nearest(self.prefix or "", PREFIXES)}')
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -149,10 +147,16 @@ def _check(target: Path, to: str) -> None:
 def write(weights: Weights, target: Path, to: str, base: Backbone | None, options: WriteOptions) -> Converted:
     """Write weights in a layout; the second half of every conversion. Raises as ``convert`` does."""
     _check_fits(weights, to)
+    if options.prefix and to != "cldm":
+        raise Invalid(f"--prefix is of the names in the layout cldm; {to} has names of its own.")
     notes: list[str] = []
     if to == "union" and weights.kind == "controlnet":
         weights = as_union(weights)
         notes.append("It does with every type of hint what the control did: the types are not trained apart.")
+    if to == "cldm" and weights.config.get("addition_embed_type"):
+        notes.append(
+            "diffusers' from_single_file reads no SDXL in this layout: give it the file that --to diffusers writes."
+        )
     if to in ("cldm", "control-lora"):
         weights = as_rgb(weights)
         if weights.config.get("global_pool_conditions"):
@@ -169,7 +173,7 @@ def write(weights: Weights, target: Path, to: str, base: Backbone | None, option
         write_folder(target, replace(weights, tensors=tensors), options.torch_dtype)
         return Converted(target, tuple(notes))
     names = rename(tensors, controlnet_paths(EncoderShape.of_diffusers(weights.tensors)))
-    prefix = PREFIX if to == "cldm" else ""
+    prefix = PREFIXES[options.prefix or "control_model"] if to == "cldm" else ""
     named = {prefix + names[name]: tensor for name, tensor in tensors.items()}
     if to == "control-lora":
         named["lora_controlnet"] = torch.zeros(1)
@@ -216,36 +220,32 @@ def control_lora(weights: Weights, base: Backbone, options: WriteOptions) -> tup
     """
     of_base = encoder_tensors(base)
     _check_shapes(weights, of_base, base)
-    spectra = {}
-    most = options.rank or RANKS[-1]  # of a whole SDXL control all vectors would be gigabytes
+    for rank in [options.rank] if options.rank else RANKS:
+        made, lost = _in_low_rank(weights.tensors, of_base, rank, options.on_tensor)
+        if lost <= LOST_SHARE:
+            break
+    return made, f"Rank {rank}; {lost:.1%} of the difference to the base is lost."
 
-    def difference(name: str) -> Tensor:
-        return weights.tensors[name].float() - of_base[name]
 
-    for i, (name, tensor) in enumerate(weights.tensors.items()):
-        if name in of_base and tensor.dim() >= 2:
-            vectors, values = spectrum(difference(name))
-            spectra[name] = vectors[:, :most].clone(), values
-        options.on_tensor(i + 1, len(weights.tensors))
-    energy = sum(float(values.square().sum()) for _, values in spectra.values())
-
-    def lost(r: int) -> float:
-        left = sum(float(v[r:].square().sum()) for name, (_, v) in spectra.items() if gains(weights.tensors[name], r))
-        return math.sqrt(left / energy) if energy else 0.0
-
-    rank = options.rank or next((r for r in RANKS if lost(r) <= LOST_SHARE), RANKS[-1])
+def _in_low_rank(
+    tensors: Mapping[str, Tensor], of_base: Mapping[str, Tensor], rank: int, on_tensor: Callable[[int, int], None]
+) -> tuple[dict[str, Tensor], float]:
+    """(the tensors, those of the base's encoder as differences of a rank; the share of these that is lost)."""
     made: dict[str, Tensor] = {}
-    gone = 0.0
-    for name, tensor in weights.tensors.items():
-        if name not in spectra or not gains(tensor, rank):
-            made[name] = tensor
-            continue
-        up, down = (part.to(tensor.dtype) for part in low_rank(difference(name), *spectra[name], rank))
-        stem = name.removesuffix(".weight")
-        made[f"{stem}.up"], made[f"{stem}.down"] = up, down
-        gone += float((difference(name) - product(up.float(), down.float())).square().sum())
-    share = math.sqrt(gone / energy) if energy else 0.0
-    return made, f"Rank {rank}; {share:.1%} of the difference to the base is lost."
+    energy = lost = 0.0
+    for i, (name, tensor) in enumerate(tensors.items()):
+        made[name] = tensor
+        if name in of_base and tensor.dim() >= 2:
+            difference = tensor.float() - of_base[name]
+            energy += float(difference.square().sum())
+            if gains(tensor, rank):
+                del made[name]
+                up, down = (part.to(tensor.dtype) for part in low_rank(difference, rank))
+                stem = name.removesuffix(".weight")
+                made[f"{stem}.up"], made[f"{stem}.down"] = up, down
+                lost += float((difference - product(up.float(), down.float())).square().sum())
+        on_tensor(i + 1, len(tensors))
+    return made, math.sqrt(lost / energy) if energy else 0.0
 
 
 def as_rgb(weights: Weights) -> Weights:

@@ -98,13 +98,16 @@ def _levels(config: Mapping[str, Any]) -> tuple[list[int], list[int], list[int],
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
+_FOLLOWED = {"act_fn": ("silu", "swish"), "only_cross_attention": (False,), "resnet_time_scale_shift": ("default",)}
+
+
 def _controlnet(config: Mapping[str, Any]) -> Rows:
     channels, depths, heads, attends = _levels(config)
     time, layers, last = 4 * channels[0], config.get("layers_per_block", 2), len(channels) - 1
     if any(width % (config.get("norm_num_groups") or 32) for width in channels):
         raise ValueError("groups that do not divide the channels")
-    if config.get("act_fn", "silu") not in ("silu", "swish"):
-        raise ValueError("another activation than any base has")
+    if any(config.get(key) not in (None, *known) for key, known in _FOLLOWED.items()):
+        raise ValueError("a rule that no base here has")
     yield from _conv("conv_in", config.get("in_channels", 4), channels[0], 3)
     yield from _mlp("time_embedding", channels[0], time)
     if config.get("addition_embed_type") == "text_time":

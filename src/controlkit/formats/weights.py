@@ -19,11 +19,8 @@ from controlkit.errors import Invalid, Mismatch, Unsupported, UserError
 from controlkit.files import parse_yaml, read_text
 from controlkit.formats.configs import family_of_config
 from controlkit.formats.describe import Description, describe_tensors
-from controlkit.formats.metadata import (
-    metadata_object,
-    stored_config,
-    weights_file,
-)
+from controlkit.formats.metadata import metadata_object, stored_config, weights_file
+from controlkit.seeds import torch_rng
 from controlkit.tensors import TensorFile, open_tensors
 
 
@@ -79,9 +76,7 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
     if stored.get("global_pool_conditions"):
         return True
     beside = header.path.with_suffix(".yaml")
-    if not beside.is_file():
-        return False
-    if beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
+    if not beside.is_file() or beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
         return False
     try:
         content = parse_yaml(read_text(beside), beside.name)
@@ -124,30 +119,29 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def spectrum(difference: Tensor) -> tuple[Tensor, Tensor]:
-    """(left singular vectors (out, n), singular values (n,)) of a weight's difference, in falling order.
+_MORE, _PASSES = 16, 3
+"""Of ``low_rank``: columns beyond the rank, and passes that sharpen the basis: within 1% of the best there is."""
 
-    By the eigenvectors of the smaller of its Gram matrices, in double precision: exact enough here, and many times
-    quicker than a whole decomposition.
+
+def low_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up, down) of at most this rank whose ``product`` is nearest to a weight's difference (out, in, ...).
+
+    By a randomised decomposition (Halko et al., 2011), five times as quick as a whole one at rank 64; of zeros, zeros
+    of rank 1. The two share the scale evenly, so that both survive half precision.
     """
-    matrix = difference.double().flatten(1)
-    tall = matrix.shape[0] > matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
-    values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    return (matrix @ vectors / values.clamp(min=1e-30) if tall else vectors), values
-
-
-def low_rank(difference: Tensor, vectors: Tensor, values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(up, down) of a rank whose ``product`` is nearest to a weight's difference, given its ``spectrum``.
-
-    The two share the scale evenly, so that both survive half precision.
-    """
-    chosen = vectors[:, :rank]
-    root = values[:rank].clamp(min=values[0] * 1e-12 + 1e-30).sqrt()
-    up = (chosen * root).float()
-    down = ((chosen.mT @ difference.double().flatten(1)) / root[:, None]).float()
+    matrix = difference.float().flatten(1)
+    width = min(rank + _MORE, *matrix.shape)
+    if not matrix.any():
+        rank = width = 1
+    basis = torch.randn(matrix.shape[1], width, generator=torch_rng("low rank"))
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ basis)[0])[0]
+    basis = torch.linalg.qr(matrix @ basis)[0]  # (out, width): nearly all of the matrix lies in it
+    left, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    up, down = basis @ left[:, :rank] * root, root[:, None] * right[:rank]
     if difference.dim() == 4:
-        return up[..., None, None].contiguous(), down.reshape(-1, *difference.shape[1:]).contiguous()
+        up, down = up[..., None, None], down.reshape(-1, *difference.shape[1:])
     return up.contiguous(), down.contiguous()
 
 

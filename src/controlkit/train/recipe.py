@@ -88,7 +88,8 @@ class DataRecipe(_Strict):
     source: Place = "emoji"
     """``setup.DRAWN``, a folder in any of the layouts of ``data.layouts``, or a hub's data set (``owner/name``)."""
     columns: dict[str, str] = {}
-    """Names of a folder's ``image``, ``hint`` or ``caption`` columns, where they are none of the usual names."""
+    """Names of a folder's ``image``, ``hint`` or ``caption`` columns, where they are none of the usual names; without a
+    listing, of its folders of pictures and hints."""
     count: Count | None = None
     """Pictures to train on; null for all."""
     variants: Count = 2

@@ -78,9 +78,9 @@ def read_listing(folder: Path, columns: Mapping[str, str] | None = None) -> List
     names = Names.of(columns or {})
     if not folder.is_dir():
         raise NotFound(f"There is no folder {folder}: expected a data set ({', '.join(LAYOUTS)}).")
-    if {"size", "seed"} <= _facts(folder / DRAWN).keys() and not (folder / "prompt.json").is_file():
+    if {"size", "seed"} <= own_facts(folder / DRAWN).keys() and not (folder / "prompt.json").is_file():
         raise Invalid(f"{folder} holds no prompt.json yet: its drawing was interrupted. Draw it to its end first.")
-    built = _facts(folder / BUILT)
+    built = own_facts(folder / BUILT)
     if {"layout", "hint"} <= built.keys() and not built.get("whole"):
         raise Invalid(f"{folder} is not whole: its building was interrupted. Run `controlkit data build` again.")
     tree = tree_of(folder)
@@ -153,7 +153,7 @@ def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Lis
     return listing
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def own_facts(path: Path) -> dict[str, Any]:
     """The values in a JSON file of ours; none in other tools' files of that name, which are ignored."""
     try:
         facts = parse_json(path.read_bytes(), path.name) if path.is_file() else None

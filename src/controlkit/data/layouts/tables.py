@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, wording
+from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, is_there, wording
 from controlkit.data.layouts.tree import Tree
 from controlkit.errors import Invalid, Unsupported, one_line
 from controlkit.hub import cache_dir
@@ -58,10 +58,12 @@ def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
         if isinstance(table.features[column], datasets.Image):
             if link := linked.get(place):  # people's own tables may name files anywhere, a hub's may not
                 fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
-                return inside(folder, link, problems) if fetched else file_at(folder / link)
+                if not fetched and is_there(folder / link):
+                    return file_at(folder / link)
+                return inside(folder, link, problems)
             return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
         name = table[place][column]
-        beside = folder if saved or (folder / name).is_file() else Path(tables[0]).parent
+        beside = folder if saved or is_there(folder / name) else Path(tables[0]).parent
         return inside(beside, name, problems)
 
     rows = []
