@@ -225,7 +225,7 @@ def test_train_runs_a_recipe_and_says_what_came_of_it(run, toy_folder, toy_base,
     )
     code, out, err = run("train", recipe, "--out", tmp_path / "run")
     assert code == 0, err
-    assert "it cannot be decided whether there is control" in out
+    assert "it cannot be measured whether there is control" in out
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"fidelity", "floor", "ceiling", "obedience"} <= set(lines[1])

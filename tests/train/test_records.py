@@ -12,9 +12,9 @@ from controlkit.train.recipe import EvaluationRecipe
     [
         ([], None, "no control yet"),
         ([0.1, 0.2], None, "no control yet"),
-        ([0.1, 0.3], None, "control perhaps found at step 200: the next evaluation will confirm"),
+        ([0.1, 0.3], None, "control perhaps found at step 200, if a second evaluation confirms it"),
         ([0.3, 0.2], None, "no control yet"),
-        ([0.3, 0.2, 0.3], None, "control perhaps found at step 300: the next evaluation will confirm"),
+        ([0.3, 0.2, 0.3], None, "control perhaps found at step 300, if a second evaluation confirms it"),
         ([0.1, 0.25, 0.25], 200, "control found at step 200"),
         ([0.3, 0.4, 0.1], 100, "control found at step 100"),
         ([0.3, 0.1, 0.3, 0.3, 0.3], 300, "control found at step 300"),
@@ -29,7 +29,7 @@ def test_control_is_found_at_the_first_of_two_successive_evaluations(lows, found
 def test_obedience_that_does_not_count_finds_no_control():
     evaluations = [EvaluationSummary(100, 0.9, is_meaningful=False), EvaluationSummary(200, 0.9, is_meaningful=False)]
     assert found_step(evaluations) is None
-    assert verdict(evaluations).startswith("it cannot be decided whether there is control")
+    assert verdict(evaluations).startswith("it cannot be measured whether there is control")
 
 
 def test_a_run_ends_where_it_got_where_it_should_or_no_longer_gets_better():

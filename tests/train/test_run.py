@@ -36,7 +36,7 @@ def test_a_run_leaves_a_log_checkpoints_samples_and_a_control(tiny_recipe, toy_b
         "relative_loss", "colour_drift", "residuals",
     }  # fmt: skip
     assert not evaluated["is_meaningful"] and evaluated["verdict"].startswith(
-        "it cannot be decided whether there is control"
+        "it cannot be measured whether there is control"
     )
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-0000003.png", "step-0000006.png"]

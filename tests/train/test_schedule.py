@@ -11,6 +11,7 @@ from controlkit.train import learning_rate, train_control
 from controlkit.train import schedule as schedules
 from controlkit.train.parts import RatePlan
 from controlkit.train.recipe import parse_recipe
+from controlkit.train.schedule import Clock
 
 TINY = {
     "data": {"source": "fill50k", "count": 4},
@@ -98,3 +99,12 @@ def test_the_time_before_an_interruption_counts(toy_base, tmp_path, ticking):
     list(itertools.islice(train_control(recipe, tmp_path, toy_base), 4))
     ticking[0] += 1e6
     assert [record.step for record in train_control(recipe, tmp_path, toy_base)] == [4, 5]
+
+
+def test_time_for_the_last_evaluation_is_kept_free_and_the_rate_is_down_before_it(monkeypatch):
+    clock = Clock(1.0)
+    monkeypatch.setattr(Clock, "_seconds", property(lambda clock: 45.0))
+    assert clock.share == 0.75 and not clock.over
+    clock.evaluation = 15.0
+    clock.last_step = 1.0
+    assert clock.share == 1.0 and clock.over

@@ -39,8 +39,8 @@ ColumnOption = Annotated[
     typer.Option(
         "--column",
         metavar="KIND=NAME",
-        help="What the column of `image`, `hint` or `caption` is called, where unusual; else, without a listing, the "
-        "folder of pictures (`image=.`: all are) or of hints. Repeatable.",
+        help="What the column of `image`, `hint` or `caption` is called, where unusual; without a listing, which "
+        "folder holds the pictures (`image=.`: all do) or the hints. Repeatable.",
     ),
 ]
 WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]

@@ -145,12 +145,15 @@ def divergence(record: Record, losses: Sequence[float]) -> str:
     return ""
 
 
-def verdict(evaluations: Sequence[EvaluationSummary]) -> str:
-    """Describe whether control was found (the paper's sudden convergence, Section 3.3 and Figure 4)."""
+def verdict(evaluations: Sequence[EvaluationSummary], reason: str = "") -> str:
+    """Describe whether control was found (the paper's sudden convergence, Section 3.3 and Figure 4).
+
+    ``reason``: why the last obedience means nothing (``measure.meaningless``).
+    """
     if (step := found_step(evaluations)) is not None:
         return f"control found at step {step}"
     if evaluations and evaluations[-1].control:
-        return f"control perhaps found at step {evaluations[-1].step}: the next evaluation will confirm"
+        return f"control perhaps found at step {evaluations[-1].step}, if a second evaluation confirms it"
     if evaluations and not evaluations[-1].is_meaningful:
-        return "it cannot be decided whether there is control: floor and ceiling are too close, or the ceiling too low"
+        return f"it cannot be measured whether there is control: {reason}"
     return "no control yet"

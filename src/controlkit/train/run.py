@@ -22,7 +22,7 @@ from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import HintSpec
-from controlkit.measure import EvaluationPlan, Obedience, Verdict, unmeasurable, verdict_on
+from controlkit.measure import EvaluationPlan, Obedience, Verdict, meaningless, unmeasurable, verdict_on
 from controlkit.sample import ControlRequest
 from controlkit.train.checkpoints import (
     begin_folder,
@@ -277,7 +277,7 @@ class Run:
         assert summary is not None
         self.evaluations.append(summary)
         if record.evaluation:
-            record = replace(record, verdict=verdict(self.evaluations))
+            record = replace(record, verdict=verdict(self.evaluations, meaningless(record.evaluation)))
         if self.ranks.first and best_of(self.evaluations) is summary:
             self._write(self.out / "best", weights)
         self.evaluations = self.ranks.broadcast(self.evaluations)

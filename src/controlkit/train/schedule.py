@@ -50,8 +50,8 @@ class Clock:
 
     @property
     def share(self) -> float:
-        """The share of the budget that has passed; 0 without one."""
-        return self._seconds / self._limit
+        """The share of the budget for steps that has passed; 0 without one."""
+        return self._seconds / max(self._limit - self.evaluation, 1e-9)
 
     @property
     def over(self) -> bool:
