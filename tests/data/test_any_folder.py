@@ -146,7 +146,7 @@ def folders(draw):
     else:
         listed(draw, folder, layout, rows, coding, (own, hints))
     for junk in draw(st.lists(JUNK, max_size=2)):
-        folder.files.setdefault(junk, encoded(pixels("hint", 99), "RGB", "png"))
+        folder.files.setdefault(junk, encoded(pixels("hint", 99), "RGB", "png") if junk.endswith("png") else b"junk")
         if junk.startswith("run/"):
             folder.files[f"run/{OUTPUT}"] = b""
     folder.links = draw(st.lists(st.tuples(LINKS, st.integers(0, 9)), max_size=2)) if draw(st.booleans()) else []

@@ -18,35 +18,14 @@ def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     tables = _for_training(tree.under(folder, [".parquet"]), folder)
     if not saved and not tables:
         return None
-    try:
-        import datasets
-    except ImportError as error:
-        raise Unsupported(
-            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
-        ) from error
-    try:
-        if saved:
-            table = datasets.load_from_disk(str(folder))
-        else:
-            table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
-    except Exception as error:  # what a damaged file is depends on the library's own readers
-        raise Invalid(f"{folder} cannot be read as a data set ({one_line(error)}): fetch or write it anew.") from error
-    if isinstance(table, datasets.DatasetDict):
-        table = table["train"] if "train" in table else next(iter(table.values()))
+    table = _table(folder, [] if saved else tables)
     columns = table.column_names
     names.check(columns, str(folder))
     picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
     hints = names.hints(columns)
     if picture is None:
         raise Invalid(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
-    for name in (picture, *hints):
-        feature = table.features[name]
-        bare = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # written by another library
-        if isinstance(feature, datasets.Image) or bare or feature == datasets.Value("binary"):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif getattr(feature, "dtype", "") not in ("string", "large_string"):
-            raise Invalid(f"{folder} has a {one_line(feature)} in its column {name}: expected pictures, or paths.")
-
+    table = _as_bytes(table, (picture, *hints), folder)
     contents = {name: _contents(table, name) for name in (picture, *hints)}
 
     def held(place: int, column: str) -> Held | None:
@@ -54,8 +33,7 @@ def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
         if place in empty:
             problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
             return None
-
-        if isinstance(table.features[column], datasets.Image):
+        if table.features[column].dtype not in _PATHS:
             if link := linked.get(place):  # people's own tables may name files anywhere, a hub's may not
                 fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
                 if not fetched and is_there(folder / link):
@@ -74,6 +52,42 @@ def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     return rows
 
 
+def _table(folder: Path, tables: list[str]) -> Any:
+    """These parquet files as a table of the datasets library; with none the one that it saved in the folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise Unsupported(
+            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
+        ) from error
+    try:
+        if tables:
+            table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
+        else:
+            table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # what a damaged file is depends on the library's own readers
+        raise Invalid(f"{folder} cannot be read as a data set ({one_line(error)}): fetch or write it anew.") from error
+    if isinstance(table, datasets.DatasetDict):
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    return table
+
+
+def _as_bytes(table: Any, columns: Sequence[str], folder: Path) -> Any:
+    """The table with its pictures as bytes or paths, not decoded; ``Invalid`` for a column of anything else."""
+    import datasets
+
+    for name in columns:
+        feature = table.features[name]
+        bare = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # written by another library
+        if isinstance(feature, datasets.Image) or bare or feature == datasets.Value("binary"):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif getattr(feature, "dtype", "") not in _PATHS:
+            raise Invalid(f"{folder} has a {one_line(feature)} in its column {name}: expected pictures, or paths.")
+    return table
+
+
+_PATHS = ("string", "large_string")
+"""Types of columns that name files."""
 _ASIDE = {"validation", "valid", "val", "dev", "test", "eval"}
 """Words that files of a split have in their names that is not for training."""
 
