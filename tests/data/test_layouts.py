@@ -450,6 +450,8 @@ QUESTIONS = {
     "two files of each name in one folder": [f"{i}.{ending}" for i in range(3) for ending in ("jpg", "png")],
     "a folder for each pair": [f"{i}/{part}.png" for i in range(3) for part in ("photo", "lines")],
     "pictures that are not read": [*(f"A/{i}.heic" for i in range(3)), *named_alike("B")],
+    "names that are words for hints": [f"{name}.png" for name in ("canny", "canny_canny", "a", "b")],
+    "names without letters": [f"{name}.png" for name in ("%", "%_canny", "a", "b")],
     "one hint among others": ["a house.png", "a house sketch.png", *(f"{i}.png" for i in range(9))],
     "a kind of hint beside several folders": named_alike("images", "others", "canny"),
 }  # fmt: skip

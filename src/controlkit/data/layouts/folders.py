@@ -134,27 +134,33 @@ def plain(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None
 def namesakes(pictures: Iterable[Path]) -> str:
     """Why these files may be pictures and their hints, in words; "" where their names do not say so.
 
-    Names are compared without case, suffix, zeros before numbers and words for hints. Two folders match where at least
-    half of the names in one are in the other, and these are no odd ones among many pictures: three, all two, or a tenth
-    of all pictures. Files of one folder match where a word for hints tells two of them apart, or at least half of the
-    names come twice.
+    Names are compared without case, suffix, zeros before numbers and words for hints at either end. Two folders match
+    where at least half of the names in one are in the other, and these are no odd ones among many pictures: three, all
+    two, or a tenth of all pictures. Files of one folder match where a word for hints at an end tells two of them apart,
+    or at least half of the names come twice.
     """
     known = _hint_words()
     folders: dict[str, Counter[str]] = defaultdict(Counter)
     having: dict[str, list[str]] = defaultdict(list)
-    bare: dict[tuple[str, str, bool], str] = {}
+    whole: dict[tuple[str, tuple[str, ...]], str] = {}
     for path in sorted(map(str, pictures)):
         folder, file = os.path.split(path)
-        stem = file.rpartition(".")[0] or file
-        words = [word.lstrip("0") or "0" for word in _words(stem)]
-        said = [word for word in words if word.removesuffix("s") not in known]
-        name = " ".join(said or words) or stem
-        bare[folder, name, words == said] = file
-        if other := bare.get((folder, name, words != said)):
-            return f"{folder} has {file} beside {other}"
+        words = tuple(
+            word.lstrip("0") or "0" for word in re.split(r"[\s_.-]+", file.rpartition(".")[0].casefold()) if word
+        )
+        whole[folder, words] = file
+        while len(words) > 1 and words[-1].removesuffix("s") in known:
+            words = words[:-1]
+        while len(words) > 1 and words[0].removesuffix("s") in known:
+            words = words[1:]
+        name = " ".join(words) or file
         if name not in folders[folder]:
             having[name].append(folder)
         folders[folder][name] += not file.lower().endswith(OTHER_PICTURES)  # beside a picture it is that picture's own
+    for (folder, words), file in whole.items():
+        for word, rest in ((words[-1:], words[:-1]), (words[:1], words[1:])):
+            if rest and word[0].removesuffix("s") in known and (folder, rest) in whole:
+                return f"{folder} has {file} beside {whole[folder, rest]}"
     total = sum(map(len, folders.values()))
     for folder, counts in folders.items():
         twice = [name for name, count in counts.items() if count > 1]
