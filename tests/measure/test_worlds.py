@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from controlkit.annotators import contract
+from controlkit.annotators import contract, grounds_of
 from controlkit.backbones import load_base
 from controlkit.formats import SavedControl
 from controlkit.measure import EMBEDDED, heldout_for, world, world_of
@@ -72,5 +72,5 @@ def test_a_control_of_a_folder_is_measured_on_its_columns(monkeypatch):
     monkeypatch.setattr(world, "evaluation_pairs", lambda *args: args)
     trained = {"data": "photos", "recipe": {"data": {"columns": {"image": "file"}}}}
     saved = SavedControl(None, contract("canny"), trained)
-    assert heldout_for(saved, 32, 3) == ("photos", 32, 3, False, ["black"], {"image": "file"})
+    assert heldout_for(saved, 32, 3) == ("photos", 32, 3, False, grounds_of(contract("canny")), {"image": "file"})
     assert heldout_for(SavedControl(None, contract("canny")), 32, 3)[0] == "emoji"

@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def launch(recipe, out, count=2, before="pass", **more):
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     arguments = ["train", recipe, "--out", out, "--device", "cpu"]
-    ended = run_commands(arguments, ranks, out.with_name(f"{out.name}-streams"), before)
+    ended = run_commands(arguments, ranks, recipe.with_name(f"{Path(out).name}-streams"), before)
     return [process.code for process in ended], [(process.out, process.err) for process in ended]
 
 

@@ -134,7 +134,7 @@ SETTINGS = [  # key, another value, what of the run it must change and how, and 
     ("evaluation.guidance", 1.0, "samples", changed),
     ("evaluation.hints", ["photos/a circle a.png"], "samples", lambda before, after: len(after) == len(before) + 1),
     ("evaluation.prompts", ["a", "b"], "samples", changed, {"evaluation": {"hints": ["photos/a circle a.png"]}}),
-    ("evaluation.target", -9.0, "steps", becomes(1), EVERY_STEP),
+    ("evaluation.target", 0.0, "steps", becomes(1), EVERY_STEP),
     ("evaluation.patience", 1, "steps", becomes(2), EVERY_STEP),
     ("tracking.to", ["tensorboard"], "tracked", becomes(["tensorboard"])),
     ("tracking.project", "mine", "tracked", becomes(["mine"]), {"tracking": {"to": ["trackio"]}}),
