@@ -73,4 +73,6 @@ def test_a_control_of_a_folder_is_measured_on_its_columns(monkeypatch):
     trained = {"data": "photos", "recipe": {"data": {"columns": {"image": "file"}}}}
     saved = SavedControl(None, contract("canny"), trained)
     assert heldout_for(saved, 32, 3) == ("photos", 32, 3, False, grounds_of(contract("canny")), {"image": "file"})
+    assert heldout_for(saved, 32, 3, "others")[-1] == {}
+    assert heldout_for(saved, 32, 3, "others", {"image": "a"})[-1] == {"image": "a"}
     assert heldout_for(SavedControl(None, contract("canny")), 32, 3)[0] == "emoji"

@@ -87,8 +87,8 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
         (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "; 2 processes"),
         (["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--cpu"], 1, "asked for several processes and has started this one alone"),
-        (["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no"], 0, "; 1 process"),
+        pytest.param(["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
+                      "no", "--dynamo_backend", "no"], 0, "; 1 process", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_launcher_s_processes_take_part_or_it_says_that_they_do_not(launcher, code, words, toy_folder, tmp_path):

@@ -10,12 +10,13 @@ import typer
 
 from controlkit.cli.shared import (
     BaseOption,
+    ColumnOption,
     DeviceOption,
     KindsCommand,
     OutOption,
     check_folder,
-    key_values,
     loaded_base,
+    parse_columns,
     parse_size,
     progress_bars,
     ready,
@@ -33,15 +34,6 @@ app.add_typer(make_app, name="make")
 CaptionerOption = Annotated[str, typer.Option(help="The captioner's model: a BLIP's folder, or a hub's name.")]
 ReplaceOption = Annotated[
     str, typer.Option(help="What the captioner may put its words over: `nothing`, `names` (of files), `all`.")
-]
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        metavar="KIND=NAME",
-        help="What the column of `image`, `hint` or `caption` is called, where unusual; without a listing, which "
-        "folder holds the pictures (`image=.`: all do) or the hints. Repeatable.",
-    ),
 ]
 WorkersOption = Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)]
 
@@ -107,7 +99,7 @@ def doctor(
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):
         raise Invalid("--channels, --low and --high say what hints should be: say of what kind, too, by --annotator.")
-    listing = read_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
+    listing = read_listing(path, parse_columns(column))
     model = loaded_base(base, "cpu")
     with progress_bars() as progress:
         task = progress.add_task("opening", total=len(listing.rows), figures="")
@@ -205,7 +197,7 @@ def caption(
     from controlkit.data import load_captioner, sound_listing, unwritten, write_captions
 
     over = _over(replace)
-    listing = sound_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
+    listing = sound_listing(path, parse_columns(column))
     places = unwritten(listing, over)
     named = sum(row.named and bool(row.prompt) for row in listing.rows)
     if not places:
@@ -257,7 +249,7 @@ def build(
     over = _over(replace)
     if captions not in ("own", "blip"):
         raise Invalid(f'--captions is "{captions}": {nearest(captions, ("own", "blip"))}')
-    listing = sound_listing(path, key_values(column, "--column", "KIND=NAME, such as image=photo"))
+    listing = sound_listing(path, parse_columns(column))
     model = load_captioner(captioner, ready(device)) if captions == "blip" else None
     with progress_bars() as progress:
         bare = len(wanting(listing.rows, over)) if model else 0

@@ -11,6 +11,7 @@ import typer
 
 from controlkit.cli.shared import (
     BaseOption,
+    ColumnOption,
     DeviceOption,
     GuidanceOption,
     LoraOption,
@@ -19,6 +20,7 @@ from controlkit.cli.shared import (
     loaded_base,
     loaded_control,
     on_cuda,
+    parse_columns,
     progress_bars,
     say,
     say_beside,
@@ -222,6 +224,7 @@ def evaluate(
         str | None,
         typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
     ] = None,
+    column: ColumnOption = None,
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
@@ -258,7 +261,7 @@ def evaluate(
     metric_of(saved.hint)
     recipe = saved.trained.get("recipe") or {}
     model = model.of_size(recipe["size"]) if recipe.get("size") else model
-    pairs, real = heldout_for(saved, model.size, num, data)
+    pairs, real = heldout_for(saved, model.size, num, data, parse_columns(column))
     counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
     plan = EvaluationPlan(
         ControlRequest(name=control, scale=scale, hint_cfg_scale=counted), saved.hint, pairs, steps, guidance

@@ -30,6 +30,15 @@ BaseOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write into; made if it is not there.")]
 SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; else the base's or picture's.")]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KIND=NAME",
+        help="What the column of `image`, `hint` or `caption` is called, where unusual; without a listing, which "
+        "folder holds the pictures (`image=.`: all do) or the hints. Repeatable.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: cuda if there is one.")]
 StepsOption = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
 LoraOption = Annotated[
@@ -211,6 +220,11 @@ def key_values(given: Sequence[str] | None, option: str, example: str) -> dict[s
     if wrong := [one for one, key, value in pairs if not (key and value)]:
         raise Invalid(f'{option} is "{wrong[0]}"; expected {example}.')
     return {key: value for _, key, value in pairs}
+
+
+def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
+    """``--column``'s names of columns or folders, by the kind of what they hold."""
+    return key_values(given, "--column", "KIND=NAME, such as image=photo")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ Figures of quality are measured by the referee of a base's own world or not at a
 such pictures gives numbers that mean nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -72,14 +72,14 @@ WORLDS = (EMBEDDED,)
 
 
 def heldout_for(
-    saved: SavedControl, size: int, num: int, source: str | None = None
+    saved: SavedControl, size: int, num: int, source: str | None = None, columns: Mapping[str, str] | None = None
 ) -> tuple[Sequence[Pair], list[np.ndarray]]:
     """(``num`` held-out pairs to measure a control on, real pictures for FID), of ``size`` pixels.
 
-    ``source``: ``evaluation_pairs``'; by default what the control was trained on, with its names of columns.
+    ``source``, ``columns``: ``evaluation_pairs``'; by default what the control was trained on, and its columns.
     """
     spec, recipe = saved.hint, saved.trained.get("recipe") or {}
-    columns = {} if source else recipe.get("data", {}).get("columns", {})
+    columns = columns or ({} if source else recipe.get("data", {}).get("columns", {}))
     source = source or str(saved.trained.get("data", "emoji"))
     if source == "world":
         return EMBEDDED.heldout(spec, size, num)
