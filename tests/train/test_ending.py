@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import UNION, log_of
 
 from controlkit.data import make_fill50k
-from controlkit.errors import UserError
+from controlkit.errors import Invalid, UserError
 from controlkit.measure import Figure, Verdict, obedience
 from controlkit.train import Record, objective, read_ending, train_control
-from controlkit.train.ending import Ending, next_command, why_ended
+from controlkit.train.ending import ENDING, Ending, next_command, why_ended
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.recipe import parse_recipe, read_recipe
 from controlkit.train.records import divergence
@@ -81,7 +81,7 @@ def test_a_run_that_its_budget_ends_is_measured_and_told_how_to_go_on(
     last = len(records)
     assert (last == 1 if minutes < 1e-3 else 1 < last < 6) and records[-1].evaluation, "measured on what it ends with"
     ending = read_ending(tmp_path)
-    assert (ending.reason, ending.step, ending.verdict.finding) == ("budget", last, "not found")
+    assert (ending.reason, ending.step, ending.verdict.finding) == ("max_minutes", last, "not found")
     assert ending.why == f"Ended at step {last} of 6: max_minutes is {minutes:g}."
     words = shlex.split(ending.next)
     assert words[:4] == ["controlkit", "train", str(tmp_path / "recipe.yaml"), "--set"]
@@ -131,7 +131,7 @@ def test_while_a_run_goes_on_it_has_no_ending(tiny_recipe, toy_base, tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize("reason", ["steps", "budget", "target", "patience", "interruption"])
+@pytest.mark.parametrize("reason", ["steps", "max_minutes", "target", "patience", "interruption"])
 @pytest.mark.parametrize("finding", ["found", "not found", "cannot be measured"])
 @pytest.mark.parametrize("kept", [True, False, None])
 def test_every_ending_has_words_and_a_command_and_is_read_as_it_was_written(reason, finding, kept, tmp_path):
@@ -212,3 +212,12 @@ def test_the_ending_in_the_folder_is_plain(tiny_recipe, toy_base, tmp_path):
     list(train_control(tiny_recipe(steps=1), tmp_path, toy_base))
     held = json.loads((tmp_path / "ending.json").read_text())
     assert set(held) == {"step", "reason", "why", "verdict", "next", "words"}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"words": [], "verdict": null, "colour": 1}', '{"words": [], "verdict": {"x": 1}}']
+)
+def test_a_damaged_ending_is_named(text, tmp_path):
+    (tmp_path / ENDING).write_text(text)
+    with pytest.raises(Invalid, match=r"ending\.json"):
+        read_ending(tmp_path)

@@ -164,10 +164,10 @@ def test_looking_leaves_the_lock_free_and_makes_none(run):
 
 
 def test_the_reason_for_the_end_is_shown_and_that_of_an_earlier_end_is_not(run):
-    ending = Ending(40, "budget", "It took too long.", Verdict("found", "<so>", True), "controlkit generate")
+    ending = Ending(40, "max_minutes", "It took too long.", Verdict("found", "<so>", True), "controlkit generate")
     ending.write(run)
     seen = read_run(run)
-    assert seen.ended and lines(seen)[0].endswith("ended (budget)") and lines(seen)[-3:] == ending.lines()
+    assert seen.ended and lines(seen)[0].endswith("ended (max_minutes)") and lines(seen)[-3:] == ending.lines()
     assert "<p>Control found: &lt;so&gt;; quality kept.</p>" in page(seen, 5) and "refresh" not in page(seen, 5)
     dataclasses.replace(ending, reason="interruption", verdict=None).write(run)
     assert not read_run(run).ended and read_run(run).stopped

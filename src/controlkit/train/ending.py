@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from controlkit.files import write_atomic
+from controlkit.errors import Invalid, one_line
+from controlkit.files import parse_json, write_atomic
 from controlkit.measure import Verdict
 from controlkit.train.recipe import Recipe
 
-Reason = Literal["steps", "budget", "target", "patience", "interruption", "divergence"]
+Reason = Literal["steps", "max_minutes", "target", "patience", "interruption", "divergence"]
 
 ENDING = "ending.json"
 """The file in a run's folder; it is not there while the run goes on."""
@@ -40,12 +41,16 @@ class Ending:
 
 
 def read_ending(out: Path) -> Ending | None:
-    """The ending of the run in ``out``; None where it goes on, or was killed."""
-    if not (out / ENDING).is_file():
+    """The ending of the run in ``out``; None where it goes on, or was killed. ``Invalid`` for a damaged file."""
+    path = out / ENDING
+    if not path.is_file():
         return None
-    held = json.loads((out / ENDING).read_text())
-    del held["words"]
-    return Ending(**held | {"verdict": Verdict(**held["verdict"]) if held["verdict"] else None})
+    held = parse_json(path.read_bytes(), str(path))
+    try:
+        del held["words"]
+        return Ending(**held | {"verdict": Verdict(**held["verdict"]) if held["verdict"] else None})
+    except (KeyError, TypeError) as error:
+        raise Invalid(f"{path} does not say how a run ended ({one_line(error)}): delete it and run again.") from error
 
 
 def why_ended(reason: Reason, step: int, recipe: Recipe, best: int | None = None) -> str:
@@ -53,7 +58,7 @@ def why_ended(reason: Reason, step: int, recipe: Recipe, best: int | None = None
     patience, target = recipe.evaluation.patience, recipe.evaluation.target
     return {
         "steps": f"Ended after all {recipe.steps:,} steps.",
-        "budget": f"Ended at step {step:,} of {recipe.steps:,}: max_minutes is {recipe.max_minutes or 0:g}.",
+        "max_minutes": f"Ended at step {step:,} of {recipe.steps:,}: max_minutes is {recipe.max_minutes or 0:g}.",
         "target": f"Ended at step {step:,} of {recipe.steps:,}: obedience's lower bound reached the target, {target}.",
         "patience": f"Ended at step {step:,} of {recipe.steps:,}: {patience} evaluations in a row were no better than "
         f"that of step {best}.",
@@ -79,7 +84,7 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
             control /= recipe.control.annotators[0]
         return shlex.join(["controlkit", "generate", "a prompt", "--control", f"{control}=picture.png", *base, *vae])
     if verdict.finding == "not found":
-        longer = {"budget": "max_minutes=null", "patience": "evaluation.patience=0"}
+        longer = {"max_minutes": "max_minutes=null", "patience": "evaluation.patience=0"}
         return train_command(out, longer.get(reason, f"steps={2 * recipe.steps}"))
     if recipe.control.types:
         return shlex.join(["controlkit", "evaluate", f"{out}:{recipe.control.types[0]}", *base, *vae])

@@ -213,7 +213,7 @@ class Run:
         if self.done >= self.plan.rates.steps:
             return "steps"
         if self._out_of_time:
-            return "budget"
+            return "max_minutes"
         return "interruption" if self._stopped else None
 
     def step(self) -> Record:
