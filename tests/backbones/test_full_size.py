@@ -19,7 +19,7 @@ from diffusers import (
 
 from conftest import relative
 from controlkit.backbones import TextEmbedding, UNetBase
-from controlkit.backbones.unet import TextTower
+from controlkit.backbones.text import TextTower
 from controlkit.backbones.unet_families import FAMILIES, clip_tokenizer, unet_config
 from controlkit.branch import ControlSpec
 from controlkit.controls import Adapter

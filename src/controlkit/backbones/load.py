@@ -18,7 +18,8 @@ from torch import nn
 from controlkit.backbones.noise import Prediction
 from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.rules import check_folder, check_signs, check_text, ddim_config, latent_space, read_config
-from controlkit.backbones.unet import TextTower, UNetBase
+from controlkit.backbones.text import TextTower
+from controlkit.backbones.unet import UNetBase
 from controlkit.backbones.unet_families import FAMILIES, Family, clip_tokenizer, family_of_width, pipeline_configs
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
 from controlkit.files import read_text, write_atomic

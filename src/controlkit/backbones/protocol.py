@@ -20,7 +20,10 @@ from controlkit.branch import ControlNetwork, ConvBody, Tap
 from controlkit.errors import Invalid
 from controlkit.hub import digest
 from controlkit.precision import autocast
+from controlkit.prompts import Words
 
+Prompt = str | Words | None
+"""A text, of which as much is read as fits in one window; words in any number of windows; or no prompt at all."""
 Layer = Callable[[Tensor, Tensor, Any], Tensor]
 """(feature, time embedding, text) -> feature."""
 Stage = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
@@ -173,8 +176,11 @@ class Backbone(Protocol):
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the window; empty if all of it fits."""
 
-    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
-        """B prompts as the denoiser reads them; None is no prompt at all. ``size``: (height, width) of the picture."""
+    def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:
+        """B prompts as the denoiser reads them. ``size``: (height, width) of the picture.
+
+        Prompts of fewer windows than others are repeated, which changes nothing in attention to them.
+        """
 
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
         """Of each prompt, all that its embedding is computed from: equal ones have equal embeddings."""

@@ -7,6 +7,7 @@ have (B, C, h, w), never tokens.
 # ruff: noqa: D102  # members of ``Backbone`` are explained there
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.backbones.protocol import ActiveControl, Backbone, Layer, TextEmbedding, Walker
+from controlkit.backbones.protocol import ActiveControl, Backbone, Layer, Prompt, TextEmbedding, Walker
+from controlkit.backbones.text import TextTower
 from controlkit.branch import Tap, add_residuals
 from controlkit.hub import digest
 from controlkit.precision import number_format
@@ -178,30 +180,6 @@ class UNetEncoder(nn.Module):
         return [*encoded.skips, encoded.middle]
 
 
-@dataclass(frozen=True)
-class TextTower:
-    """A text encoder with its tokenizer; ``penultimate``: tokens are read before its last layer (SDXL)."""
-
-    tokenizer: Any
-    encoder: Any
-    penultimate: bool = False
-
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token rows (B, window), int64, padded, and cut where a prompt is longer than the window."""
-        from diffusers.loaders import TextualInversionLoaderMixin
-
-        learnt = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, self.tokenizer)  # words of many vectors
-        window = self.tokenizer.model_max_length
-        rows = self.tokenizer(learnt, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
-        return rows.input_ids.to(self.encoder.device)
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """One vector a token (B, L, D), and the tower's pooled projection (B, P), if it has one."""
-        out = self.encoder(self.tokenize(prompts), output_hidden_states=self.penultimate)
-        tokens = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
-        return tokens, getattr(out, "text_embeds", None)
-
-
 class UNetBase(Backbone):
     """A frozen text-to-image base: VAE, text towers, U-Net and noise schedule.
 
@@ -276,12 +254,14 @@ class UNetBase(Backbone):
         return tokenizer.decode(ids[self.window - 2 :]).strip()
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str | None], size: tuple[int, int] | None = None) -> TextEmbedding:
+    def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
-        tokens = torch.cat([one for one, _ in read], -1)
+        rows = [torch.cat([one for one, _ in towers], -1) for towers in zip(*read, strict=True)]
+        longest = math.lcm(*(len(row) for row in rows))
+        tokens = torch.stack([row.repeat(longest // len(row), 1) for row in rows])  # attention is the same for it
         pooled = sizes = None
         if self.unet.config.addition_embed_type == "text_time":
-            pooled = read[-1][1]
+            pooled = torch.stack([cast("Tensor", one) for _, one in read[-1]])
             sizes = torch.zeros(len(prompts), 6, dtype=torch.long, device=tokens.device)
         absent = [i for i, prompt in enumerate(prompts) if prompt is None]
         if absent and self.zeros_for_none:
