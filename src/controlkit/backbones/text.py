@@ -87,7 +87,7 @@ class TextTower:
 
         The last norm is applied where the base reads tokens that passed it (SD 1.5, 2.1), also to an earlier layer's.
         """
-        early = int(self.penultimate)
+        early = self.penultimate
         out = self.encoder(ids, output_hidden_states=early or left_out is not None)
         if left_out is None and not early:
             tokens = out.last_hidden_state
