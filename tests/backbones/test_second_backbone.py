@@ -20,6 +20,7 @@ from controlkit.controls import new_control
 from controlkit.errors import Unsupported, UserError
 from controlkit.formats import load_control
 from controlkit.hub import digest
+from controlkit.prompts import Words
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
 
@@ -109,9 +110,13 @@ class TransformerBase:
     def cut_words(self, prompt):
         return " ".join(prompt.split()[self.window :])
 
+    def windows_of(self, words):
+        return 1
+
     def encode_text(self, prompts, size=None):
         rows = []
         for prompt in prompts:
+            prompt = prompt.text if isinstance(prompt, Words) else prompt
             words = [hashlib.blake2b(word.encode(), digest_size=4).digest() for word in (prompt or "").split()]
             codes = [torch.Generator().manual_seed(int.from_bytes(word, "little")) for word in words[: self.window]]
             vectors = [torch.randn(WIDTH, generator=code) for code in codes]

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import ControlNetModel
 from PIL import Image
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from controlkit.annotators import contract
 from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, split_control
@@ -18,7 +20,7 @@ from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
 from controlkit.files import OUTPUT, is_output
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.images import HintSpec, write_png
+from controlkit.images import HintSpec, read_picture, write_png
 from controlkit.sample import ControlRequest, Request
 from controlkit.train import recipe
 
@@ -31,6 +33,18 @@ def control(toy_base, tmp_path):
         toy_base,
     )
     return tmp_path / "edges"
+
+
+@pytest.fixture
+def lora_file(toy_base, tmp_path):
+    """A LoRA of one layer that one sees."""
+    [(name, layer), *_] = [pair for pair in toy_base.unet.named_modules() if pair[0].endswith("attn2.to_v")]
+    drawn = torch.Generator().manual_seed(0)
+    low, high = (torch.randn(*sides, generator=drawn) for sides in ((2, layer.in_features), (layer.out_features, 2)))
+    (tmp_path / "loras").mkdir()
+    path = tmp_path / "loras" / "old style.safetensors"
+    save_file({f"unet.{name}.lora_A.weight": low, f"unet.{name}.lora_B.weight": high}, path)
+    return path
 
 
 @pytest.fixture
@@ -81,7 +95,19 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
 
 def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
     """Or one given beside ``--request`` would be left unread without a word."""
-    beside = {"context", "request", "out", "base", "num_images", "lora", "vae", "embedding", "dtype", "device"}
+    beside = {
+        "context",
+        "request",
+        "out",
+        "base",
+        "num_images",
+        "lora",
+        "lora_dir",
+        "vae",
+        "embedding",
+        "dtype",
+        "device",
+    }
     assert set(inspect.signature(generate).parameters) == {*IN_REQUEST} | beside and not {*IN_REQUEST} & beside
 
 
@@ -195,10 +221,37 @@ def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
             assert json.loads(picture.text["parameters"])["prompt"] == prompt
 
 
-def test_a_long_prompt_is_cut_with_a_warning(run, toy_folder, tmp_path):
-    code, _, err = run("generate", "apple " * 60 + "zebra", "--base", toy_folder, "--steps", 1, "--out", tmp_path)
-    assert code == 0
-    assert "cut off" in err and "zebra" in err
+def test_the_end_of_a_long_prompt_is_read_too(run, toy_folder, tmp_path):
+    for last in ("zebra", "gold"):
+        prompt, out = "apple " * 60 + last, tmp_path / last
+        assert run("generate", prompt, "--base", toy_folder, "--steps", 1, "--out", out)[0] == 0
+    assert not np.array_equal(*(read_picture(tmp_path / last / "picture-0.png") for last in ("zebra", "gold")))
+
+
+def test_a_prompt_is_read_in_its_dialect_and_the_picture_says_so(run, toy_folder, tmp_path):
+    made = {}
+    for dialect, prompt in {"plain": "a (red:1.5) apple", "a1111": "a (red:1.5) apple", "comfy": "a red apple"}.items():
+        options = ("--dialect", dialect, "--base", toy_folder, "--steps", 1, "--out", tmp_path / dialect)
+        assert run("generate", prompt, *options)[0] == 0
+        with Image.open(tmp_path / dialect / "picture-0.png") as picture:
+            settings = json.loads(picture.text["parameters"])
+        assert (settings["dialect"], settings["prompt"]) == (dialect, prompt)
+        made[dialect] = read_picture(tmp_path / dialect / "picture-0.png").tobytes()
+    assert len({*made.values()}) == 3
+    assert run("generate", "x", "--dialect", "a1112", "--base", toy_folder)[0] == 2
+
+
+def test_a_lora_named_in_the_prompt_is_the_lora_that_is_given(run, toy_folder, lora_file, tmp_path):
+    given = ("generate", "--base", toy_folder, "--steps", 2, "--seed", 3)
+    assert run(*given, "a cat", "--lora", f"{lora_file}=0.8", "--out", tmp_path / "given")[0] == 0
+    named = f"a cat <lora:{lora_file.stem}:0.8>"
+    options = ("--dialect", "a1111", "--lora-dir", lora_file.parent)
+    assert run(*given, named, *options, "--out", tmp_path / "named")[0] == 0
+    plain = run(*given, "a cat", "--out", tmp_path / "plain")[0]
+    one, other, without = (read_picture(tmp_path / name / "picture-3.png") for name in ("given", "named", "plain"))
+    assert np.array_equal(one, other) and plain == 0 and not np.array_equal(one, without)
+    code, _, err = run(*given, "a cat <lora:absent>", *options)
+    assert code == 2 and "absent" in err and lora_file.stem in err
 
 
 def test_a_given_hint_is_not_annotated(run, toy_folder, control, drawing, tmp_path):

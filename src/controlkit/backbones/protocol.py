@@ -47,6 +47,10 @@ class TextEmbedding:
     def __getitem__(self, rows: Any) -> "TextEmbedding":
         return TextEmbedding(**{name: value[rows] for name, value in self.tensors().items()})
 
+    def at(self, step: int) -> "TextEmbedding":
+        """Itself: the same at every step."""
+        return self
+
     def of_size(self, size: tuple[int, int]) -> "TextEmbedding":
         """The same, of pictures of (height, width) pixels, none of them cut; where sizes are not read, itself."""
         if self.sizes is None:
@@ -175,6 +179,9 @@ class Backbone(Protocol):
 
     def cut_words(self, prompt: str) -> str:
         """The end of a prompt that does not fit the window; empty if all of it fits."""
+
+    def windows_of(self, words: Words) -> int:
+        """How many windows words take."""
 
     def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:
         """B prompts as the denoiser reads them. ``size``: (height, width) of the picture.

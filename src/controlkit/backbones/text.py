@@ -118,7 +118,7 @@ class TextTower:
         for part in self._parts(words, room):
             window = windows[-1]
             if not part or len(window) + len(part) > room:
-                near = 0 <= last_comma and len(window) - last_comma <= dialect.comma_within
+                near = last_comma >= 0 and len(window) - last_comma <= dialect.comma_within
                 kept = last_comma + 1 if near and len(part) == 1 and part[0][0] != comma else len(window)
                 windows[-1:] = [window[:kept], window[kept:]]
                 last_comma = -1

@@ -24,6 +24,7 @@ from controlkit.backbones.text import TextTower
 from controlkit.branch import Tap, add_residuals
 from controlkit.hub import digest
 from controlkit.precision import number_format
+from controlkit.prompts import Words
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,9 @@ class UNetBase(Backbone):
         tokenizer = self.towers[0].tokenizer
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[self.window - 2 :]).strip()
+
+    def windows_of(self, words: Words) -> int:
+        return len(self.towers[0].windows(words))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:

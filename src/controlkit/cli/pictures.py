@@ -85,10 +85,25 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    dialect: Annotated[
+        str,
+        typer.Option(
+            help="How prompts are read: `plain`; `a1111`, with `(word:1.2)`, `[a:b:0.5]`, `[a|b]`, `AND`, `BREAK`, "
+            "`<lora:NAME:0.8>`; `comfy`, with `(word:1.2)`."
+        ),
+    ] = "plain",
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers of the text encoder left out, as the dialect counts: `plain` from 0, `a1111` from 1, `comfy` "
+            "from -1."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=10_000)] = 1,
     size: SizeOption = None,
     lora: LoraOption = None,
+    lora_dir: Annotated[Path, typer.Option(help="Where LoRAs that a prompt names are looked for.")] = Path(),
     vae: VaeOption = None,
     embedding: Annotated[
         list[Path] | None, typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable.")
@@ -103,6 +118,7 @@ def generate(
     from controlkit import sample
     from controlkit.formats.convert import DTYPES
     from controlkit.precision import number_format
+    from controlkit.prompts import without_loras
 
     check_folder(out)
     if dtype not in DTYPES:
@@ -111,9 +127,14 @@ def generate(
         first = _read_request(context, request)
     else:
         shared = {"scale": scale, "guess": guess, "ready": hint_ready, "hint_cfg_scale": hint_cfg}
+        if dialect == "a1111" and prompt is not None:
+            prompt, named = without_loras(prompt)
+            lora = [*(lora or []), *(f"{lora_named(name, lora_dir)}={scale:g}" for name, scale in named)]
         first = sample.Request(
             prompt=sample.PLAIN_PROMPT if prompt is None else prompt,
             negative_prompt=negative_prompt,
+            dialect=dialect,
+            clip_skip=clip_skip,
             seed=seed,
             size=parse_size(size),
             steps=steps,
@@ -130,6 +151,18 @@ def generate(
     prepared = sample.prepare(model, requests)
     facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
     _make(model, prepared, out, facts | {"embedding": [path.stem for path in embedding or []]})
+
+
+def lora_named(name: str, folder: Path) -> Path:
+    """The file of a LoRA that a prompt names: a path, or a file in the folder, with or without its ending."""
+    from controlkit.tensors import PICKLES
+
+    there = sorted(path for path in home_path(folder).glob("*") if path.suffix.lower() in (".safetensors", *PICKLES))
+    near = [path for path in there if name in (path.name, path.stem)]
+    if not near and not home_path(name).is_file():
+        words = nearest(name, [path.stem for path in there]) if there else "there is none in it"
+        raise NotFound(f'The prompt names the LoRA "{name:.80}", which is not in {folder} (--lora-dir): {words}')
+    return near[0] if near else home_path(name)
 
 
 def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Mapping[str, Any]) -> None:
@@ -168,7 +201,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
 
 IN_REQUEST = (
     "prompt", "control", "hint_ready", "annotator", "scale", "guess", "steps", "guidance", "hint_cfg",
-    "negative_prompt", "seed", "size",
+    "negative_prompt", "seed", "size", "dialect", "clip_skip",
 )  # fmt: skip
 """Parameters of ``generate`` that a request's file says instead."""
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 from controlkit.prompts.emphasis import Piece, a1111_pieces, comfy_pieces
 
-Name = Literal["plain", "a1111", "comfy"]
+Dialect = Literal["plain", "a1111", "comfy"]
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Reading:
     """One row: how a program reads the text of a prompt."""
 
     pieces: Callable[[str], list[Piece]]
@@ -29,10 +29,10 @@ class Dialect:
     (SDXL's) or does not."""
 
 
-DIALECTS: dict[Name, Dialect] = {
-    "plain": Dialect(lambda text: [Piece(text)], False, None, 0, 0, lambda skip, early: skip + early),
-    "a1111": Dialect(a1111_pieces, True, "mean", 20, 0, lambda skip, early: max(skip - 1, int(early))),
-    "comfy": Dialect(comfy_pieces, False, "empty", 0, 8, lambda skip, early: abs(skip) - 1),
+DIALECTS: dict[Dialect, Reading] = {
+    "plain": Reading(lambda text: [Piece(text)], False, None, 0, 0, lambda skip, early: skip + early),
+    "a1111": Reading(a1111_pieces, True, "mean", 20, 0, lambda skip, early: max(skip - 1, int(early))),
+    "comfy": Reading(comfy_pieces, False, "empty", 0, 8, lambda skip, early: abs(skip) - 1),
 }
 """``plain``: as diffusers reads it, every letter a letter. Clip skip counts layers left out in ``plain`` (diffusers;
 beyond SDXL's own), the layer read from the end in ``a1111`` (1 is the last) and in ``comfy`` (-1 is the last)."""
@@ -43,11 +43,16 @@ class Words:
     """A prompt's words as a text encoder reads them, in as many windows as they need."""
 
     pieces: tuple[Piece, ...]
-    dialect: Name = "plain"
+    dialect: Dialect = "plain"
     clip_skip: int | None = None
     """As the dialect counts it; None is as the base was trained."""
 
+    @property
+    def text(self) -> str:
+        """The words without their weights."""
+        return "".join(piece.text for piece in self.pieces)
+
     @classmethod
-    def of(cls, text: str, dialect: Name = "plain", clip_skip: int | None = None) -> "Words":
+    def of(cls, text: str, dialect: Dialect = "plain", clip_skip: int | None = None) -> "Words":
         """The words of a text without schedules."""
         return cls(tuple(DIALECTS[dialect].pieces(text)), dialect, clip_skip)

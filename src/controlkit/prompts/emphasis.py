@@ -98,7 +98,8 @@ def comfy_pieces(text: str) -> list[Piece]:
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbours of one weight as one piece."""
     joined = []
-    for (weight, breaks), alike in groupby(pieces, lambda piece: (piece.weight, piece.breaks)):
+    for (weight, breaks), group in groupby(pieces, lambda piece: (piece.weight, piece.breaks)):
+        alike = list(group)
         if not abs(weight) <= MOST_WEIGHT:  # so written, it holds for infinity times zero as well
             raise Invalid(f"A word of the prompt has the weight {weight:g}; expected at most {MOST_WEIGHT:g}.")
         joined += alike if breaks else [Piece("".join(one.text for one in alike), weight)]

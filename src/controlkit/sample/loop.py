@@ -20,6 +20,7 @@ from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSetting
 from controlkit.sample.preview import Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
 from controlkit.sample.scales import scale_table
+from controlkit.sample.texts import Said
 
 HintTensors = Tensor | Mapping[str, Tensor]
 """A control's hints (B, channels, H, W) as its network reads them; a Union's by type."""
@@ -58,7 +59,7 @@ def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
 def denoise(
     base: Backbone,
     latents: Tensor,
-    text: TextEmbedding,
+    text: TextEmbedding | Said,
     controls: Sequence[tuple[PreparedControl, HintTensors]],
     settings: SamplingSettings,
     span: range | None = None,
@@ -69,7 +70,7 @@ def denoise(
     Args:
         latents: (B, C, h, w). Before step 0, standard normal noise; before a later one, noisy latents as they are
             there: an earlier run's after the step before, or a picture's with that much noise added.
-        text: of 2B prompts with guidance (unconditional rows first), else of B.
+        text: of B prompts for each of ``settings.weights``; with guidance, B unconditional ones before them.
         controls: each with its hints, in their contracts' ranges.
         span: the steps to make, of 0 to ``settings.steps`` - 1; all by default.
         scales: broadcastable to (control, row, tap, step, h, w), taps as the base's; by default ``scale_table``'s.
@@ -79,7 +80,8 @@ def denoise(
     span = range(len(sampler.timesteps)) if span is None else span
     x = latents if span.start else sampler.start(latents)
     if scales is None:
-        scales = scale_table([control for control, _ in controls], base.taps, rows, rows - count, settings)
+        unconditional = count if settings.is_guided else 0
+        scales = scale_table([control for control, _ in controls], base.taps, rows, unconditional, settings)
     full = (len(controls), rows, len(base.taps), settings.steps)
     scales = scales.expand(*full, *scales.shape[-2:]).to(x.device)
     used = scales.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop
@@ -99,10 +101,11 @@ def denoise(
                 active.append(ActiveControl(control.network, features[i], at))
         with base.autocast():  # not around the yield: whoever iterates computes in his own number format
             both = read.repeat(rows // count, 1, 1, 1).to(base.dtype)
-            prediction = base.predict(both, t, text, active).float()
-            if rows > count:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + settings.guidance * (conditional - unconditional)
+            prediction = base.predict(both, t, text.at(step), active).float()
+            if settings.is_guided:
+                unconditional, *parts = prediction.chunk(rows // count)
+                away = [weight * (part - unconditional) for weight, part in zip(settings.weights, parts, strict=True)]
+                prediction = unconditional + settings.guidance * sum(away[1:], away[0])
             x = sampler.step(prediction, timestep, x)
         yield Denoised(step, x, read, prediction, timestep)
 
@@ -165,10 +168,7 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
     seeds = [one.request.seed for one in alike]
     final = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     final = noise = final.to(base.device)
-    prompts: list[str | None] = [one.request.prompt for one in alike]
-    if settings.guidance != 1.0:
-        prompts = [one.request.negative_prompt for one in alike] + prompts
-    text = base.encode_text(prompts, size)
+    text = Said(base, [one.script for one in alike], settings.is_guided, size)
     columns = zip(*(one.controls for one in alike), strict=True)
     controls = [(column[0], _hint_tensors(base, column, size)) for column in columns]
     for done in denoise(base, noise, text, controls, settings):

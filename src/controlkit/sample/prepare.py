@@ -15,6 +15,7 @@ from controlkit.errors import Invalid, Mismatch, nearest
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import Ground, HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
 from controlkit.sample.request import ControlRequest, Request
+from controlkit.sample.texts import Script
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class SamplingSettings:
     steps: int = 20
     guidance: float = 4.0
     size: tuple[int, int] | None = None
+    weights: tuple[float, ...] = (1.0,)
+    """Of the prompts that ``AND`` joins."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is an unconditional half."""
+        return self.guidance != 1.0 or self.weights != (1.0,)
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,12 @@ class Prepared:
     request: Request
     settings: SamplingSettings
     """With the size in pixels, also where the request leaves it to the base."""
+    script: Script
     controls: tuple[PreparedControl, ...] = ()
     notes: tuple[str, ...] = ()
-    """Notes to the author: the end of a prompt that is cut off, controls trained on other weights."""
+    """Notes to the author: controls trained on other weights, hints that are empty."""
+    forms: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """``Script.forms``."""
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
@@ -79,7 +90,7 @@ class Prepared:
 
     def is_like(self, other: "Prepared") -> bool:
         """Whether both can be sampled in one batch."""
-        return (self.settings, self.controls) == (other.settings, other.controls)
+        return (self.settings, self.controls, self.forms) == (other.settings, other.controls, other.forms)
 
 
 def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -146,14 +157,13 @@ class _Preparation:
         self.base, self.loaded = base, loaded
         self.controls: dict[tuple[str, str | None], tuple[SavedControl, list[str]]] = {}
         self.ready: dict[tuple[ControlRequest, tuple[int, int]], PreparedControl] = {}
-        self.cut: dict[str, str] = {}
 
     def prepared(self, request: Request) -> Prepared:
         most = self.base.noise.count
         if request.steps > most:
             raise Invalid(f'Sampling takes 1 to {most} steps on the base "{self.base.name}"; got {request.steps}.')
         size = picture_size(self.base, request.size)
-        notes = [note for prompt in (request.prompt, request.negative_prompt or "") for note in self._notes(prompt)]
+        notes: list[str] = []
         controls = []
         for control in request.controls:
             notes += self._loaded(control)[1]
@@ -162,15 +172,10 @@ class _Preparation:
                 self.ready[key] = self._control(control, size)
             controls.append(self.ready[key])
             notes += _empty(control, self.ready[key])
-        settings = SamplingSettings(request.steps, request.guidance, size)
-        return Prepared(request, settings, tuple(controls), tuple(dict.fromkeys(notes)))
-
-    def _notes(self, prompt: str) -> list[str]:
-        if prompt not in self.cut:
-            self.cut[prompt] = self.base.cut_words(prompt)
-        if not (cut := self.cut[prompt]):
-            return []
-        return [f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads; cut off: "{cut}"']
+        script = Script.of(request)
+        settings = SamplingSettings(request.steps, request.guidance, size, script.weights)
+        notes = list(dict.fromkeys(notes))
+        return Prepared(request, settings, script, tuple(controls), tuple(notes), script.forms(self.base))
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):

@@ -27,6 +27,7 @@ from torch import Tensor
 from controlkit.errors import Invalid, first_fault
 from controlkit.files import home_path, parse_json
 from controlkit.images import MOST_SIDE, decode_hint, hint_bytes
+from controlkit.prompts import Dialect
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
@@ -46,7 +47,7 @@ def _as_utf8(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_as_utf8)]
+Text = Annotated[str, AfterValidator(_as_utf8), Field(max_length=20_000)]
 Factor = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 """Of residuals. Beyond this no picture is left; some numbers would overflow their format."""
 Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -175,6 +176,13 @@ class ControlRequest(_Checked):
         return hash(self._key())
 
 
+_SKIPS: dict[Dialect, tuple[int, int, str]] = {
+    "plain": (0, 11, "0 (no layer) to 11"),
+    "a1111": (1, 12, "1 (the last layer) to 12"),
+    "comfy": (-12, -1, "-1 (the last layer) to -12"),
+}
+
+
 class Request(_Checked):
     """One picture to make.
 
@@ -185,6 +193,12 @@ class Request(_Checked):
     """Words for the picture; "" is no prompt."""
     negative_prompt: Text | None = None
     """Words for what the picture must not show; None is no prompt at all (for SDXL not the same as an empty one)."""
+    dialect: Dialect = "plain"
+    """How both are read: ``plain``, every letter as it is; ``a1111``, with its weights, schedules, ``AND`` and
+    ``BREAK``; ``comfy``, with its weights. Longer prompts than a window of the text encoder take several."""
+    clip_skip: int | None = Field(None, ge=-12, le=12)
+    """Layers of the text encoder that are left out, as the dialect counts them: ``plain`` from 0 (diffusers), ``a1111``
+    from 1, ``comfy`` from -1. None is as the base was trained."""
     seed: int = Field(0, ge=0, lt=2**64)
     """The starting noise depends on it alone, as ``torch.Generator().manual_seed(seed)`` gives it."""
     size: tuple[Side, Side] | None = None
@@ -193,6 +207,13 @@ class Request(_Checked):
     guidance: Guidance = 4.0
     """Of classifier-free guidance, 0 to 1000; 1 is none."""
     controls: tuple[ControlRequest, ...] = ()
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        least, most, words = _SKIPS[self.dialect]
+        if self.clip_skip is not None and not least <= self.clip_skip <= most:
+            raise ValueError(f'clip_skip is {self.clip_skip}; in the dialect "{self.dialect}" it is {words}')
+        return self
 
 
 @dataclass(frozen=True)
