@@ -11,9 +11,10 @@ from controlkit.backbones.noise import Diffusion, Flow
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control, new_union
 from controlkit.errors import Invalid, OutOfRoom
-from controlkit.formats import SavedControl
+from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec, fit
 from controlkit.sample import (
+    ControlRequest,
     Picture,
     PreparedControl,
     Request,
@@ -285,7 +286,7 @@ def test_the_default_table_is_each_controls_scale(toy_base, branches, injected):
     mid = new_control(toy_base, ControlSpec(join="gaussian", taps="mid"))
     x, _, text, hint = draw_inputs(toy_base)
     controls = [(in_use(branches[0], 0.3), hint), (in_use(mid, 2.0), hint)]
-    list(denoise(toy_base, x, text, controls, SamplingSettings(1)))
+    list(denoise(toy_base, x, text, controls, SamplingSettings(1, guidance=1.0)))
     t = torch.tensor([999, 999])
     both = [c.network(x, t, text, c.network.encode_hint(hint)) for c, _ in controls]
     for name, residual in injected[0].items():
@@ -332,9 +333,11 @@ def test_requests_with_different_settings_in_one_call_are_each_as_made_alone(toy
     assert all(torch.equal(picture.latents, other) for picture, other in zip(made, alone, strict=True))
 
 
-def test_plain_requests_are_prepared_and_their_notes_are_warnings(toy_base):
-    requests = [Request(prompt="apple " * 60 + "zebra", steps=1), Request(prompt="a red apple", seed=1, steps=1)]
-    with pytest.warns(UserWarning, match="zebra"):
+def test_plain_requests_are_prepared_and_their_notes_are_warnings(toy_base, tmp_path):
+    save_control(tmp_path, SavedControl(new_control(toy_base), HintSpec("canny")), toy_base)
+    empty = ControlRequest(name=str(tmp_path), images=np.zeros((32, 32, 3), np.uint8), ready=True)
+    requests = [Request(controls=[empty], steps=1), Request(prompt="a red apple", seed=1, steps=1)]
+    with pytest.warns(UserWarning, match="is empty"):
         records = generate(toy_base, requests)
     assert [one.request for one in pictures(records)] == requests
 
