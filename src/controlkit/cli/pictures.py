@@ -54,7 +54,9 @@ def generate(
         typer.Option(
             metavar="NAME=IMAGE[,KEY=VALUE...]",
             help="A control (a shipped name, a file, a folder, a hub's name), its picture, and its own settings: "
-            "`scale`, `start` and `end` (shares of the steps), `hint-cfg`, `annotator`, `guess`, `ready`; repeatable. "
+            "`scale`, `start` and `end` (shares of the steps), `mode` (`balanced`, `prompt`, `control`), `by-step` and "
+            "`by-tap` (factors, as 1/0.5/0), `region` (a picture, light where it acts), `cfg-weights`, `cond-only`, "
+            "`guess`, `hint-cfg`, `annotator`, `ready`; repeatable. "
             "Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of its own.",
         ),
     ] = None,
@@ -223,9 +225,15 @@ def _read_request(context: typer.Context, file: Path) -> "Request":
         raise Invalid(f"{file}: {error}") from None
 
 
-KEYS = {"hint-cfg": "hint_cfg_scale"} | {key: key for key in ("scale", "start", "end", "annotator", "guess", "ready")}
+KEYS = {"hint-cfg": "hint_cfg_scale"} | {
+    key: key.replace("-", "_")
+    for key in (
+        "scale", "start", "end", "annotator", "guess", "ready", "mode", "by-step", "by-tap", "cond-only", "cfg-weights",
+        "region",
+    )
+}  # fmt: skip
 """Settings of a control on the command line -> ``ControlRequest``'s."""
-FLAGS = ("guess", "ready")
+FLAGS = ("guess", "ready", "cond-only", "cfg-weights")
 """Those that stand without a value."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,7 @@ def denoise(
     settings: SamplingSettings,
     span: range | None = None,
     scales: Tensor | None = None,
+    regions: Sequence[Tensor | None] = (),
 ) -> Iterator[Denoised]:
     """The sampling loop; yields after each step.
 
@@ -74,6 +76,7 @@ def denoise(
         controls: each with its hints, in their contracts' ranges.
         span: the steps to make, of 0 to ``settings.steps`` - 1; all by default.
         scales: broadcastable to (control, row, tap, step, h, w), taps as the base's; by default ``scale_table``'s.
+        regions: of each control where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere.
     """
     count, rows = len(latents), len(text)
     sampler = base.noise.sampler(settings.steps)
@@ -90,6 +93,9 @@ def denoise(
             _for_rows(_encoded(control, hints), rows // count) if any(used[i][k] for k in span) else {}
             for i, (control, hints) in enumerate(controls)
         ]
+    one = scales.new_ones(1)
+    where = [one if region is None else region.repeat(rows // count, 1, 1, 1).to(one) for region in regions]
+    where = where or [one] * len(controls)
     for step in span:
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
@@ -97,7 +103,7 @@ def denoise(
         active = []
         for i, (control, _) in enumerate(controls):
             if used[i][step]:
-                at = {tap.name: scales[i, :, k, step][:, None] for k, tap in enumerate(base.taps)}
+                at = {tap.name: scales[i, :, k, step][:, None] * where[i] for k, tap in enumerate(base.taps)}
                 active.append(ActiveControl(control.network, features[i], at))
         with base.autocast():  # not around the yield: whoever iterates computes in his own number format
             both = read.repeat(rows // count, 1, 1, 1).to(base.dtype)
@@ -120,6 +126,17 @@ def _hint_tensors(base: Backbone, controls: Sequence[PreparedControl], size: tup
     first = controls[0]
     with base.autocast():  # for a base whose hints are latents
         return {kind: read(kind) for kind in first.hints} if first.network.hint_types else read("")
+
+
+def _regions(alike: Sequence[Prepared], size: tuple[int, int]) -> list[Tensor | None]:
+    """Where each control acts in each picture (B, 1, *size); None where it is everywhere in all of them."""
+    found: list[Tensor | None] = []
+    for column in zip(*(one.controls for one in alike), strict=True):
+        own = [control.region for control in column]
+        whole = np.ones(size, np.float32)
+        maps = np.stack([whole if region is None else region for region in own])[:, None]
+        found.append(None if all(region is None for region in own) else torch.from_numpy(maps))
+    return found
 
 
 def generate(
@@ -171,7 +188,7 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
     text = Said(base, [one.script for one in alike], settings.is_guided, size)
     columns = zip(*(one.controls for one in alike), strict=True)
     controls = [(column[0], _hint_tensors(base, column, size)) for column in columns]
-    for done in denoise(base, noise, text, controls, settings):
+    for done in denoise(base, noise, text, controls, settings, regions=_regions(alike, size)):
 
         def preview(done: Denoised = done) -> list:
             return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from controlkit.branch import ControlNetwork
 from controlkit.errors import Invalid, Mismatch, nearest
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import Ground, HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
-from controlkit.sample.request import ControlRequest, Request
+from controlkit.sample.request import ControlRequest, Mode, Request
 from controlkit.sample.texts import Script
 
 
@@ -34,11 +34,14 @@ class SamplingSettings:
         return self.guidance != 1.0 or self.weights != (1.0,)
 
 
+_AS_ASKED = ("start", "end", "guess", "by_step", "by_tap", "mode", "cond_only", "cfg_weights")
+
+
 @dataclass(frozen=True)
 class PreparedControl:
     """A control in use, for one picture. Two are equal if all but their hints is equal; then they can share a batch.
 
-    ``scale``, ``start``, ``end``, ``guess``, ``hint_cfg_scale``: see ``ControlRequest``.
+    Members without a word here: see ``ControlRequest``.
     """
 
     network: ControlNetwork
@@ -49,10 +52,17 @@ class PreparedControl:
     end: float = 1.0
     guess: bool = False
     hint_cfg_scale: float = 1.0
+    by_step: tuple[float, ...] = ()
+    by_tap: tuple[float, ...] = ()
+    mode: Mode = "balanced"
+    cond_only: bool = False
+    cfg_weights: bool = False
     strengths: Mapping[str, float] = field(default_factory=dict)
     """Of a Union's types, each its own in the place of ``scale``."""
     hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
+    region: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Where it acts, float32 (H, W) in [0, 1]; None is everywhere."""
 
     @classmethod
     def of(cls, saved: SavedControl, asked: ControlRequest, hints: Mapping[str, np.ndarray]) -> "PreparedControl":
@@ -60,8 +70,15 @@ class PreparedControl:
         counted = saved.hint_cfg_scale if asked.hint_cfg_scale is None else asked.hint_cfg_scale
         specs = {kind: saved.contract_of(kind) for kind in hints or [""]}
         strengths = {kind: asked.scales.get(kind, asked.scale) for kind in hints if kind}
-        scale = float(any(strengths.values())) if strengths else asked.scale
-        return cls(saved.branch, specs, scale, asked.start, asked.end, asked.guess, counted, strengths, hints)
+        return cls(
+            network=saved.branch,
+            specs=specs,
+            scale=float(any(strengths.values())) if strengths else asked.scale,
+            hint_cfg_scale=counted,
+            strengths=strengths,
+            hints=hints,
+            **{name: getattr(asked, name) for name in _AS_ASKED},
+        )
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Its hints as pictures to look at, uint8 (H, W, 3 or 4)."""
@@ -166,6 +183,11 @@ class _Preparation:
         notes: list[str] = []
         controls = []
         for control in request.controls:
+            if control.by_step and len(control.by_step) != request.steps:
+                raise Invalid(
+                    f'"{control.name}" has {len(control.by_step)} factors in by_step: expected one for each of the '
+                    f"{request.steps} steps."
+                )
             notes += self._loaded(control)[1]
             key = (control, size)
             if key not in self.ready:
@@ -204,7 +226,24 @@ class _Preparation:
         if unknown := [kind for kind in types if kind not in network.hint_types]:
             raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
         hints = {kind: _hint(source, asked, saved.contract_of(kind), size) for kind, source in asked.images.items()}
-        return PreparedControl.of(saved, asked, hints)
+        prepared = PreparedControl.of(saved, asked, hints)
+        taps = len(network.taps)
+        if asked.by_tap and len(asked.by_tap) != taps:
+            raise Invalid(f'"{name}" has {taps} taps, and by_tap {len(asked.by_tap)} factors: expected one for each.')
+        if asked.region is not None and network.pools:
+            raise Invalid(f'"{name}" gives colours and no places: it has no region. Leave that out.')
+        return replace(prepared, region=_region(asked.region, size))
+
+
+def _region(source: Path | np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    """Where a control acts, float32 (H, W) in [0, 1]: a picture's light, its transparent parts dark."""
+    if source is None:
+        return None
+    if not isinstance(source, Path):
+        source_pixels = decode_picture(png_bytes(np.ascontiguousarray(source)), "the region", "black")
+    else:
+        source_pixels = read_picture(source, "black")
+    return fit(source_pixels, size).max(-1).astype(np.float32) / 255
 
 
 def _empty(asked: ControlRequest, prepared: PreparedControl) -> list[str]:

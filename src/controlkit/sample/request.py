@@ -8,7 +8,7 @@ import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -33,6 +33,16 @@ PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt for no prompt ("insufficient prompt", Section 4.2)."""
 
 ARRAY_TYPES = ("uint8", "uint16", "float32")
+Mode = Literal["balanced", "prompt", "control"]
+MODES: dict[str | int, Mode] = {
+    "Balanced": "balanced",
+    "My prompt is more important": "prompt",
+    "ControlNet is more important": "control",
+    0: "balanced",
+    1: "prompt",
+    2: "control",
+}
+"""A1111's names and numbers of modes."""
 PNG, NPY = "data:image/png;base64,", "data:application/x-npy;base64,"
 RGBA = b"\x06"
 """The colour type of a PNG with transparency, its 26th byte."""
@@ -50,6 +60,10 @@ def _as_utf8(text: str) -> str:
 Text = Annotated[str, AfterValidator(_as_utf8), Field(max_length=20_000)]
 Factor = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 """Of residuals. Beyond this no picture is left; some numbers would overflow their format."""
+Factors = Annotated[
+    tuple[Factor, ...], BeforeValidator(lambda value: value.split("/") if isinstance(value, str) else value)
+]
+"""Several; as a text, with strokes between them: ``1/0.5/0``."""
 Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Side = Annotated[int, Field(gt=0, le=MOST_SIDE)]
 
@@ -91,6 +105,16 @@ def _write_source(source: Path | np.ndarray) -> str:
         return str(source)
     suffix, content = hint_bytes(source)
     return (PNG if suffix == ".png" else NPY) + base64.b64encode(content).decode()
+
+
+def _comparable(source: Path | np.ndarray | None) -> Any:
+    """A source, to compare: of an array its type, shape and bytes."""
+    return (source.dtype.name, source.shape, source.tobytes()) if isinstance(source, np.ndarray) else source
+
+
+def _mode(value: Any) -> Any:
+    """A mode by its name here, or by A1111's name or number."""
+    return MODES.get(value, value) if isinstance(value, str | int) else value
 
 
 def _by_type(value: Any) -> Any:
@@ -146,6 +170,21 @@ class ControlRequest(_Checked):
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
     """It acts on the steps between these shares of all steps."""
+    by_step: Factors = ()
+    """A factor for each step, as many as ``Request.steps``; none is 1 everywhere."""
+    by_tap: Factors = ()
+    """A factor for each tap, in the control's order: the finest skip first, the middle block last (A1111's
+    ``advanced_weighting``: 13 for SD 1.5, 10 for SDXL); none is 1 everywhere."""
+    mode: Annotated[Mode, BeforeValidator(_mode)] = "balanced"
+    """Which counts more: ``balanced``; ``prompt``, softer at finer taps, 0.825^k for the k-th tap before the last;
+    ``control``, the same, on the conditional half of guidance alone. A1111's names and numbers are understood."""
+    cond_only: bool = False
+    """Whether it acts on the conditional half of guidance alone."""
+    cfg_weights: bool = False
+    """The paper's CFG resolution weighting (Section 3.4): on the conditional half alone, each tap times the ratio of
+    the finest resolution to its own: 64 / h for pictures of 512 pixels on Stable Diffusion."""
+    region: HintSource | None = None
+    """A picture (any size, scaled to fit; light is 1, dark or transparent 0) of where it acts; None is everywhere."""
     guess: bool = False
     """Guess mode (Section 4.2 of the paper's first version), for use without a prompt: the control acts on the
     conditional half of guidance alone, and is weaker at finer resolutions (0.1 at the finest, 1 at the middle)."""
@@ -159,15 +198,16 @@ class ControlRequest(_Checked):
             raise ValueError(f"start is {self.start:g} and end is {self.end:g}; expected start <= end")
         if self.images and (strange := self.scales.keys() - (self.images.keys() - {""})):
             raise ValueError(f'scales names the type "{min(strange)}", of which there is no picture')
+        if (self.mode != "balanced") + self.guess + self.cfg_weights > 1:
+            raise ValueError("it has two of mode, guess and cfg_weights; expected one, as each weighs the taps")
         return self
 
     def _key(self) -> tuple[Any, ...]:
         """All of it, to compare: of arrays their type, shape and bytes."""
-        images = {
-            kind: s if isinstance(s, Path) else (s.dtype.name, s.shape, s.tobytes()) for kind, s in self.images.items()
-        }
-        others = (getattr(self, name) for name in type(self).model_fields if name not in ("images", "scales"))
-        return frozenset(images.items()), frozenset(self.scales.items()), *others
+        images = {kind: _comparable(source) for kind, source in self.images.items()}
+        pictures = {"images", "scales", "region"}
+        others = (getattr(self, name) for name in type(self).model_fields if name not in pictures)
+        return frozenset(images.items()), frozenset(self.scales.items()), _comparable(self.region), *others
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, ControlRequest) and self._key() == other._key())
