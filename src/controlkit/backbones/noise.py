@@ -5,15 +5,21 @@ Each base has one; training and sampling ask it and nothing else. Schedulers are
 
 # ruff: noqa: D102  # members of the two protocols are explained there
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from controlkit.errors import Unsupported
+from controlkit.backbones.schedulers import scheduler_named
+from controlkit.errors import Invalid, Unsupported
 
 Prediction = Literal["eps", "v", "flow"]
 """The noise; v = alpha eps - sigma x_0 (Salimans and Ho, 2022); or the velocity eps - x_0 of a straight flow."""
+
+
+Noises = Sequence[torch.Generator] | None
 
 
 class Sampler(Protocol):
@@ -44,8 +50,15 @@ class NoiseProcess(Protocol):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The value (B, C, h, w) that the base should predict of them."""
 
-    def sampler(self, steps: int) -> Sampler:
-        """A run of so many steps, 1 to ``count``."""
+    def sampler(self, steps: int, scheduler: str | None = None, noises: Noises = None) -> Sampler:
+        """A run of so many steps, 1 to ``count``.
+
+        Args:
+            scheduler: its name, as in ``SCHEDULERS``; None is the base's own.
+            noises: of each picture, what noise is drawn from on the way, by schedulers that draw some.
+
+        Raises ``Invalid`` for a name that is not known or does not fit.
+        """
 
 
 class Diffusion(NoiseProcess):
@@ -70,17 +83,20 @@ class Diffusion(NoiseProcess):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise if self.prediction == "eps" else self.scheduler.get_velocity(latents, noise, t.long())
 
-    def sampler(self, steps: int) -> "SchedulerRun":
-        return SchedulerRun(self.scheduler, steps)
+    def sampler(self, steps: int, scheduler: str | None = None, noises: Noises = None) -> "SchedulerRun":
+        made = scheduler_named(scheduler, self.scheduler) if scheduler else self.scheduler
+        return SchedulerRun(made, steps, noises)
 
 
 class SchedulerRun(Sampler):
     """A ``Sampler`` by one of diffusers' schedulers, of which it takes a fresh copy."""
 
-    def __init__(self, scheduler: Any, steps: int) -> None:
+    def __init__(self, scheduler: Any, steps: int, noises: Noises = None) -> None:
         self._scheduler = type(scheduler).from_config(scheduler.config)
         self._scheduler.set_timesteps(steps)
         self.timesteps = self._scheduler.timesteps
+        draws = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._drawn_from = {"generator": list(noises)} if draws and noises is not None else {}
 
     def start(self, noise: Tensor) -> Tensor:
         return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)  # a flow begins with the noise itself
@@ -90,7 +106,7 @@ class SchedulerRun(Sampler):
         return scale(x, t) if scale else x
 
     def step(self, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        return self._scheduler.step(prediction, t, x).prev_sample
+        return self._scheduler.step(prediction, t, x, **self._drawn_from).prev_sample
 
 
 class Flow(NoiseProcess):
@@ -111,7 +127,9 @@ class Flow(NoiseProcess):
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - latents
 
-    def sampler(self, steps: int) -> SchedulerRun:
+    def sampler(self, steps: int, scheduler: str | None = None, noises: Noises = None) -> SchedulerRun:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        if scheduler:
+            raise Invalid(f'The scheduler "{scheduler:.80}" is of diffusion; this base is a flow: leave it out.')
         return SchedulerRun(FlowMatchEulerDiscreteScheduler(self.count, self.shift), steps)

@@ -79,6 +79,16 @@ def generate(
     guess: Annotated[bool, typer.Option("--guess", help="Guess mode: control without a prompt.")] = False,
     steps: StepsOption = 20,
     guidance: GuidanceOption = 4.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="How far guidance keeps the spread of the prediction, 0 to 1.")
+    ] = 0.0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="`DDIM`, `DDPM`, `Euler`, `Euler a`, `DPM++ 2M`, `DPM++ 2M SDE`, `DPM++ 3M`, `UniPC`, `DEIS`, `LCM`, "
+            "`TCD`; after it `Karras`, `Exponential`, `Beta` or `SGM Uniform`. By default the base's own."
+        ),
+    ] = None,
     hint_cfg: Annotated[
         float | None,
         typer.Option(
@@ -137,6 +147,8 @@ def generate(
             negative_prompt=negative_prompt,
             dialect=dialect,
             clip_skip=clip_skip,
+            scheduler=scheduler,
+            guidance_rescale=guidance_rescale,
             seed=seed,
             size=parse_size(size),
             steps=steps,
@@ -203,7 +215,8 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
 
 IN_REQUEST = (
     "prompt", "control", "hint_ready", "annotator", "scale", "guess", "steps", "guidance", "hint_cfg",
-    "negative_prompt", "seed", "size", "dialect", "clip_skip",
+    "negative_prompt", "seed", "size", "dialect", "clip_skip", "scheduler",
+    "guidance_rescale",
 )  # fmt: skip
 """Parameters of ``generate`` that a request's file says instead."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
+from controlkit.backbones.noise import Noises
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import to_pictures
@@ -56,6 +57,18 @@ def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
     return control.network.encode_hint(hints, *([control.strengths] if control.strengths else []))
 
 
+def _guided(prediction: Tensor, settings: SamplingSettings) -> Tensor:
+    """The prediction (B, C, h, w) of guidance, given the unconditional ones, then of each prompt that is joined."""
+    unconditional, *parts = prediction.chunk(1 + len(settings.weights))
+    away = [weight * (part - unconditional) for weight, part in zip(settings.weights, parts, strict=True)]
+    together = sum(away[1:], away[0])
+    guided = unconditional + settings.guidance * together
+    if not settings.guidance_rescale:
+        return guided
+    spread = [one.std((1, 2, 3), keepdim=True) for one in (unconditional + together, guided)]
+    return torch.lerp(guided, guided * (spread[0] / spread[1]), settings.guidance_rescale)
+
+
 @torch.no_grad()
 def denoise(
     base: Backbone,
@@ -66,6 +79,7 @@ def denoise(
     span: range | None = None,
     scales: Tensor | None = None,
     regions: Sequence[Tensor | None] = (),
+    noises: Noises = None,
 ) -> Iterator[Denoised]:
     """The sampling loop; yields after each step.
 
@@ -76,10 +90,11 @@ def denoise(
         controls: each with its hints, in their contracts' ranges.
         span: the steps to make, of 0 to ``settings.steps`` - 1; all by default.
         scales: broadcastable to (control, row, tap, step, h, w), taps as the base's; by default ``scale_table``'s.
+        noises: of each picture, what the scheduler draws noise from, if it draws any.
         regions: of each control where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere.
     """
     count, rows = len(latents), len(text)
-    sampler = base.noise.sampler(settings.steps)
+    sampler = base.noise.sampler(settings.steps, settings.scheduler, noises)
     span = range(len(sampler.timesteps)) if span is None else span
     x = latents if span.start else sampler.start(latents)
     if scales is None:
@@ -93,9 +108,9 @@ def denoise(
             _for_rows(_encoded(control, hints), rows // count) if any(used[i][k] for k in span) else {}
             for i, (control, hints) in enumerate(controls)
         ]
-    one = scales.new_ones(1)
-    where = [one if region is None else region.repeat(rows // count, 1, 1, 1).to(one) for region in regions]
-    where = where or [one] * len(controls)
+    all_of_it = scales.new_ones(1)
+    where = [all_of_it if one is None else one.repeat(rows // count, 1, 1, 1).to(all_of_it) for one in regions]
+    where = where or [all_of_it] * len(controls)
     for step in span:
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
@@ -109,9 +124,7 @@ def denoise(
             both = read.repeat(rows // count, 1, 1, 1).to(base.dtype)
             prediction = base.predict(both, t, text.at(step), active).float()
             if settings.is_guided:
-                unconditional, *parts = prediction.chunk(rows // count)
-                away = [weight * (part - unconditional) for weight, part in zip(settings.weights, parts, strict=True)]
-                prediction = unconditional + settings.guidance * sum(away[1:], away[0])
+                prediction = _guided(prediction, settings)
             x = sampler.step(prediction, timestep, x)
         yield Denoised(step, x, read, prediction, timestep)
 
@@ -183,12 +196,13 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
     size = picture_size(base, settings.size)
     shape = (1, *base.latent_shape(size))
     seeds = [one.request.seed for one in alike]
-    final = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noises = [torch.Generator().manual_seed(seed) for seed in seeds]  # which schedulers draw more from, as elsewhere
+    final = torch.cat([torch.randn(shape, generator=generator) for generator in noises])
     final = noise = final.to(base.device)
     text = Said(base, [one.script for one in alike], settings.is_guided, size)
     columns = zip(*(one.controls for one in alike), strict=True)
     controls = [(column[0], _hint_tensors(base, column, size)) for column in columns]
-    for done in denoise(base, noise, text, controls, settings, regions=_regions(alike, size)):
+    for done in denoise(base, noise, text, controls, settings, regions=_regions(alike, size), noises=noises):
 
         def preview(done: Denoised = done) -> list:
             return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))

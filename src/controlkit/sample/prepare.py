@@ -27,6 +27,8 @@ class SamplingSettings:
     size: tuple[int, int] | None = None
     weights: tuple[float, ...] = (1.0,)
     """Of the prompts that ``AND`` joins."""
+    scheduler: str | None = None
+    guidance_rescale: float = 0.0
 
     @property
     def is_guided(self) -> bool:
@@ -195,7 +197,10 @@ class _Preparation:
             controls.append(self.ready[key])
             notes += _empty(control, self.ready[key])
         script = Script.of(request)
-        settings = SamplingSettings(request.steps, request.guidance, size, script.weights)
+        self.base.noise.sampler(request.steps, request.scheduler)  # raises where the base has no such scheduler
+        settings = SamplingSettings(
+            request.steps, request.guidance, size, script.weights, request.scheduler, request.guidance_rescale
+        )
         notes = list(dict.fromkeys(notes))
         return Prepared(request, settings, script, tuple(controls), tuple(notes), script.forms(self.base))
 

@@ -246,6 +246,11 @@ class Request(_Checked):
     steps: int = Field(20, ge=1)
     guidance: Guidance = 4.0
     """Of classifier-free guidance, 0 to 1000; 1 is none."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """How far the guided prediction is brought back to the spread of the conditional one, 0 to 1 (Lin et al., 2023,
+    Section 3.4): against glaring pictures of bases with zero terminal SNR."""
+    scheduler: Text | None = None
+    """Its usual name, such as ``Euler a`` or ``DPM++ 2M Karras``; None is the base's own."""
     controls: tuple[ControlRequest, ...] = ()
 
     @model_validator(mode="after")
