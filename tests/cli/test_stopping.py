@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -75,6 +76,19 @@ def test_a_second_signal_ends_at_once_unless_a_launcher_only_passes_the_first_on
     assert found == 130 and (kept / "step-0000003").exists() is not apart
     assert ("stopped: run again to go on" in said) is apart and ("Stopped at step 3" in out) is not apart
     assert train("run")[0] == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_stopped_while_the_base_loads_ends_at_once_and_says_so(number, code, train, tmp_path, monkeypatch):
+    def struck(*given, **more):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("controlkit.cli.runs.loaded_base", struck)
+        found, out, said = train("run")
+    assert (found, out) == (code, "") and said == "note: stopped: run again to go on\n"
+    assert not (tmp_path / "run").exists() and train("run")[0] == 0
 
 
 def test_what_is_stopped_before_the_first_step_says_so(train, tmp_path, monkeypatch):

@@ -150,6 +150,12 @@ def test_every_number_has_a_range_from_a_file_and_from_the_command_line(key, val
             read_recipe(path, changes)
 
 
+@pytest.mark.parametrize(("low", "high"), [(1, 0), (0.5, 0.5), (2, 1), (0, -1)])
+def test_the_least_value_of_a_hint_is_below_the_greatest(low, high):
+    with pytest.raises(UserError, match=f"control.low is {low} and control.high {high}; expected low below high"):
+        parse_recipe({"control": {"low": low, "high": high}})
+
+
 def test_no_number_of_a_recipe_is_without_a_range():
     def numbers(model, at=""):
         for name, field in model.model_fields.items():

@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import save_file
 
+from controlkit.cli import main
 from controlkit.errors import UserError
 from controlkit.images import write_png
 from controlkit.measure import Verdict
@@ -207,6 +208,14 @@ def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, tmp_path):
     assert first[0].endswith("1 min left\n") and first[-1].startswith("obedience")
     assert "news at 40\n" in then[0] and "step 41 of 100" in then[1]
     assert rest.endswith("That was it.\nNext: generate\n") and "ended (steps)" in rest
+
+
+@pytest.mark.parametrize("every", ["nan", "inf", "0.1", "1e300"])
+def test_seconds_between_two_looks_are_some(every, run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["controlkit", "watch", str(run), "--every", every])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--every" in capsys.readouterr().err
 
 
 def test_bars_reach_from_the_least_to_the_greatest():

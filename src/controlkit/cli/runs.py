@@ -17,6 +17,7 @@ from controlkit.cli.shared import (
     LoraOption,
     StepsOption,
     VaeOption,
+    finite,
     loaded_base,
     loaded_control,
     on_cuda,
@@ -80,10 +81,11 @@ def train(
     if from_step is not None and ranks.first:
         go_back(out, from_step)
     ranks.wait()
-    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
+    with Stopping("", stopped := "stopped: run again to go on"):
+        base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
+    stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -169,7 +171,9 @@ def _as_launched(recipe: "Recipe") -> "Recipe":
 def watch(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two looks.", min=0.2, max=86_400, callback=finite)
+    ] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:

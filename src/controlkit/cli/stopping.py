@@ -17,7 +17,8 @@ _ECHO = 1.0
 class Stopping:
     """Within it signals are answered so; ``asked``: the first that came, or None.
 
-    ``words`` are said at the first. Work that is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
+    ``words`` are said at the first; without any it ends the work at once, too, for work that keeps nothing. Work that
+    is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
     """
 
     def __init__(self, words: str, ended: str) -> None:
@@ -46,8 +47,9 @@ class Stopping:
         return 128 + (self.asked or signal.SIGINT)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self._at = number, time.monotonic()
+        first, self.asked = self.asked is None, self.asked or number
+        if first and self._words:
+            self._at = time.monotonic()
             os.write(2, f"\n{self._words}\n".encode())  # print may be busy in the line that was interrupted
         elif time.monotonic() - self._at > _ECHO:
             signal.signal(number, signal.SIG_DFL)  # the third ends even what does not listen

@@ -84,7 +84,7 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
             control /= recipe.control.annotators[0]
         return shlex.join(["controlkit", "generate", "a prompt", "--control", f"{control}=picture.png", *base, *vae])
     if verdict.finding == "not found":
-        longer = {"max_minutes": "max_minutes=null", "patience": "evaluation.patience=0"}
+        longer = {"max_minutes": f"max_minutes={2 * (recipe.max_minutes or 0):g}", "patience": "evaluation.patience=0"}
         return train_command(out, longer.get(reason, f"steps={2 * recipe.steps}"))
     if recipe.control.types:
         return shlex.join(["controlkit", "evaluate", f"{out}:{recipe.control.types[0]}", *base, *vae])
