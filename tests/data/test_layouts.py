@@ -677,6 +677,19 @@ def test_backslashes_of_listings_made_on_windows_part_folders(listing, tmp_path)
     assert not read.problems and [len(row.hints) for row in read.rows] == [1] * 3
 
 
+def test_backslashes_of_a_list_of_backends_part_folders(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    path = tmp_path / "set" / "multidatabackend.json"
+    listed = json.loads(path.read_text())
+    for one in listed[:2]:
+        (path.parent / "deep").mkdir(exist_ok=True)
+        (path.parent / one["instance_data_dir"]).rename(path.parent / "deep" / one["instance_data_dir"])
+        one["instance_data_dir"] = f"deep\\{one['instance_data_dir']}"
+    path.write_text(json.dumps(listed))
+    read = read_listing(tmp_path / "set")
+    assert not [p for p in read.problems if p.fatal] and [len(row.hints) for row in read.rows] == [1] * COUNT
+
+
 LONG = "x" * 300 + ".png"
 
 

@@ -123,7 +123,7 @@ def _asked_for(
     given: Sequence[str], changes: Sequence[str], out: Path | None, processes: int
 ) -> "tuple[Recipe, Path, list[str]]":
     """The recipe, the run's folder and notes that a command line asks for: a recipe's file, or flags."""
-    from controlkit.train.flags import read_flags
+    from controlkit.train.flags import key_of, read_flags
     from controlkit.train.recipe import parse_recipe, put, read_recipe
 
     if given and given[0].startswith("--"):
@@ -132,7 +132,9 @@ def _asked_for(
             put(asked.recipe, change)
         return parse_recipe(asked.recipe, "The recipe of these flags"), out or asked.out, asked.notes
     if len(given) > 1:
-        raise Invalid(f'"{given[1]}" is no option of train: see `controlkit train --help`.')
+        option, _, value = given[1].partition("=")
+        meant = f"beside a recipe it is --set {key}={value or '...'}; " if (key := key_of(option)) else ""
+        raise Invalid(f'"{given[1]}" is no option of train: {meant}see `controlkit train --help`.')
     if not given or not out:
         raise Invalid("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     return _as_launched(read_recipe(Path(given[0]), changes)), out, []

@@ -77,7 +77,7 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
     """The command that is worth typing after a run: to use its control, to train on, or to look closer."""
     base = ["--base", recipe.base] if recipe.base != "mini" else []
     vae = ["--vae", recipe.vae] if recipe.vae else []
-    folder = out if best in (None, step) else out / "best"
+    folder = out / "best" if best not in (None, step) and (out / "best").is_dir() else out
     if verdict.finding == "found" and verdict.quality_kept is not False:
         control = out / "control"
         if recipe.control.hints_as == "branches":
