@@ -105,9 +105,9 @@ def test_a_beginning_that_some_names_lack_is_a_part_of_them(tmp_path):
 
 WRAPS = {
     "model": lambda state: {"model": state, "step": 3},
-    "module, as DeepSpeed": lambda state: {"module": state, "dp_world_size": 2},
-    "state_dict": lambda state: {"state_dict": state},
-    "controlnet": lambda state: {"controlnet": OrderedDict(state)},
+    "module, as DeepSpeed": lambda state: {"module": state, "dp_world_size": 2, "ema": {"x": torch.ones(1)}},
+    "state_dict": lambda state: {"state_dict": state, "optimizer": {"exp_avg": torch.ones(1)}},
+    "controlnet": lambda state: {"controlnet": OrderedDict(state), "unet_lora": {"up": torch.ones(1)}},
     "one in another": lambda state: {"model": {"module": {"state_dict": state}}},
     "names and a wrapper": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
 }
