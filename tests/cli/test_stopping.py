@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the first saves a checkpoint, the second ends at once."""
 
+import errno
 import os
 import shlex
 import signal
@@ -42,8 +43,19 @@ def train(run, toy_folder, tmp_path):
     return lambda out, *more: run("train", tmp_path / "r.yaml", "--out", tmp_path / out, "--device", "cpu", *more)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, train, tmp_path, monkeypatch):
+@pytest.fixture
+def closed_terminals():
+    """``closed_terminals(answer)``: what a closed terminal does to a process; as it was before afterwards."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda answer: signal.signal(signal.SIGHUP, answer)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+    number, code, train, tmp_path, monkeypatch, closed_terminals
+):
+    closed_terminals(signal.SIG_DFL)
     before, written = signal.getsignal(number), []
     monkeypatch.setattr(stopping.os, "write", lambda file, words: written.append((file, words)))
     with signalled(number, 3):
@@ -56,6 +68,25 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, 
     assert train("run")[0] == 0 == train("whole")[0]
     whole, went_on = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
     assert all(torch.equal(went_on[name], value) for name, value in whole.items())
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed(train, tmp_path, closed_terminals):
+    closed_terminals(signal.SIG_IGN)
+    with signalled(signal.SIGHUP, 3):
+        assert train("run")[0] == 0
+    assert (tmp_path / "run" / "control").is_dir()
+
+
+def test_a_closed_terminal_costs_no_checkpoint(train, tmp_path, monkeypatch, closed_terminals):
+    closed_terminals(signal.SIG_DFL)
+
+    def closed(file, words):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(stopping.os, "write", closed)
+    with signalled(signal.SIGHUP, 3):
+        assert train("run")[0] == 129
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
 
 
 @pytest.mark.parametrize("apart", [True, False])
