@@ -214,12 +214,13 @@ def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     """The bytes of a hint's file as an array (H, W, C).
 
     A picture is read by ``decode_picture``, on the ``ground`` of its kind (``annotators.grounds_of``); but 16 bits a
-    sample stay, as uint16 with the channels it has. A ``.npy``
-    file is (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Raises ``Invalid`` for
-    other whole numbers, as they have no largest value that they would be shares of, and for pickled objects.
+    sample stay, as uint16 with the channels it has. A ``.npy`` file is (H, W) or (H, W, C): uint8 and uint16 as they
+    are (but of uint8 a fourth channel is transparency, unless ``ground`` is None), True as 255, floats as float32.
+    Raises ``Invalid`` for other whole numbers, as they have no largest value that they would be shares of, and for
+    pickled objects.
     """
     if data.startswith(b"\x93NUMPY"):
-        return _decode_array(data, name)
+        return _decode_array(data, name, ground)
     picture = decode_picture(data, name, ground)  # raises if the file is damaged
     if not (data.startswith((b"II*\0", b"MM\0*")) or (data.startswith(b"\x89PNG") and data[24] == 16)):
         return picture
@@ -229,7 +230,7 @@ def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     return deep[..., None] if deep.ndim == 2 else np.ascontiguousarray(deep[..., ::-1])
 
 
-def _decode_array(data: bytes, name: str) -> np.ndarray:
+def _decode_array(data: bytes, name: str, ground: Ground) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
@@ -250,6 +251,8 @@ def _decode_array(data: bytes, name: str) -> np.ndarray:
             "or floats, which are taken as they are. Save it as one of them."
         )
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if ground and array.dtype == np.uint8 and array.shape[2:] == (4,):  # a picture with transparency
+        return np.asarray(_laid_on(Image.fromarray(np.ascontiguousarray(array)), ground).convert("RGB"))
     return array[..., None] if array.ndim == 2 else array
 
 

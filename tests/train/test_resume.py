@@ -24,10 +24,11 @@ from controlkit.controls.union import UnionBranch
 from controlkit.data import make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.measure import Figure, obedience
+from controlkit.measure import Figure, Verdict, obedience
 from controlkit.train import train_control
 from controlkit.train.checkpoints import go_back
-from controlkit.train.recipe import read_recipe
+from controlkit.train.ending import next_command
+from controlkit.train.recipe import Recipe, read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +396,20 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_ba
             next(train_control(recipe, tmp_path / "run", toy_base))
     listing.write_text("\n".join(lines))
     assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "kept"), [([0.9, 0.8], 2, False), ([0.8, 0.9], 2, True), ([0.9, 0.8], 4, True)]
+)
+def test_the_best_of_later_steps_goes_with_them(losses, step, kept, tmp_path):
+    lines = [{"step": 2 * i, "loss": 1.0, "relative_loss": {"": [loss]}} for i, loss in enumerate(losses, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("best", "checkpoints/step-0000002", "checkpoints/step-0000004"):
+        (tmp_path / name).mkdir(parents=True)
+    go_back(tmp_path, step)
+    assert (tmp_path / "best").exists() is kept
+    command = next_command(tmp_path, Recipe(), "steps", Verdict("found", "why", False), 2, 4)
+    assert command.split()[2] == str(tmp_path / "best" if kept else tmp_path), "what is there"
 
 
 @pytest.mark.parametrize(
