@@ -80,6 +80,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         codes = [name for name in archive.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if not codes:
             raise Invalid(f"{path} is an archive of other files, not weights: unpack it first.")
+        if len(codes) > 1:
+            raise ValueError("it holds several pickles of tensors")
         if archive.entries[codes[0]].size > _LONGEST_PICKLE:
             raise ValueError(f"its pickle has more than {_LONGEST_PICKLE:,} bytes beside the tensors")
         content = _run(path, archive.read(codes[0]), _storages(archive, codes[0].removesuffix("data.pkl")))
