@@ -34,6 +34,7 @@ LONGEST_TEXT, LONGEST_YAML = 2**27, 2**17
 MOST_MEMORY = 9 * 10**8
 """Bytes of memory that the values of a JSON text may take."""
 
+_DEEPEST = 64
 _YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -104,8 +105,8 @@ _NUMBERS = bytes(0x31 if chr(i).isdigit() else 0x65 if chr(i) in "eE" else i for
 
 
 def _whole(digits: str) -> int:
-    """A whole number of 64 bits or little more, which every library can be given, if only to refuse it."""
-    if len(digits) > 21:
+    """A whole number that is a float, too, and can be printed: some tokenizers' longest prompt is 10^30."""
+    if len(digits) > 64:
         raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)
 
@@ -117,12 +118,22 @@ def _finite(number: str) -> float:
     return value
 
 
+def _check_depth(value: Any) -> None:
+    """Raise ``ValueError`` for a value of so many levels that printing or comparing it could fail."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        found = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [inner for values in found for inner in values if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError("brackets in too many levels")
+
+
 def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
     """The value of a JSON text from outside; ``name`` names it in errors.
 
     ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. Raises ``Invalid`` for what is no
-    JSON, for a key given twice, whole numbers beyond 64 bits and letters that are none; and, before it is read, for a
-    text whose values could take more than about 1 GB of memory.
+    JSON, for a key given twice, whole numbers of more than 64 digits and letters that are none; and, before it is
+    read, for a text whose values could take more than about 1 GB of memory.
     """
     plain = decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     taken = 2 * sys.getsizeof(plain) + 232 * plain.count("{") + 64 * (plain.count("[") + plain.count(","))
@@ -130,12 +141,13 @@ def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
         raise Invalid(f"{name} is too large: its values could take {taken >> 20:,} MB of memory.")
     numbers = plain.encode(errors="surrogatepass").translate(_NUMBERS, b"+")
     hooks: dict[str, Any] = {}  # which take twice the time: only where a number could be odd
-    if b"1" * 22 in numbers or b"e111" in numbers or "NaN" in plain or "Infinity" in plain:
+    if b"1" * 64 in numbers or b"e111" in numbers or "NaN" in plain or "Infinity" in plain:
         hooks = {"parse_int": _whole} | ({"parse_float": _finite, "parse_constant": _finite} if finite else {})
     try:
         found = json.loads(plain, object_pairs_hook=_once, **hooks)
         if "\\ud" in plain or "\\uD" in plain:  # half a pair is no letter, and cannot be printed or written
             json.dumps(found, ensure_ascii=False).encode()
+        _check_depth(found)
     except (ValueError, RecursionError) as error:
         reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
         raise Invalid(f"{name} is no JSON ({reason}): expected one value, written whole.") from error
@@ -164,7 +176,9 @@ def parse_yaml_as_written(text: str, name: str) -> tuple[Any, Any]:
     try:
         loader = _yaml_loader()(text.removeprefix("\ufeff"))
         node = loader.get_single_node()
-        return (None, None) if node is None else (loader.construct_document(node), _written(node))
+        found = (None, None) if node is None else (loader.construct_document(node), _written(node))
+        _check_depth(found[1])
+        return found
     except (_yaml_error(), ValueError, RecursionError) as error:
         reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
         raise Invalid(f"{name} is no YAML that is read here ({reason}).") from error

@@ -351,14 +351,14 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # several keys contradict each other
-            raise Invalid(f"{origin}: {first['ctx']['error']}.") from None
+            raise Invalid(f"{origin}: {one_line(first['ctx']['error'])}.") from None
         *path, key = first["loc"]
-        name = ".".join(map(str, first["loc"]))
+        name = one_line(".".join(map(str, first["loc"])))
         if first["type"] == "extra_forbidden":
             from controlkit.train.flags import key_of  # which reads recipes
 
-            meant = f'did you mean "{other}"?' if (other := key_of(str(key))) else ""
-            known = nearest(str(key), _known_keys(Recipe, path))
+            meant = f'did you mean "{other}"?' if (other := key_of(str(key)[:99])) else ""
+            known = nearest(str(key)[:99], _known_keys(Recipe, path))
             raise Invalid(f'{origin} has an unknown key "{name}": {meant or known}') from None
         raise Invalid(
             f'{origin}: "{name}" is {one_line(repr(first["input"]))}; {first["msg"][0].lower()}{first["msg"][1:]}.'
