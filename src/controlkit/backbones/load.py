@@ -217,15 +217,16 @@ _OF_VAE = re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder|quant_conv|p
 _MOST_TENSORS = 4096  # SDXL has 2,600; the time to rename them grows with their square
 
 
-def _read_named(header: TensorFile, names: re.Pattern[str]) -> dict[str, Tensor]:
+def _read_named(header: TensorFile, names: re.Pattern[str], most: int = _MOST_TENSORS) -> dict[str, Tensor]:
+    """The tensors whose names begin so; ``Invalid`` for more than ``most``."""
     found = [name for name in header.shapes if names.match(name)]
-    if len(found) > _MOST_TENSORS:
-        raise ValueError(f"it has {len(found):,} tensors where no base has more than {_MOST_TENSORS:,}")
+    if len(found) > most:
+        raise Invalid(f"{header.path} has {len(found):,} tensors where expected are at most {most:,}: it is none.")
     return header.read(found)
 
 
 def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:
-    """The parts of a checkpoint in the original layout, each by the names of its network in diffusers or transformers."""
+    """The parts of a checkpoint in the original layout, by the names of their networks in the libraries."""
     from diffusers.loaders import single_file_utils as original
 
     tensors, configs = _read_named(header, _OF_PARTS), part_configs(family)
@@ -267,7 +268,7 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
         return "v"
     if family.prediction == "v" and _LAST_NORM in header.shapes:
         bias = header.read([_LAST_NORM])[_LAST_NORM].float()
-        return "v" if bias.std(correction=0) > _V_SPREAD else "eps"
+        return "v" if bias.numel() and bias.std(correction=0) > _V_SPREAD else "eps"
     return family.prediction
 
 
@@ -357,6 +358,7 @@ def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
 
 # --- LoRA and textual inversion -----------------------------------------------------------------------------------
 
+_MOST_OF_LORA = 2**14  # SDXL's have some 5,000
 _LORA_LAYER = re.compile(r"(lora_A|down)(\.default)?\.weight$")  # of each layer's two matrices the one that reads
 
 
@@ -379,19 +381,22 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
         )
     networks = [base.unet, *(tower.encoder for tower in base.towers)]
     for path, weight in loras:
-        tensors = open_tensors(path).read()
+        tensors = _read_named(open_tensors(path), re.compile(""), _MOST_OF_LORA)
         layers = sum(bool(_LORA_LAYER.search(name)) for name in tensors)
         try:
-            if not layers:
-                raise ValueError("it holds no low-rank matrices")
+            if not layers or not all(tensor.numel() for tensor in tensors.values()):
+                raise ValueError("it holds no low-rank matrices, or empty ones")
             pipe.load_lora_weights(tensors, adapter_name="lora")
             placed = sum(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules())
             if placed < layers:  # diffusers leaves out what it finds no place for, with a warning
                 raise ValueError(f"{layers - placed} of its {layers} layers have no place there")
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
-        except (ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # the libraries raise anything for names and shapes that do not go together
             raise Mismatch(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
+
+
+_MOST_VECTORS = 75  # of a textual inversion: the words of a prompt
 
 
 def _add_words(base: UNetBase, path: Path) -> None:
@@ -406,13 +411,18 @@ def _add_words(base: UNetBase, path: Path) -> None:
     keyed = "clip_l" in tensors and "clip_g" in tensors  # SDXL's hold one tensor a tower, the others one in all
     found = [tensors["clip_l"], tensors["clip_g"]] if keyed else [t for t in tensors.values() if t.ndim]
     widths = [tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers]
-    if [vectors.shape[-1] for vectors in found] != widths:
+    wide = [sum(vectors.shape[-1:]) for vectors in found]
+    if wide != widths:
         raise Mismatch(
-            f'{path} holds words {[vectors.shape[-1] for vectors in found]} wide where "{base.name}" reads {widths}: '
+            f'{path} holds words {wide[:9]} wide where "{base.name}" reads {widths}: '
             "it is no textual inversion, or one of another base."
         )
     for tower, vectors in zip(base.towers, found, strict=True):
         rows = vectors.reshape(-1, vectors.shape[-1])
+        if not 0 < len(rows) <= _MOST_VECTORS:
+            raise Invalid(
+                f"{path} holds a word of {len(rows):,} vectors: expected at most {_MOST_VECTORS}, a prompt's."
+            )
         words = [path.stem, *(f"{path.stem}_{i}" for i in range(1, len(rows)))]
         if known := set(words) & tower.tokenizer.get_vocab().keys():
             raise Invalid(f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.')
