@@ -210,12 +210,17 @@ def _yaml_loader() -> Any:
                 raise yaml.YAMLError("aliases (*name) are not read; write the value where it is used")
             if getattr(self.peek_event(), "tag", None) is not None:
                 raise yaml.YAMLError("tags (!name) are not read; write plain values")
-            node = super().compose_node(parent, index)
+            node: Any = super().compose_node(parent, index)
             if node.id == "scalar" and len(node.value) > 64 and node.tag in _YAML_NUMBERS:
                 raise yaml.YAMLError(f"a number of {len(node.value)} letters")
             if node.id == "scalar":
                 node.value.encode()  # half a pair of surrogates is no letter
             return node
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= _DEEPEST:  # each level costs as much as all before it
+                raise yaml.YAMLError("brackets in too many levels")
+            super().fetch_flow_collection_start(token)
 
         def flatten_mapping(self, node: Any) -> None:
             seen: set[str] = set()
