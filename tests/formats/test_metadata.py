@@ -45,6 +45,8 @@ def hint(annotator="lineart", **changes):
 
 HINTS = {
     "a pen wider than the picture": hint(options={"width": 1e5}),
+    "a blur over the whole picture": hint(options={"width": 1.0}),
+    "a soft blur over a half": hint("softedge", options={"width": 0.5}),
     "a negative pen": hint("scribble", options={"width": -1}),
     "thresholds without end": hint("canny", options={"low": 1e300}),
     "no thresholds": '{"annotator": "canny", "options": {"low": NaN}}',
@@ -85,7 +87,11 @@ def test_the_largest_options_that_are_read_take_no_more_than_the_picture_does():
     import numpy as np
 
     picture = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
-    for name, options in (("lineart", {"width": 1.0}), ("softedge", {"width": 1.0}), ("tile", {"shrink": 1000.0})):
+    for name, options in (
+        ("lineart", {"width": 1 / 16}),
+        ("softedge", {"width": 1 / 16}),
+        ("tile", {"shrink": 1000.0}),
+    ):
         spec = contract_from_json(hint(name, options=options))
         with limited(cpu_seconds=10, growth=2**29):
             assert annotate(picture, spec).shape == picture.shape
