@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from controlkit.errors import Invalid, UserError, nearest, one_line
-from controlkit.files import read_text
+from controlkit.files import decode_text
 from controlkit.images import picture_suffixes
 from controlkit.seeds import numpy_rng
 
@@ -23,6 +25,10 @@ HINT_NAMES = (
     "control", "hint",
 )  # fmt: skip
 CAPTION_NAMES = ("text", "prompt", "caption")
+MOST_BYTES = 1 << 29
+"""Of a file, or of a part of one, that is a picture or a hint."""
+MOST_TEXT = 1 << 20
+"""Bytes of a caption, or of a line of a listing."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Held:
     """Bytes that lie somewhere: in a file, a tar, a table."""
 
     name: str
-    read: Callable[[], bytes]
+    read: Callable[..., bytes]
+    """Raises ``OSError`` where they cannot be read, or are more than its ``most``."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,33 @@ def json_lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
 
 def file_at(path: Path) -> Held:
     """A file's bytes, when they are asked for."""
-    return Held(str(path), path.read_bytes)
+    return Held(str(path), partial(read_regular, path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file opened; ``OSError`` for anything else, such as a pipe or a device, which are not waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no regular file")
+    return file
+
+
+def read_regular(path: Path, most: int = MOST_BYTES, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a regular file, or ``size`` of them from an offset on; ``OSError`` for more than ``most``, or fewer.
+
+    What a file has is asked before it is read, so that one that only looks short is not read without end.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        if size > most:
+            raise OSError(f"it has {size:,} bytes: more than {most:,}")
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise OSError(f"it has {len(data):,} bytes where it said {size:,}")
+    return data
 
 
 def is_there(path: Path, folder: bool = False) -> bool:
