@@ -34,15 +34,19 @@ def home_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111  # pathlib's raises where there is no such user
 
 
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text from outside that starts with these bytes: UTF-8, or what a byte order mark says."""
+    return next((code for mark, code in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+
+
 def decode_text(data: bytes, name: str) -> str:
     """The text in the bytes of a file from outside, without a byte order mark.
 
     UTF-8; UTF-16 where a byte order mark says so. ``name`` names the file in errors. Raises ``Invalid`` for anything
     else, and for zero bytes, which no text has.
     """
-    encoding = next((code for mark, code in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
         raise Invalid(f"{name} is no text in UTF-8 (byte {error.start}): save it as UTF-8.") from error
     if "\0" in text:

@@ -8,7 +8,7 @@ anybody, and its headers are taken here only as the standard has them.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from controlkit.data.layouts.rows import (
@@ -163,7 +163,7 @@ def _further(kind: bytes, size: int, file: BinaryIO) -> dict[str, str]:
 
 
 def _number(field: bytes) -> int:
-    """A header's number: octal digits, or 255 bits after a first one that says so; ``ValueError`` for a negative one."""
+    """A header's number: octal digits, or bits after a first one that says so; ``ValueError`` for a negative one."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
