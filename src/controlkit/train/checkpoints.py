@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from torch import Tensor
 from controlkit.backbones import Backbone
 from controlkit.data import FolderPairs
 from controlkit.errors import Invalid, Mismatch, NotFound, OutOfRoom, Unsupported, one_line
-from controlkit.files import SCRATCH, mark_output, write_atomic
+from controlkit.files import mark_output, scratch_folder, sweep, write_atomic
 from controlkit.formats import SavedControl, save_control, write_tensors
 from controlkit.precision import faster_format, settle_format
 from controlkit.train.parts import RatePlan
@@ -53,20 +52,18 @@ def save_checkpoint(
     ``more``: facts that ``load_checkpoint`` returns. Raises ``OutOfRoom`` where it cannot be written.
     """
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
+    target = folder / f"step-{step:07d}"
     try:
-        for name, control in controls.items():
-            save_control(scratch / "control" / name, control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
-        write_tensors(scratch / "state.safetensors", state, facts)  # tensor by tensor: not all of it a second time
-        scratch.chmod(0o755)
-        target = folder / f"step-{step:07d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+        with scratch_folder(folder) as scratch:
+            made = scratch / target.name
+            for name, control in controls.items():
+                save_control(made / "control" / name, control, base)
+            facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
+            write_tensors(made / "state.safetensors", state, facts)  # tensor by tensor: not all of it a second time
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(made, target)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         held = [p.name for p in checkpoints_in(out)]
         raise OutOfRoom(
             f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
@@ -228,9 +225,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
             f"{_differing_rows(out / _ROWS, rows)}. Put them back as they were, or give another --out (with "
             f"control.start_from={out / 'control'} to use what this run has learnt)."
         )
-    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
-    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    sweep(out)
     if rows and not (out / _ROWS).is_file():
         write_atomic(out / _ROWS, "".join(f"{row}\n" for row in rows).encode())
     before, made = _begun_recipe(out), checkpoints_in(out)
