@@ -125,10 +125,11 @@ def _finite(number: str) -> float:
     return value
 
 
-def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, name: str, finite: bool = True, halves: bool = False) -> Any:
     """The value of a JSON text from outside; ``name`` names it in errors.
 
-    ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. Raises ``Invalid`` for what is no
+    ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. ``halves``: let half letters (lone
+    surrogates) pass. Raises ``Invalid`` for what is no
     JSON, for a key given twice, whole numbers beyond 64 bits and letters that are none; and, before it is read, for a
     text whose values could take more than about 1 GB of memory.
     """
@@ -142,7 +143,9 @@ def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
         hooks = {"parse_int": _whole} | ({"parse_float": _finite, "parse_constant": _finite} if finite else {})
     try:
         found = json.loads(plain, object_pairs_hook=_once, **hooks)
-        if "\\ud" in plain or "\\uD" in plain:  # half a pair is no letter, and cannot be printed or written
+        if not halves and (
+            "\\ud" in plain or "\\uD" in plain
+        ):  # half a pair is no letter, and cannot be printed or written
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from controlkit import files
 from controlkit.errors import Invalid, UserError, nearest, one_line
 from controlkit.files import decode_text, encoding_of
 from controlkit.images import picture_suffixes
@@ -173,10 +174,11 @@ def is_there(path: Path, folder: bool = False) -> bool:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, links followed; a snapshot in a hub's cache is links to files beside it."""
-    home = folder.resolve()
-    home = next((above.parent for above in home.parents if above.name == "snapshots"), home)
-    return path.resolve().is_relative_to(home)
+    """Whether a file lies in a folder when links are followed, as ``files.inside`` sees it."""
+    try:
+        return bool(files.inside(folder, path))
+    except Invalid:
+        return False
 
 
 def inside(folder: Path, name: Any, problems: list[Problem], links: bool = True) -> Held | None:
