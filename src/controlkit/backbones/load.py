@@ -225,7 +225,7 @@ def _read_named(header: TensorFile, names: re.Pattern[str]) -> dict[str, Tensor]
 
 
 def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:
-    """The parts of a checkpoint in the original layout, each by the names of its network in diffusers or transformers."""
+    """The parts of a checkpoint in the original layout, each by the names that its network has in the libraries."""
     from diffusers.loaders import single_file_utils as original
 
     tensors, configs = _read_named(header, _OF_PARTS), part_configs(family)
