@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from controlkit.decoding import picture_suffixes
 from controlkit.errors import Invalid, UserError, nearest, one_line
 from controlkit.files import read_text
-from controlkit.images import picture_suffixes
 from controlkit.seeds import numpy_rng
 
 SUFFIXES = picture_suffixes()
