@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Literal
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def array_of(data: bytes, name: str) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-def _head(data: bytes) -> tuple[tuple[int, ...], np.dtype, str, int]:
+def _head(data: bytes) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"], int]:
     """Shape, type, order (``C`` or ``F``), and where the values begin; they are all there."""
     wide = 4 if data[6:7] > b"\1" else 2
     start = 8 + wide + int.from_bytes(data[8 : 8 + wide], "little")

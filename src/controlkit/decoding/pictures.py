@@ -2,13 +2,14 @@
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from controlkit.decoding.heads import head_of, orientation
 from controlkit.decoding.limits import MOST_BYTES, Large, Refused, check_size
@@ -97,7 +98,7 @@ def settings_text(data: bytes, name: str) -> str:
 
 
 @contextmanager
-def _opened(data: bytes, name: str) -> Iterator[tuple[Image.Image, int]]:
+def _opened(data: bytes, name: str) -> Iterator[tuple[ImageFile.ImageFile, int]]:
     """A picture whose pixels are not decoded yet, and the camera's rotation; whatever is wrong with it in words."""
     try:
         if not data:
@@ -138,47 +139,56 @@ def _upright(opened: Image.Image, turn: int) -> Image.Image:
     return opened.transpose(Image.Transpose[_TURNS[turn]]) if turn in _TURNS else opened
 
 
-def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """A picture's rows, some at a time."""
+def _filled(image: Image.Image, change: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """A picture's array, made of some rows at a time."""
     rows = max(_BAND // image.width, 1)
-    for top in range(0, image.height, rows):
-        part = slice(top, min(top + rows, image.height))
-        yield part, image if rows >= image.height else image.crop((0, part.start, image.width, part.stop))
+    if rows >= image.height:
+        return change(image)
+    pieces = (image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows))
+    first = change(next(pieces))
+    pixels = np.empty((image.height, *first.shape[1:]), first.dtype)
+    pixels[:rows] = first
+    for number, piece in enumerate(pieces, 1):
+        pixels[number * rows : (number + 1) * rows] = change(piece)
+    return pixels
 
 
 def _array(image: Image.Image, mode: str) -> np.ndarray:
     """A picture as uint8 in a mode of three or four channels."""
-    pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
-    for part, piece in _bands(image):
+
+    def change(piece: Image.Image) -> np.ndarray:
         if piece.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
             piece = Image.fromarray((np.asarray(piece) >> 8).astype(np.uint8))
-        pixels[part] = np.asarray(piece if piece.mode == mode else piece.convert(mode))
-    return pixels
+        return np.asarray(piece if piece.mode == mode else piece.convert(mode))
+
+    return _filled(image, change)
 
 
 def _transparent(image: Image.Image, mode: str, ground: Ground) -> Picture:
     """On a ground; on its second colour where the first would swallow all that is drawn."""
-    clear, laid = False, []
-    for colour in _SECOND.get(ground, (ground,)) if ground else ("",):
-        pixels = np.empty((image.height, image.width, 3 if ground else 4), np.uint8)
-        for part, piece in _bands(image):
-            piece = piece if piece.mode == "RGBA" else piece.convert("RGBA")
-            clear = clear or piece.getchannel("A").getextrema()[0] < 255
-            if ground:
-                piece = Image.alpha_composite(Image.new("RGBA", piece.size, colour), piece).convert("RGB")
-            pixels[part] = np.asarray(piece)
-        laid.append(pixels)
-        if not ground or (pixels.min((0, 1)) != pixels.max((0, 1))).any():
-            return Picture(pixels, mode, clear)
-    return Picture(laid[0], mode, clear)
+    alphas = []
+
+    def lay(piece: Image.Image, colour: str) -> np.ndarray:
+        piece = piece if piece.mode == "RGBA" else piece.convert("RGBA")
+        alphas.append(piece.getchannel("A").getextrema()[0])
+        if ground:
+            piece = Image.alpha_composite(Image.new("RGBA", piece.size, colour), piece).convert("RGB")
+        return np.asarray(piece)
+
+    grounds = _SECOND.get(ground, (ground,)) if ground else ("",)
+    laid = _filled(image, partial(lay, colour=grounds[0]))
+    for colour in grounds[1:]:
+        if (laid.min((0, 1)) == laid.max((0, 1))).all():
+            other = _filled(image, partial(lay, colour=colour))
+            laid = other if (other.min((0, 1)) != other.max((0, 1))).any() else laid
+    return Picture(laid, mode, min(alphas) != 255)
 
 
-def _sixteen_bits(opened: Image.Image, turn: int) -> np.ndarray | None:
+def _sixteen_bits(opened: ImageFile.ImageFile, turn: int) -> np.ndarray | None:
     """Pixels of 16 bits a sample, uint16 (H, W, 1) or (H, W, 3), upright; None where they are no such."""
     raw = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in opened.tile]
     if opened.mode.startswith("I;16") and "I;12" not in raw:
-        grey = np.asarray(_upright(opened, turn)).astype(np.uint16)
-        return grey[..., None]
+        return np.asarray(_upright(opened, turn)).astype(np.uint16)[..., None]
     if not raw or set(raw) - _OTHER_BYTE.keys() or "transparency" in opened.info:
         return None
     source = opened.fp
