@@ -70,7 +70,7 @@ def _png(data: bytes) -> Head:
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         start, at = at, at + 12 + length
-        if kind in _PNG_PIXELS:
+        if kind in _PNG_PIXELS and length:
             chunks.append(whole[start:at])
         elif kind == b"IEND":
             break
@@ -83,7 +83,7 @@ def _png(data: bytes) -> Head:
 
 
 _MARKER = re.compile(rb"\xff([\x01-\xfe])")
-_MOST_SCANS = 100  # progressive files have about ten; each is a pass over the whole picture
+_MOST_SCANS = 50  # progressive files have about ten; each is a pass over the whole picture
 
 
 def _jpeg(data: bytes) -> Head:
@@ -205,7 +205,7 @@ def _tiff(data: bytes) -> Head:
     directory = struct.pack(order + ("Q" if big else "H"), len(entries)) + b"".join(entries)
     start = struct.pack(order + ("Q" if big else "I"), place)
     first = data[: 8 if big else 4] + start
-    parts = [first, memoryview(data)[len(first) :], bytes(len(data) % 2), directory, bytes(8)]
+    parts: list[bytes | memoryview] = [first, memoryview(data)[len(first) :], bytes(len(data) % 2), directory, bytes(8)]
     return Head("TIFF", b"".join(parts), turn=turn)
 
 

@@ -1,11 +1,12 @@
 """Pictures decoded: Pillow is asked for one format by name, and given what ``heads`` let through, never a path."""
 
+import ctypes
 import io
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,8 @@ def _opened(data: bytes, name: str) -> Iterator[tuple[ImageFile.ImageFile, int]]
         head = head_of(data)
         with Image.open(io.BytesIO(head.data), formats=[head.format]) as opened:
             check_size(head.format, *opened.size)
+            if head.format == "TIFF":
+                _silence_libtiff()
             if opened.mode in ("I", "F"):  # such as depth in millimetres; clipping would ruin it
                 raise Refused(f"its samples are of mode {opened.mode}, 32 bits, without a range")
             yield opened, head.turn or _turn(opened, head.exif, head.xmp)
@@ -123,6 +126,13 @@ def _opened(data: bytes, name: str) -> Iterator[tuple[ImageFile.ImageFile, int]]
         raise Invalid(
             f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
         ) from error
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff's own words, of which Pillow makes an error, too, off the terminal."""
+    with suppress(AttributeError, OSError):  # where it is no library of its own
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def _turn(opened: Image.Image, exif: bytes, xmp: bytes) -> int:
@@ -166,39 +176,49 @@ def _array(image: Image.Image, mode: str) -> np.ndarray:
 
 def _transparent(image: Image.Image, mode: str, ground: Ground) -> Picture:
     """On a ground; on its second colour where the first would swallow all that is drawn."""
-    alphas = []
+    alphas: list[tuple] = []
+    shades: list[tuple] = []  # of each piece and channel, the least and the greatest value
 
     def lay(piece: Image.Image, colour: str) -> np.ndarray:
         piece = piece if piece.mode == "RGBA" else piece.convert("RGBA")
-        alphas.append(piece.getchannel("A").getextrema()[0])
+        alphas.append(piece.getchannel("A").getextrema())
         if ground:
             piece = Image.alpha_composite(Image.new("RGBA", piece.size, colour), piece).convert("RGB")
+            shades.append(piece.getextrema())
         return np.asarray(piece)
+
+    def swallowed() -> bool:
+        lows, highs = (np.array(shades)[..., k] for k in (0, 1))
+        return bool((lows.min(0) == highs.max(0)).all())
 
     grounds = _SECOND.get(ground, (ground,)) if ground else ("",)
     laid = _filled(image, partial(lay, colour=grounds[0]))
-    for colour in grounds[1:]:
-        if (laid.min((0, 1)) == laid.max((0, 1))).all():
-            other = _filled(image, partial(lay, colour=colour))
-            laid = other if (other.min((0, 1)) != other.max((0, 1))).any() else laid
-    return Picture(laid, mode, min(alphas) != 255)
+    clear = min(least for least, _ in alphas) < 255
+    if len(grounds) > 1 and clear and max(most for _, most in alphas) > 0 and swallowed():
+        shades.clear()
+        other = _filled(image, partial(lay, colour=grounds[1]))
+        laid = laid if swallowed() else other
+    return Picture(laid, mode, clear)
 
 
 def _sixteen_bits(opened: ImageFile.ImageFile, turn: int) -> np.ndarray | None:
     """Pixels of 16 bits a sample, uint16 (H, W, 1) or (H, W, 3), upright; None where they are no such."""
-    raw = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in opened.tile]
+    raw = {_raw_mode(tile) for tile in opened.tile}
     if opened.mode.startswith("I;16") and "I;12" not in raw:
         return np.asarray(_upright(opened, turn)).astype(np.uint16)[..., None]
-    if not raw or set(raw) - _OTHER_BYTE.keys() or "transparency" in opened.info:
+    if not raw or raw - _OTHER_BYTE.keys() or "transparency" in opened.info or not isinstance(opened.fp, io.BytesIO):
         return None
-    source = opened.fp
-    pixels = np.left_shift(_array(_upright(opened, turn), "RGB"), 8, dtype=np.uint16)
-    with Image.open(source, formats=[str(opened.format)]) as again:
-        again.tile = [tile._replace(args=_with_other(tile.args)) for tile in again.tile]
+    source = opened.fp.getvalue()
+    pixels = _filled(_upright(opened, turn), lambda piece: np.asarray(piece).astype(np.uint16) << 8)
+    opened.close()  # one of the two is held at a time
+    with Image.open(io.BytesIO(source), formats=[str(opened.format)]) as again:
+        for number, tile in enumerate(again.tile):
+            other = _OTHER_BYTE[_raw_mode(tile)]
+            again.tile[number] = tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)
         pixels |= _array(_upright(again, turn), "RGB")
     return pixels
 
 
-def _with_other(args: str | tuple) -> str | tuple:
-    """The arguments of a decoder, with the other order of bytes."""
-    return _OTHER_BYTE[args] if isinstance(args, str) else (_OTHER_BYTE[args[0]], *args[1:])
+def _raw_mode(tile: ImageFile._Tile) -> str:
+    """The order of bytes in which a part of a picture lies, by Pillow's name."""
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
