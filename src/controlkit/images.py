@@ -32,6 +32,9 @@ Resize = Literal["area", "lines", "nearest"]
 MOST_SIDE = 16_384
 """The longest side, in pixels, of a picture to be made."""
 
+_MOST_SCALED = 1 << 25
+"""Pixels that a picture is scaled to before its middle is cut out, where that has less than a quarter of them."""
+
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
 
@@ -51,7 +54,7 @@ class HintSpec:
     options: Mapping[str, float] = field(default_factory=dict)
     """The annotator's options, e.g. ``{"low": 100, "high": 200}``; finite numbers in the ranges that it names."""
     channels: int = 3
-    """Channels of the hint, from 1: 3 (RGB), 1 (grey), or any other number for hints that are arrays."""
+    """Channels of the hint, 1 to 1024: 3 (RGB), 1 (grey), or any other number for hints that are arrays."""
     low: float = 0.0
     """The value of black, 0; finite."""
     high: float = 1.0
@@ -85,6 +88,8 @@ class HintSpec:
         numbers = (spec.low, spec.high, spec.mask_value or 0.0, *spec.options.values())
         if not all(map(math.isfinite, numbers)) or len(spec.annotator) > 100 or not spec.annotator.isprintable():
             raise ValueError("its numbers are not finite, or its annotator's name is none")
+        if not 1 <= spec.channels <= 1024:
+            raise ValueError(f"it has {spec.channels} channels")
         return spec
 
     def made_by(self, made: "HintSpec") -> "HintSpec":
@@ -192,8 +197,13 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
         return picture
     if picture.shape[-1] > 4 and picture.ndim == 3:  # more than OpenCV takes at once
         return np.concatenate([fit(picture[..., k : k + 4], size, how) for k in range(0, picture.shape[-1], 4)], 2)
-    given = picture
     scale = max(height / picture.shape[0], width / picture.shape[1])
+    if picture.shape[0] * scale * picture.shape[1] * scale > max(_MOST_SCALED, 4 * height * width):
+        # Of a strip, nearly all would be made large only to be cut off: cut it first.
+        keep = [math.ceil(side / scale) + 2 for side in size]
+        top, left = (max((side - kept) // 2, 0) for side, kept in zip(picture.shape[:2], keep, strict=True))
+        picture = picture[top : top + keep[0], left : left + keep[1]]
+    given = picture
     scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
     if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
         span = math.ceil(1 / scale)

@@ -8,12 +8,14 @@ import re
 import struct
 from collections.abc import Iterator
 
-from controlkit.decoding.limits import Refused, check_size
+from controlkit.decoding.limits import MOST_PIECES, Refused, check_size, pieces
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """The boxes in a part of a file: type, and where their content begins and ends."""
-    while start + 8 <= end:
+    for _ in pieces():
+        if start + 8 > end:
+            return
         length, kind = struct.unpack_from(">I4s", data, start)
         content = start + (16 if length == 1 else 8)
         if length == 1:
@@ -56,12 +58,12 @@ def _check_items(
 ) -> None:
     """``Refused`` where a picture that the file's items hold is too large. ``held``: where the box ``idat`` lies."""
     total = 0
-    for item, (method, pieces) in extents.items():
-        total += sum(length for _, length in pieces)
-        if method > 1 or total > len(data) or not all(length for _, length in pieces):
+    for item, (method, parts) in extents.items():
+        total += sum(length for _, length in parts)
+        if method > 1 or total > len(data) or not all(length for _, length in parts):
             raise Refused("its items are not of the file's length")
         base, limit = held if method else (0, len(data))
-        stream = b"".join(data[base + at : min(base + at + length, limit)] for at, length in pieces)
+        stream = b"".join(data[base + at : min(base + at + length, limit)] for at, length in parts)
         if kinds.get(item) == b"av01":
             _check_av1(stream)
         elif kinds.get(item) == b"grid":
@@ -74,7 +76,8 @@ def _kinds(data: bytes, start: int, end: int) -> dict[int, bytes]:
     found = {}
     for _, at, _ in _boxes(data, start + (8 if wide else 6), end):
         item, _, kind = struct.unpack_from(">IH4s" if data[at] > 2 else ">HH4s", data, at + 4)
-        found[item] = kind
+        if found.setdefault(item, kind) != kind:
+            raise Refused("its items have two types")
     return found
 
 
@@ -92,23 +95,30 @@ def _extents(data: bytes, start: int, end: int) -> dict[int, tuple[int, list[tup
     found = {}
     of_offset, of_length, of_base = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4
     of_index = sizes[1] & 15 if version else 0
+    total = 0
     for _ in range(number(4 if version > 1 else 2)):
         item = number(4 if version > 1 else 2)
         method = number(2) & 15 if version else 0
         number(2)
-        base, pieces = number(of_base), []
-        for _ in range(number(2)):
+        base, count = number(of_base), number(2)
+        total += 1 + count
+        if total > MOST_PIECES or item in found:
+            raise Refused("it has too many items, or one twice")
+        parts = []
+        for _ in range(count):
             number(of_index)
             place = base + number(of_offset)
-            pieces.append((place, number(of_length)))
-        found[item] = (method, pieces)
+            parts.append((place, number(of_length)))
+        found[item] = (method, parts)
     return found
 
 
 def _check_av1(stream: bytes) -> None:
     """``Refused`` where a stream has too large a size or too many frames: all its units are walked."""
     at = frames = 0
-    while at < len(stream):
+    for _ in pieces():
+        if at >= len(stream):
+            break
         head, at = stream[at], at + 1 + (stream[at] >> 2 & 1)
         size = len(stream) - at
         if head & 2:  # its length in groups of seven bits
@@ -231,7 +241,9 @@ def _segments(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     The headers of tiles are walked, too: ``Refused`` where one changes how it is coded.
     """
     main, after = True, 0
-    while at + 2 <= end:
+    for _ in pieces():
+        if at + 2 > end:
+            return
         high, marker = data[at], data[at + 1]
         if (high, marker) == (0xFF, 0xD9):
             return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from controlkit.decoding.boxes import avif, codestream
-from controlkit.decoding.limits import MOST_PARTS, Refused, check_size
+from controlkit.decoding.limits import MOST_PARTS, Refused, check_size, pieces
 
 EXIF_MARK, XMP_MARK = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
@@ -67,7 +67,9 @@ def _png(data: bytes) -> Head:
     kept: dict[bytes, memoryview] = {}
     chunks: list[bytes | memoryview] = []
     whole, at = memoryview(data), 8
-    while at + 8 <= len(data):
+    for _ in pieces():
+        if at + 8 > len(data):
+            break
         length, kind = struct.unpack_from(">I4s", data, at)
         start, at = at, at + 12 + length
         if kind in _PNG_PIXELS and length:
@@ -89,7 +91,9 @@ _MOST_SCANS = 50  # progressive files have about ten; each is a pass over the wh
 def _jpeg(data: bytes) -> Head:
     """Keep the segments that decoding needs; EXIF and XMP apart."""
     kept, at, exif, xmp, size = [b"\xff\xd8"], 2, b"", b"", (0, 0)
-    while found := _MARKER.search(data, at):
+    for _ in pieces():
+        if not (found := _MARKER.search(data, at)):
+            break
         start, marker = found.start(), found[1][0]
         if marker == 0xDA:
             check_size("JPEG", *size)
@@ -118,13 +122,14 @@ def _gif(data: bytes) -> Head:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     check_size("GIF", width, height)
     at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
-    while (mark := data[at]) != 0x2C:  # until the first frame
-        at += 1
-        if mark == 0x21:  # a note, in blocks
-            at += 1
-            while length := data[at]:
-                at += length + 1
-            at += 1
+    note = False
+    for _ in pieces():  # until the first frame
+        if note:  # in blocks, of which the last has no length
+            note, at = data[at] > 0, at + data[at] + 1
+        elif data[at] == 0x2C:
+            break
+        else:
+            note, at = data[at] == 0x21, at + 1 + (data[at] == 0x21)
     left, top, wide, high = struct.unpack_from("<HHHH", data, at + 1)
     check_size("GIF", max(width, left + wide), max(height, top + high))
     return Head("GIF", data)

@@ -1,5 +1,7 @@
 """The most that is read of a picture: chosen so that no file makes a decoder hold more than a gigabyte."""
 
+from collections.abc import Iterator
+
 MOST_PIXELS = 64_000_000
 """Of a picture's file. Cameras of full frame have 61 million; decoding takes up to 14 bytes a pixel."""
 
@@ -14,6 +16,10 @@ MOST_BYTES = 1 << 28
 
 MOST_PARTS = 65_536
 """Strips or tiles of a TIFF, values of one of its tags."""
+
+
+MOST_PIECES = 1 << 17
+"""Chunks, segments, blocks or boxes that are gone through: twice as many as the rows of the tallest picture."""
 
 
 class Refused(ValueError):  # noqa: N818  # a reason, made into an error with the file's name by whoever has it
@@ -31,3 +37,9 @@ def check_size(format: str, width: int, height: int) -> None:
         raise Refused("it has no pixels")
     if width * height > most or max(width, height) > MOST_SIDE:
         raise Large(f"is {width}x{height}: expected at most {most:,} pixels, {MOST_SIDE:,} on a side")
+
+
+def pieces() -> Iterator[int]:
+    """Numbers for a loop over a file's pieces; ``Refused`` at the end of them."""
+    yield from range(MOST_PIECES)
+    raise Refused(f"it has more than {MOST_PIECES:,} pieces")
