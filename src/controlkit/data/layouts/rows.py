@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from controlkit import files
+from controlkit.decoding import picture_suffixes
 from controlkit.errors import Invalid, UserError, nearest, one_line
 from controlkit.files import decode_text, encoding_of
-from controlkit.images import picture_suffixes
 from controlkit.seeds import numpy_rng
 
 SUFFIXES = picture_suffixes()
