@@ -136,12 +136,12 @@ def _check_depth(value: Any) -> None:
         raise ValueError("brackets in too many levels")
 
 
-def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, name: str, finite: bool = True, halves: bool = False) -> Any:
     """The value of a JSON text from outside; ``name`` names it in errors.
 
-    ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. Raises ``Invalid`` for what is no
-    JSON, for a key given twice, whole numbers of more than 64 digits and letters that are none; and, before it is
-    read, for a text whose values could take more than about 1 GB of memory.
+    ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. ``halves``: let half letters (lone
+    surrogates) pass. Raises ``Invalid`` for what is no JSON, for a key given twice, whole numbers of more than 64
+    digits and more than 64 levels; and, before it is read, for a text whose values could take some 1 GB of memory.
     """
     plain = decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     taken = 2 * sys.getsizeof(plain) + 232 * plain.count("{") + 64 * (plain.count("[") + plain.count(","))
@@ -153,7 +153,7 @@ def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
         hooks = {"parse_int": _whole} | ({"parse_float": _finite, "parse_constant": _finite} if finite else {})
     try:
         found = json.loads(plain, object_pairs_hook=_once, **hooks)
-        if "\\ud" in plain or "\\uD" in plain:  # half a pair is no letter, and cannot be printed or written
+        if not halves and ("\\ud" in plain or "\\uD" in plain):  # half a pair cannot be printed or written
             json.dumps(found, ensure_ascii=False).encode()
         _check_depth(found)
     except (ValueError, RecursionError) as error:
@@ -214,12 +214,17 @@ def _yaml_loader() -> Any:
                 raise yaml.YAMLError("aliases (*name) are not read; write the value where it is used")
             if getattr(self.peek_event(), "tag", None) is not None:
                 raise yaml.YAMLError("tags (!name) are not read; write plain values")
-            node = super().compose_node(parent, index)
+            node: Any = super().compose_node(parent, index)
             if node.id == "scalar" and len(node.value) > 64 and node.tag in _YAML_NUMBERS:
                 raise yaml.YAMLError(f"a number of {len(node.value)} letters")
             if node.id == "scalar":
                 node.value.encode()  # half a pair of surrogates is no letter
             return node
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= _DEEPEST:  # each level costs as much as all before it
+                raise yaml.YAMLError("brackets in too many levels")
+            super().fetch_flow_collection_start(token)
 
         def flatten_mapping(self, node: Any) -> None:
             seen: set[str] = set()

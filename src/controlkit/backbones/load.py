@@ -226,7 +226,7 @@ def _read_named(header: TensorFile, names: re.Pattern[str], most: int = _MOST_TE
 
 
 def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:
-    """The parts of a checkpoint in the original layout, by the names of their networks in the libraries."""
+    """The parts of a checkpoint in the original layout, each by the names that its network has in the libraries."""
     from diffusers.loaders import single_file_utils as original
 
     tensors, configs = _read_named(header, _OF_PARTS), part_configs(family)

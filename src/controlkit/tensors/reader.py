@@ -121,8 +121,11 @@ def _claimed(start: bytes) -> int:
 def open_safetensors(path: Path) -> Any:
     """The library's handle of a safetensors file, which is not opened again: for what needs its words and not ours.
 
-    Raises ``Invalid`` where it cannot be read, or has a header that takes too much memory.
+    Raises ``NotFound`` where there is no such file, ``Invalid`` where it cannot be read, or has a header that takes too
+    much memory.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise NotFound(f"There is no file {path}: expected a .safetensors file.")
     try:
         with path.open("rb") as file:
             claimed = _claimed(file.read(8))
