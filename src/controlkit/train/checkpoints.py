@@ -105,7 +105,7 @@ def _read_log(path: Path) -> tuple[list[tuple[int, str]], list[EvaluationSummary
     """The whole lines of a log with their steps, and its evaluations. A line that a kill cut short ends it."""
     lines: list[tuple[int, str]] = []
     evaluations = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -220,7 +220,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
     """
     mark_output(out, "train")
     path = out / "machine.json"
-    begun = json.loads(path.read_text()) if path.is_file() else {}
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     digest, rows = "".join(folder.digest() for folder in folders), [row for one in folders for row in one.lines()]
     if begun.get("rows", digest) != digest:
         raise Mismatch(
@@ -261,7 +261,7 @@ def _differing_rows(path: Path, rows: Sequence[str]) -> str:
     """Which rows differ from those in a file, in words; "" where there is no such file."""
     if not path.is_file():
         return ""
-    before = path.read_text().splitlines()
+    before = path.read_text(encoding="utf-8").splitlines()
     parts = [("gone or with another caption", set(before) - set(rows)), ("new", set(rows) - set(before))]
     named = [f"{what}: {one_line(', '.join(sorted(of)[:3]))}{_and_more(len(of) - 3)}" for what, of in parts if of]
     return f" ({'; '.join(named) or 'in another order'})"
@@ -277,7 +277,7 @@ def _cores() -> int:
 
 def keep_format(out: Path, device_type: str) -> None:
     """Use the thread count and number format that the run in ``out`` has."""
-    begun = json.loads((out / "machine.json").read_text())
+    begun = json.loads((out / "machine.json").read_text(encoding="utf-8"))
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])
     settle_format(device_type, begun["format"])

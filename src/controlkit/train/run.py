@@ -375,7 +375,8 @@ class Run:
             self.reports.on_stage(line, 0)
         if meter and not self.ranks.sharded:  # all processes would have to take part
             found = estimate(self.plan, self.frozen, self.state, pairs, meter, self.ranks.count)
-            self.reports.on_stage("\n".join(found.lines()), 0)
+            for line in found.lines():
+                self.reports.on_stage(line, 0)
             meter.reset()  # the memory of the trial is not the run's
 
     def _new_evaluator(self, prepared: Prepared) -> Evaluator | None:

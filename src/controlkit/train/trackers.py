@@ -102,7 +102,7 @@ def tracked(
 def _history(out: Path, logged: int) -> tuple[str, int]:
     """The run's name for trackers, and the last step that was ever sent to them."""
     path = out / "tracking.json"
-    held = json.loads(path.read_text()) if path.is_file() else {}
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     name, sent = str(held.get("name") or uuid.uuid4().hex[:8]), max(int(held.get("sent", 0)), logged)
     write_atomic(path, (json.dumps({"name": name, "sent": sent}) + "\n").encode())
     return name, sent

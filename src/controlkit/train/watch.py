@@ -179,7 +179,7 @@ def read_run(folder: Path) -> RunLog:
     if not isinstance(settings, dict) or not isinstance(settings.get("steps"), int):
         raise Invalid(f"{recipe} is no recipe that a run wrote: expected its settings, `steps` among them.")
     records = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
