@@ -7,13 +7,17 @@ Nothing here talks to a network unless a hub's name or a picture package asks fo
 import atexit
 import base64
 import hashlib
+import hmac
+import json
 import os
+import secrets
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,6 +83,30 @@ def settle_places() -> None:
         os.environ.setdefault("USER", "user")  # asked for the names of caches, and the system knows no name
 
 
+def seal(*facts: Any) -> str:
+    """A word that only this user on this machine can find for these facts, plain values; "" where no key can be kept.
+
+    What carries it was written here, and may have the program open and spend what it names. What does not may come from
+    anybody: it is shown, and followed only when an option asks for that.
+    """
+    key = cache_dir() / "key"
+    with suppress(OSError):
+        key.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), key.open("xb") as file:
+            key.chmod(0o600)
+            file.write(secrets.token_bytes(32))
+        if len(secret := key.read_bytes()) == 32:
+            text = json.dumps(facts, sort_keys=True, default=str)
+            return hmac.new(secret, text.encode(), "sha256").hexdigest()[:32]
+    return ""
+
+
+def is_sealed(word: object, *facts: Any) -> bool:
+    """Whether this is the ``seal`` of these facts."""
+    known = seal(*facts)
+    return bool(known) and isinstance(word, str) and hmac.compare_digest(word.encode(errors="replace"), known.encode())
+
+
 def names_a_repository(text: str) -> bool:
     """Whether this may be a model hub's name, ``owner/name``."""
     return text.count("/") == 1 and not text.startswith((".", "/", "~"))
@@ -141,6 +169,11 @@ def shipped_path(name: str) -> Path:
     if name not in shipped_names():
         raise NotFound(f'Nothing is shipped under the name "{name}": {nearest(name, shipped_names())}')
     return SHIPPED / name
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether a file or folder is the package's."""
+    return path.resolve().is_relative_to(SHIPPED.resolve())
 
 
 @dataclass(frozen=True)

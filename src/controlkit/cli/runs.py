@@ -224,9 +224,20 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
+        typer.Option(
+            help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on, if it was here."
+        ),
     ] = None,
     column: ColumnOption = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the pictures in pixels; by default what the control was trained on, if it was here, or the "
+            "base's.",
+            min=1,
+            max=16_384,
+        ),
+    ] = None,
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
@@ -261,8 +272,11 @@ def evaluate(
     if saved.branch.hint_types:
         raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
     metric_of(saved.hint)
-    recipe = saved.trained.get("recipe") or {}
-    model = model.of_size(recipe["size"]) if recipe.get("size") else model
+    told = saved.trained_on["size"]
+    if size or (told and saved.is_own):
+        model = model.of_size(size or told)
+    elif told and told != model.size:
+        warn(f'the file of "{control}" says that it was trained on {told} pixels; --size has it measured there')
     pairs, real = heldout_for(saved, model.size, num, data, parse_columns(column))
     counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
     plan = EvaluationPlan(
