@@ -47,9 +47,9 @@ def cache_dir() -> Path:
 
 
 def _home() -> Path | None:
-    """The user's home folder; None where there is none, as in a container with a number for a user."""
+    """The user's home folder; None where there is none, as for a user who is but a number: ``/`` is then nobody's."""
     home = home_path("~")
-    return home if home.is_absolute() and home.is_dir() else None
+    return home if home.is_absolute() and home.is_dir() and home != Path("/") else None
 
 
 @cache

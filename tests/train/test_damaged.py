@@ -15,7 +15,7 @@ from controlkit.train.watch import lines, page, read_run
 from limits import limited
 
 HOSTILE = "\x1b]0;owned\x07\x9b31m\u202e[link=file:///etc/passwd]x[/link]\n"
-STATE = "checkpoints/step-0000002/state.safetensors"
+STATE = "checkpoints/step-0000003/state.safetensors"
 LINE = {"step": 2, "loss": 1.0, "seconds": 0.1}
 EVALUATED = {"obedience": 0.1, "obedience_interval": [0, 1], "is_meaningful": True, "verdict": HOSTILE}
 
@@ -45,10 +45,6 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def zeroed(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
 def made_a_folder(path):
     path.unlink()
     path.mkdir()
@@ -72,7 +68,7 @@ def linked_away(path):
     path.symlink_to("/dev/zero")
 
 
-DAMAGES = [emptied, cut, zeroed, made_a_folder, made_a_list, made_deep, made_a_pipe, linked_away]
+DAMAGES = [emptied, cut, made_a_folder, made_a_list, made_deep, made_a_pipe, linked_away]
 
 
 def in_words(action):
@@ -103,7 +99,7 @@ def test_every_file_of_a_run_may_be_damaged(name, damage, run, recipe, toy_base)
     (run / ".lock").touch()
     damage(run / name)
     words = in_words(lambda: look(run))
-    assert not words or "recipe" in words or name in words
+    assert not words or name in words or (name == "recipe.yaml" and "holds no run" in words)
     words = in_words(lambda: next(train_control(recipe, run, toy_base), None))
     assert not words or str(run) in words
 
@@ -196,7 +192,7 @@ def test_a_checkpoint_of_another_content_is_named(change, run, recipe, toy_base)
     save_file(held, run / STATE, facts)
     (run / "ending.json").unlink()
     words = in_words(lambda: list(train_control(recipe, run, toy_base)))
-    assert "step-0000002" in words and "Delete" in words
+    assert "step-0000003" in words and "Delete" in words
     look(run)
 
 
@@ -205,7 +201,7 @@ def test_what_lies_beside_checkpoints_is_no_checkpoint_and_stays(run, recipe, to
         (run / "checkpoints" / name).mkdir()
     go_back(run, 2)
     list(train_control(recipe, run, toy_base))
-    assert read_ending(run).step == 3 and len(list((run / "checkpoints").iterdir())) == 5
+    assert read_ending(run).step == 3 and len(list((run / "checkpoints").iterdir())) == 6
 
 
 @pytest.mark.parametrize("name", ["pairs", "checkpoints", "samples", "control"])

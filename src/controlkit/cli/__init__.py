@@ -83,8 +83,9 @@ def _shown_as_notes() -> Callable[..., None]:
 
 def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A mistake of ours, as Python shows it; the words in it may be anybody's."""
-    for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
-        complain(line)
+    for part in traceback.format_exception(kind, error, trace):
+        for line in part.splitlines() if part.startswith("  File") else [part.strip()]:
+            complain(line)
 
 
 def _settle_output() -> None:
