@@ -7,11 +7,14 @@ so that encodings, byte order marks, duplicate keys and nesting are treated alik
 import codecs
 import errno
 import json
+import math
 import os
 import shutil
+import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,13 @@ OUTPUT = ".controlkit-output"
 LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 """Names, in small letters, that operating systems put beside people's files."""
 
+LONGEST_TEXT, LONGEST_YAML = 2**27, 2**17
+"""Bytes of a file of text, and letters of one of YAML, that are read: larger ones cost more than 1 GB or seconds."""
+MOST_MEMORY = 9 * 10**8
+"""Bytes of memory that the values of a JSON text may take."""
+
+_DEEPEST = 64
+_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -34,15 +44,19 @@ def home_path(name: str | Path) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111  # pathlib's raises where there is no such user
 
 
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text from outside that starts with these bytes: UTF-8, or what a byte order mark says."""
+    return next((code for mark, code in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+
+
 def decode_text(data: bytes, name: str) -> str:
     """The text in the bytes of a file from outside, without a byte order mark.
 
     UTF-8; UTF-16 where a byte order mark says so. ``name`` names the file in errors. Raises ``Invalid`` for anything
     else, and for zero bytes, which no text has.
     """
-    encoding = next((code for mark, code in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
         raise Invalid(f"{name} is no text in UTF-8 (byte {error.start}): save it as UTF-8.") from error
     if "\0" in text:
@@ -50,11 +64,35 @@ def decode_text(data: bytes, name: str) -> str:
     return text
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, as ``decode_text`` gives it; ``NotFound`` if there is no file."""
-    if not path.is_file():
-        raise NotFound(f"There is no file at {path}: expected a text.")
-    return decode_text(path.read_bytes(), str(path))
+def inside(folder: Path, path: Path) -> Path:
+    """The path, if what it leads to lies within ``folder``, or in the blobs that a hub's cache keeps beside it.
+
+    Raises ``Invalid`` for a link that leads out: a stranger's folder may link to any file of this machine.
+    """
+    home, place = (Path(os.path.realpath(one)) for one in (folder, path))  # Path.resolve raises for links in a circle
+    blobs = home.parent.parent / "blobs"
+    if place.is_relative_to(home) or (home.parent.name == "snapshots" and place.is_relative_to(blobs)):
+        return path
+    raise Invalid(f"{path} leads out of its folder, to {one_line(place)}: expected a file within {folder}, no link.")
+
+
+def read_bytes(path: Path, most: int = LONGEST_TEXT) -> bytes:
+    """The bytes of a regular file; ``NotFound`` if there is none, ``Invalid`` if it has more than ``most``."""
+    try:
+        if not path.is_file():
+            raise NotFound(f"There is no file at {path}: expected a text.")
+        with path.open("rb") as file:  # its size is not asked: files of /proc have none and no end
+            data = file.read(most + 1)
+    except OSError as error:
+        raise Invalid(f"{path} cannot be read ({error.strerror}).") from error
+    if len(data) > most:
+        raise Invalid(f"{path} has more than {most:,} bytes: no text of this kind has so many.")
+    return data
+
+
+def read_text(path: Path, most: int = LONGEST_TEXT) -> str:
+    """The text of a file, as ``decode_text`` gives it; raises as ``read_bytes`` does, too."""
+    return decode_text(read_bytes(path, most), str(path))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -62,50 +100,141 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f'the key "{key}" is given twice')
+        raise ValueError(f'the key "{key[:80]}" is given twice')
     return found
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text from outside; ``name`` names it in errors. Raises ``Invalid`` for anything else."""
+_NUMBERS = bytes(0x31 if chr(i).isdigit() else 0x65 if chr(i) in "eE" else i for i in range(128)).ljust(256, b" ")
+"""Each digit as 1, and e for E: by these long numbers are found in a text in no time."""
+
+
+def _whole(digits: str) -> int:
+    """A whole number that is a float, too, and can be printed: some tokenizers' longest prompt is 10^30."""
+    if len(digits) > 64:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is no number of 64 bits")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ``ValueError`` for a value of so many levels that printing or comparing it could fail."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        found = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [inner for values in found for inner in values if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError("brackets in too many levels")
+
+
+def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
+    """The value of a JSON text from outside; ``name`` names it in errors.
+
+    ``finite``: refuse NaN and infinity, which JSON has not, and numbers as large. Raises ``Invalid`` for what is no
+    JSON, for a key given twice, whole numbers of more than 64 digits and letters that are none; and, before it is
+    read, for a text whose values could take more than about 1 GB of memory.
+    """
+    plain = decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+    taken = 2 * sys.getsizeof(plain) + 232 * plain.count("{") + 64 * (plain.count("[") + plain.count(","))
+    if taken > MOST_MEMORY:
+        raise Invalid(f"{name} is too large: its values could take {taken >> 20:,} MB of memory.")
+    numbers = plain.encode(errors="surrogatepass").translate(_NUMBERS, b"+")
+    hooks: dict[str, Any] = {}  # which take twice the time: only where a number could be odd
+    if b"1" * 64 in numbers or b"e111" in numbers or "NaN" in plain or "Infinity" in plain:
+        hooks = {"parse_int": _whole} | ({"parse_float": _finite, "parse_constant": _finite} if finite else {})
     try:
-        plain = decode_text(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        return json.loads(plain, object_pairs_hook=_once)
+        found = json.loads(plain, object_pairs_hook=_once, **hooks)
+        if "\\ud" in plain or "\\uD" in plain:  # half a pair is no letter, and cannot be printed or written
+            json.dumps(found, ensure_ascii=False).encode()
+        _check_depth(found)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, Invalid):
-            raise
         reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
         raise Invalid(f"{name} is no JSON ({reason}): expected one value, written whole.") from error
+    return found
+
+
+def read_json(path: Path, most: int = LONGEST_TEXT, finite: bool = True) -> Any:
+    """The value of a JSON file of at most so many bytes; raises as ``read_bytes`` and ``parse_json`` do."""
+    return parse_json(read_bytes(path, most), str(path), finite)
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The value of a YAML text from outside; ``name`` names it in errors.
+    """The value of a YAML text from outside: texts, numbers, truths, dates and nothing, in lists and dictionaries.
 
-    Raises ``Invalid`` for what is no YAML, for a key given twice (else the last would win without a word), and for
-    aliases and merges, with which a kilobyte can stand for gigabytes.
+    ``name`` names it in errors. Raises ``Invalid`` for what is no YAML, for a key given twice (else the last would win
+    without a word), for aliases and merges, with which a kilobyte can stand for gigabytes, for tags, and for texts
+    longer than ``LONGEST_YAML``, as reading one takes its time. Keys are texts.
     """
+    return parse_yaml_as_written(text, name)[0]
+
+
+def parse_yaml_as_written(text: str, name: str) -> tuple[Any, Any]:
+    """(what ``parse_yaml`` gives, the same with every value as the text that was written)."""
+    if len(text) > LONGEST_YAML:
+        raise Invalid(f"{name} has {len(text):,} letters; expected YAML of at most {LONGEST_YAML:,}.")
+    try:
+        loader = _yaml_loader()(text.removeprefix("\ufeff"))
+        node = loader.get_single_node()
+        found = (None, None) if node is None else (loader.construct_document(node), _written(node))
+        _check_depth(found[1])
+        return found
+    except (_yaml_error(), ValueError, RecursionError) as error:
+        reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
+        raise Invalid(f"{name} is no YAML that is read here ({reason}).") from error
+
+
+def _written(node: Any) -> Any:
+    if node.id == "mapping":
+        return {key.value: _written(value) for key, value in node.value}
+    return [_written(one) for one in node.value] if node.id == "sequence" else node.value
+
+
+def _yaml_error() -> type[Exception]:
     import yaml  # here, as few commands read YAML
+
+    return yaml.YAMLError
+
+
+@cache
+def _yaml_loader() -> Any:
+    import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("aliases (*name) are not read; write the value where it is used")
-            return super().compose_node(parent, index)
+            if getattr(self.peek_event(), "tag", None) is not None:
+                raise yaml.YAMLError("tags (!name) are not read; write plain values")
+            node: Any = super().compose_node(parent, index)
+            if node.id == "scalar" and len(node.value) > 64 and node.tag in _YAML_NUMBERS:
+                raise yaml.YAMLError(f"a number of {len(node.value)} letters")
+            if node.id == "scalar":
+                node.value.encode()  # half a pair of surrogates is no letter
+            return node
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= _DEEPEST:  # each level costs as much as all before it
+                raise yaml.YAMLError("brackets in too many levels")
+            super().fetch_flow_collection_start(token)
 
         def flatten_mapping(self, node: Any) -> None:
-            seen: set[Hashable] = set()
+            seen: set[str] = set()
             for key, _ in node.value:
                 if key.tag == "tag:yaml.org,2002:merge":
                     raise yaml.YAMLError("merges (<<) are not read; write the keys where they are used")
-                if key.value.__hash__ and key.value in seen:
-                    raise yaml.YAMLError(f'the key "{key.value}" is given twice (line {key.start_mark.line + 1})')
-                seen |= {key.value} if key.value.__hash__ else set()
+                if key.id != "scalar":
+                    raise yaml.YAMLError(f"a key that is no word (line {key.start_mark.line + 1})")
+                if key.value in seen:
+                    raise yaml.YAMLError(f'the key "{key.value[:80]}" is given twice (line {key.start_mark.line + 1})')
+                seen.add(key.value)
+                key.tag = "tag:yaml.org,2002:str"
 
-    try:
-        return yaml.load(text.removeprefix("\ufeff"), Loader)  # a safe loader of plain values
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that is none
-        reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
-        raise Invalid(f"{name} is no YAML that is read here ({reason}).") from error
+    return Loader
 
 
 def is_leftover(name: str) -> bool:

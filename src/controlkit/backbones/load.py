@@ -5,8 +5,7 @@ Only a hub's name may ask a network for anything; all else is read and configure
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 from controlkit.backbones.noise import Prediction
+from controlkit.backbones.parts import make_network, open_part, read_tokenizer
 from controlkit.backbones.protocol import Backbone
-from controlkit.backbones.rules import check_folder, check_signs, check_text, ddim_config, latent_space, read_config
+from controlkit.backbones.rules import (
+    check_folder,
+    check_signs,
+    check_text,
+    check_words,
+    config_path,
+    ddim_config,
+    latent_space,
+    read_settings,
+)
 from controlkit.backbones.unet import TextTower, UNetBase
 from controlkit.backbones.unet_families import FAMILIES, Family, clip_tokenizer, family_of_width, pipeline_configs
-from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
-from controlkit.files import read_text, write_atomic
+from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, UserError, nearest, one_line
+from controlkit.files import write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
 from controlkit.tensors import PICKLES, TensorFile, open_tensors
 
@@ -29,7 +38,6 @@ _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensors" for part in ("vae", "unet"))]
 _HUB_FILES += ["text_encoder/*.safetensors", "text_encoder_2/*.safetensors"]
 _FILES = (".safetensors", *PICKLES)
-_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")  # as in diffusion_pytorch_model.fp16.safetensors
 _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"]
 
 
@@ -102,69 +110,52 @@ def _from_hub(repository: str) -> Path:
     return snapshot(repository, "base", _HUB_FILES, _HUB_LEFT, is_whole)
 
 
+def _vae_from_hub(repository: str) -> Path:
+    def is_whole(folder: Path) -> bool:
+        return any(folder.glob("*.safetensors")) or any(folder.glob("vae/*.safetensors"))
+
+    files = ["config.json", "*.safetensors", "*.safetensors.index*.json", "vae/*.json", "vae/*.safetensors"]
+    return snapshot(repository, "VAE", files, _HUB_LEFT, is_whole)
+
+
 # --- a diffusers folder -------------------------------------------------------------------------------------------
 
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
-    kind, content = check_folder(folder)
+    kind, content, settings = check_folder(folder)
     second = ("tokenizer_2", "text_encoder_2") if "XL" in kind else ()
     for part in (*_PARTS, *second):
         if not (folder / part).is_dir():
             raise Invalid(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
-    noise = read_config(folder / "scheduler" / "scheduler_config.json")
+        if part in settings and not config_path(folder, part).is_file():
+            raise Invalid(f"{folder} lacks {config_path(folder, part)}: expected a whole {kind} folder.")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def network(kind: Any, part: str, dtype: torch.dtype = dtype) -> Any:
+        return make_network(kind, settings[part], open_part(folder, part), dtype)
 
     def tower(number: str, kind: Any) -> TextTower:
-        tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
-        return TextTower(tokenizer, _whole(kind, plain, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
+        tokenizer, encoder = read_tokenizer(folder, f"tokenizer{number}"), network(kind, f"text_encoder{number}")
+        check_words(folder, tokenizer, encoder)
+        return TextTower(tokenizer, encoder, penultimate=bool(second))
 
     try:
-        scheduler = DDIMScheduler.from_config(ddim_config(noise))
-        if not scheduler.alphas_cumprod.isfinite().all():
-            raise ValueError("its scheduler's betas are no numbers")
-        with _plain_texts(folder) as plain:
-            vae = _whole(AutoencoderKL, plain, "vae", torch_dtype=torch.float32)
-            unet = _whole(UNet2DConditionModel, plain, "unet", torch_dtype=dtype)
-            towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
+        scheduler = DDIMScheduler(**ddim_config(settings["scheduler"]))
+        count = scheduler.config.num_train_timesteps
+        if not (len(scheduler.alphas_cumprod) == count and scheduler.alphas_cumprod.isfinite().all()):
+            raise ValueError(f"its scheduler's betas are no numbers, one for each of {count} timesteps")
+        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise anything where a stranger's settings do not go together
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     check_text(folder, [tower.encoder for tower in towers], unet.config)
     latent_space(vae.config)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
-
-
-def _whole(kind: Any, source: str | Path, part: str, **options: Any) -> Any:
-    """A network of a folder or its part, in whichever variant is there; ``ValueError`` where it lacks a tensor."""
-    options = {"local_files_only": True, "use_safetensors": True, "subfolder": part} | options
-    variants = [_VARIANT.search(file.name) for file in Path(source, part).glob("*.safetensors")]
-    if variants and variants[0] and all(variants):
-        options["variant"] = variants[0][1]
-    module, info = kind.from_pretrained(source, output_loading_info=True, **options)
-    if info["missing_keys"]:  # the libraries draw these at random, with a warning
-        raise ValueError(f"{part or 'it'} lacks {min(info['missing_keys'])}")
-    return module
-
-
-@contextmanager
-def _plain_texts(folder: Path) -> Iterator[Path]:
-    """The folder, or links to its files where a JSON text has a byte order mark, which the libraries do not read."""
-    marks = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-    marked = [path for path in folder.glob("*/*.json") if path.read_bytes().startswith(marks)]
-    if not marked:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as root:
-        for path in folder.glob("*/*"):
-            place = Path(root, path.parent.name, path.name)
-            place.parent.mkdir(exist_ok=True)
-            if path in marked:
-                place.write_text(read_text(path), encoding="utf-8")
-            else:
-                place.symlink_to(path.resolve())
-        yield Path(root)
 
 
 def _assembled(
@@ -263,8 +254,12 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
                 vae = AutoencoderKL.from_single_file(str(path), **options)
             _check_filled("it", vae)
         else:
-            local = path.is_dir() or not _names_a_repository(str(source))
-            vae = _whole(AutoencoderKL, str(source), "vae" if (path / "vae").is_dir() else "", local_files_only=local)
+            if not path.is_dir() and _names_a_repository(str(source)):
+                path = _vae_from_hub(str(source))
+            part = "vae" if (path / "vae").is_dir() else ""
+            vae = make_network(AutoencoderKL, read_settings(path, "vae", part), open_part(path, part), torch.float32)
+    except Unsupported:
+        raise
     except Exception as error:  # as with a single file
         raise Invalid(
             f"{source} is no whole VAE ({one_line(error)}): expected a diffusers folder, a file in the original layout "

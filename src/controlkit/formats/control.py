@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.annotators import contract, kind_or_bare
+from controlkit.annotators import contract, contract_from_json, kind_or_bare
 from controlkit.backbones import Backbone
 from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
@@ -289,7 +289,10 @@ def read_control(name: str | Path, base: Backbone | None) -> tuple[Path, Weights
 def _spec(text: str) -> ControlSpec:
     """The spec in a file's metadata; ``ValueError`` for keys or values that no spec has."""
     try:
-        return ControlSpec(**json_object(text))
+        spec = ControlSpec(**json_object(text))
+        if type(spec.rank) is not int or spec.rank > 4096:
+            raise ValueError(f"rank is {spec.rank}")
+        return spec
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -301,13 +304,13 @@ def _hints(text: str) -> dict[str, HintSpec]:
         raise ValueError(f"there is no type {sorted(strange)[0]}")
     if not all(isinstance(one, str) for one in texts.values()):
         raise ValueError("a contract is no text")
-    return {kind: HintSpec.from_json(one) for kind, one in texts.items()}
+    return {kind: contract_from_json(one) for kind, one in texts.items()}
 
 
 def _hint_cfg_scale(text: str) -> float:
-    """The scale of guidance by the hint in a file's metadata; ``ValueError`` if it is no number from 0 to 1000."""
+    """The scale of guidance by the hint in a file's metadata; ``ValueError`` if it is no number from 0 to 100."""
     value = json_object(text).get(_SCALE_KEY)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise ValueError(f"guidance by the hint is {value}")
     return float(value)
 
@@ -321,7 +324,7 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
     keys = ("controlnet_conditioning_channel_order", "conditioning_channel_order")
     order = next((str(weights.config[key]).upper() for key in keys if key in weights.config), "RGB")
     foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
-    hint = metadata_entry(weights.metadata, name, "controlkit.hint", HintSpec.from_json, foreign)
+    hint = metadata_entry(weights.metadata, name, "controlkit.hint", contract_from_json, foreign)
     if not annotator or kind_or_bare(annotator).name == hint.annotator:
         return hint
     if hint.annotator:

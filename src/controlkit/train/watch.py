@@ -24,7 +24,8 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from controlkit.errors import Invalid, NotFound, printable
-from controlkit.files import parse_yaml, read_text
+from controlkit.files import inside, parse_yaml, read_text
+from controlkit.images import png_bytes, read_picture
 from controlkit.measure import FOUND
 from controlkit.pages import Chart, Figure, Section, Table, render
 from controlkit.train.checkpoints import STATE, checkpoints_in
@@ -204,7 +205,7 @@ def read_run(folder: Path) -> RunLog:
     ending = read_ending(folder)
     if ending and records and ending.step != records[-1]["step"]:
         ending = None  # of before the run was made longer
-    return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets], ending)
+    return RunLog(folder, records, settings, [inside(folder, sheet) for sheets in newest for sheet in sheets], ending)
 
 
 def bars(values: Sequence[float], *scale: float) -> str:
@@ -302,7 +303,7 @@ def page(run: RunLog, refresh: float | None = None) -> str:
     if rows := run.loss():
         body.append(Section("Training loss", charts=[_chart("loss", rows, wide=True, scale=(0,))]))
     for sheet in run.sheets:
-        data = base64.b64encode(sheet.read_bytes()).decode()
+        data = base64.b64encode(png_bytes(read_picture(sheet))).decode()  # its pixels, and nothing else that it holds
         kind, _, step = sheet.stem.rpartition("-")
         title = f"{_SHEETS[kind]}; step {int(step)}"
         body.append(Section(title, sheet=Figure(f"data:image/png;base64,{data}", title)))
