@@ -2,6 +2,11 @@
 
 import codecs
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -21,6 +26,8 @@ from controlkit.files import (
     parse_yaml_as_written,
     read_json,
     read_text,
+    scratch_folder,
+    sweep,
     write_atomic,
 )
 from limits import limited
@@ -236,3 +243,75 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
     write_atomic(tmp_path / "a", json.dumps([1]).encode())
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+# --- what a killed process leaves ---------------------------------------------------------------------------------
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from controlkit import files
+def half(path):
+    path.write_bytes(b"half")
+    print("begun", flush=True)
+    time.sleep(60)
+files.write_atomic(Path(sys.argv[1]), half)
+"""
+
+
+@pytest.fixture
+def writing(tmp_path):
+    """Another process that has written half of ``a``."""
+    with subprocess.Popen([sys.executable, "-c", WRITES, tmp_path / "a"], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"begun\n"
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_process_left_half_written_is_gone_with_the_next_file(tmp_path, writing):
+    assert [path.name.startswith(SCRATCH) for path in tmp_path.iterdir()] == [True]
+    writing.send_signal(signal.SIGKILL)
+    writing.wait()
+    assert [path.name.startswith(SCRATCH) for path in tmp_path.iterdir()] == [True]
+    write_atomic(tmp_path / "b", b"whole")
+    assert list(tmp_path.iterdir()) == [tmp_path / "b"]
+
+
+@pytest.mark.parametrize("clean", [sweep, lambda folder: write_atomic(folder / "b", b"whole")], ids=["sweep", "write"])
+def test_what_another_process_still_writes_stays(tmp_path, writing, clean):
+    clean(tmp_path)
+    assert len(list(tmp_path.glob(f"{SCRATCH}*/a"))) == 1
+
+
+def test_what_another_thread_writes_stays(tmp_path):
+    with scratch_folder(tmp_path / "in") as scratch:
+        thread = threading.Thread(target=sweep, args=[tmp_path])
+        thread.start()
+        thread.join()
+        assert scratch.is_dir()
+    assert not list((tmp_path / "in").iterdir())
+
+
+def test_sweeping_follows_no_link_waits_for_no_pipe_and_reads_names_alone(tmp_path):
+    out, given = tmp_path / "out", tmp_path / "given"
+    for folder in (out / "deep" / f"{SCRATCH}{'0' * 32}" / "b", given):
+        folder.mkdir(parents=True)
+    (given / "kept").touch()
+    (out / f"{SCRATCH}link").symlink_to(given)
+    (out / f"{SCRATCH}file").touch()
+    (out / "writing-mine").touch()
+    os.mkfifo(out / f"{SCRATCH}pipe")
+    sweep(out)
+    assert sorted(path.name for path in out.rglob("*")) == ["deep", "writing-mine"]
+    assert (given / "kept").exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, SystemExit])
+def test_what_is_interrupted_leaves_nothing(tmp_path, stop):
+    def half(path):
+        path.write_bytes(b"half")
+        raise stop
+
+    with pytest.raises(stop):
+        write_atomic(tmp_path / "a", half)
+    assert not list(tmp_path.iterdir())

@@ -9,11 +9,13 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ OUTPUT = ".controlkit-output"
 
 LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 """Names, in small letters, that operating systems put beside people's files."""
+
+_HELD = re.compile(rf"{re.escape(SCRATCH)}[0-9a-f]{{32}}")  # a name of ``scratch_folder``'s
 
 LONGEST_TEXT, LONGEST_YAML = 2**27, 2**17
 """Bytes of a file of text, and letters of one of YAML, that are read: larger ones cost more than 1 GB or seconds."""
@@ -260,6 +264,80 @@ def is_output(folder: Path) -> bool:
     return (folder / OUTPUT).exists()
 
 
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent``, to be filled with what is renamed when it is whole; deleted with all that is left.
+
+    The process holds a lock on it, which the system frees if it is killed. Such folders of others that were killed are
+    deleted first. Raises ``OSError`` as writing does.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _tidy(parent.absolute())
+    lock = None
+    while lock is None:  # one that is not locked yet may be taken for a killed process's
+        scratch = parent / f"{SCRATCH}{uuid.uuid4().hex}"
+        scratch.mkdir()
+        lock = _lock(scratch)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _unlock(lock)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left half written in a folder and those below; what is being written now stays."""
+    for left in sorted(folder.rglob(f"{SCRATCH}*")):
+        _delete_abandoned(left)
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    """``sweep`` for this folder alone, once: there may be many files in it, and each is written by itself."""
+    for left in folder.iterdir():
+        if _HELD.fullmatch(left.name):
+            _delete_abandoned(left)
+
+
+def _delete_abandoned(left: Path) -> None:
+    lock = None if left.is_symlink() else _lock(left)
+    with suppress(OSError):  # gone meanwhile, or somebody else's
+        if left.is_symlink() or lock not in (None, _NO_LOCK):
+            left.unlink() if left.is_symlink() or not left.is_dir() else shutil.rmtree(left)
+    _unlock(lock)
+
+
+_NO_LOCK = -1
+"""In the place of a lock, where the system has none for folders: then nothing is taken for abandoned."""
+
+
+def _lock(path: Path) -> int | None:
+    """The lock on a scratch folder or file; None where another process holds it, or it is gone."""
+    if sys.platform == "win32":
+        return _NO_LOCK
+    import fcntl
+
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe the opening itself would wait
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists():
+            return lock
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):  # a network's disk
+            os.close(lock)
+            return _NO_LOCK
+    os.close(lock)
+    return None
+
+
+def _unlock(lock: int | None) -> None:
+    if lock not in (None, _NO_LOCK):
+        os.close(lock)
+
+
 def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all: to a neighbour first, then renamed over the target.
 
@@ -268,9 +346,8 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
     """
     from safetensors import SafetensorError
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.parent / f"{SCRATCH}{uuid.uuid4().hex}"  # not mkstemp: its files are readable by their owner alone
-    try:
+    with scratch_folder(path.parent) as folder:
+        scratch = folder / path.name
         if callable(data):
             scratch.touch(exist_ok=False)
             mode = scratch.stat().st_mode  # the writer may make the file anew, for its owner alone
@@ -286,6 +363,3 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise

@@ -4,15 +4,15 @@ Only a hub's name may ask a network for anything; all else is read and configure
 """
 
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from controlkit.backbones.noise import Prediction
 from controlkit.backbones.parts import make_network, open_part, read_tokenizer
@@ -28,11 +28,18 @@ from controlkit.backbones.rules import (
     read_settings,
 )
 from controlkit.backbones.unet import TextTower, UNetBase
-from controlkit.backbones.unet_families import FAMILIES, Family, clip_tokenizer, family_of_width, pipeline_configs
+from controlkit.backbones.unet_families import (
+    FAMILIES,
+    Family,
+    clip_tokenizer,
+    family_of_width,
+    part_configs,
+    scheduler_config,
+)
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, UserError, nearest, one_line
 from controlkit.files import write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
-from controlkit.tensors import PICKLES, TensorFile, open_tensors
+from controlkit.tensors import PICKLES, TensorFile, of_tensors, open_tensors
 
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensors" for part in ("vae", "unet"))]
@@ -181,41 +188,67 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
         family = replace(family, latent_size=64)
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    wide = len(family.towers) > 1
-    pads = ["<|endoftext|>" if tower is FAMILIES["sd15"].towers[0] else "!" for tower in family.towers]
-    tokenizers = [clip_tokenizer(pad) for pad in pads]
-    given: dict[str, Any] = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
-    if not wide:
-        given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with pipeline_configs(family, prediction, zero_snr="ztsnr" in header.shapes) as configs:
-        kind = StableDiffusionXLPipeline if wide else StableDiffusionPipeline
-        options: dict[str, Any] = {"config": str(configs), "local_files_only": True}
-        try:
-            if dtype == torch.float16 and family.vae_needs_float32:
-                exact = options | {"subfolder": "vae", "torch_dtype": torch.float32}
-                given["vae"] = AutoencoderKL.from_single_file(str(path), **exact)
-            pipe = kind.from_single_file(str(path), torch_dtype=dtype, **options, **given)
-            for part, module in pipe.components.items():
-                if isinstance(module, nn.Module):
-                    _check_filled(part, module)
-        except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
-    towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
-    if wide:
-        towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
-    return _assembled(path.stem, pipe.vae, towers, pipe.unet, pipe.scheduler, wide, dtype)
+    wide, configs = len(family.towers) > 1, part_configs(family)
+
+    def network(kind: Any, part: str, dtype: torch.dtype = dtype) -> Any:
+        return make_network(kind, configs[part], held[part], dtype)
+
+    def tower(part: str, row: tuple[Any, ...]) -> TextTower:
+        encoder = network(CLIPTextModelWithProjection if row[-1] else CLIPTextModel, part)
+        return TextTower(clip_tokenizer("<|endoftext|>" if row is FAMILIES["sd15"].towers[0] else "!"), encoder, wide)
+
+    try:
+        held = _parts_of(header, family)
+        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        towers = [tower(part, row) for part, row in zip(("text_encoder", "text_encoder_2"), family.towers)]  # noqa: B905
+    except UserError:
+        raise
+    except Exception as error:  # what a part lacks, or has in another shape, surfaces as anything in its renaming
+        raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
+    scheduler = DDIMScheduler.from_config(scheduler_config(prediction, zero_snr="ztsnr" in header.shapes))
+    return _assembled(path.stem, vae, towers, unet, scheduler, wide, dtype)
 
 
-def _check_filled(part: str, module: nn.Module) -> None:
-    if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
-        raise ValueError(f"{part} lacks {empty[0]}")
+_OF_PARTS = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders\.[01])\.")
+_OF_VAE = re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder|quant_conv|post_quant_conv)\.")
+_MOST_TENSORS = 4096  # SDXL has 2,600; the time to rename them grows with their square
+
+
+def _read_named(header: TensorFile, names: re.Pattern[str]) -> dict[str, Tensor]:
+    found = [name for name in header.shapes if names.match(name)]
+    if len(found) > _MOST_TENSORS:
+        raise ValueError(f"it has {len(found):,} tensors where no base has more than {_MOST_TENSORS:,}")
+    return header.read(found)
+
+
+def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:
+    """The parts of a checkpoint in the original layout, each by the names of its network in diffusers or transformers."""
+    from diffusers.loaders import single_file_utils as original
+
+    tensors, configs = _read_named(header, _OF_PARTS), part_configs(family)
+    held = {
+        "unet": original.convert_ldm_unet_checkpoint(tensors, configs["unet"]),
+        "vae": original.convert_ldm_vae_checkpoint(tensors, configs["vae"]),
+        "text_encoder": original.convert_ldm_clip_checkpoint(tensors),
+    }
+    last = list(configs)[-1]  # the tower that may be OpenCLIP's
+    prefix = "conditioner.embedders.1.model." if last == "text_encoder_2" else "cond_stage_model.model."
+    sized = SimpleNamespace(config=SimpleNamespace(hidden_size=configs[last]["hidden_size"]))
+    held[last] = held.get(last, {}) | original.convert_open_clip_checkpoint(sized, tensors, prefix=prefix)
+    return {part: _renamed(header, named) for part, named in held.items()}
+
+
+def _renamed(header: TensorFile, named: Mapping[str, Tensor | None]) -> TensorFile:
+    """The header of tensors that were read from a file, under other names; None is what it lacks."""
+    return of_tensors(header.path, {name: tensor for name, tensor in named.items() if tensor is not None})
 
 
 def _family_of(header: TensorFile) -> Family:
     # The first attention of SD sits in input block 1, of SDXL in 4.
-    widths = [header.shapes[_WIDTH.format(at)][-1] for at in (1, 4) if _WIDTH.format(at) in header.shapes]
+    widths = [sum(header.shapes[_WIDTH.format(at)][-1:]) for at in (1, 4) if _WIDTH.format(at) in header.shapes]
     if not widths:
         raise Unsupported(
             f"{header.path} holds no {_UNET}* tensors: expected a Stable Diffusion checkpoint in its original layout. "
@@ -241,6 +274,16 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
 # --- another VAE --------------------------------------------------------------------------------------------------
 
 
+def _open_vae(path: Path, settings: Mapping[str, Any]) -> TensorFile:
+    """A file of a VAE, or of a checkpoint with one, in diffusers' layout or the original one, by diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    header = open_tensors(path)
+    if any(name.startswith("encoder.down_blocks.") for name in header.shapes):
+        return header
+    return _renamed(header, convert_ldm_vae_checkpoint(_read_named(header, _OF_VAE), settings))
+
+
 def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBase:
     """The base with another VAE; a file's is taken to be configured as the base's own."""
     from diffusers import AutoencoderKL
@@ -248,11 +291,8 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
     path = Path(source)
     try:
         if path.is_file():
-            with tempfile.TemporaryDirectory() as config:
-                base.vae.save_config(config)
-                options: dict[str, Any] = {"config": config, "local_files_only": True, "torch_dtype": torch.float32}
-                vae = AutoencoderKL.from_single_file(str(path), **options)
-            _check_filled("it", vae)
+            settings = {key: value for key, value in base.vae.config.items() if not key.startswith("_")}
+            vae = make_network(AutoencoderKL, settings, _open_vae(path, settings), torch.float32)
         else:
             if not path.is_dir() and _names_a_repository(str(source)):
                 path = _vae_from_hub(str(source))

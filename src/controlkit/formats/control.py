@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, UserError, nearest
-from controlkit.files import SCRATCH, home_path, write_atomic
+from controlkit.files import SCRATCH, home_path, scratch_folder, write_atomic
 from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
@@ -112,17 +111,12 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
 
     head = {"_class_name": KINDS[weights.kind].diffusers_class, "_diffusers_version": diffusers_version}
     config = head | dict(weights.config) if weights.config else {"_class_name": "ControlBranch"}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
-    try:
+    with scratch_folder(folder.parent) as scratch:
         metadata = {"format": "pt"} | labelled(weights, "diffusers", folder.name)
-        write_tensors(scratch / WEIGHTS, weights.tensors, metadata, dtype)
-        write_atomic(scratch / "config.json", (json.dumps(config, indent=2, default=list) + "\n").encode())
-        scratch.chmod(0o755)
-        _put_in_place(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_tensors(scratch / folder.name / WEIGHTS, weights.tensors, metadata, dtype)
+        words = json.dumps(config, indent=2, default=list) + "\n"
+        write_atomic(scratch / folder.name / "config.json", words.encode())
+        _put_in_place(scratch / folder.name, folder)
 
 
 def write_tensors(
@@ -135,7 +129,9 @@ def write_tensors(
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
     """Rename ``scratch`` to ``folder``; a folder that it replaces goes last, and comes back if the renaming fails."""
-    before = scratch.with_name(f"{scratch.name}.before")
+    before = folder.with_name(f"{SCRATCH}before-{folder.name}")
+    if before.exists():  # of a process that was killed here
+        shutil.rmtree(before) if folder.exists() else os.replace(before, folder)
     if folder.exists():
         os.replace(folder, before)
     try:

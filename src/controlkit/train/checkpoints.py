@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,15 +14,17 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.data import FolderPairs
 from controlkit.errors import Invalid, Mismatch, NotFound, OutOfRoom, Unsupported, first_fault, one_line
-from controlkit.files import SCRATCH, mark_output, parse_json, read_text, write_atomic
+from controlkit.files import inside, mark_output, read_json, scratch_folder, sweep, write_atomic
 from controlkit.formats import SavedControl, save_control, write_tensors
+from controlkit.hub import is_sealed, seal
 from controlkit.precision import faster_format, settle_format
+from controlkit.tensors import open_safetensors
 from controlkit.train.parts import RatePlan
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import FORMATS, Recipe, read_recipe
@@ -59,20 +60,18 @@ def save_checkpoint(
     ``more``: facts that ``load_checkpoint`` returns. Raises ``OutOfRoom`` where it cannot be written.
     """
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
+    target = folder / f"step-{step:07d}"
     try:
-        for name, control in controls.items():
-            save_control(scratch / "control" / name, control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
-        write_tensors(scratch / STATE, state, facts)  # tensor by tensor: not all of it a second time
-        scratch.chmod(0o755)
-        target = folder / f"step-{step:07d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+        with scratch_folder(folder) as scratch:
+            made = scratch / target.name
+            for name, control in controls.items():
+                save_control(made / "control" / name, control, base)
+            facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
+            write_tensors(made / STATE, state, facts)  # tensor by tensor: not all of it a second time
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(made, target)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         held = [p.name for p in checkpoints_in(out)]
         raise OutOfRoom(
             f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
@@ -95,7 +94,7 @@ def load_checkpoint(folder: Path, state: TrainState, base: Backbone) -> dict[str
             f"{base.digest}): use those weights, or give another --out."
         )
     try:
-        with safe_open(folder / STATE, framework="pt") as file:
+        with open_safetensors(folder / STATE) as file:
             state.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except torch.OutOfMemoryError:
         raise
@@ -117,7 +116,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises ``Invalid`` where they cannot be read, ``Unsupported`` where an earlier version wrote them.
     """
     try:
-        with safe_open(folder / STATE, framework="pt") as file:
+        if not (folder / STATE).is_file():  # nor a pipe, which would be waited for
+            raise FileNotFoundError("it is no file")
+        with open_safetensors(folder / STATE) as file:
             told: dict[str, Any] = file.metadata() or {}
         facts = (
             told | {"step": int(told["step"])} | {name: float(told.get(name, 0)) for name in ("seconds", "last_step")}
@@ -176,11 +177,14 @@ _FOLDERS = ("checkpoints", "samples", "control", "best", "tensorboard")
 
 
 def _check_entries(out: Path) -> None:
-    """Refuse files where a run has folders, and the other way round."""
+    """Refuse files where a run has folders, and the other way round; and what a stranger's run links to."""
     for names, of_kind, kind in ((_FILES, Path.is_file, "a file"), (_FOLDERS, Path.is_dir, "a folder")):
         for path in (out / name for name in names):
             if (path.exists() or path.is_symlink()) and not of_kind(path):
                 raise Invalid(f"{path} is in the way: a run has {kind} of that name. Move it, or give another --out.")
+    if (out / "recipe.yaml").exists() and not is_sealed(_begun(out).get("seal"), str(out.resolve())):
+        for name in (".lock", *_FOLDERS):  # which a run writes into, or empties; links of one's own are welcome
+            inside(out, out / name)
 
 
 def _begun_recipe(out: Path) -> Recipe | None:
@@ -261,9 +265,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
             f"{_differing_rows(out / _ROWS, rows)}. Put them back as they were, or give another --out (with "
             f"control.start_from={out / 'control'} to use what this run has learnt)."
         )
-    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
-    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    sweep(out)
     if rows and not (out / _ROWS).is_file():
         write_atomic(out / _ROWS, "".join(f"{row}\n" for row in rows).encode())
     before, made = _begun_recipe(out), checkpoints_in(out)
@@ -280,7 +282,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
         )
         kept = here
     asked = begun.get("format") or FORMATS.get(recipe.precision) or faster_format(device_type)
-    if begun != (settings := kept | {"format": asked, "rows": digest}):
+    if begun != (settings := kept | {"format": asked, "rows": digest, "seal": seal(str(out.resolve()))}):
         write_atomic(path, (json.dumps(settings) + "\n").encode())
     keep_format(out, device_type)
     return note
@@ -300,7 +302,7 @@ def _begun(out: Path) -> dict[str, Any]:
     path = out / "machine.json"
     if not path.is_file():
         return {}
-    held = parse_json(read_text(path), str(path))
+    held = read_json(path)
     try:
         _Machine.model_validate({"threads": 1, "processes": 1, "format": "float32", "rows": ""} | held)
     except (ValidationError, TypeError) as error:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from controlkit.errors import Invalid, first_fault, one_line
-from controlkit.files import parse_json, read_text, write_atomic
+from controlkit.files import read_json, write_atomic
 from controlkit.measure import Verdict
 from controlkit.train.recipe import Recipe
 
@@ -48,7 +48,7 @@ def read_ending(out: Path) -> Ending | None:
     if not path.is_file():
         return None
     try:
-        return TypeAdapter(Ending).validate_python(parse_json(read_text(path), str(path)))
+        return TypeAdapter(Ending).validate_python(read_json(path))
     except ValidationError as error:
         reason = first_fault(error, "it", ()).removeprefix("it: ").rstrip(".")
         raise Invalid(f"{path} does not say how a run ended ({one_line(reason)}): delete it and run again.") from error

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from controlkit.errors import Invalid, first_fault, one_line
+from controlkit.files import parse_json, read_bytes
 from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
@@ -112,13 +113,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    if path.stat().st_size > _LONGEST:
-        raise Invalid(f"{path} has more than {_LONGEST:,} bytes, and no run's log is as long: delete it.")
     found = list[dict[str, Any]]()
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_bytes(path, _LONGEST).decode(errors="replace").splitlines(), 1):
         try:
-            held = json.loads(line)
-        except (ValueError, RecursionError):
+            held = parse_json(line, "", finite=False)
+        except Invalid:
             break
         try:
             _Line.model_validate(held)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.errors import NotFound, UserError
-from controlkit.files import read_text, write_atomic
+from controlkit.files import read_json, write_atomic
 from controlkit.images import read_picture
 from controlkit.train.recipe import TrackingRecipe
 from controlkit.train.records import Record
@@ -104,9 +104,9 @@ def _history(out: Path, logged: int) -> tuple[str, int]:
     """The run's name for trackers, and the last step that was ever sent to them."""
     path = out / "tracking.json"
     try:
-        held = json.loads(read_text(path))
+        held = read_json(path)
         name, sent = re.fullmatch(r"[0-9a-f]{8}", held["name"])[0], max(int(held["sent"]), logged)
-    except (UserError, ValueError, KeyError, TypeError, RecursionError):  # none yet, or a damaged one
+    except (UserError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         name, sent = uuid.uuid4().hex[:8], logged
     write_atomic(path, (json.dumps({"name": name, "sent": sent}) + "\n").encode())
     return name, sent

@@ -21,13 +21,14 @@ from pydantic import BaseModel, Field, ValidationError
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from controlkit.errors import Invalid, NotFound, printable
 from controlkit.files import inside, parse_yaml, read_text
 from controlkit.images import png_bytes, read_picture
 from controlkit.measure import FOUND
 from controlkit.pages import Chart, Figure, Section, Table, render
+from controlkit.tensors import open_safetensors
 from controlkit.train.checkpoints import STATE, checkpoints_in
 from controlkit.train.ending import Ending, read_ending
 from controlkit.train.recipe import Recipe
@@ -97,8 +98,8 @@ class RunLog:
     def _spent(self) -> float:
         """Seconds that the run's clock shows: those in its last checkpoint, and those since then."""
         log = _written(self.folder / "log.jsonl")
-        for state in (folder / STATE for folder in checkpoints_in(self.folder)[-1:]):
-            with suppress(SafetensorError, OSError, KeyError, ValueError), safe_open(state, framework="np") as file:
+        for state in (folder / STATE for folder in checkpoints_in(self.folder)[-1:] if (folder / STATE).is_file()):
+            with suppress(SafetensorError, OSError, KeyError, ValueError), open_safetensors(state) as file:
                 return max(float((file.metadata() or {})["seconds"]), 0) + max(log - _written(state), 0)
         return log - _written(self.folder / "machine.json")
 
