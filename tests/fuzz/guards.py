@@ -28,12 +28,48 @@ SPACE = 4 * 2**30
 
 PACKAGE = str(Path(controlkit.__file__).parent)
 _OWN = str(Path(__file__).parents[1])
-_STARTS = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.system", "os.spawn", "pty.spawn"}
+_STARTS = {
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.system",
+    "os.spawn",
+    "pty.spawn",
+}
 _CONNECTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"}
 _READS = {"os.listdir", "os.scandir", "sqlite3.connect"}
-_WRITES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "os.utime"}
-_SYSTEM = ("/proc/", "/sys/", "/usr/share/zoneinfo", "/usr/lib", "/lib", "/etc/ld.so", "/etc/localtime", "/etc/mime.types")
-_SYSTEM += ("/etc/ssl", "/etc/os-release", "/usr/share/mime", "/etc/apache2/mime.types", "/etc/httpd", "/dev/null", "/dev/urandom")
+_WRITES = {
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+    "os.utime",
+}
+_SYSTEM = (
+    "/proc/",
+    "/sys/",
+    "/usr/share/zoneinfo",
+    "/usr/lib",
+    "/lib",
+    "/etc/ld.so",
+    "/etc/localtime",
+    "/etc/mime.types",
+)
+_SYSTEM += (
+    "/etc/ssl",
+    "/etc/os-release",
+    "/usr/share/mime",
+    "/etc/apache2/mime.types",
+    "/etc/httpd",
+    "/dev/null",
+    "/dev/urandom",
+)
 _SECRET = ("environ", "/fd", "/mem", "/root", "/cwd")
 """Ends of the files of /proc that tell of a process what no reader needs."""
 
@@ -70,7 +106,14 @@ class Guards:
 
     def install(self) -> None:
         """Hook into the interpreter, limit memory, and have the system end this process by SIGPROF at a hang."""
-        prefixes = {sys.prefix, sys.base_prefix, *site.getsitepackages(), sysconfig.get_paths()["stdlib"], PACKAGE, _OWN}
+        prefixes = {
+            sys.prefix,
+            sys.base_prefix,
+            *site.getsitepackages(),
+            sysconfig.get_paths()["stdlib"],
+            PACKAGE,
+            _OWN,
+        }
         self._readable = tuple(os.path.realpath(path) + "/" for path in (*prefixes, *self.given, self.own))
         self._writable = (os.path.realpath(self.own) + "/",)
         self._forbidden = os.path.realpath(self.outside)
@@ -182,7 +225,9 @@ class Guards:
 
     def _forget_reads(self) -> None:
         """Set the times of the last reading back, which the file system sets anew at the next (``relatime``)."""
-        self._watched_files = [self.outside, *self.outside.rglob("*")] if not hasattr(self, "_watched_files") else self._watched_files
+        self._watched_files = (
+            [self.outside, *self.outside.rglob("*")] if not hasattr(self, "_watched_files") else self._watched_files
+        )
         for path in self._watched_files:
             if path.stat().st_atime_ns:
                 os.utime(path, ns=(0, path.stat().st_mtime_ns))

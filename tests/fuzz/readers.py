@@ -155,7 +155,17 @@ def _folder(path: Path) -> Path:
 
 
 def _doctor(path: Path, setting: Setting) -> None:
-    command("data", "doctor", _folder(path), "--base", setting.toy, "--annotator", "canny", "--out", setting.folder / "out" / "doctor")
+    command(
+        "data",
+        "doctor",
+        _folder(path),
+        "--base",
+        setting.toy,
+        "--annotator",
+        "canny",
+        "--out",
+        setting.folder / "out" / "doctor",
+    )
 
 
 def _train(path: Path, setting: Setting) -> None:
@@ -181,7 +191,19 @@ def _pairs(path: Path, setting: Setting) -> None:
 
 
 def _generate(path: Path, setting: Setting, *options: object) -> None:
-    command("generate", "x", "--base", setting.toy, "--steps", 1, "--device", "cpu", "--out", setting.folder / "out" / "made", *options)
+    command(
+        "generate",
+        "x",
+        "--base",
+        setting.toy,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        setting.folder / "out" / "made",
+        *options,
+    )
 
 
 def _photo(setting: Setting) -> Path:
@@ -220,7 +242,9 @@ def _resume(path: Path, setting: Setting) -> None:
 
 
 def _start_from(path: Path, setting: Setting) -> None:
-    _write_recipe(setting, control={"annotator": "canny", "start_from": str(path)}, data={"source": "fill50k", "count": 2})
+    _write_recipe(
+        setting, control={"annotator": "canny", "start_from": str(path)}, data={"source": "fill50k", "count": 2}
+    )
     command("train", setting.folder / "out" / "recipe.yaml", "--out", setting.folder / "out" / "run", "--device", "cpu")
 
 
@@ -249,7 +273,12 @@ def _convert(path: Path, setting: Setting) -> None:
     assert not left, f"left behind: {left}"
 
 
-_SETS = ("data.layouts.read_listing", "data.layouts.sound_listing", "data.layouts.own_facts", "data.layouts.tree.tree_of")
+_SETS = (
+    "data.layouts.read_listing",
+    "data.layouts.sound_listing",
+    "data.layouts.own_facts",
+    "data.layouts.tree.tree_of",
+)
 _WEIGHTS = ("tensors.reader.open_tensors", "tensors.pickles.read_pickle", "formats.metadata.json_object")
 
 READERS: dict[str, Reader] = {

@@ -25,7 +25,16 @@ from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
 from controlkit.formats.weights import Weights, as_controlnet, as_json, labelled, read_weights, types_differ_by_code
-from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
+from controlkit.hub import (
+    is_sealed,
+    is_shipped,
+    meant_path,
+    names_a_repository,
+    seal,
+    shipped_names,
+    shipped_path,
+    snapshot,
+)
 from controlkit.images import HintSpec
 from controlkit.tensors import PICKLES, open_tensors
 
@@ -46,6 +55,21 @@ class SavedControl:
     """A Union's contracts by type, where it was trained here."""
     hint_cfg_scale: float = 1.0
     """The scale of guidance by its hint that it is meant to be used with, from 0; 1 unless its recipe says more."""
+    is_own: bool = True
+    """Whether the record was made here or is the package's. A stranger's says what it likes, and is not followed."""
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """What the record of its training says of the ``data``, their ``columns`` and the pictures' ``size``."""
+        recipe = self.trained.get("recipe")
+        recipe = recipe if isinstance(recipe, dict) else {}
+        data = recipe.get("data")
+        columns = data.get("columns") if isinstance(data, dict) else None
+        return {"data": self.trained.get("data"), "columns": columns, "size": recipe.get("size")}
+
+    def sealed(self) -> "SavedControl":
+        """The same with a record that is known as one's own when it is read again."""
+        return replace(self, trained={**self.trained, "seal": seal(self.trained_on)})
 
     def contract_of(self, kind: str) -> HintSpec:
         """The contract of its hints, ""; of a Union's hints of a type: its own, or the annotator's of that name."""
@@ -227,6 +251,8 @@ def load_control(name: str | Path, base: Backbone, annotator: str | None = None)
         )
     ready = branch.to(base.device, base.dtype).eval().requires_grad_(False)
     saved = SavedControl(ready, hint, trained, hints, hint_cfg_scale)
+    if not is_shipped(path):
+        saved = replace(saved, is_own=is_sealed(trained.get("seal"), saved.trained_on))
     if kind:
         one = OneType(cast("UnionBranch", branch), kind)
         saved = replace(saved, branch=one, hint=saved.contract_of(kind), hints={})

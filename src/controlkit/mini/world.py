@@ -91,7 +91,7 @@ Split = Literal["all", "base", "control", "heldout_concepts", "heldout_pictures"
 
 
 def _lines(name: str) -> frozenset[str]:
-    text = (Path(__file__).parent / name).read_text()
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
 
 
@@ -145,7 +145,7 @@ def _rasterise(size: int) -> Emoji:
     folders = {style: fetch_package(package) for style, package in PACKAGES.items()}
     pictures: list[tuple[str, str, np.ndarray]] = []
     for style in STYLES[:4]:
-        icons = json.loads((folders[style] / "icons.json").read_text())
+        icons = json.loads((folders[style] / "icons.json").read_text(encoding="utf-8"))
         names = {n for n in icons["icons"] if not (_SKIN_TONE.search(n) and _SKIN_TONE.sub("", n) in icons["icons"])}
         for name in sorted(n for n in names if "skin-tone" not in n):
             icon = icons["icons"][name]
@@ -159,7 +159,7 @@ def _rasterise(size: int) -> Emoji:
     # The 3D set is named by code point; the other sets' tables give those their names.
     names_of = {}
     for style in ("twemoji", "noto"):
-        chars = json.loads((folders[style] / "chars.json").read_text())
+        chars = json.loads((folders[style] / "chars.json").read_text(encoding="utf-8"))
         names_of.update({code.replace("-fe0f", ""): name for code, name in chars.items()})
     for file in sorted((folders["3d"] / "assets").glob("*.webp")):
         code = file.stem.replace("-fe0f", "")
