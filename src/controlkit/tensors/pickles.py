@@ -109,7 +109,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _storages(archive: Archive, root: str) -> Callable[[Any], _Storage]:
-    """What makes a storage of the archive of a pickle's words for it."""
+    """A function that makes a storage of the archive of a pickle's words for it."""
     order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in archive.entries else sys.byteorder
     if order not in ("little", "big"):
         raise ValueError("its byte order is none")
