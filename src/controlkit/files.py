@@ -126,6 +126,13 @@ def _finite(number: str) -> float:
     return value
 
 
+def _check_letters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half a letter (a lone surrogate), which UTF-8 has not") from error
+
+
 def _check_depth(value: Any) -> None:
     """Raise ``ValueError`` for a value of so many levels that printing or comparing it could fail."""
     level = [value]
@@ -154,7 +161,7 @@ def parse_json(text: str | bytes, name: str, finite: bool = True, halves: bool =
     try:
         found = json.loads(plain, object_pairs_hook=_once, **hooks)
         if not halves and ("\\ud" in plain or "\\uD" in plain):  # half a pair cannot be printed or written
-            json.dumps(found, ensure_ascii=False).encode()
+            _check_letters(json.dumps(found, ensure_ascii=False))
         _check_depth(found)
     except (ValueError, RecursionError) as error:
         reason = "brackets in too many levels" if isinstance(error, RecursionError) else one_line(error)
@@ -218,7 +225,7 @@ def _yaml_loader() -> Any:
             if node.id == "scalar" and len(node.value) > 64 and node.tag in _YAML_NUMBERS:
                 raise yaml.YAMLError(f"a number of {len(node.value)} letters")
             if node.id == "scalar":
-                node.value.encode()  # half a pair of surrogates is no letter
+                _check_letters(node.value)
             return node
 
         def fetch_flow_collection_start(self, token: Any) -> None:

@@ -67,7 +67,7 @@ def make_network(kind: type[nn.Module], settings: Mapping[str, Any], header: Ten
         if shape != tuple(tensor.shape):
             came = f"has {name} of {shape}" if shape else f"lacks {name}"
             raise ValueError(f"{header.path.name} {came}; its configuration means {tuple(tensor.shape)}")
-    tensors = header.read(places.values())
+    tensors = header.read(places.values(), finite=False)  # a base's gigabytes stay on the disk until they are used
     module.load_state_dict({name: tensors[place].to(dtype) for name, place in places.items()}, assign=True)
     for part in module.modules():
         if isinstance(getattr(part, "position_ids", None), torch.Tensor):  # which no file has

@@ -52,10 +52,10 @@ class TensorFile:
     metadata: Mapping[str, str]
     _bring: Callable[[list[str]], dict[str, Tensor]]
 
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str] | None = None, finite: bool = True) -> dict[str, Tensor]:
         """Tensors by name, as stored; all by default.
 
-        Raises ``Invalid`` if the file is damaged, or a tensor holds NaN, infinity or complex numbers.
+        Raises ``Invalid`` if the file is damaged, or a tensor holds complex numbers; with ``finite``, NaN or infinity.
         """
         try:
             tensors = self._bring(list(self.shapes if names is None else names))
@@ -64,7 +64,7 @@ class TensorFile:
         for name, tensor in tensors.items():
             if tensor.is_complex():
                 raise Invalid(f"{self.path} cannot be weights: {name} holds complex numbers.")
-            if tensor.is_floating_point() and not _finite(tensor):
+            if finite and tensor.is_floating_point() and not _finite(tensor):
                 raise Invalid(f"{self.path} is damaged: {name} holds NaN or infinity. Get the file anew.")
         return tensors
 
