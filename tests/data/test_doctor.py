@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator, contract
-from controlkit.data import FolderPairs, add_up, examine, hint_for_pair, make_fill50k, opened, read_listing, sheet_rows
+from controlkit.data import FolderPairs, add_up, examine, hint_for_pair, make_fill50k, read_listing, sheet_rows
+from controlkit.decoding import MOST_PIXELS
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, write_png
 from controlkit.train import resolve, train_control
@@ -51,7 +52,7 @@ def as_mode(mode, suffix):
 
 
 def huge(path):
-    Image.new("1", (opened.MOST_PIXELS // 1000 + 1, 1000)).save(path)
+    Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(path)
 
 
 def cut(path):

@@ -1,5 +1,6 @@
 """A run read from its folder, as lines and as a page."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -16,10 +17,11 @@ from safetensors.numpy import save_file
 
 from controlkit.cli import main
 from controlkit.errors import UserError
-from controlkit.images import write_png
+from controlkit.images import decode_picture, write_png
 from controlkit.measure import Verdict
 from controlkit.train.ending import Ending
 from controlkit.train.watch import bars, blocks, lines, page, read_run
+from limits import limited
 
 
 @pytest.fixture
@@ -248,3 +250,34 @@ def test_a_picture_becomes_half_blocks_of_its_colours():
         ("#ff0000", "#0000ff")
     }
     assert blocks(np.zeros((100, 200, 3), np.uint8), 40, 50).plain.count("\n") == 10
+
+
+def test_its_page_embeds_pictures_of_the_run_alone(run, tmp_path_factory):
+    """What lies in ``samples`` may be a link to any file, or a file of another kind under a picture's name."""
+    sheet = run / "samples" / "own-step-0000040.png"
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    write_png(outside, np.full((4, 4, 3), 77, np.uint8))
+    for target in ("/etc/passwd", outside, "/dev/zero"):
+        sheet.unlink(missing_ok=True)
+        sheet.symlink_to(target)
+        with limited(), pytest.raises(UserError, match=r"own-step-0000040\.png"):
+            page(read_run(run))
+    sheet.unlink()
+    for data in (b"<script>alert(1)</script>", b"%!PS\n{} loop\n", b"", b"root:x:0:0"):
+        sheet.write_bytes(data)
+        with limited(), pytest.raises(UserError, match=r"own-step-0000040\.png"):
+            page(read_run(run))
+    write_png(sheet, np.full((4, 4, 3), 5, np.uint8))
+    sheet.write_bytes(sheet.read_bytes() + b"<script>of a stranger's</script>")
+    with limited():
+        embedded = re.findall(r"data:image/png;base64,([\w+/=]+)", page(read_run(run)))
+    shown = [decode_picture(base64.b64decode(one), "embedded") for one in embedded]
+    assert [picture[0, 0, 0] for picture in shown] == [9, 5]
+    assert not any(b"script" in base64.b64decode(one) for one in embedded)
+
+
+@pytest.mark.parametrize("text", ["a: &a [x]\nsteps: *a\n", "steps: 1\n" * 10**6, "steps: !!python/name:os.system 1\n"])
+def test_a_recipe_made_to_harm_is_refused(run, text):
+    (run / "recipe.yaml").write_text(text)
+    with limited(), pytest.raises(UserError, match=r"recipe\.yaml"):
+        read_run(run)

@@ -21,6 +21,17 @@ def contract(name: str, foreign: bool = False) -> HintSpec:
     return kind.spec(**kind.foreign) if foreign else kind.spec()
 
 
+def contract_from_json(text: str) -> HintSpec:
+    """The contract that a file gives for its hints, its options in the ranges that the annotator names.
+
+    Raises ``ValueError`` as ``HintSpec.from_json`` does, and for an option that the annotator has not, or out of range.
+    """
+    hint = HintSpec.from_json(text)
+    if (kind := kind_or_bare(hint.annotator)).is_made_here:  # nothing else reads options
+        kind.checked(hint.options)
+    return hint
+
+
 def joined(names: Sequence[str]) -> HintSpec:
     """The contract of several hints that are channels of one, three of each, in this order.
 

@@ -25,10 +25,12 @@ from controlkit.cli.shared import (
     progress_bars,
     say,
     say_beside,
+    say_table,
     split_lora,
+    terminal,
     warn,
 )
-from controlkit.errors import Invalid, Unsupported
+from controlkit.errors import Invalid, Unsupported, printable
 
 if TYPE_CHECKING:
     from controlkit.train import Ending, Record
@@ -187,7 +189,7 @@ def watch(
     import time
     from contextlib import nullcontext
 
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
@@ -195,10 +197,10 @@ def watch(
     from controlkit.images import read_picture
     from controlkit.train.watch import blocks, lines, page, read_run
 
-    seen, told, console = read_run(run), list[str](), Console()
+    seen, told, console = read_run(run), list[str](), terminal()
     with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
         while True:
-            shown = lines(seen)
+            shown = [printable(line) for line in lines(seen)]
             if live:
                 parts = [Text("\n".join(shown))]
                 room = max(console.height - len(shown) - 1, 1)
@@ -228,9 +230,20 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
+        typer.Option(
+            help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on, if it was here."
+        ),
     ] = None,
     column: ColumnOption = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the pictures in pixels; by default what the control was trained on, if it was here, or the "
+            "base's.",
+            min=1,
+            max=16_384,
+        ),
+    ] = None,
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
@@ -265,8 +278,11 @@ def evaluate(
     if saved.branch.hint_types:
         raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
     metric_of(saved.hint)
-    recipe = saved.trained.get("recipe") or {}
-    model = model.of_size(recipe["size"]) if recipe.get("size") else model
+    told = saved.trained_on["size"]
+    if size or (told and saved.is_own):
+        model = model.of_size(size or told)
+    elif told and told != model.size:
+        warn(f'the file of "{control}" says that it was trained on {told} pixels; --size has it measured there')
     pairs, real = heldout_for(saved, model.size, num, data, parse_columns(column))
     counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
     plan = EvaluationPlan(
@@ -286,19 +302,14 @@ def evaluate(
 
 def _show(report: Mapping[str, Any], title: str) -> None:
     """Print a report: a table of its figures; notes and the verdict below it."""
-    from rich.console import Console
-    from rich.table import Table
-
     used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
-    table = Table(
-        title=f"{title}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s", caption=used
+    figures = {name: one for name, one in report.items() if isinstance(one, dict) and "mean" in one}
+    say_table(
+        f"{title}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s",
+        ("figure", "mean", "95% interval"),
+        ((name, f"{one['mean']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for name, one in figures.items()),
+        used,
     )
-    for name in ("figure", "mean", "95% interval"):
-        table.add_column(name)
-    for name, figure in report.items():
-        if isinstance(figure, dict) and "mean" in figure:
-            table.add_row(name, f"{figure['mean']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
-    Console().print(table)
     if report.get("observer"):
         accuracy = ", ".join(f"{name} {value:.3f}" for name, value in report["observer"].items())
         say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {accuracy}.")

@@ -20,7 +20,7 @@ from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
-from controlkit.files import SCRATCH, is_leftover, mark_output, write_atomic
+from controlkit.files import SCRATCH, is_leftover, mark_output, sweep, write_atomic
 from controlkit.images import HintSpec, fit, hint_bytes, png_bytes
 
 SHARD = 1000
@@ -108,14 +108,8 @@ def build_set(
         yield from parallel_map(writer.files, ranges_of(count), workers, folder / _STOP)
         if target.listing:
             write_atomic(folder / target.listing, json_lines(map(writer.entry, range(count))))
-    _clear(folder)
+    sweep(folder)  # a killed worker's, whose part Ray gave to another
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
-
-
-def _clear(folder: Path) -> None:
-    """Delete what a process left that was killed while it wrote, such as a worker whose part Ray gave to another."""
-    for left in folder.rglob(f"{SCRATCH}*"):
-        left.unlink()
 
 
 def _begin(folder: Path, settings: Mapping[str, object]) -> None:
@@ -126,7 +120,7 @@ def _begin(folder: Path, settings: Mapping[str, object]) -> None:
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
-        _clear(folder)
+        sweep(folder)
     elif folder.is_dir() and not all(is_leftover(path.name) for path in folder.iterdir()):
         raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
     mark_output(folder, "data build")

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from controlkit.errors import Invalid, one_line
-from controlkit.files import parse_json, write_atomic
+from pydantic import TypeAdapter, ValidationError
+
+from controlkit.errors import Invalid, first_fault, one_line
+from controlkit.files import read_json, write_atomic
 from controlkit.measure import Verdict
 from controlkit.train.recipe import Recipe
 
@@ -45,12 +47,11 @@ def read_ending(out: Path) -> Ending | None:
     path = out / ENDING
     if not path.is_file():
         return None
-    held = parse_json(path.read_bytes(), str(path))
     try:
-        del held["words"]
-        return Ending(**held | {"verdict": Verdict(**held["verdict"]) if held["verdict"] else None})
-    except (KeyError, TypeError) as error:
-        raise Invalid(f"{path} does not say how a run ended ({one_line(error)}): delete it and run again.") from error
+        return TypeAdapter(Ending).validate_python(read_json(path))
+    except ValidationError as error:
+        reason = first_fault(error, "it", ()).removeprefix("it: ").rstrip(".")
+        raise Invalid(f"{path} does not say how a run ended ({one_line(reason)}): delete it and run again.") from error
 
 
 def why_ended(reason: Reason, step: int, recipe: Recipe, best: int | None = None) -> str:
