@@ -1,14 +1,17 @@
 """A stranger's base folder: its texts are data within ranges; no library opens them, and nothing beyond is read."""
 
+import inspect
 import json
 import shutil
 import socket
 
+import huggingface_hub
 import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from controlkit.backbones import load_base
+from controlkit.backbones import load_base, rules
 from controlkit.backbones.parts import read_tokenizer
 from controlkit.backbones.rules import check_folder
 from controlkit.errors import UserError
@@ -105,6 +108,12 @@ def test_sizes_that_the_weights_have_not_take_no_memory(changed, part, settings)
 
 def test_betas_for_other_timesteps_are_refused(changed):
     assert "one for each of 1000 timesteps" in refusal(changed("scheduler", trained_betas=[0.1] * 10))
+
+
+def test_a_unet_that_does_not_say_its_size_is_refused(changed):
+    path = changed() / "unet/config.json"
+    path.write_text(json.dumps({key: one for key, one in json.loads(path.read_text()).items() if key != "sample_size"}))
+    assert "sample_size" in refusal(path.parents[1])
 
 
 def test_a_text_of_brackets_or_of_great_length_is_refused(changed):
@@ -324,3 +333,39 @@ def test_words_that_are_none_are_refused(changed, words):
 )
 def test_settings_of_words_that_are_none_are_refused(changed, settings):
     refusal(changed("tokenizer", **settings))
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler)]
+)
+def test_the_table_says_of_every_setting_of_a_class_what_is_followed(part, kind):
+    """A setting that a new version adds is left out, and its pictures would be wrong: it belongs into the table."""
+    own = inspect.signature(kind.__init__).parameters
+    assert own.keys() - {"self"} <= rules._FOLLOWED[part].keys()
+    for key, known in rules._FOLLOWED[part].items():  # and what a class has by itself is followed
+        if key in own and known:
+            default = own[key].default
+            several = default if isinstance(default, tuple) else (default,)
+            usual = key in ("clip_sample", "sample_size")  # of a base they must be given, or are known
+            assert usual or (
+                known.holds(default) if isinstance(known, rules.Numbers) else all(one in known for one in several)
+            ), key
+
+
+def test_another_vae_of_a_hub_is_read_like_a_folder(toy_folder, toy_base, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, local_files_only=False, **options):
+        asked.append((repository, local_files_only))
+        return str(toy_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_base(toy_folder, vae="owner/vae").digest == toy_base.digest and asked == [("owner/vae", True)]
+
+
+def test_another_vae_is_held_within_ranges_too(changed, toy_folder):
+    assert "latent_channels" in refusal(toy_folder, vae=changed("vae", latent_channels=10**9) / "vae")
+    assert "layers_per_block" in refusal(toy_folder, vae=changed("vae", latent_channels=4, layers_per_block=10**6))

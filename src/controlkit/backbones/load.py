@@ -154,6 +154,8 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         if not (len(scheduler.alphas_cumprod) == count and scheduler.alphas_cumprod.isfinite().all()):
             raise ValueError(f"its scheduler's betas are no numbers, one for each of {count} timesteps")
         vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        if unet.config.sample_size is None:
+            raise ValueError("its unet has no sample_size")
         towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
     except UserError:
         raise

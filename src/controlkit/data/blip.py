@@ -64,6 +64,8 @@ def _read_processor(folder: Path, name: str) -> Any:
     held = "processor_config.json" if (folder / "processor_config.json").is_file() else "preprocessor_config.json"
     pictures = read_config(folder, held)
     pictures = pictures.get("image_processor", pictures) if held.startswith("processor") else pictures
+    if not isinstance(pictures, dict):
+        raise ValueError("its processor has no settings for pictures")
     size = pictures.get("size", 384)
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
     kept = known_settings(name, "captioner's pictures", pictures | {"size": sides})
