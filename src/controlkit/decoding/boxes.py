@@ -73,7 +73,7 @@ def _check_items(
 def _kinds(data: bytes, start: int, end: int) -> dict[int, bytes]:
     """Items' numbers and types."""
     wide = data[start] > 0
-    found = {}
+    found: dict[int, bytes] = {}
     for _, at, _ in _boxes(data, start + (8 if wide else 6), end):
         item, _, kind = struct.unpack_from(">IH4s" if data[at] > 2 else ">HH4s", data, at + 4)
         if found.setdefault(item, kind) != kind:
