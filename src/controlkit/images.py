@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from controlkit.decoding import Ground, array_of, is_array, open_picture, read_bytes, settings_text
+from controlkit.decoding import Ground, is_array, open_array, open_picture, read_bytes, settings_text
 from controlkit.errors import Invalid
 from controlkit.files import parse_json, write_atomic
 
@@ -179,11 +179,12 @@ def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     """The bytes of a hint's file as an array (H, W, C).
 
     A picture is read by ``decode_picture``, on the ``ground`` of its kind (``annotators.grounds_of``); but 16 bits a
-    sample stay, as uint16 with the channels it has. A ``.npy``
-    file is (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Raises ``Invalid`` for
-    other whole numbers, as they have no largest value that they would be shares of, and for pickled objects.
+    sample stay, as uint16 with the channels it has. A ``.npy`` file is (H, W) or (H, W, C): uint8 and uint16 as they
+    are (but of uint8 a fourth channel is transparency, unless ``ground`` is None), True as 255, floats as float32.
+    Raises ``Invalid`` for other whole numbers, as they have no largest value that they would be shares of, and for
+    pickled objects.
     """
-    return array_of(data, name) if is_array(data) else open_picture(data, name, ground, deep=True).pixels
+    return open_array(data, name, ground) if is_array(data) else open_picture(data, name, ground, deep=True).pixels
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:

@@ -275,6 +275,16 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     assert run("train", "recipes/smoke.yaml")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--learning_rate=1e-4", "--set lr=1e-4; see"), ("--resolution", "--set size=...; see"),
+     ("--max-train-steps", "--set steps=...; see"), ("--budget", "--set max_minutes=...; see")],
+)  # fmt: skip
+def test_a_flag_of_the_script_beside_a_recipe_hints_at_the_setting(flag, words, run, tmp_path):
+    code, _, err = run("train", "recipes/smoke.yaml", flag, "--out", tmp_path / "o")
+    assert code == 2 and f'"{flag}" is no option of train: beside a recipe it is {words} `controlkit' in err
+
+
 def test_watch_shows_a_run_and_writes_its_page(run, tmp_path):
     (tmp_path / "recipe.yaml").write_text("steps: 4\n")
     (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 0.25, "seconds": 1.0}\n')

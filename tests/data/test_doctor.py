@@ -240,6 +240,18 @@ def test_the_doctor_refuses_what_training_refuses_for_the_set_as_a_whole(tutoria
         training_pairs(resolve(recipe).data, toy_base)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["--low", "nan"], "--low"), (["--high", "nan"], "--high"), (["--high", "inf"], "inf is no finite number"),
+        (["--low", "1"], "--low is 1 and --high 1; expected --low below --high"), (["--high", "-2"], "--low below"),
+    ],
+)  # fmt: skip
+def test_the_range_that_hints_are_held_against_is_one(values, words, run, tutorial, tmp_path):
+    code, out, said = run("data", "doctor", tutorial, "--annotator", "depth", "--out", tmp_path / "told", *values)
+    assert (code, out) == (2, "") and words in said and not (tmp_path / "told").exists()
+
+
 def test_lists_that_are_cut_say_how_many_more_there_are(run, tmp_path):
     for i in range(8):
         write_png(tmp_path / "set" / f"a hat {'abcdefgh'[i]}.png", np.full((40 + i, 40, 3), 9 * i, np.uint8))

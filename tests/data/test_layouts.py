@@ -13,7 +13,16 @@ import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator
-from controlkit.data import CirclePairs, FolderPairs, build_set, hint_for_pair, make_fill50k, read_listing
+from controlkit.data import (
+    CirclePairs,
+    FolderPairs,
+    add_up,
+    build_set,
+    examine,
+    hint_for_pair,
+    make_fill50k,
+    read_listing,
+)
 from controlkit.errors import UserError
 from controlkit.files import mark_output
 
@@ -677,12 +686,25 @@ def test_backslashes_of_listings_made_on_windows_part_folders(listing, tmp_path)
     assert not read.problems and [len(row.hints) for row in read.rows] == [1] * 3
 
 
+def test_backslashes_of_a_list_of_backends_part_folders(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    path = tmp_path / "set" / "multidatabackend.json"
+    listed = json.loads(path.read_text())
+    for one in listed[:2]:
+        (path.parent / "deep").mkdir(exist_ok=True)
+        (path.parent / one["instance_data_dir"]).rename(path.parent / "deep" / one["instance_data_dir"])
+        one["instance_data_dir"] = f"deep\\{one['instance_data_dir']}"
+    path.write_text(json.dumps(listed))
+    read = read_listing(tmp_path / "set")
+    assert not [p for p in read.problems if p.fatal] and [len(row.hints) for row in read.rows] == [1] * COUNT
+
+
 LONG = "x" * 300 + ".png"
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a\0b.png", "missing file"), (LONG, "missing file"), ("a/" * 2000 + "b.png", "missing file"),
+    [("a\0b.png", "missing file"), (LONG, "missing file"), ("a/" * 3000 + "b.png", "missing file"),
      ("C:\\data\\a.png", "missing file"), ("..\\..\\a.png", "path escapes"), ("a/../../set/../b.png", "path escapes"),
      ({"path": "a.png", "bytes": None}, "unreadable line"), (["a.png"], "unreadable line"), (7, "unreadable line")],
 )  # fmt: skip
@@ -712,6 +734,18 @@ def test_columns_of_bytes_and_of_structs_of_a_table_are_pictures(tutorial, tmp_p
     (tmp_path / "other" / "a.parquet").write_bytes(b"PAR1 rubbish")
     with pytest.raises(UserError, match="cannot be read as a data set"):
         read_listing(tmp_path / "other")
+
+
+@pytest.mark.parametrize("caption", [{"en": "a hat"}, [{"en": "a hat"}], [["a hat"]], float("nan"), None])
+def test_a_caption_that_is_no_text_is_none_and_counted(caption, tmp_path):
+    folder = laid(tmp_path / "set", "a.png", "b.png")
+    lines = [{"file_name": "a.png", "text": caption}, {"file_name": "b.png", "text": 7}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listing = read_listing(folder)
+    assert [row.prompt for row in listing.rows] == ["", "7"]
+    report = add_up(listing, examine(listing))
+    [note] = [problem for problem in report.problems if problem.kind == "no caption"]
+    assert note.words == "1 of 2 pictures have none"
 
 
 def test_half_a_letter_in_a_caption_is_left_out_of_it_and_told(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hostile import array, array_head, npy
 
-from controlkit.decoding import array_of, is_array
+from controlkit.decoding import is_array, open_array
 from controlkit.errors import Invalid
 from limits import limited
 
@@ -45,7 +45,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_array_is_refused_in_one_sentence(name):
     with limited(2, 1 << 24), pytest.raises(Invalid, match=r"^x.npy cannot be read as an array \(its?") as caught:
-        array_of(DAMAGED[name], "x.npy")
+        open_array(DAMAGED[name], "x.npy")
     assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_array_is_refused_in_one_sentence(name):
 )  # fmt: skip
 def test_an_array_that_is_no_hint_is_told_from_a_damaged_one(shape, kind, words):
     with pytest.raises(Invalid, match=f"x.npy .*{words}"):
-        array_of(npy(array_head(shape, kind), FILL), "x.npy")
+        open_array(npy(array_head(shape, kind), FILL), "x.npy")
 
 
 @pytest.mark.parametrize("kind", ["|u1", "<u2", ">u2", "<f2", "<f4", ">f4", "<f8", "?"])
@@ -67,10 +67,10 @@ def test_right_arrays_are_read_as_numpy_reads_them(kind, order):
     data = array(np.asarray(values, order=order))
     assert is_array(data)
     expected = np.load(io.BytesIO(data)).astype("f4" if "f" in kind else "u2" if "u2" in kind else "u1")
-    read = array_of(data, "x")
+    read = open_array(data, "x")
     assert np.array_equal(read, expected * (255 if kind == "?" else 1)) and read.flags.writeable
     assert read.dtype == expected.dtype
-    assert array_of(array(values[..., 0]), "x").shape == (5, 4, 1)
+    assert open_array(array(values[..., 0]), "x").shape == (5, 4, 1)
 
 
 def test_heads_of_other_writers_are_read():
@@ -80,11 +80,11 @@ def test_heads_of_other_writers_are_read():
         "{ 'descr' : '<u1' ,'fortran_order':False,\n'shape':( 2,3, ) , }",
     ):
         for version in (1, 2):
-            assert array_of(npy(head, bytes(range(6)), version), "x")[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+            assert open_array(npy(head, bytes(range(6)), version), "x")[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_floats_beyond_float32_warn_nobody():
-    assert np.isinf(array_of(array(np.array([[1e300]])), "x")).all()
+    assert np.isinf(open_array(array(np.array([[1e300]])), "x")).all()
 
 
 def test_whatever_is_changed_in_a_head_ends_in_an_array_or_a_sentence():
@@ -95,6 +95,6 @@ def test_whatever_is_changed_in_a_head_ends_in_an_array_or_a_sentence():
             for at in rng.integers(6, 120, size=rng.integers(1, 4)):
                 changed[at] = rng.integers(256)
             try:
-                assert array_of(bytes(changed), "x").ndim == 3
+                assert open_array(bytes(changed), "x").ndim == 3
             except Invalid as error:
                 assert str(error).startswith("x ")

@@ -183,7 +183,7 @@ TRICKS = {
                      drop=(273, 278, 279)), "810,000 by its size",
     ),
     "tiff of deep planes": (
-        lambda: tiff({258: (3, 3, 1024), 262: (3, 1, 2), 277: (3, 1, 3), 284: (3, 1, 2)}, struct.pack("<3H", *[16] * 3)),
+        lambda: tiff({258: (3, 3, 1024), 262: (3, 1, 2), 277: (3, 1, 3), 284: (3, 1, 2)}, bytes([16, 0] * 3)),
         "pixel by pixel",
     ),
     "tiff of lzma": (lambda: tiff({259: (3, 1, 34925)}), "compression is number 34925"),

@@ -43,7 +43,8 @@ def grounds_of(hint: HintSpec | None) -> list[Ground]:
     if hint is None:
         return ["black"]
     kinds = [kind_or_bare(part.annotator) for part in parts_of(hint)]
-    return [None if hint.mask_value is not None else "ink" if kind.lines else kind.ground for kind in kinds]
+    masked = hint.mask_value is not None or hint.channels == 4  # or the fourth is a channel like the others
+    return [None if masked else "ink" if kind.lines else kind.ground for kind in kinds]
 
 
 def is_empty(hint: np.ndarray, kind: HintSpec) -> bool:

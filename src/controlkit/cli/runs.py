@@ -17,6 +17,7 @@ from controlkit.cli.shared import (
     LoraOption,
     StepsOption,
     VaeOption,
+    finite,
     loaded_base,
     loaded_control,
     on_cuda,
@@ -80,10 +81,11 @@ def train(
     if from_step is not None and ranks.first:
         go_back(out, from_step)
     ranks.wait()
-    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
+    with Stopping("", stopped := "stopped: run again to go on"):
+        base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
+    stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -121,7 +123,7 @@ def _asked_for(
     given: Sequence[str], changes: Sequence[str], out: Path | None, processes: int
 ) -> "tuple[Recipe, Path, list[str]]":
     """The recipe, the run's folder and notes that a command line asks for: a recipe's file, or flags."""
-    from controlkit.train.flags import read_flags
+    from controlkit.train.flags import key_of, read_flags
     from controlkit.train.recipe import parse_recipe, put, read_recipe
 
     if given and given[0].startswith("--"):
@@ -130,7 +132,9 @@ def _asked_for(
             put(asked.recipe, change)
         return parse_recipe(asked.recipe, "The recipe of these flags"), out or asked.out, asked.notes
     if len(given) > 1:
-        raise Invalid(f'"{given[1]}" is no option of train: see `controlkit train --help`.')
+        option, _, value = given[1].partition("=")
+        meant = f"beside a recipe it is --set {key}={value or '...'}; " if (key := key_of(option)) else ""
+        raise Invalid(f'"{given[1]}" is no option of train: {meant}see `controlkit train --help`.')
     if not given or not out:
         raise Invalid("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     return _as_launched(read_recipe(Path(given[0]), changes)), out, []
@@ -169,7 +173,9 @@ def _as_launched(recipe: "Recipe") -> "Recipe":
 def watch(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two looks.", min=0.2, max=86_400, callback=finite)
+    ] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:

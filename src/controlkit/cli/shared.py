@@ -51,6 +51,13 @@ VaeOption = Annotated[
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
 
+def finite(value: float) -> float:
+    """Check a number that an option gives: NaN is in every range that compares alone."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
 class KindsCommand(TyperCommand):
     """A command whose help names kinds of hints: ``{annotators}`` and so on stand for what their table has.
 

@@ -36,8 +36,10 @@ _OTHERS = {
 }
 """Beginnings of files that people have in the place of weights, and what these are."""
 _WEB_PAGES = ("<!doctype", "<html", "<head", "<?xml", "<!--")
-_WRAPPED = ("module.", "_orig_mod.", "controlnet.")
+_WRAPPED = ("module.", "controlnet.")
 """Beginnings of all names of a file, by what held the network when it was saved: DistributedDataParallel, a script."""
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names wherever they stand: of what was compiled, sharded, or computed anew in the backward pass."""
 _MOST_SHARDS = 100
 
 
@@ -109,7 +111,10 @@ def _open(path: Path, is_shard: bool = False) -> TensorFile:
     if text.startswith("{") and not is_shard:
         return _open_shards(path)
     if int.from_bytes(start[:8], "little") > LONGEST_HEADER:
-        raise unreadable(path, f"its header claims more than {LONGEST_HEADER:,} bytes")
+        said = " ".join(start.decode("latin1").split())
+        is_text = start.isascii() and said.isprintable()
+        header = f"its header claims more than {LONGEST_HEADER:,} bytes"
+        raise unreadable(path, f'a text lies in its place, "{said}"' if is_text else header)
     try:
         with safe_open(path, framework="pt") as file:
             names: list[str] = file.keys()  # this is no mapping: it cannot be iterated itself
@@ -167,10 +172,10 @@ def _checked(header: TensorFile) -> TensorFile:
 
 def _unwrapped(header: TensorFile) -> TensorFile:
     """The header, names without what all of them begin with by what held the network."""
-    names = list(header.shapes)
+    names = [_WRAPPERS.sub("", name) for name in header.shapes]
     while prefix := next((one for one in _WRAPPED if names and all(n.startswith(one) for n in names)), None):
         names = [name.removeprefix(prefix) for name in names]
-    stored = {name.replace("._orig_mod.", "."): own for name, own in zip(names, header.shapes, strict=True)}
+    stored = dict(zip(names, header.shapes, strict=True))
     if list(stored) == list(header.shapes) or len(stored) < len(names):
         return header
 

@@ -77,14 +77,14 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
     """The command that is worth typing after a run: to use its control, to train on, or to look closer."""
     base = ["--base", recipe.base] if recipe.base != "mini" else []
     vae = ["--vae", recipe.vae] if recipe.vae else []
-    folder = out if best in (None, step) else out / "best"
+    folder = out / "best" if best not in (None, step) and (out / "best").is_dir() else out
     if verdict.finding == "found" and verdict.quality_kept is not False:
         control = out / "control"
         if recipe.control.hints_as == "branches":
             control /= recipe.control.annotators[0]
         return shlex.join(["controlkit", "generate", "a prompt", "--control", f"{control}=picture.png", *base, *vae])
     if verdict.finding == "not found":
-        longer = {"max_minutes": "max_minutes=null", "patience": "evaluation.patience=0"}
+        longer = {"max_minutes": f"max_minutes={2 * (recipe.max_minutes or 0):g}", "patience": "evaluation.patience=0"}
         return train_command(out, longer.get(reason, f"steps={2 * recipe.steps}"))
     if recipe.control.types:
         return shlex.join(["controlkit", "evaluate", f"{out}:{recipe.control.types[0]}", *base, *vae])

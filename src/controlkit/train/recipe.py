@@ -200,6 +200,9 @@ class Recipe(_Strict):
                 f"a batch of {self.batch} rows cannot be split into pairs of {self.noises_per_pair} noises and "
                 f"{self.gradient_accumulation} equal parts"
             )
+        if self.control.low >= self.control.high:
+            low, high = self.control.low, self.control.high
+            raise ValueError(f"control.low is {low:g} and control.high {high:g}; expected low below high")
         if self.unfreeze_after and self.ema:
             raise ValueError("ema averages a control's weights alone, and with unfreeze_after the base's change too")
         return self

@@ -162,7 +162,9 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     trees: dict[Path, Tree] = {}
 
     def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
-        folder = tree.root / str(backend["instance_data_dir"])
+        folder = tree.root / (named := str(backend["instance_data_dir"]))
+        if not is_there(folder, folder=True):
+            folder = tree.root / named.replace("\\", "/")  # of a listing made on Windows
         if folder not in trees and is_there(folder, folder=True):
             trees[folder] = tree_of(folder)
             tree.files += trees[folder].files

@@ -162,10 +162,10 @@ def one_of(values: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def wording(captions: Any, place: int) -> str:
-    """One caption of those a row has; the same one each time it is read."""
+    """One caption of those a row has; the same one each time it is read. What is no text or number is none."""
     if isinstance(captions, list):
-        return str(captions[int(numpy_rng("caption", place).integers(len(captions)))]) if captions else ""
-    return "" if captions is None else str(captions)
+        captions = captions[int(numpy_rng("caption", place).integers(len(captions)))] if captions else ""
+    return str(captions) if isinstance(captions, str | int | float) and captions == captions else ""  # nan is none
 
 
 def text_of(path: Path, problems: list[Problem]) -> str:
