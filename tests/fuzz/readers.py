@@ -27,11 +27,10 @@ from controlkit.backbones import Backbone, load_base
 from controlkit.cli import shared
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
-from controlkit.decoding import sides_of
 from controlkit.errors import Invalid
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
-from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
+from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings, sides_of
 from controlkit.sample import ControlRequest, Picture, Request, check_pictures
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
