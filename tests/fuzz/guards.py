@@ -171,7 +171,8 @@ class Guards:
             one = strange[0]
             kind, where = "warning", f"{one.category.__name__} {Path(one.filename).name}:{one.lineno}"
             detail = str(one.message)
-        if words := Path(self._words.name).read_text(errors="replace"):
+        words = Path(self._words.name).read_text(errors="replace")
+        if not words.replace("\n", "").isprintable() or len(words) > 4 * SENTENCE:  # plain words of C code are let through
             kind, where, detail = "printed", words.strip()[:60], words
         if opened := self._opened():
             kind, where, detail = "foreign file (native)", opened.name, f"{opened}; {detail}"

@@ -6,16 +6,22 @@ or bytes needs no reader. A function that is in neither fails a test, and so doe
 
 import base64
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import os
+import pkgutil
+import re
 import sys
 import tempfile
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import controlkit
 import datasets
 import numpy as np
 from corpus import KEYS, TINY, narrow_families, run_recipe
@@ -259,7 +265,7 @@ READERS: dict[str, Reader] = {
     "request's PNG": Reader(lambda path, setting: (read_settings(path), _generate(path, setting, "--request", path)), ("images.read_settings",), 2),
     "own hints": Reader(lambda path, setting: own_hints(EvaluationRecipe(hints=[str(path)], prompts=["x"]), contract("canny")), ()),
     "annotate": Reader(lambda path, setting: command("annotate", "canny", path, "--out", setting.folder / "out" / "hints"), ("annotate images",)),
-    "doctor": Reader(_doctor, ("data doctor path", "data doctor column"), 3),
+    "doctor": Reader(_doctor, ("data doctor path", "data doctor column", "data doctor base"), 3),
     "tensors": Reader(lambda path, setting: open_tensors(weights_file(path)).read(), _WEIGHTS),
     "describe": Reader(lambda path, setting: describe(path).sentence(), ("formats.describe.describe", "formats.metadata.weights_in", "formats.metadata.weights_file")),
     "control": Reader(lambda path, setting: load_control(path, setting.base), ("formats.control.load_control", "formats.control.read_control", "formats.control.named_path", "formats.control.control_path", "formats.weights.read_weights"), 2),
@@ -267,10 +273,10 @@ READERS: dict[str, Reader] = {
     "convert": Reader(_convert, ("convert source", "convert base", "convert transfer_to"), 4),
     "attach": Reader(lambda path, setting: attach(load_base(path), Path(tempfile.mkdtemp()) / "fresh", "diffusers"), (), 8),
     "evaluate": Reader(lambda path, setting: command("evaluate", path, "--base", setting.toy, "--num", 2, "--steps", 1, "--device", "cpu"), ("evaluate control", "evaluate base", "evaluate data", "evaluate column"), 10),
-    "generate --control": Reader(lambda path, setting: _generate(path, setting, "--control", f"{path}={_photo(setting)}"), ("generate control", "sample.prepare.load"), 4),
+    "generate --control": Reader(lambda path, setting: _generate(path, setting, "--control", f"{path}={_photo(setting)}"), ("generate control",), 4),
     "generate --request": Reader(lambda path, setting: command("generate", "--request", path, "--base", setting.toy, "--device", "cpu", "--out", setting.folder / "out" / "made"), ("generate request",), 2),
-    "generate --vae": Reader(lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "train vae"), 4),
-    "generate --lora": Reader(lambda path, setting: _generate(path, setting, "--lora", f"{path}=0.5"), ("generate lora", "cli.shared.split_lora"), 4),
+    "generate --vae": Reader(lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4),
+    "generate --lora": Reader(lambda path, setting: _generate(path, setting, "--lora", f"{path}=0.5"), ("generate lora", "evaluate lora"), 4),
     "generate --embedding": Reader(lambda path, setting: _generate(path, setting, "--embedding", path), ("generate embedding",), 4),
     "request": Reader(lambda path, setting: Request.from_json(path.read_bytes()), ("sample.request._Checked.from_json",)),
     "single file": Reader(lambda path, setting: load_base(path), ("backbones.load.load_base", "generate base"), 2),
@@ -281,7 +287,7 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe")),
     "train recipe": Reader(_train_recipe, (), 2),
     "listing": Reader(lambda path, setting: read_listing(_folder(path)), _SETS),
-    "training pairs": Reader(_pairs, ("data.pairs.split_folder", "data.opened.bytes_of"), 3),
+    "training pairs": Reader(_pairs, ("data.pairs.split_folder",), 3),
     "train": Reader(_train, (), 12),
     "build": Reader(_build, ("data build path", "data build column"), 3),
     "caption": Reader(lambda path, setting: command("data", "caption", _folder(path), "--replace", "all"), ("data caption path", "data caption column"), 4),
@@ -291,8 +297,98 @@ READERS: dict[str, Reader] = {
     "watch lines": Reader(_watch_lines, ("train.watch.read_run",)),
     "ending": Reader(lambda path, setting: read_ending(path), ("train.ending.read_ending",)),
     "resume": Reader(_resume, ("train out", "train.run.train_control", "train.checkpoints.load_checkpoint", "train.checkpoints.cut_log", "train.checkpoints.check_folder", "train.checkpoints.begin_folder", "train.checkpoints.keep_format", "data.cache.Cached.read", "tensors.writer.read_filled"), 6),
-    "from step": Reader(lambda path, setting: go_back(path, 1), ("train from_step", "train.checkpoints.go_back", "train.checkpoints.checkpoints_in"), 4),
+    "from step": Reader(lambda path, setting: go_back(path, 1), ("train.checkpoints.go_back", "train.checkpoints.checkpoints_in"), 4),
     "start from": Reader(_start_from, (), 12),
     "store": Reader(_store, ("data.store.Store.get",)),
 }  # fmt: skip
 """Each way in, by its name."""
+
+_WRITES = "writes; what it is given comes from here"
+_INNER = "is called by a reader in the list with what that has read"
+EXCUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "backbones.load.save_difference", "data.drawn.make_scenes", "data.store.Store.put", "files.mark_output",
+            "files.write_atomic", "formats.control.save_control", "formats.control.write_folder",
+            "formats.control.write_tensors", "formats.convert.save_control_lora", "formats.convert.write",
+            "images.write_png", "mini.stored.Stored.save", "mini.tower.train_tokenizer", "train.checkpoints.save_checkpoint",
+            "train.ending.Ending.write", "train.ending.next_command", "train.ending.train_command",
+            "train.trackers._Hosted.send", "train.trackers._TensorBoard.send", "train.trackers.tracked",
+        ),
+        _WRITES,
+    ),
+    **dict.fromkeys(
+        (
+            "data.build.build_set", "data.cache.build_cache", "data.captions.captioned", "data.layouts.folders.by_name",
+            "data.layouts.folders.caption_beside", "data.layouts.folders.caption_file", "data.layouts.folders.namesakes",
+            "data.layouts.folders.paired", "data.layouts.folders.words_of", "data.layouts.rows.file_at",
+            "data.layouts.rows.inside", "data.layouts.rows.is_there", "data.layouts.rows.text_of",
+            "data.layouts.tree.Tree.leave_out", "data.layouts.tree.Tree.under", "data.store.key_of",
+            "data.store.remembered", "data.workers.parallel_map", "files.decode_text", "files.home_path",
+            "files.is_output", "files.parse_json", "files.read_text", "formats.control.spec_of_weights",
+            "formats.control.type_of", "formats.convert.attach", "formats.convert.convert",
+            "formats.metadata.metadata_entry", "formats.networks.read_network", "hub.meant_path",
+            "tensors.pickles.unreadable", "train.checkpoints.sole_owner", "train.ranks.Ranks.check_shared",
+            "train.run.prepare",
+        ),
+        _INNER,
+    ),
+    "mini.stored.Stored.load": "reads what is shipped in the package alone",
+}  # fmt: skip
+"""Functions that take a path or bytes, and why no reader is theirs."""
+EXCUSED_OPTIONS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "annotate annotator", "annotate option", "annotate size", "convert annotator", "convert dtype",
+            "convert prefix", "convert to", "data build annotator", "data build captions", "data build device",
+            "data build layout", "data build replace", "data build size", "data caption device", "data caption replace",
+            "data doctor annotator", "data make scenes hint", "evaluate annotator", "evaluate device",
+            "generate annotator", "generate device", "generate dtype", "generate negative_prompt", "generate prompt",
+            "generate size", "train changes", "train device", "where name",
+        ),
+        "a word of the user's own",
+    ),
+    **dict.fromkeys(
+        (
+            "annotate out", "convert target", "data doctor out", "data make scenes out", "evaluate json_file",
+            "generate out", "watch html",
+        ),
+        "a place to write",
+    ),
+    "data build captioner": "a model of the transformers library, read by that alone: not promised (docs/safety.md)",
+    "data caption captioner": "as data build's",
+}  # fmt: skip
+"""Options of commands that take text or a path, and why no reader is theirs."""
+
+
+def taking_files() -> set[str]:
+    """The package's public functions that take a path or bytes, by their names below ``controlkit``."""
+    found = set()
+    for module in pkgutil.walk_packages(controlkit.__path__, "controlkit."):
+        if ".cli" in module.name or module.name.endswith("__main__"):
+            continue
+        held = vars(importlib.import_module(module.name))
+        classes = [one for one in held.values() if isinstance(one, type) and one.__module__ == module.name]
+        for owner, values in (("", held), *((f"{one.__qualname__}.", vars(one)) for one in classes)):
+            for name, value in values.items():
+                function = getattr(value, "__func__", value)
+                if not inspect.isfunction(inspect.unwrap(function)) or function.__module__ != module.name or name.startswith("_"):
+                    continue
+                notes = {key: str(note) for key, note in function.__annotations__.items() if key != "return"}
+                if any(re.search(r"\b(Path|bytes)\b", re.sub(r"Callable\[.*", "", note)) for note in notes.values()):
+                    found.add(f"{module.name.removeprefix('controlkit.')}.{owner}{name}")
+    return found
+
+
+def options_for_files() -> set[str]:
+    """The options and arguments of all commands that take text or a path, as ``command option``."""
+    found, groups = set(), [("", cli.app)]
+    while groups:
+        prefix, group = groups.pop()
+        for inner in group.registered_groups:
+            groups.append((f"{prefix}{inner.name} " if inner.name else prefix, inner.typer_instance))
+        for one in group.registered_commands:
+            notes = typing.get_type_hints(one.callback)
+            named = [option for option, note in notes.items() if re.search(r"\b(Path|str)\b", str(note))]
+            found |= {f"{prefix}{one.name or one.callback.__name__} {option}" for option in named if option != "return"}
+    return found

@@ -21,7 +21,7 @@ from guards import Guards, Outcome
 from mutate import ELSEWHERE, OUTSIDE, mutated
 from readers import READERS, Setting
 
-SHAPES = [*ELSEWHERE, "/dev/zero", "/etc/passwd", "loop", "folder", "empty", "gone"]
+SHAPES = [*ELSEWHERE, "/etc/passwd", "/dev/zero", "loop", "folder", "empty", "gone"]
 """What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing."""
 
 
@@ -83,16 +83,16 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     files = sorted({path for pattern in kind.files for path in target.glob(pattern) if path.is_file()})
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
-            _reshape(path, target, draw)
+            _reshape(path, target, draw, path == target / kind.main)
             continue
         data = path.read_bytes() if path.is_file() else b""
         path.unlink(missing_ok=True) if not path.is_dir() else shutil.rmtree(path)  # linked to the right sample
         path.write_bytes(mutated(path.name, data, draw))
 
 
-def _reshape(path: Path, target: Path, draw: Random) -> None:
-    """Something else where a file was."""
-    shape = draw.choice(SHAPES)
+def _reshape(path: Path, target: Path, draw: Random, named: bool) -> None:
+    """Something else where a file was; where the user ``named`` it, no link to elsewhere, which would be the user's."""
+    shape = draw.choice(SHAPES[-5 if named else 0 :])
     path.unlink()
     if shape == "folder":
         path.mkdir()
