@@ -36,7 +36,7 @@ from controlkit.data.store import Store
 from controlkit.errors import Invalid
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
-from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings, sides_of
+from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
 from controlkit.sample import ControlRequest, Picture, Request, check_pictures
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
@@ -145,7 +145,6 @@ def _picture(path: Path, setting: Setting) -> None:
     if path.is_file() and not path.is_symlink():
         data = path.read_bytes()
         with contextlib.suppress(ValueError):  # a UserError, that the next reader raises again
-            sides_of(data, "photo")
             decode_picture(data, "photo", None)
     read_picture(path)
 
@@ -153,6 +152,11 @@ def _picture(path: Path, setting: Setting) -> None:
 def _hint(path: Path, setting: Setting) -> None:
     read_hint(path)
     decode_hint(path.read_bytes(), "hint")
+
+
+def _request(path: Path, setting: Setting) -> None:
+    if path.is_file():
+        Request.from_json(path.read_bytes())
 
 
 def _folder(path: Path) -> Path:
@@ -259,7 +263,7 @@ _SETS = ("data.layouts.read_listing", "data.layouts.sound_listing", "data.layout
 _WEIGHTS = ("tensors.reader.open_tensors", "tensors.pickles.read_pickle", "formats.metadata.json_object")
 
 READERS: dict[str, Reader] = {
-    "picture": Reader(_picture, ("images.read_picture", "images.decode_picture", "images.sides_of")),
+    "picture": Reader(_picture, ("images.read_picture", "images.decode_picture")),
     "hint": Reader(_hint, ("images.read_hint", "images.decode_hint")),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
     "request's PNG": Reader(lambda path, setting: (read_settings(path), _generate(path, setting, "--request", path)), ("images.read_settings",), 2),
@@ -278,7 +282,7 @@ READERS: dict[str, Reader] = {
     "generate --vae": Reader(lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4),
     "generate --lora": Reader(lambda path, setting: _generate(path, setting, "--lora", f"{path}=0.5"), ("generate lora", "evaluate lora"), 4),
     "generate --embedding": Reader(lambda path, setting: _generate(path, setting, "--embedding", path), ("generate embedding",), 4),
-    "request": Reader(lambda path, setting: Request.from_json(path.read_bytes()), ("sample.request._Checked.from_json",)),
+    "request": Reader(_request, ("sample.request._Checked.from_json",)),
     "single file": Reader(lambda path, setting: load_base(path), ("backbones.load.load_base", "generate base"), 2),
     "vae": Reader(lambda path, setting: load_base(setting.toy, vae=path), ()),
     "lora": Reader(lambda path, setting: load_base(setting.toy, loras=[(path, 0.5)]), ()),
