@@ -1,7 +1,7 @@
 """Mutated files of every kind through every reader: each is read, or refused in one sentence, and nothing else happens.
 
-`pytest -m fuzz` runs the campaign. Its settings are environment variables: FUZZ_SEED, FUZZ_FILES, FUZZ_WORKERS, FUZZ_KINDS
-(names, with commas), FUZZ_CASE (one case alone, as the report names it), FUZZ_OUT (a folder for what is found).
+`pytest -m fuzz` runs the campaign. Its settings are environment variables: FUZZ_SEED, FUZZ_FILES, FUZZ_WORKERS,
+FUZZ_KINDS (names, with commas), FUZZ_CASE (one case alone, as the report names it), FUZZ_OUT (a folder for what is found).
 """
 
 import ctypes
@@ -144,7 +144,9 @@ def test_a_case_is_the_same_each_time_and_another_with_another_seed(toy_folder, 
         for seed in (1, 2):
             for number in range(6):
                 workers.make_case(row, number, seed, samples, target := tmp_path / "cases" / f"{name}{seed}{number}")
-                made[name, seed, number] = {path.name: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+                made[name, seed, number] = {
+                    path.name: path.read_bytes() for path in target.rglob("*") if path.is_file()
+                }
     for name in ("png", "pth"):
         again = {"png": "again", "pth": "again pth"}[name]
         assert all(made[name, seed, i] == made[again, seed, i] for seed in (1, 2) for i in range(6))
