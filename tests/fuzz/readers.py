@@ -109,7 +109,7 @@ class Reader:
 def command(*arguments: object) -> None:
     """Run a command as a shell would.
 
-    ``Invalid`` where it says that it refuses something, ``UncouthError`` where it writes what may not stand in a terminal.
+    ``Invalid`` where it says that it refuses something, ``UncouthError`` where it writes what no terminal should show.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     before, sys.argv = sys.argv, ["controlkit", *map(str, arguments)]

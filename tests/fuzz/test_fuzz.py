@@ -1,7 +1,7 @@
 """Mutated files of every kind through every reader: each is read, or refused in one sentence, and nothing else happens.
 
 `pytest -m fuzz` runs the campaign. Its settings are environment variables: FUZZ_SEED, FUZZ_FILES, FUZZ_WORKERS,
-FUZZ_KINDS (names, with commas), FUZZ_CASE (one case alone, as the report names it), FUZZ_OUT (a folder for what is found).
+FUZZ_KINDS (names, with commas), FUZZ_CASE (one case alone, as the report names it), FUZZ_OUT (a folder for findings).
 """
 
 import ctypes

@@ -167,9 +167,8 @@ class Campaign:
             kept = self.out / f"{case.kind}-{case.number}".replace(" ", "-")
             kept.mkdir(parents=True, exist_ok=True)
             with (kept / "found.txt").open("a") as file:
-                file.write(
-                    f"{outcome.kind} at {outcome.where}\nFUZZ_SEED={self.seed} FUZZ_CASE='{Case(case.kind, case.number, reader)}'\n{outcome.detail}\n\n"
-                )
+                where = f"seed {self.seed} case {case.kind}:{case.number}:{reader}"
+                file.write(f"{where}: {outcome.kind} at {outcome.where}\n{outcome.detail}\n\n")
             if not (kept / "case").exists():
                 make_case(_kind(case.kind), case.number, self.seed, self.samples(case.kind), kept / "case")
 
