@@ -442,11 +442,10 @@ KINDS = [
             f"photo{suffix}",
             (f"photo{suffix}",),
             (*_PICTURE, *(["request's PNG"] if suffix == ".png" else [])),
-            2,
         )
         for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".gif", ".avif", ".jp2")
     ),
-    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 3),
+    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 2),
     Kind("control folder", _control_folders, "control", ("control/*",), _CONTROL),
     Kind("index.json", _sharded, "control", ("control/*.json",), _CONTROL),
     Kind("safetensors", _control_files, "control.safetensors", ("*",), _CONTROL, 2),
@@ -457,7 +456,6 @@ KINDS = [
         "control.ckpt",
         ("*",),
         ("tensors", "describe", "control", "inspect"),
-        2,
     ),
     Kind("yaml beside", _beside, "control.safetensors", ("*.yaml",), _CONTROL),
     Kind("single file", _single_files, "base.*", ("*",), ("tensors", "describe", "inspect", "single file")),
@@ -485,7 +483,7 @@ KINDS = [
         ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"),
         2,
     ),
-    Kind("store", _store, "store", ("store/*",), ("store",)),
+    Kind("store", _store, "store", ("store/*.sqlite",), ("store",)),
 ]
 
 

@@ -288,16 +288,34 @@ _SETS = (
     "data.layouts.sound_listing",
     "data.layouts.own_facts",
     "data.layouts.tree.tree_of",
+    "data.layouts.rows.open_regular",
+    "data.layouts.rows.read_regular",
 )
-_WEIGHTS = ("tensors.reader.open_tensors", "tensors.pickles.read_pickle", "formats.metadata.json_object")
+_WEIGHTS = (
+    "tensors.reader.open_tensors",
+    "tensors.reader.open_safetensors",
+    "tensors.pickles.read_pickle",
+    "tensors.archive.open_archive",
+    "formats.metadata.json_object",
+)
 
 READERS: dict[str, Reader] = {
-    "picture": Reader(_picture, ("images.read_picture", "images.decode_picture")),
-    "hint": Reader(_hint, ("images.read_hint", "images.decode_hint")),
+    "picture": Reader(
+        _picture,
+        (
+            "images.read_picture",
+            "images.decode_picture",
+            "decoding.pictures.open_picture",
+            "decoding.pictures.read_bytes",
+        ),
+    ),
+    "hint": Reader(
+        _hint, ("images.read_hint", "images.decode_hint", "decoding.arrays.array_of", "decoding.arrays.is_array")
+    ),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
     "request's PNG": Reader(
         lambda path, setting: (read_settings(path), _generate(path, setting, "--request", path)),
-        ("images.read_settings",),
+        ("images.read_settings", "decoding.pictures.settings_text"),
         2,
     ),
     "own hints": Reader(
@@ -307,7 +325,9 @@ READERS: dict[str, Reader] = {
         lambda path, setting: command("annotate", "canny", path, "--out", setting.folder / "out" / "hints"),
         ("annotate images",),
     ),
-    "doctor": Reader(_doctor, ("data doctor path", "data doctor column", "data doctor base"), 3),
+    "doctor": Reader(
+        _doctor, ("decoding.pictures.sides_of", "data doctor path", "data doctor column", "data doctor base"), 3
+    ),
     "tensors": Reader(lambda path, setting: open_tensors(weights_file(path)).read(), _WEIGHTS),
     "describe": Reader(
         lambda path, setting: describe(path).sentence(),
@@ -373,7 +393,14 @@ READERS: dict[str, Reader] = {
     "lora": Reader(lambda path, setting: load_base(setting.toy, loras=[(path, 0.5)]), ()),
     "embedding": Reader(lambda path, setting: load_base(setting.toy, embeddings=[path]), ()),
     "base": Reader(
-        lambda path, setting: load_base(path), ("backbones.rules.check_folder", "backbones.rules.read_config")
+        lambda path, setting: load_base(path),
+        (
+            "backbones.rules.check_folder",
+            "backbones.rules.config_path",
+            "backbones.rules.read_settings",
+            "backbones.parts.open_part",
+            "backbones.parts.read_tokenizer",
+        ),
     ),
     "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe")),
     "train recipe": Reader(_train_recipe, (), 2),
@@ -399,6 +426,8 @@ READERS: dict[str, Reader] = {
             "train out",
             "train.run.train_control",
             "train.checkpoints.load_checkpoint",
+            "train.checkpoints.read_facts",
+            "train.records.read_log",
             "train.checkpoints.cut_log",
             "train.checkpoints.check_folder",
             "train.checkpoints.begin_folder",
@@ -425,6 +454,8 @@ EXCUSED: dict[str, str] = {
             "data.drawn.make_scenes",
             "data.store.Store.put",
             "files.mark_output",
+            "files.scratch_folder",
+            "files.sweep",
             "files.write_atomic",
             "formats.control.save_control",
             "formats.control.write_folder",
@@ -447,6 +478,18 @@ EXCUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "data.build.build_set",
+            "data.layouts.rows.is_within",
+            "data.layouts.rows.parts_of_text",
+            "decoding.boxes.avif",
+            "decoding.boxes.codestream",
+            "decoding.heads.head_of",
+            "decoding.heads.orientation",
+            "files.encoding_of",
+            "files.inside",
+            "files.read_bytes",
+            "files.read_json",
+            "hub.is_shipped",
+            "tensors.reader.of_tensors",
             "data.cache.build_cache",
             "data.captions.captioned",
             "data.layouts.folders.by_name",
@@ -483,6 +526,7 @@ EXCUSED: dict[str, str] = {
         ),
         _INNER,
     ),
+    "data.blip.read_blip": "a captioner, whose folder goes through the doors of a base's folder",
     "mini.stored.Stored.load": "reads what is shipped in the package alone",
 }
 """Functions that take a path or bytes, and why no reader is theirs."""

@@ -88,6 +88,11 @@ def warn_raw(path, setting):
     warnings.warn("of a library", DeprecationWarning, stacklevel=1)
 
 
+def write_raw(path, setting):
+    readers.cli.main = lambda: print("\x1b[31mx")  # in a process that ends after this
+    readers.command("inspect")
+
+
 def refuse(words):
     def read(path, setting):
         raise Invalid(words)
@@ -97,7 +102,7 @@ def refuse(words):
 
 BAD = {
     "hang": loop,
-    "growth": lambda path, setting: bytearray(300 * 2**20),
+    "growth": lambda path, setting: bytearray(100 * 2**20),
     "crash (SIGSEGV)": lambda path, setting: ctypes.string_at(0),
     "crash (SIGKILL)": lambda path, setting: os.kill(os.getpid(), signal.SIGKILL),
     "waits": lambda path, setting: (os.mkfifo("pipe"), Path("pipe").read_bytes()),
@@ -111,7 +116,7 @@ BAD = {
     "warning": warn_raw,
     "printed": lambda path, setting: os.write(2, b"libpng: \x1b[2J"),
     "long or strange sentence": refuse("x" * 5000),
-    "terminal": lambda path, setting: readers.command("inspect", "\x1b[31mx"),
+    "terminal": write_raw,
 }
 GOOD = {
     "value": lambda path, setting: path.read_bytes(),
@@ -122,7 +127,7 @@ GOOD = {
 
 
 def test_each_guard_tells_what_happened_and_goes_on(toy_folder, tmp_path, monkeypatch):
-    for name, value in {"CPU_SECONDS": 1, "WAIT": 3, "GROWTH": 200 * 2**20}.items():
+    for name, value in {"CPU_SECONDS": 0.3, "WAIT": 8, "GROWTH": 60 * 2**20}.items():
         monkeypatch.setattr(guards, name, value)
     for name, read in (BAD | GOOD).items():
         monkeypatch.setitem(READERS, name, readers.Reader(read, ()))

@@ -85,10 +85,12 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     files = sorted({path for pattern in kind.files for path in target.glob(pattern) if path.is_file()})
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
-            _reshape(path, target, draw, path.match(kind.main) or kind.name == "store")
+            named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
+            _reshape(path, target, draw, named)
             continue
-        data = path.read_bytes() if path.is_file() else b""
-        path.unlink(missing_ok=True) if not path.is_dir() else shutil.rmtree(path)  # linked to the right sample
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
+        path.unlink(missing_ok=True) if linked else shutil.rmtree(path)
         path.write_bytes(mutated(path.name, data, draw))
 
 
