@@ -397,6 +397,7 @@ READERS: dict[str, Reader] = {
         (
             "backbones.rules.check_folder",
             "backbones.rules.config_path",
+            "backbones.rules.read_config",
             "backbones.rules.read_settings",
             "backbones.parts.open_part",
             "backbones.parts.read_tokenizer",
