@@ -66,10 +66,15 @@ def _pictures(suffix: str, folder: Path, toy: Path) -> None:
     """A picture of each way of storing samples that the format has."""
     for mode in ("RGB", "L", "P", "RGBA", "I;16"):
         picture = Image.fromarray(_picture())
-        picture = Image.fromarray(_picture()[..., 0].astype(np.uint16) * 200) if mode == "I;16" else picture.convert(mode)
+        picture = (
+            Image.fromarray(_picture()[..., 0].astype(np.uint16) * 200) if mode == "I;16" else picture.convert(mode)
+        )
         target = folder / mode.replace(";", "") / f"photo{suffix}"
         target.parent.mkdir(parents=True)
-        options = {".tiff": {"compression": "tiff_lzw"}, ".gif": {"save_all": True, "append_images": [picture] * 2}}.get(suffix, {})
+        options = {
+            ".tiff": {"compression": "tiff_lzw"},
+            ".gif": {"save_all": True, "append_images": [picture] * 2},
+        }.get(suffix, {})
         try:
             picture.save(target, **options)
         except (OSError, ValueError, KeyError):  # not every format has every mode
@@ -80,7 +85,13 @@ def _pictures(suffix: str, folder: Path, toy: Path) -> None:
 
 def _arrays(folder: Path, toy: Path) -> None:
     values = _picture()[..., 0]
-    for name, array in {"grey": values, "colour": _picture(), "float": values / 255, "deep": values.astype(np.uint16), "mask": values > 99}.items():
+    for name, array in {
+        "grey": values,
+        "colour": _picture(),
+        "float": values / 255,
+        "deep": values.astype(np.uint16),
+        "mask": values > 99,
+    }.items():
         (folder / name / "canny").mkdir(parents=True)
         write_png(folder / name / "images" / "0.png", _picture())
         np.save(folder / name / "canny" / "0.npy", array)
@@ -116,11 +127,15 @@ def _sharded(folder: Path, toy: Path) -> None:
     shutil.move(folder / "whole" / "copy", folder / "copy")
     shutil.rmtree(folder / "whole")
     path = folder / "copy" / "control" / WEIGHTS
-    tensors, metadata, stem = open_tensors(path).read(), open_tensors(path).metadata, WEIGHTS.removesuffix(".safetensors")
+    tensors, metadata, stem = (
+        open_tensors(path).read(),
+        open_tensors(path).metadata,
+        WEIGHTS.removesuffix(".safetensors"),
+    )
     path.unlink()
     weight_map = {}
     for i in range(2):
-        part = {name: tensor for name, tensor in list(tensors.items())[i::2]}
+        part = dict(list(tensors.items())[i::2])
         save_file(part, path.with_name(f"{stem}-0000{i + 1}-of-00002.safetensors"), metadata)
         weight_map |= dict.fromkeys(part, f"{stem}-0000{i + 1}-of-00002.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
@@ -132,12 +147,20 @@ def _control_files(folder: Path, toy: Path) -> None:
     _control_folders(folder / "made", toy)
     for layout in ("cldm", "control-lora"):
         (folder / layout).mkdir()
-        convert(folder / "made" / "copy" / "control", folder / layout / "control.safetensors", layout, base=base, options=WriteOptions(rank=2))
+        convert(
+            folder / "made" / "copy" / "control",
+            folder / layout / "control.safetensors",
+            layout,
+            base=base,
+            options=WriteOptions(rank=2),
+        )
     taps = [tap for tap in base.taps if tap.site == "encoder"]
     facts = {"downscale_factor": taps[0].stride, "adapter_type": "full_adapter"}
     adapter = T2IAdapter(channels=[tap.channels for tap in taps], num_res_blocks=1, **facts)
     (folder / "adapter").mkdir()
-    save_file(adapter.state_dict(), folder / "adapter" / "control.safetensors", {"controlkit.config": json.dumps(facts)})
+    save_file(
+        adapter.state_dict(), folder / "adapter" / "control.safetensors", {"controlkit.config": json.dumps(facts)}
+    )
     for name in ("copy", "union", "xs"):
         (folder / name).mkdir()
         shutil.copyfile(folder / "made" / name / "control" / WEIGHTS, folder / name / "control.safetensors")
@@ -148,7 +171,11 @@ def _pickled(suffix: str, zipped: bool, folder: Path, toy: Path) -> None:
     _control_files(folder / "made", toy)
     tensors = open_tensors(folder / "made" / "cldm" / "control.safetensors").read()
     some = dict(list(tensors.items())[:12])
-    for name, held in {"whole": tensors, "some": some, "nested": {"state_dict": some, "epoch": 3, "lr": [1e-5]}}.items():
+    for name, held in {
+        "whole": tensors,
+        "some": some,
+        "nested": {"state_dict": some, "epoch": 3, "lr": [1e-5]},
+    }.items():
         (folder / name).mkdir()
         torch.save(held, folder / name / f"control{suffix}", _use_new_zipfile_serialization=zipped)
     shutil.rmtree(folder / "made")
@@ -159,7 +186,12 @@ def _beside(folder: Path, toy: Path) -> None:
     _control_files(folder / "made", toy)
     (folder / "cldm").mkdir()
     shutil.move(folder / "made" / "cldm" / "control.safetensors", folder / "cldm" / "control.safetensors")
-    settings = {"model": {"target": "cldm.cldm.ControlLDM", "params": {"control_stage_config": {"params": {"hint_channels": 3}}}}}
+    settings = {
+        "model": {
+            "target": "cldm.cldm.ControlLDM",
+            "params": {"control_stage_config": {"params": {"hint_channels": 3}}},
+        }
+    }
     (folder / "cldm" / "control.yaml").write_text(yaml.safe_dump(settings))
     shutil.rmtree(folder / "made")
 
@@ -177,8 +209,14 @@ def _pipeline():
 
 
 def _single_files(folder: Path, toy: Path) -> None:
-    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in stock.original(_pipeline()).items()}
-    for name, write in {"safe": lambda path: save_file(tensors, path), "pickle": lambda path: torch.save({"state_dict": tensors}, path)}.items():
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in stock.original(_pipeline()).items()
+    }
+    for name, write in {
+        "safe": lambda path: save_file(tensors, path),
+        "pickle": lambda path: torch.save({"state_dict": tensors}, path),
+    }.items():
         (folder / name).mkdir(parents=True)
         write(folder / name / "base.ckpt")
         if name == "safe":
@@ -187,7 +225,11 @@ def _single_files(folder: Path, toy: Path) -> None:
 
 def _vae_files(folder: Path, toy: Path) -> None:
     vae = stock.original_vae(load_base(toy).vae)
-    for name, held, suffix in (("bare", vae, ".safetensors"), ("prefixed", stock.prefixed("first_stage_model.", vae), ".safetensors"), ("pickle", vae, ".pt")):
+    for name, held, suffix in (
+        ("bare", vae, ".safetensors"),
+        ("prefixed", stock.prefixed("first_stage_model.", vae), ".safetensors"),
+        ("pickle", vae, ".pt"),
+    ):
         (folder / name).mkdir(parents=True)
         held = {key: tensor.contiguous() for key, tensor in held.items()}
         path = folder / name / f"vae{suffix}"
@@ -212,7 +254,10 @@ def _embeddings(folder: Path, toy: Path) -> None:
     for name in ("safe", "pickle"):
         (folder / name).mkdir(parents=True)
     save_file({"<sparkle>": vectors}, folder / "safe" / "sparkle.safetensors")
-    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 9}, folder / "pickle" / "sparkle.pt")
+    torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x", "step": 9},
+        folder / "pickle" / "sparkle.pt",
+    )
 
 
 def _base(folder: Path, toy: Path) -> None:
@@ -226,7 +271,11 @@ TINY |= {"data": {"source": "fill50k", "count": 4}, "evaluation": {"every": 2, "
 
 
 def _recipes(folder: Path, toy: Path) -> None:
-    rows = {"short": TINY, "whole": parse_recipe(TINY).model_dump(), "own": TINY | {"evaluation": {"hints": ["a.png"], "prompts": ["x"]}}}
+    rows = {
+        "short": TINY,
+        "whole": parse_recipe(TINY).model_dump(),
+        "own": TINY | {"evaluation": {"hints": ["a.png"], "prompts": ["x"]}},
+    }
     for name, values in rows.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "recipe.yaml").write_text(yaml.safe_dump(values | {"base": "mini"}))
@@ -237,7 +286,10 @@ def _requests(folder: Path, toy: Path) -> None:
     shutil.move(folder / "made" / "copy", folder / "file")
     shutil.rmtree(folder / "made")
     write_png(folder / "file" / "photo.png", _picture())
-    asked = [ControlRequest(name="control", images=Path("photo.png"), scale=0.5), ControlRequest(name="control", images=_picture(), ready=True)]
+    asked = [
+        ControlRequest(name="control", images=Path("photo.png"), scale=0.5),
+        ControlRequest(name="control", images=_picture(), ready=True),
+    ]
     (folder / "file" / "request.json").write_text(Request(prompt="a cat", controls=asked, size=(32, 32)).to_json())
 
 
@@ -263,7 +315,9 @@ def _listed(folder: Path, picture: str, hint: str) -> list[str]:
 
 def _metadata(suffix: str, folder: Path, toy: Path) -> None:
     words = _listed(folder / "plain" / "set", "a", "b")
-    lines = [{"file_name": f"a/{i}.png", "conditioning_image": f"b/{i}.png", "text": text} for i, text in enumerate(words)]
+    lines = [
+        {"file_name": f"a/{i}.png", "conditioning_image": f"b/{i}.png", "text": text} for i, text in enumerate(words)
+    ]
     with (folder / "plain" / "set" / f"metadata{suffix}").open("w", newline="") as file:
         if suffix == ".csv":
             writer = csv.DictWriter(file, lines[0])
@@ -283,7 +337,13 @@ def _simpletuner(folder: Path, toy: Path) -> None:
     words = _listed(folder / "plain" / "set", "pictures", "edges")
     for i, text in enumerate(words):
         (folder / "plain" / "set" / "pictures" / f"{i}.txt").write_text(text)
-    first = {"id": "a", "dataset_type": "image", "instance_data_dir": "pictures", "caption_strategy": "textfile", "conditioning_data": "b"}
+    first = {
+        "id": "a",
+        "dataset_type": "image",
+        "instance_data_dir": "pictures",
+        "caption_strategy": "textfile",
+        "conditioning_data": "b",
+    }
     backends = [first, {"id": "b", "dataset_type": "conditioning", "instance_data_dir": "edges"}]
     (folder / "plain" / "set" / "multidatabackend.json").write_text(json.dumps(backends))
 
@@ -363,7 +423,9 @@ def _runs(folder: Path, toy: Path) -> None:
 def _store(folder: Path, toy: Path) -> None:
     (folder / "sealed").mkdir(parents=True)
     with Store(folder / "sealed" / "store") as store:
-        store.put({key: {"latents": torch.ones(4, 8, 8), "hint": torch.zeros(8, 8, 3, dtype=torch.uint8)} for key in KEYS})
+        store.put(
+            {key: {"latents": torch.ones(4, 8, 8), "hint": torch.zeros(8, 8, 3, dtype=torch.uint8)} for key in KEYS}
+        )
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -374,15 +436,27 @@ _SET = ("listing", "doctor", "build", "training pairs", "train")
 
 KINDS = [
     *(
-        Kind(suffix[1:], partial(_pictures, suffix), f"photo{suffix}", (f"photo{suffix}",), (*_PICTURE, *(["request's PNG"] if suffix == ".png" else [])), 2)
+        Kind(
+            suffix[1:],
+            partial(_pictures, suffix),
+            f"photo{suffix}",
+            (f"photo{suffix}",),
+            (*_PICTURE, *(["request's PNG"] if suffix == ".png" else [])),
+        )
         for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".gif", ".avif", ".jp2")
     ),
-    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 3),
+    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 2),
     Kind("control folder", _control_folders, "control", ("control/*",), _CONTROL),
     Kind("index.json", _sharded, "control", ("control/*.json",), _CONTROL),
     Kind("safetensors", _control_files, "control.safetensors", ("*",), _CONTROL, 2),
     Kind("pth", partial(_pickled, ".pth", True), "control.pth", ("*",), _CONTROL, 2),
-    Kind("old ckpt", partial(_pickled, ".ckpt", False), "control.ckpt", ("*",), ("tensors", "describe", "control", "inspect"), 2),
+    Kind(
+        "old ckpt",
+        partial(_pickled, ".ckpt", False),
+        "control.ckpt",
+        ("*",),
+        ("tensors", "describe", "control", "inspect"),
+    ),
     Kind("yaml beside", _beside, "control.safetensors", ("*.yaml",), _CONTROL),
     Kind("single file", _single_files, "base.*", ("*",), ("tensors", "describe", "inspect", "single file")),
     Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae")),
@@ -401,9 +475,16 @@ KINDS = [
     Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET),
     Kind("saved set", partial(_table, True), "set", ("set/*",), _SET),
     Kind("own sets", _own_sets, "set", ("set/*.json", "set/*.jsonl"), ("listing", "doctor", "draw on", "build on")),
-    Kind("run", _runs, "run", ("run/*", "run/checkpoints/*/*", "run/control/*"), ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"), 2),
-    Kind("store", _store, "store", ("store/*",), ("store",)),
-]  # fmt: skip
+    Kind(
+        "run",
+        _runs,
+        "run",
+        ("run/*", "run/checkpoints/*/*", "run/control/*"),
+        ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"),
+        2,
+    ),
+    Kind("store", _store, "store", ("store/*.sqlite",), ("store",)),
+]
 
 
 def write_elsewhere(folder: Path, toy: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cases run in processes that are forked from one that has imported everything; what is found, and how to see it again."""
+"""Cases run in processes forked from one that has imported everything; what is found, and how to see it again."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from guards import Guards, Outcome
 from mutate import ELSEWHERE, OUTSIDE, mutated
 from readers import READERS, Setting
 
-SHAPES = [*ELSEWHERE, "/dev/zero", "/etc/passwd", "loop", "folder", "empty", "gone"]
+SHAPES = [*ELSEWHERE, "/etc/passwd", "/dev/zero", "loop", "folder", "empty", "gone"]
 """What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing."""
 
 
@@ -65,7 +65,9 @@ class Report:
         for kind, count in sorted(self.files.items()):
             of = [self.outcomes[kind, one] for one in ("value", "refused", "finding")]
             spent = sum(seconds for (name, _), seconds in self.seconds.items() if name == kind)
-            lines.append(f"  {kind:16} {count:6,} files {of[0]:7,} read {of[1]:7,} refused {of[2]:5,} found  {spent:7.1f} s")
+            lines.append(
+                f"  {kind:16} {count:6,} files {of[0]:7,} read {of[1]:7,} refused {of[2]:5,} found  {spent:7.1f} s"
+            )
         for (kind, where), cases in sorted(self.findings.items(), key=lambda one: -len(one[1])):
             case, outcome = cases[0]
             lines += [f"{len(cases)} x {kind} at {where}", f"    FUZZ_SEED={seed} FUZZ_CASE='{case}' pytest -m fuzz"]
@@ -83,16 +85,18 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     files = sorted({path for pattern in kind.files for path in target.glob(pattern) if path.is_file()})
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
-            _reshape(path, target, draw)
+            named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
+            _reshape(path, target, draw, named)
             continue
-        data = path.read_bytes() if path.is_file() else b""
-        path.unlink(missing_ok=True) if not path.is_dir() else shutil.rmtree(path)  # linked to the right sample
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
+        path.unlink(missing_ok=True) if linked else shutil.rmtree(path)
         path.write_bytes(mutated(path.name, data, draw))
 
 
-def _reshape(path: Path, target: Path, draw: Random) -> None:
-    """Something else where a file was."""
-    shape = draw.choice(SHAPES)
+def _reshape(path: Path, target: Path, draw: Random, named: bool) -> None:
+    """Something else where a file was; where the user ``named`` it, no link to elsewhere, which would be the user's."""
+    shape = draw.choice(SHAPES[-5 if named else 0 :])
     path.unlink()
     if shape == "folder":
         path.mkdir()
@@ -165,7 +169,8 @@ class Campaign:
             kept = self.out / f"{case.kind}-{case.number}".replace(" ", "-")
             kept.mkdir(parents=True, exist_ok=True)
             with (kept / "found.txt").open("a") as file:
-                file.write(f"{outcome.kind} at {outcome.where}\nFUZZ_SEED={self.seed} FUZZ_CASE='{Case(case.kind, case.number, reader)}'\n{outcome.detail}\n\n")
+                where = f"seed {self.seed} case {case.kind}:{case.number}:{reader}"
+                file.write(f"{where}: {outcome.kind} at {outcome.where}\n{outcome.detail}\n\n")
             if not (kept / "case").exists():
                 make_case(_kind(case.kind), case.number, self.seed, self.samples(case.kind), kept / "case")
 
@@ -178,7 +183,9 @@ class Campaign:
         _, status = os.waitpid(worker.process, 0)
         if worker.reading:
             number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            kind = {signal.SIGPROF: "hang", signal.SIGALRM: "waits"}.get(number, f"crash ({signal.Signals(number).name if number else status})")
+            kind = {signal.SIGPROF: "hang", signal.SIGALRM: "waits"}.get(
+                number, f"crash ({signal.Signals(number).name if number else status})"
+            )
             trace = worker.folder / "hang.txt"
             stack = trace.read_text(errors="replace") if trace.is_file() else ""
             inner = [line.strip() for line in stack.splitlines() if "controlkit/" in line]
@@ -244,10 +251,16 @@ def _work(campaign: Campaign, cases: list[Case], folder: Path, tell: Callable[..
     for case in cases:
         kind, target = _kind(case.kind), folder / "case"
         for name in kind.readers:
-            if (case.reader and name != case.reader) or (not case.reader and case.number > 0 and case.number % READERS[name].every):
+            if (case.reader and name != case.reader) or (
+                not case.reader and case.number > 0 and case.number % READERS[name].every
+            ):
                 continue
             make_case(kind, case.number, campaign.seed, campaign.samples(kind.name), target)  # anew: some write into it
-            main = next(iter(sorted(target.glob(kind.main))), target / kind.main) if "*" in kind.main else target / kind.main
+            main = (
+                next(iter(sorted(target.glob(kind.main))), target / kind.main)
+                if "*" in kind.main
+                else target / kind.main
+            )
             tell("begun", name)
             os.chdir(target)
             outcome = guards.read(lambda main=main, name=name: READERS[name].read(main, setting))
