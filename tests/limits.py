@@ -30,7 +30,7 @@ def limited(cpu_seconds=10, growth=2**30):
         late.append(f"{_cpu() - cpu:.1f} s of CPU time of {cpu_seconds} s, {time.monotonic() - clock:.1f} s in all")
         raise OverLimit(late[0])
 
-    late, cpu, clock, memory = [], _cpu(), time.monotonic(), _watch_peak()
+    late, cpu, clock, memory = [], _cpu(), time.monotonic(), watch_peak()
     before = signal.signal(signal.SIGPROF, over)
     main = threading.main_thread().ident
     waiting = threading.Timer(WAIT, lambda: signal.pthread_kill(main, signal.SIGPROF))
@@ -46,7 +46,7 @@ def limited(cpu_seconds=10, growth=2**30):
         signal.signal(signal.SIGPROF, before)
     if late or _cpu() - cpu > cpu_seconds:
         over()
-    grown = _peak() - memory
+    grown = peak() - memory
     if grown > growth:
         raise OverLimit(f"grew by {grown / 2**20:,.0f} MiB of {growth / 2**20:,.0f} MiB")
 
@@ -57,15 +57,15 @@ def _cpu():
     return sum(one.ru_utime + one.ru_stime for one in spent)
 
 
-def _watch_peak():
+def watch_peak():
     """Set this process's largest resident size back to the present one, where the system can; that size in bytes."""
     with suppress(OSError):  # not Linux, or not allowed: then a peak of before hides smaller ones
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak()
 
 
-def _peak():
-    """The largest resident size in bytes: of this process since ``_watch_peak``, or of a child that ended."""
+def peak():
+    """The largest resident size in bytes: of this process since ``watch_peak``, or of a child that ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

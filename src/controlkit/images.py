@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+import pydantic_core
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from controlkit.decoding import Ground, array_of, is_array, open_picture, read_bytes, settings_text
+from controlkit.decoding import Ground, is_array, open_array, open_picture, read_bytes, settings_text
 from controlkit.errors import Invalid
 from controlkit.files import parse_json, write_atomic
 
@@ -74,10 +75,10 @@ class HintSpec:
     def from_json(cls, text: str) -> "HintSpec":
         """Read a contract that ``to_json`` wrote.
 
-        Raises ``ValueError`` for unknown or absent keys, wrong types, numbers out of range, and a name that is too
-        long or cannot be printed. The options' own ranges: ``annotators.contract_from_json``.
+        Raises ``ValueError`` for unknown or absent keys, wrong types, numbers that are not finite, and a name that
+        is too long or cannot be printed.
         """
-        given = parse_json(text, "the contract")
+        given = pydantic_core.from_json(text)
         keys = {_FILE_KEYS.get(one.name, one.name): one.name for one in fields(cls)}
         if not isinstance(given, dict) or given.keys() - keys:
             raise ValueError(f"expected keys out of {', '.join(keys)}")
@@ -85,10 +86,10 @@ class HintSpec:
         TypeAdapter(cls).validate_json(json.dumps(named), strict=True)  # else 1 would do for True, and 3 for a name
         spec = cls(**named)
         numbers = (spec.low, spec.high, spec.mask_value or 0.0, *spec.options.values())
-        if not all(abs(number) <= 1e6 for number in numbers) or not 0 < spec.channels <= 4096:
-            raise ValueError("a number of it is beyond 1,000,000, or its channels are not 1 to 4,096")
-        if len(spec.annotator) > 100 or not spec.annotator.isprintable():
-            raise ValueError("its annotator's name is none")
+        if not all(map(math.isfinite, numbers)) or len(spec.annotator) > 100 or not spec.annotator.isprintable():
+            raise ValueError("its numbers are not finite, or its annotator's name is none")
+        if not 1 <= spec.channels <= 1024:
+            raise ValueError(f"it has {spec.channels} channels")
         return spec
 
     def made_by(self, made: "HintSpec") -> "HintSpec":
@@ -183,7 +184,7 @@ def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     Raises ``Invalid`` for other whole numbers, as they have no largest value that they would be shares of, and for
     pickled objects.
     """
-    return array_of(data, name, ground) if is_array(data) else open_picture(data, name, ground, deep=True).pixels
+    return open_array(data, name, ground) if is_array(data) else open_picture(data, name, ground, deep=True).pixels
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:

@@ -93,9 +93,15 @@ def with_exif(data, exif):
 def jpeg2000(**changes):
     """A raw JPEG 2000 of 8x8 grey pixels with other sizes, tiles, layers, precincts or blocks in its head."""
     data = bytearray(saved(flat(64, 64, "L"), "JPEG2000", no_jp2=True, **changes.pop("options", {})))
-    at = {"width": (8, "I"), "height": (12, "I"), "tile_width": (24, "I"), "tile_height": (28, "I"), "channels": (40, "H")}
+    at = {
+        "width": (8, "I"),
+        "height": (12, "I"),
+        "tile_width": (24, "I"),
+        "tile_height": (28, "I"),
+        "channels": (40, "H"),
+    }
     coding = data.index(b"\xff\x52")
-    at |= {"layers": (coding + 6, "H"), "across": (coding + 10, "B"), "down": (coding + 11, "B")}
+    at |= {"channels": (40, "H"), "layers": (coding + 6, "H"), "across": (coding + 10, "B"), "down": (coding + 11, "B")}
     for name, value in changes.items():
         place, code = at[name]
         struct.pack_into(">" + code, data, place, value)

@@ -135,7 +135,7 @@ def _sharded(folder: Path, toy: Path) -> None:
     path.unlink()
     weight_map = {}
     for i in range(2):
-        part = {name: tensor for name, tensor in list(tensors.items())[i::2]}
+        part = dict(list(tensors.items())[i::2])
         save_file(part, path.with_name(f"{stem}-0000{i + 1}-of-00002.safetensors"), metadata)
         weight_map |= dict.fromkeys(part, f"{stem}-0000{i + 1}-of-00002.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
@@ -167,33 +167,32 @@ def _control_files(folder: Path, toy: Path) -> None:
     shutil.rmtree(folder / "made")
 
 
+def _cldm(folder: Path, toy: Path) -> Path:
+    """A control in the original's layout, in the folder."""
+    base = load_base(toy)
+    save_control(folder / "from", SavedControl(_branch(base), contract("canny")), base)
+    convert(folder / "from", folder / "control.safetensors", "cldm", base=base)
+    shutil.rmtree(folder / "from")
+    return folder / "control.safetensors"
+
+
 def _pickled(suffix: str, zipped: bool, folder: Path, toy: Path) -> None:
-    _control_files(folder / "made", toy)
-    tensors = open_tensors(folder / "made" / "cldm" / "control.safetensors").read()
+    tensors = open_tensors(made := _cldm(folder, toy)).read()
+    made.unlink()
     some = dict(list(tensors.items())[:12])
-    for name, held in {
-        "whole": tensors,
-        "some": some,
-        "nested": {"state_dict": some, "epoch": 3, "lr": [1e-5]},
-    }.items():
+    nested = {"state_dict": some, "epoch": 3, "lr": [1e-5]}
+    for name, held in {"whole": tensors, "some": some, "nested": nested}.items():
         (folder / name).mkdir()
         torch.save(held, folder / name / f"control{suffix}", _use_new_zipfile_serialization=zipped)
-    shutil.rmtree(folder / "made")
 
 
 def _beside(folder: Path, toy: Path) -> None:
     """A file of weights with a YAML beside it, as the web UI's extension has them."""
-    _control_files(folder / "made", toy)
     (folder / "cldm").mkdir()
-    shutil.move(folder / "made" / "cldm" / "control.safetensors", folder / "cldm" / "control.safetensors")
-    settings = {
-        "model": {
-            "target": "cldm.cldm.ControlLDM",
-            "params": {"control_stage_config": {"params": {"hint_channels": 3}}},
-        }
-    }
+    _cldm(folder / "cldm", toy)
+    params = {"control_stage_config": {"params": {"hint_channels": 3}}}
+    settings = {"model": {"target": "cldm.cldm.ControlLDM", "params": params}}
     (folder / "cldm" / "control.yaml").write_text(yaml.safe_dump(settings))
-    shutil.rmtree(folder / "made")
 
 
 def narrow_families() -> None:
@@ -436,15 +435,27 @@ _SET = ("listing", "doctor", "build", "training pairs", "train")
 
 KINDS = [
     *(
-        Kind(suffix[1:], partial(_pictures, suffix), f"photo{suffix}", (f"photo{suffix}",), (*_PICTURE, *(["request's PNG"] if suffix == ".png" else [])), 2)
+        Kind(
+            suffix[1:],
+            partial(_pictures, suffix),
+            f"photo{suffix}",
+            (f"photo{suffix}",),
+            (*_PICTURE, *(["request's PNG"] if suffix == ".png" else [])),
+        )
         for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".gif", ".avif", ".jp2")
     ),
-    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 3),
+    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 2),
     Kind("control folder", _control_folders, "control", ("control/*",), _CONTROL),
     Kind("index.json", _sharded, "control", ("control/*.json",), _CONTROL),
     Kind("safetensors", _control_files, "control.safetensors", ("*",), _CONTROL, 2),
     Kind("pth", partial(_pickled, ".pth", True), "control.pth", ("*",), _CONTROL, 2),
-    Kind("old ckpt", partial(_pickled, ".ckpt", False), "control.ckpt", ("*",), ("tensors", "describe", "control", "inspect"), 2),
+    Kind(
+        "old ckpt",
+        partial(_pickled, ".ckpt", False),
+        "control.ckpt",
+        ("*",),
+        ("tensors", "describe", "control", "inspect"),
+    ),
     Kind("yaml beside", _beside, "control.safetensors", ("*.yaml",), _CONTROL),
     Kind("single file", _single_files, "base.*", ("*",), ("tensors", "describe", "inspect", "single file")),
     Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae")),
@@ -463,9 +474,16 @@ KINDS = [
     Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET),
     Kind("saved set", partial(_table, True), "set", ("set/*",), _SET),
     Kind("own sets", _own_sets, "set", ("set/*.json", "set/*.jsonl"), ("listing", "doctor", "draw on", "build on")),
-    Kind("run", _runs, "run", ("run/*", "run/checkpoints/*/*", "run/control/*"), ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"), 2),
-    Kind("store", _store, "store", ("store/*",), ("store",)),
-]  # fmt: skip
+    Kind(
+        "run",
+        _runs,
+        "run",
+        ("run/*", "run/checkpoints/*/*", "run/control/*"),
+        ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"),
+        2,
+    ),
+    Kind("store", _store, "store", ("store/*.sqlite",), ("store",)),
+]
 
 
 def write_elsewhere(folder: Path, toy: Path) -> None:

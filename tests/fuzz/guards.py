@@ -19,7 +19,7 @@ from typing import Any
 
 import controlkit
 from controlkit.errors import UserError
-from limits import _peak, _watch_peak
+from limits import peak, watch_peak
 
 CPU_SECONDS, WAIT, GROWTH, SENTENCE = 10, 100, 2**30, 1000
 """Limits of a reading: CPU time and time on the clock, in seconds; growth in bytes; letters of a refusal."""
@@ -74,13 +74,13 @@ _SECRET = ("environ", "/fd", "/mem", "/root", "/cwd")
 """Ends of the files of /proc that tell of a process what no reader needs."""
 
 
-class Blocked(OSError):
+class BlockedError(OSError):
     """Something that a guard does not let happen."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a reading ended. ``kind``: ``value``, ``refused``, or what was found; ``where``: what is alike of one fault."""
+    """How a reading ended. ``kind``: ``value``, ``refused``, or what was found; ``where``: the same for one fault."""
 
     kind: str
     where: str = ""
@@ -169,7 +169,7 @@ class Guards:
         frames = "".join(traceback.format_list(traceback.extract_stack()[:-3][-12:]))
         self.seen.append((kind, f"{what}\n{frames}"))
         self.watching = True
-        raise Blocked(13, f"{kind}: {what}"[:300])
+        raise BlockedError(13, f"{kind}: {what}"[:300])
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -191,7 +191,7 @@ class Guards:
     def read(self, reader: Callable[[], object]) -> Outcome:
         """Run a reader; never raises."""
         self._forget_reads()
-        before, memory, kind, where, detail = time.process_time(), _watch_peak(), "value", "", ""
+        before, memory, kind, where, detail = time.process_time(), watch_peak(), "value", "", ""
         said = io.StringIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -202,19 +202,22 @@ class Guards:
                 kind, detail = "refused", str(error)
                 if len(detail) > SENTENCE or not detail.isprintable():
                     kind, where = "long or strange sentence", _place(error)
-            except Uncouth as error:
+            except UncouthError as error:
                 kind, where, detail = "terminal", error.command, str(error)
             except BaseException as error:
                 kind, where = type(error).__name__, _place(error)
                 detail = "".join(traceback.format_exception(error)[-8:])
-        growth, seconds = _peak() - memory, time.process_time() - before
+        growth, seconds = peak() - memory, time.process_time() - before
         if growth > GROWTH:
             kind, where, detail = "growth", detail[:80], f"{growth / 2**20:,.0f} MiB; {detail}"
         if strange := [one for one in caught if not _is_ours(one)]:
             one = strange[0]
             kind, where = "warning", f"{one.category.__name__} {Path(one.filename).name}:{one.lineno}"
             detail = str(one.message)
-        if words := Path(self._words.name).read_text(errors="replace"):
+        words = Path(self._words.name).read_text(errors="replace")
+        if (
+            not words.replace("\n", "").isprintable() or len(words) > 4 * SENTENCE
+        ):  # plain words of C code are let through
             kind, where, detail = "printed", words.strip()[:60], words
         if opened := self._opened():
             kind, where, detail = "foreign file (native)", opened.name, f"{opened}; {detail}"
@@ -241,7 +244,7 @@ class Guards:
         return Path(self._traces.name).read_text(errors="replace")
 
 
-class Uncouth(Exception):
+class UncouthError(Exception):
     """What a command wrote to the terminal that it may not."""
 
     def __init__(self, command: str, words: str) -> None:

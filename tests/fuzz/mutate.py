@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import pickle
 import pickletools
 import re
 import sqlite3
@@ -106,39 +105,58 @@ RAW_YAML += [
 MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))])
 
 KEYS = {  # that libraries obey, with what a stranger might want of them
-    "attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel", "auto_map": {"AutoModel": "x--y.Z"},
-    "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}, "_class_name": "os.system",
-    "trust_remote_code": True, "base_model_name_or_path": "../../outside/base", "peft_type": "LORA",
-    "num_train_timesteps": 2 * 10**8, "block_out_channels": [8] * 3000, "layers_per_block": 10**6, "num_hidden_layers": 10**6,
-    "vocab_size": 2**31, "hidden_size": 2**20, "num_attention_heads": 0, "sample_size": 10**9, "norm_num_groups": 0,
-    "transformer_layers_per_block": 10**6, "cross_attention_dim": 2**30, "trained_betas": [float("nan")] * 10,
-    "weight_map": {"x": "../../outside/control.safetensors"}, "_data_files": [{"filename": "../../outside/set.arrow"}],
-    "_name_or_path": "../../outside/base", "dtype": "os", "torch_dtype": "float99", "_commit_hash": "x", "_use_default_values": 3,
-    "act_fn": "os.system", "width": 10**5, "radius": 10**9, "low": float("nan"), "high": -1, "data": "owner/dataset",
-    "recipe": {"size": 4096}, "base": "owner/base", "conditioning_data": "x", "instance_data_dir": "../../outside/set",
-    "url": "https://127.0.0.1:9/x", "file_name": "../../outside/photo.png", "image": "/dev/zero", "steps": 10**12,
-}  # fmt: skip
+    "attn_implementation": "owner/kernel",
+    "_attn_implementation": "owner/kernel",
+    "auto_map": {"AutoModel": "x--y.Z"},
+    "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"},
+    "_class_name": "os.system",
+    "trust_remote_code": True,
+    "base_model_name_or_path": "../../outside/base",
+    "peft_type": "LORA",
+    "num_train_timesteps": 2 * 10**8,
+    "block_out_channels": [8] * 3000,
+    "layers_per_block": 10**6,
+    "num_hidden_layers": 10**6,
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "num_attention_heads": 0,
+    "sample_size": 10**9,
+    "norm_num_groups": 0,
+    "transformer_layers_per_block": 10**6,
+    "cross_attention_dim": 2**30,
+    "trained_betas": [float("nan")] * 10,
+    "weight_map": {"x": "../../outside/control.safetensors"},
+    "_data_files": [{"filename": "../../outside/set.arrow"}],
+    "_name_or_path": "../../outside/base",
+    "dtype": "os",
+    "torch_dtype": "float99",
+    "_commit_hash": "x",
+    "_use_default_values": 3,
+    "act_fn": "os.system",
+    "width": 10**5,
+    "radius": 10**9,
+    "low": float("nan"),
+    "high": -1,
+    "data": "owner/dataset",
+    "recipe": {"size": 4096},
+    "base": "owner/base",
+    "conditioning_data": "x",
+    "instance_data_dir": "../../outside/set",
+    "url": "https://127.0.0.1:9/x",
+    "file_name": "../../outside/photo.png",
+    "image": "/dev/zero",
+    "steps": 10**12,
+}
 
 
 def mutated(name: str, data: bytes, draw: Random) -> bytes:
-    """A file's bytes changed once, or a few times: by its format where it has one, else as bytes."""
-    for _ in range(1 + (draw.random() < 0.25)):
-        change = _by_format(name, data) if draw.random() < 0.7 else None
-        try:
-            data = change(data, draw) if change else changed_bytes(data, draw)
-        except (ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error, RecursionError, OSError):
-            data = changed_bytes(data, draw)  # what is no right file any more is changed as bytes
-        except (
-            zipfile.BadZipFile,
-            sqlite3.Error,
-            pickle.PickleError,
-            zlib.error,
-            UnicodeError,
-            AttributeError,
-            csv.Error,
-        ):
-            data = changed_bytes(data, draw)
-    return data
+    """A file's bytes changed once, or twice: by its format, where it has one that is known here, else as bytes."""
+    change = _by_format(name, data) if draw.random() < 0.7 else None
+    try:
+        made = change(data, draw) if change else changed_bytes(data, draw)
+    except Exception:  # what is no right file any more, as the library that reads it here says
+        made = changed_bytes(data, draw)
+    return changed_bytes(made, draw) if draw.random() < 0.2 else made
 
 
 def _by_format(name: str, data: bytes) -> Callable[[bytes, Random], bytes] | None:
@@ -580,7 +598,7 @@ def changed_tar(data: bytes, draw: Random) -> bytes:
     return data[:at] + _with_sum(bytes(head)) + body + bytes(-len(body) % 512) + data[at:]
 
 
-# --- texts --------------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------------------------
 
 
 def _nodes(value: Any, path: tuple = ()) -> list[tuple]:
@@ -593,7 +611,25 @@ def _changed_node(value: Any, draw: Random, raw: list[str]) -> tuple[Any, str]:
     """The value with a node replaced, left out, renamed or put in; and the text that its mark stands for."""
     nodes = _nodes(value)
     path = draw.choice(nodes[1:] or nodes) if draw.random() < 0.95 else ()
-    new: Any = draw.choice([draw.choice(PATHS), draw.choice(PATHS), draw.choice(NUMBERS), draw.choice(NUMBERS), draw.choice(WORDS), None, True, False, [], {}, [[]], [None] * 3, {"": ""}, "@raw", "@raw"])  # fmt: skip
+    new: Any = draw.choice(
+        [
+            draw.choice(PATHS),
+            draw.choice(PATHS),
+            draw.choice(NUMBERS),
+            draw.choice(NUMBERS),
+            draw.choice(WORDS),
+            None,
+            True,
+            False,
+            [],
+            {},
+            [[]],
+            [None] * 3,
+            {"": ""},
+            "@raw",
+            "@raw",
+        ]
+    )
     text = draw.choice(raw)
     if not path:
         return new, text
@@ -761,7 +797,18 @@ def changed_store(data: bytes, draw: Random) -> bytes:
         elif way < 0.8:
             value = changed_bytes(value, draw)
         else:
-            connection.execute(draw.choice(("DROP TABLE entries", "CREATE TRIGGER t AFTER INSERT ON entries BEGIN SELECT 1; END", "ALTER TABLE entries RENAME value TO v", "UPDATE entries SET value = 3", "UPDATE entries SET seal = NULL", "UPDATE entries SET key = 'x'")))  # fmt: skip
+            connection.execute(
+                draw.choice(
+                    (
+                        "DROP TABLE entries",
+                        "CREATE TRIGGER t AFTER INSERT ON entries BEGIN SELECT 1; END",
+                        "ALTER TABLE entries RENAME value TO v",
+                        "UPDATE entries SET value = 3",
+                        "UPDATE entries SET seal = NULL",
+                        "UPDATE entries SET key = 'x'",
+                    )
+                )
+            )
         if way < 0.8:
             seal = blake2b(value, key=key, digest_size=16).digest()
             connection.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", (key, value, seal))

@@ -1,4 +1,4 @@
-"""Cases run in processes that are forked from one that has imported everything; what is found, and how to see it again."""
+"""Cases run in processes forked from one that has imported everything; what is found, and how to see it again."""
 
 import json
 import os
@@ -21,8 +21,19 @@ from guards import Guards, Outcome
 from mutate import ELSEWHERE, OUTSIDE, mutated
 from readers import READERS, Setting
 
-SHAPES = [*ELSEWHERE, "/dev/zero", "/etc/passwd", "loop", "folder", "empty", "gone"]
-"""What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing."""
+SHAPES = [
+    *sorted(ELSEWHERE, key=lambda name: "." in name),
+    "/etc/passwd",
+    "/dev/zero",
+    "loop",
+    "folder",
+    "empty",
+    "gone",
+]
+"""What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing.
+
+Links to elsewhere are the user's own where the user named the file; and links to folders in a data set (``tree_of``).
+"""
 
 
 @dataclass(frozen=True)
@@ -85,16 +96,18 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     files = sorted({path for pattern in kind.files for path in target.glob(pattern) if path.is_file()})
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
-            _reshape(path, target, draw)
+            named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
+            _reshape(path, target, draw, SHAPES[-5:] if named else SHAPES[2:] if "listing" in kind.readers else SHAPES)
             continue
-        data = path.read_bytes() if path.is_file() else b""
-        path.unlink(missing_ok=True) if not path.is_dir() else shutil.rmtree(path)  # linked to the right sample
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
+        path.unlink(missing_ok=True) if linked else shutil.rmtree(path)
         path.write_bytes(mutated(path.name, data, draw))
 
 
-def _reshape(path: Path, target: Path, draw: Random) -> None:
+def _reshape(path: Path, target: Path, draw: Random, shapes: Sequence[str]) -> None:
     """Something else where a file was."""
-    shape = draw.choice(SHAPES)
+    shape = draw.choice(shapes)
     path.unlink()
     if shape == "folder":
         path.mkdir()
@@ -167,9 +180,8 @@ class Campaign:
             kept = self.out / f"{case.kind}-{case.number}".replace(" ", "-")
             kept.mkdir(parents=True, exist_ok=True)
             with (kept / "found.txt").open("a") as file:
-                file.write(
-                    f"{outcome.kind} at {outcome.where}\nFUZZ_SEED={self.seed} FUZZ_CASE='{Case(case.kind, case.number, reader)}'\n{outcome.detail}\n\n"
-                )
+                where = f"seed {self.seed} case {case.kind}:{case.number}:{reader}"
+                file.write(f"{where}: {outcome.kind} at {outcome.where}\n{outcome.detail}\n\n")
             if not (kept / "case").exists():
                 make_case(_kind(case.kind), case.number, self.seed, self.samples(case.kind), kept / "case")
 

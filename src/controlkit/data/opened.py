@@ -8,7 +8,7 @@ from itertools import cycle
 import numpy as np
 
 from controlkit.data.layouts.rows import Held, Problem, Row
-from controlkit.decoding import Ground, Picture, TooLarge, array_of, is_array, open_picture, sides_of
+from controlkit.decoding import Ground, Picture, TooLarge, is_array, open_array, open_picture, sides_of
 from controlkit.errors import Invalid, UserError
 
 
@@ -76,7 +76,7 @@ def _decoded(
     kind, words = "unreadable array" if is_array(data) else "unreadable picture", ""
     try:
         if is_array(data) and is_hint:
-            return array_of(data, held.name)
+            return open_array(data, held.name, ground)
         if is_array(data):
             words = "is an array: pictures are read from PNG, JPEG or WebP files"
         elif is_hint and held.name.lower().endswith(".npy"):

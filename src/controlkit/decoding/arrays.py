@@ -47,7 +47,7 @@ def array_of(data: bytes, name: str) -> np.ndarray:
         array = (values.view(np.uint8) != 0) * np.uint8(255)
     else:
         with np.errstate(all="ignore"):  # larger than float32 becomes inf, and is out of every hint's range
-            array = values.astype(np.float32 if kind.kind == "f" else kind.newbyteorder("="))
+            array = values.astype(np.float32 if kind.kind == "f" else kind.newbyteorder("="), order="C")
     return array[..., None] if array.ndim == 2 else array
 
 

@@ -4,7 +4,6 @@ The boxes' sizes are not the streams': a box of 8x8 pixels may hold a stream of 
 walked to every place where a size stands.
 """
 
-import re
 import struct
 from collections.abc import Iterator
 
@@ -37,14 +36,15 @@ def avif(data: bytes) -> bytes:
     """The file with its first picture alone, without EXIF; ``Refused`` where a stream in it is too large."""
     clean, (start, end) = bytearray(data), (0, 0)
     for kind, at, after in _boxes(data, 0, len(data)):
-        if kind == b"ftyp" and not re.search(b"avi[fs]", data[at:after]):
-            raise Refused("of no known format")
-        if kind == b"meta" and not end:
+        if kind == b"ftyp":
+            clean[at:after] = data[at:after].replace(b"avis", b"avif")  # else its frames are asked for
+            if b"avif" not in clean[at:after]:
+                raise Refused("of no known format")
+        elif kind == b"meta" and not end:
             start, end = at, after
-        elif kind not in (b"ftyp", b"mdat"):  # such as the frames of a moving one
+        elif kind != b"mdat":  # such as the frames of a moving one
             kept = at - (12 if data[at - 16 : at - 12] == b"\0\0\0\1" and data[at - 12 : at - 8] == kind else 4)
             clean[kept : kept + 4] = b"free"
-    clean[8:12] = data[8:12].replace(b"avis", b"avif")  # else its frames are asked for
     clean[start:end] = data[start:end].replace(b"Exif", b"skip")  # of which decoders read all tags, however many
     found: dict[bytes, tuple[int, int]] = {}
     for kind, at, after in _boxes(data, start + 4, end):
@@ -73,7 +73,7 @@ def _check_items(
 def _kinds(data: bytes, start: int, end: int) -> dict[int, bytes]:
     """Items' numbers and types."""
     wide = data[start] > 0
-    found = {}
+    found: dict[int, bytes] = {}
     for _, at, _ in _boxes(data, start + (8 if wide else 6), end):
         item, _, kind = struct.unpack_from(">IH4s" if data[at] > 2 else ">HH4s", data, at + 4)
         if found.setdefault(item, kind) != kind:

@@ -234,6 +234,8 @@ def _check_tiff(one: dict[int, int], tags: dict[int, tuple[int, ...]]) -> None:
         raise Refused(f"its tiles are {wide}x{high}")
     if one.get(284, 1) == 2:
         parts *= samples
+        if bits[0] > 8 and samples > 1:  # decoders read every other byte, or none
+            raise Refused("its channels of 16 bits lie one after the other: write them pixel by pixel")
     if parts > MOST_PARTS or (parts > 1 and len(tags[324 if tiled else 273]) > parts):
         raise Refused(f"it has {len(tags[324 if tiled else 273]):,} parts, {parts:,} by its size")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from controlkit.decoding.arrays import array_of
 from controlkit.decoding.heads import head_of, orientation
 from controlkit.decoding.limits import MOST_BYTES, Large, Refused, check_size
 from controlkit.errors import Invalid, NotFound, OutOfRoom, UserError
@@ -83,6 +84,18 @@ def open_picture(data: bytes, name: str, ground: Ground = "white", deep: bool = 
         if mode != "I;16" and (mode in ("RGBA", "LA", "P", "PA") or "transparency" in image.info):
             return _transparent(image, mode, ground)
         return Picture(_array(image, "RGB" if ground else "RGBA"), mode)
+
+
+def open_array(data: bytes, name: str, ground: Ground = None) -> np.ndarray:
+    """The array (H, W, C) in a ``.npy`` file's bytes, as ``arrays.array_of`` gives it; with a ``ground``, of uint8 a
+    fourth channel is transparency, as a picture's is.
+    """
+    if len(data) > MOST_BYTES:
+        raise TooLarge(f"{name} has {len(data):,} bytes: expected at most {MOST_BYTES:,}.")
+    array = array_of(data, name)
+    if ground and array.dtype == np.uint8 and array.shape[2] == 4:
+        return _transparent(Image.fromarray(array), "RGBA", ground).pixels
+    return array
 
 
 def sides_of(data: bytes, name: str) -> tuple[int, int]:
