@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from corpus import KEYS, TINY, narrow_families, run_recipe
 from guards import SENTENCE, Uncouth
 
@@ -155,7 +156,17 @@ def _folder(path: Path) -> Path:
 
 
 def _doctor(path: Path, setting: Setting) -> None:
-    command("data", "doctor", _folder(path), "--base", setting.toy, "--annotator", "canny", "--out", setting.folder / "out" / "doctor")
+    command(
+        "data",
+        "doctor",
+        _folder(path),
+        "--base",
+        setting.toy,
+        "--annotator",
+        "canny",
+        "--out",
+        setting.folder / "out" / "doctor",
+    )
 
 
 def _train(path: Path, setting: Setting) -> None:
@@ -181,7 +192,19 @@ def _pairs(path: Path, setting: Setting) -> None:
 
 
 def _generate(path: Path, setting: Setting, *options: object) -> None:
-    command("generate", "x", "--base", setting.toy, "--steps", 1, "--device", "cpu", "--out", setting.folder / "out" / "made", *options)
+    command(
+        "generate",
+        "x",
+        "--base",
+        setting.toy,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        setting.folder / "out" / "made",
+        *options,
+    )
 
 
 def _photo(setting: Setting) -> Path:
@@ -220,14 +243,17 @@ def _resume(path: Path, setting: Setting) -> None:
 
 
 def _start_from(path: Path, setting: Setting) -> None:
-    _write_recipe(setting, control={"annotator": "canny", "start_from": str(path)}, data={"source": "fill50k", "count": 2})
+    _write_recipe(
+        setting, control={"annotator": "canny", "start_from": str(path)}, data={"source": "fill50k", "count": 2}
+    )
     command("train", setting.folder / "out" / "recipe.yaml", "--out", setting.folder / "out" / "run", "--device", "cpu")
 
 
 def _store(path: Path, setting: Setting) -> None:
     with Store(path) as store:
-        for entry in store.get(KEYS):
-            assert entry is None or entry["latents"].shape[0] > 0
+        like = {"latents": ((4, 8, 8), torch.float32), "hint": ((8, 8, 3), torch.uint8)}
+        for entry in store.get(KEYS, [like] * len(KEYS)):
+            assert entry is None or entry["latents"].shape == (4, 8, 8)
         store.put({b"c" * 32: {"latents": setting.base.unet.conv_in.bias.detach().clone()}})
 
 
@@ -249,7 +275,12 @@ def _convert(path: Path, setting: Setting) -> None:
     assert not left, f"left behind: {left}"
 
 
-_SETS = ("data.layouts.read_listing", "data.layouts.sound_listing", "data.layouts.own_facts", "data.layouts.tree.tree_of")
+_SETS = (
+    "data.layouts.read_listing",
+    "data.layouts.sound_listing",
+    "data.layouts.own_facts",
+    "data.layouts.tree.tree_of",
+)
 _WEIGHTS = ("tensors.reader.open_tensors", "tensors.pickles.read_pickle", "formats.metadata.json_object")
 
 READERS: dict[str, Reader] = {
