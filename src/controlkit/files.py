@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from controlkit.errors import Invalid, NotFound, one_line
+from controlkit.errors import Invalid, NotFound, Unsupported, one_line
 
 SCRATCH = ".writing-"
 """The beginning of the name of a file or folder until it is whole and renamed."""
@@ -289,6 +289,21 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        _unlock(lock)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process while it fills it; ``Unsupported`` where another one does.
+
+    What a killed process kept is free.
+    """
+    lock = _lock(folder)
+    if lock is None:
+        raise Unsupported(f"{folder} is being written by another process: wait until it ends, or give another folder.")
+    try:
+        yield
+    finally:
         _unlock(lock)
 
 

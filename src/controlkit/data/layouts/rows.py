@@ -158,7 +158,8 @@ def read_regular(path: Path, most: int = MOST_BYTES, offset: int = 0, size: int 
         size = os.fstat(file.fileno()).st_size if size is None else size
         if size > most:
             raise OSError(f"it has {size:,} bytes: more than {most:,}")
-        file.seek(offset)
+        if offset:
+            file.seek(offset)
         data = file.read(size)
     if len(data) < size:
         raise OSError(f"it has {len(data):,} bytes where it said {size:,}")
@@ -190,9 +191,9 @@ def inside(folder: Path, name: Any, problems: list[Problem], links: bool = True)
     if not isinstance(name, str):
         problems.append(Problem("missing file", where, "is a value of a listing; expected a file's name"))
         return None
-    bases = [Path(os.path.abspath(folder)), folder.resolve()]  # noqa: PTH100  # "..", without following links
     for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
         path = Path(os.path.abspath(folder / spelling))  # noqa: PTH100
+        bases = (at(folder) for at in (os.path.abspath, os.path.realpath))  # "..", without following links; and with
         base = next((base for base in bases if path.is_relative_to(base)), None)
         there = base is not None and is_there(path)
         within = base is not None and (not there or links or is_within(path, folder))
