@@ -81,7 +81,19 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
 
 def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
     """Or one given beside ``--request`` would be left unread without a word."""
-    beside = {"context", "request", "out", "base", "num_images", "lora", "vae", "embedding", "dtype", "device"}
+    beside = {
+        "context",
+        "request",
+        "out",
+        "base",
+        "num_images",
+        "lora",
+        "vae",
+        "embedding",
+        "follow",
+        "dtype",
+        "device",
+    }
     assert set(inspect.signature(generate).parameters) == {*IN_REQUEST} | beside and not {*IN_REQUEST} & beside
 
 

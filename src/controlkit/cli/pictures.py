@@ -209,7 +209,7 @@ _USUAL = {"side": 1024, "steps": 100}
 
 
 def _beyond(request: "Request") -> Iterator[str]:
-    """What a request has the program open, fetch or spend, in words; of a stranger's it is asked for."""
+    """In words, all that a request has the program open, fetch or spend; of a stranger's it is asked for."""
     from controlkit.formats import shipped_controls
 
     for control in request.controls:

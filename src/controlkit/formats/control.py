@@ -60,7 +60,7 @@ class SavedControl:
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """What the record of its training says of the ``data``, their ``columns`` and the pictures' ``size``."""
+        """The ``data``, their ``columns`` and the pictures' ``size``, as the record of its training has them."""
         recipe = self.trained.get("recipe")
         recipe = recipe if isinstance(recipe, dict) else {}
         data = recipe.get("data")

@@ -289,7 +289,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
 
 
 class _Machine(BaseModel):
-    """What ``machine.json`` says of how a run began."""
+    """The beginning of a run, as ``machine.json`` tells it."""
 
     threads: int = Field(ge=1, le=4096, strict=True)
     processes: int = Field(ge=1, le=10**6, strict=True)

@@ -115,10 +115,10 @@ class Optimizer:
                 whole = value.dtype == torch.int64 and not value.ndim
                 held[int(number)].setdefault(int(index), {})[name] = value.item() if whole else value
         for part, kept in zip(self._parts, held, strict=True):
-            for index, values in kept.items():
+            for place, values in kept.items():
                 shapes = {value.shape for name, value in values.items() if name in _ALIKE}
-                if shapes - {_parameters(part)[index].shape} or not values.keys() >= kept[min(kept)].keys() & _ALIKE:
-                    raise ValueError(f"the optimizer's state of parameter {index} is of another one")
+                if shapes - {_parameters(part)[place].shape} or not values.keys() >= kept[min(kept)].keys() & _ALIKE:
+                    raise ValueError(f"the optimizer's state of parameter {place} is of another one")
             part.load_state_dict({"state": kept, "param_groups": part.state_dict()["param_groups"]})
 
 

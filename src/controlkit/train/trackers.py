@@ -105,7 +105,9 @@ def _history(out: Path, logged: int) -> tuple[str, int]:
     path = out / "tracking.json"
     try:
         held = read_json(path)
-        name, sent = re.fullmatch(r"[0-9a-f]{8}", held["name"])[0], max(int(held["sent"]), logged)
+        if not re.fullmatch(r"[0-9a-f]{8}", held["name"]):
+            raise ValueError("it is no name that was given here")
+        name, sent = held["name"], max(int(held["sent"]), logged)
     except (UserError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         name, sent = uuid.uuid4().hex[:8], logged
     write_atomic(path, (json.dumps({"name": name, "sent": sent}) + "\n").encode())

@@ -159,7 +159,7 @@ class _Evaluation(BaseModel):
 
 
 class _Settings(BaseModel):
-    """What is read of a run's recipe, which another version may have written; the rest is shown as it is."""
+    """The settings that are read of a run's recipe, which another version may have written; others are only shown."""
 
     steps: int = Field(ge=0, le=10**9, strict=True)
     max_minutes: float | None = Field(None, gt=0, le=1e7, strict=True)
