@@ -167,33 +167,32 @@ def _control_files(folder: Path, toy: Path) -> None:
     shutil.rmtree(folder / "made")
 
 
+def _cldm(folder: Path, toy: Path) -> Path:
+    """A control in the original's layout, in the folder."""
+    base = load_base(toy)
+    save_control(folder / "from", SavedControl(_branch(base), contract("canny")), base)
+    convert(folder / "from", folder / "control.safetensors", "cldm", base=base)
+    shutil.rmtree(folder / "from")
+    return folder / "control.safetensors"
+
+
 def _pickled(suffix: str, zipped: bool, folder: Path, toy: Path) -> None:
-    _control_files(folder / "made", toy)
-    tensors = open_tensors(folder / "made" / "cldm" / "control.safetensors").read()
+    tensors = open_tensors(made := _cldm(folder, toy)).read()
+    made.unlink()
     some = dict(list(tensors.items())[:12])
-    for name, held in {
-        "whole": tensors,
-        "some": some,
-        "nested": {"state_dict": some, "epoch": 3, "lr": [1e-5]},
-    }.items():
+    nested = {"state_dict": some, "epoch": 3, "lr": [1e-5]}
+    for name, held in {"whole": tensors, "some": some, "nested": nested}.items():
         (folder / name).mkdir()
         torch.save(held, folder / name / f"control{suffix}", _use_new_zipfile_serialization=zipped)
-    shutil.rmtree(folder / "made")
 
 
 def _beside(folder: Path, toy: Path) -> None:
     """A file of weights with a YAML beside it, as the web UI's extension has them."""
-    _control_files(folder / "made", toy)
     (folder / "cldm").mkdir()
-    shutil.move(folder / "made" / "cldm" / "control.safetensors", folder / "cldm" / "control.safetensors")
-    settings = {
-        "model": {
-            "target": "cldm.cldm.ControlLDM",
-            "params": {"control_stage_config": {"params": {"hint_channels": 3}}},
-        }
-    }
+    _cldm(folder / "cldm", toy)
+    params = {"control_stage_config": {"params": {"hint_channels": 3}}}
+    settings = {"model": {"target": "cldm.cldm.ControlLDM", "params": params}}
     (folder / "cldm" / "control.yaml").write_text(yaml.safe_dump(settings))
-    shutil.rmtree(folder / "made")
 
 
 def narrow_families() -> None:

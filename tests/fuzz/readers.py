@@ -389,7 +389,7 @@ READERS: dict[str, Reader] = {
     ),
     "request": Reader(_request, ("sample.request._Checked.from_json",)),
     "single file": Reader(lambda path, setting: load_base(path), ("backbones.load.load_base", "generate base"), 2),
-    "vae": Reader(lambda path, setting: load_base(setting.toy, vae=path), ()),
+    "vae": Reader(lambda path, setting: load_base(setting.toy, vae=path), (), 2),
     "lora": Reader(lambda path, setting: load_base(setting.toy, loras=[(path, 0.5)]), ()),
     "embedding": Reader(lambda path, setting: load_base(setting.toy, embeddings=[path]), ()),
     "base": Reader(

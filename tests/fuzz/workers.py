@@ -21,8 +21,19 @@ from guards import Guards, Outcome
 from mutate import ELSEWHERE, OUTSIDE, mutated
 from readers import READERS, Setting
 
-SHAPES = [*ELSEWHERE, "/etc/passwd", "/dev/zero", "loop", "folder", "empty", "gone"]
-"""What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing."""
+SHAPES = [
+    *sorted(ELSEWHERE, key=lambda name: "." in name),
+    "/etc/passwd",
+    "/dev/zero",
+    "loop",
+    "folder",
+    "empty",
+    "gone",
+]
+"""What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing.
+
+Links to elsewhere are the user's own where the user named the file; and links to folders in a data set (``tree_of``).
+"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
             named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
-            _reshape(path, target, draw, named)
+            _reshape(path, target, draw, SHAPES[-5:] if named else SHAPES[2:] if "listing" in kind.readers else SHAPES)
             continue
         data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
@@ -94,9 +105,9 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
         path.write_bytes(mutated(path.name, data, draw))
 
 
-def _reshape(path: Path, target: Path, draw: Random, named: bool) -> None:
-    """Something else where a file was; where the user ``named`` it, no link to elsewhere, which would be the user's."""
-    shape = draw.choice(SHAPES[-5 if named else 0 :])
+def _reshape(path: Path, target: Path, draw: Random, shapes: Sequence[str]) -> None:
+    """Something else where a file was."""
+    shape = draw.choice(shapes)
     path.unlink()
     if shape == "folder":
         path.mkdir()
