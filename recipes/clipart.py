@@ -23,7 +23,7 @@ from controlkit.data import Pair, evaluation_pairs
 from controlkit.errors import NotFound
 from controlkit.files import write_atomic
 from controlkit.formats import load_control
-from controlkit.images import grid, write_png
+from controlkit.images import grid, read_picture, write_png
 from controlkit.measure import EvaluationPlan, evaluate_base
 from controlkit.mini import world
 from controlkit.sample import ControlRequest, maker
@@ -44,8 +44,7 @@ def drawings(folder: Path, count: int, size: int) -> list[Pair]:
     rng = numpy_rng("clipart", len(paths))
     pairs: list[Pair] = []
     for i in rng.permutation(len(paths)):
-        with Image.open(paths[i]) as opened:
-            picture = opened.convert("RGBA")
+        picture = Image.fromarray(read_picture(paths[i], None))
         box = picture.getchannel("A").getbbox()
         if box is None or min(box[2] - box[0], box[3] - box[1]) < size // 3:
             continue

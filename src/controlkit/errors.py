@@ -5,6 +5,7 @@ kinds to its status codes.
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_fault(error: "ValidationError", owner: str, known: Iterable[str]) -> str:
     """The first fault that pydantic found in what ``owner`` was given, as a sentence; ``known``: the owner's keys."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "")
+    name = one_line(".".join(str(part) for part in first["loc"] if part != ""))
     inner = first.get("ctx", {}).get("error")
     if first["type"] == "extra_forbidden":
         return f'{owner} has no "{name}": {nearest(name, known)}'
@@ -60,7 +61,35 @@ def first_fault(error: "ValidationError", owner: str, known: Iterable[str]) -> s
     return f'{owner}: "{name}" is {found}; expected {first["msg"].removeprefix("Input should be ")}.'
 
 
+LINE = 4000
+"""The most letters of a line that is printed: more than any sentence of ours, and less than a flood."""
+_MARKS = 4
+"""Marks that one letter may carry: no script stacks more, and towers of them cover the lines above."""
+_BLANK = "\u115f\u1160\u3164\uffa0\u2800"
+"""Letters that show nothing."""
+
+
+def printable(text: object, most: int | None = LINE) -> str:
+    """Words from anywhere, fit for a terminal or a page: one line of at most ``most`` letters (None: of any length).
+
+    Spaces and ends of lines of all kinds become spaces. What controls a terminal, turns the direction of writing, is
+    invisible or no letter becomes a question mark; marks beyond the fourth of a letter are left out. Markup is left as
+    it is: whoever prints shows it as letters.
+    """
+    found = str(text)
+    if most is not None and len(found) > most:
+        found = f"{found[:most]}..."
+    if found.isascii() and found.isprintable():
+        return found
+    kept, marks = list[str](), 0
+    for letter in found:
+        marks = marks + 1 if unicodedata.category(letter) in ("Mn", "Me") else 0
+        if marks <= _MARKS:
+            shown = letter.isprintable() and letter not in _BLANK
+            kept.append(" " if letter.isspace() else letter if shown else "?")
+    return "".join(kept)
+
+
 def one_line(text: object) -> str:
-    """Another program's words, fit for a sentence of ours: one line, at most 200 letters, no control characters."""
-    kept = " ".join(str(text).split())[:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in kept)
+    """Another program's words, quoted in a sentence of ours: ``printable``, and at most 200 letters."""
+    return printable(" ".join(str(text)[:2000].split()), 200)

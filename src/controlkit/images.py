@@ -19,32 +19,21 @@ import cv2
 import numpy as np
 import pydantic_core
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from controlkit.errors import Invalid, NotFound, one_line
+from controlkit.decoding import Ground, is_array, open_array, open_picture, read_bytes, settings_text
+from controlkit.errors import Invalid
 from controlkit.files import parse_json, write_atomic
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
-"""Formats of files, by Pillow's names, that are taken for pictures; of moving ones the first is read."""
-
-
-def picture_suffixes() -> tuple[str, ...]:
-    """The endings of files in ``FORMATS``, as far as this machine's Pillow reads them: ``.png``, ``.jpg`` and so on."""
-    known = Image.registered_extensions().items()
-    return tuple(sorted(suffix for suffix, format in known if format in FORMATS and format in Image.OPEN))
-
 
 Resize = Literal["area", "lines", "nearest"]
 
 MOST_SIDE = 16_384
 """The longest side, in pixels, of a picture to be made."""
 
-Ground = str | None
-"""The colour, as Pillow names it, that is laid under what is transparent; None keeps that, in a fourth channel.
-``ink`` is black, but white under a drawing in black; ``white`` is the same, the other way round."""
-_SECOND = {"ink": ("black", "white"), "white": ("white", "black")}
+_MOST_SCALED = 1 << 25
+"""Pixels that a picture is scaled to before its middle is cut out, where that has less than a quarter of them."""
 
 DEEPEST = {"uint8": 255.0, "uint16": 65535.0}
 """The largest value of each type of whole numbers that hints may have."""
@@ -65,7 +54,7 @@ class HintSpec:
     options: Mapping[str, float] = field(default_factory=dict)
     """The annotator's options, e.g. ``{"low": 100, "high": 200}``; finite numbers in the ranges that it names."""
     channels: int = 3
-    """Channels of the hint, from 1: 3 (RGB), 1 (grey), or any other number for hints that are arrays."""
+    """Channels of the hint, 1 to 1024: 3 (RGB), 1 (grey), or any other number for hints that are arrays."""
     low: float = 0.0
     """The value of black, 0; finite."""
     high: float = 1.0
@@ -99,6 +88,8 @@ class HintSpec:
         numbers = (spec.low, spec.high, spec.mask_value or 0.0, *spec.options.values())
         if not all(map(math.isfinite, numbers)) or len(spec.annotator) > 100 or not spec.annotator.isprintable():
             raise ValueError("its numbers are not finite, or its annotator's name is none")
+        if not 1 <= spec.channels <= 1024:
+            raise ValueError(f"it has {spec.channels} channels")
         return spec
 
     def made_by(self, made: "HintSpec") -> "HintSpec":
@@ -169,105 +160,31 @@ class HintSpec:
 def read_picture(path: Path, ground: Ground = "white") -> np.ndarray:
     """A picture file as uint8 RGB (H, W, 3), camera rotation applied; with ``ground`` None, RGBA (H, W, 4).
 
-    Raises ``NotFound`` if there is no file, ``Invalid`` if it is no whole picture.
+    Raises ``NotFound`` if there is no file, ``Invalid`` if it is no whole picture, or too large a one.
     """
-    if not path.is_file():
-        raise NotFound(f"There is no picture at {path}: expected a PNG, JPEG or WebP file.")
-    return decode_picture(path.read_bytes(), str(path), ground)
+    return decode_picture(read_bytes(path, f"picture at {path}: expected a PNG, JPEG or WebP file"), str(path), ground)
 
 
 def decode_picture(data: bytes, name: str, ground: Ground = "white") -> np.ndarray:
     """The bytes of a picture file as ``read_picture`` gives them; ``name`` names them in errors."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode in ("I", "F"):  # such as depth in millimetres; clipping would ruin it
-                raise ValueError(f"its samples are of mode {picture.mode}, 32 bits, without a range")
-            if picture.mode in ("RGBA", "LA", "P", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = _laid_on(picture, ground) if ground else picture
-            return np.asarray(picture.convert("RGB" if ground else "RGBA"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "the file is empty" if not data else picture_error(error)
-        raise Invalid(
-            f"{name} cannot be read as a picture ({reason}): expected a whole PNG, JPEG or WebP file, 8 or 16 bits."
-        ) from error
-
-
-def _laid_on(picture: Image.Image, ground: str) -> Image.Image:
-    """A picture (RGBA) on a ground; on the ground's second colour where the first would swallow all that is drawn."""
-    grounds = [Image.new("RGBA", picture.size, colour) for colour in _SECOND.get(ground, (ground,))]
-    laid = [Image.alpha_composite(one, picture) for one in grounds]
-    return next((one for one in laid if np.ptp(np.asarray(one), (0, 1)).any()), laid[0])
+    return open_picture(data, name, ground).pixels
 
 
 def read_hint(path: Path, ground: Ground = "black") -> np.ndarray:
     """A hint's file as ``decode_hint`` gives it; ``NotFound`` if there is none."""
-    if not path.is_file():
-        raise NotFound(f"There is no hint at {path}: expected a PNG, JPEG, WebP or .npy file.")
-    return decode_hint(path.read_bytes(), str(path), ground)
+    return decode_hint(read_bytes(path, f"hint at {path}: expected a PNG, JPEG, WebP or .npy file"), str(path), ground)
 
 
 def decode_hint(data: bytes, name: str, ground: Ground = "black") -> np.ndarray:
     """The bytes of a hint's file as an array (H, W, C).
 
     A picture is read by ``decode_picture``, on the ``ground`` of its kind (``annotators.grounds_of``); but 16 bits a
-    sample stay, as uint16 with the channels it has. A ``.npy``
-    file is (H, W) or (H, W, C): uint8 and uint16 as they are, True as 255, floats as float32. Raises ``Invalid`` for
-    other whole numbers, as they have no largest value that they would be shares of, and for pickled objects.
+    sample stay, as uint16 with the channels it has. A ``.npy`` file is (H, W) or (H, W, C): uint8 and uint16 as they
+    are (but of uint8 a fourth channel is transparency, unless ``ground`` is None), True as 255, floats as float32.
+    Raises ``Invalid`` for other whole numbers, as they have no largest value that they would be shares of, and for
+    pickled objects.
     """
-    if data.startswith(b"\x93NUMPY"):
-        return _decode_array(data, name)
-    picture = decode_picture(data, name, ground)  # raises if the file is damaged
-    if not (data.startswith((b"II*\0", b"MM\0*")) or (data.startswith(b"\x89PNG") and data[24] == 16)):
-        return picture
-    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # Pillow reads colours as 8 bits alone
-    if deep is None or deep.dtype != np.uint16 or deep.shape[:2] != picture.shape[:2] or deep.shape[2:] == (4,):
-        return picture  # with a mask, or on its side: as other pictures are
-    return deep[..., None] if deep.ndim == 2 else np.ascontiguousarray(deep[..., ::-1])
-
-
-def _decode_array(data: bytes, name: str) -> np.ndarray:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-        raise Invalid(
-            f"{name} cannot be read as an array ({one_line(error)}): expected a whole .npy file of numbers, as "
-            "`numpy.save` writes it."
-        ) from error
-    if array.ndim not in (2, 3) or not array.size:
-        shape = " x ".join(map(str, array.shape))
-        raise Invalid(f"{name} has the shape {shape}: expected height x width, or height x width x channels.")
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype.kind == "f":
-        array = array.astype(np.float32)
-    elif array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise Invalid(
-            f"{name} is an array of {array.dtype}: expected uint8 or uint16, which are shares of their largest value, "
-            "or floats, which are taken as they are. Save it as one of them."
-        )
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array[..., None] if array.ndim == 2 else array
-
-
-def sides_of(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of the picture that ``decode_picture`` gives, read from the file's head; raises as it does."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        height, width = decode_picture(data, name).shape[:2]  # raises, with the reason
-        return height, width
-    return (width, height) if turned else (height, width)
-
-
-def picture_error(error: Exception) -> str:
-    """PIL's reason why a file cannot be read, without the name of an object in memory."""
-    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return open_array(data, name, ground) if is_array(data) else open_picture(data, name, ground, deep=True).pixels
 
 
 def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
@@ -281,8 +198,13 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
         return picture
     if picture.shape[-1] > 4 and picture.ndim == 3:  # more than OpenCV takes at once
         return np.concatenate([fit(picture[..., k : k + 4], size, how) for k in range(0, picture.shape[-1], 4)], 2)
-    given = picture
     scale = max(height / picture.shape[0], width / picture.shape[1])
+    if picture.shape[0] * scale * picture.shape[1] * scale > max(_MOST_SCALED, 4 * height * width):
+        # Of a strip, nearly all would be made large only to be cut off: cut it first.
+        keep = [math.ceil(side / scale) + 2 for side in size]
+        top, left = (max((side - kept) // 2, 0) for side, kept in zip(picture.shape[:2], keep, strict=True))
+        picture = picture[top : top + keep[0], left : left + keep[1]]
+    given = picture
     scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
     if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
         span = math.ceil(1 / scale)
@@ -323,14 +245,10 @@ def write_png(
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a PNG that ``write_png`` wrote; ``Invalid`` where it has none."""
-    try:
-        with Image.open(path, formats=["PNG"]) as opened:
-            text = opened.text["parameters"]  # type: ignore[attr-defined]  # of PNG files alone
-        settings = parse_json(text, "its text")
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError) as error:
-        raise Invalid(
-            f"{path} holds no settings ({one_line(error)}): expected a PNG as `generate` writes it."
-        ) from error
+    text = settings_text(read_bytes(path, f"picture at {path}: expected a PNG"), str(path))
+    if not text:
+        raise Invalid(f"{path} holds no settings: expected a PNG as `generate` writes it.")
+    settings = parse_json(text, f"the text in {path}")
     if not isinstance(settings, dict):
         raise Invalid(f"{path} holds a {type(settings).__name__} as settings: expected keys and values.")
     return settings

@@ -7,6 +7,7 @@ mapping; stock diffusers pipelines say what they must compute.
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from functools import cache
 import diffusers
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -30,9 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from conftest import draw_inputs, relative, stock_inputs
 from controlkit.backbones import FAMILIES, load_base, unet_families
-from controlkit.backbones.unet_families import clip_tokenizer, pipeline_configs, unet_config
+from controlkit.backbones.unet_families import clip_tokenizer, part_configs, unet_config
 from controlkit.errors import UserError
 from controlkit.formats import describe
+from limits import limited
 
 PROMPTS = ["a photo of a cat!", ""]
 KINDS = ("sd15", "sd21", "sdxl")
@@ -544,11 +547,12 @@ def test_a_family_means_the_published_unet_and_controlnet(kind, unet, control):
     ("kind", "towers"), [("sd15", [123_060_480]), ("sd21", [340_387_840]), ("sdxl", [123_060_480, 694_659_840])]
 )
 def test_a_family_means_the_published_vae_and_towers(kind, towers):
-    with pipeline_configs(FAMILIES[kind], "eps") as folder, torch.device("meta"):
-        assert count(AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))) == 83_653_863
+    configs = part_configs(FAMILIES[kind])
+    with torch.device("meta"):
+        assert count(AutoencoderKL(**configs["vae"])) == 83_653_863
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        present = {part: kind for part, kind in kinds.items() if (folder / part).is_dir()}
-        assert [count(kind(CLIPTextConfig.from_pretrained(folder / part))) for part, kind in present.items()] == towers
+        present = {part: kind for part, kind in kinds.items() if part in configs}
+        assert [count(kind(CLIPTextConfig(**configs[part]))) for part, kind in present.items()] == towers
 
 
 # --- another VAE --------------------------------------------------------------------------------------------------
@@ -1159,6 +1163,155 @@ def test_words_of_another_base_are_refused(folders, tmp_path, kind, words, sente
 def test_a_new_word_that_the_base_knows_already_is_refused(folders, tmp_path):
     save_file({"<x>": draw_words(1, 32)}, tmp_path / "a.safetensors")
     assert "rename" in refusal(folders("sd15"), embeddings=[tmp_path / "a.safetensors"])
+
+
+# --- weights from strangers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_paths(monkeypatch):
+    """Libraries that read files of weights themselves, and loaders of pickles, fail."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("a library was given a file")
+
+    for kind in (diffusers.ModelMixin, CLIPTextModel, StableDiffusionPipeline):
+        monkeypatch.setattr(kind, "from_pretrained", asked)
+    for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline, AutoencoderKL, UNet2DConditionModel):
+        monkeypatch.setattr(kind, "from_single_file", asked)
+    for module, name in [(torch, "load"), (pickle, "loads"), (pickle, "Unpickler"), (safetensors.torch, "load_file")]:
+        monkeypatch.setattr(module, name, asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_a_file_is_what_it_holds_whatever_its_name_and_no_library_opens_it(
+    stock, originals, toy_families, tmp_path, no_paths, kind, ending
+):
+    path, other = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
+    save_file(originals(kind), path)
+    torch.save({"state_dict": originals(kind)}, other)
+    for file in (path, other):
+        with limited():
+            assert_same_weights(load_base(file), stock(kind))
+
+
+def both(tensors, code):
+    """A file of safetensors that a loader of pickles takes for one, which runs ``code``.
+
+    Its first bytes say how long the header is, and that a string follows which covers the header's beginning; the rest
+    is skipped in short strings, up to the first tensor's bytes.
+    """
+    tensors = {"code": torch.frombuffer(bytearray(code), dtype=torch.uint8), **tensors}
+    entries, place = {}, 0
+    for name, tensor in tensors.items():
+        kind = "U8" if tensor.dtype == torch.uint8 else "F32"
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
+        place += tensor.nbytes
+    begin = json.dumps(entries)[:-1] + ', "__metadata__": {"a": "'
+    for length in range(len(begin) + 3, len(begin) + 99):
+        blocks, last = divmod(91 + 255 * length - 2 - 35, 128)
+        if 35 + last < 127 and 35 + last != ord("\\"):
+            break
+    text = begin.ljust(length - 3, ".") + ("U~" + "." * 126) * blocks + f"U{chr(35 + last)}{'.' * (32 + last)}" + '"}}'
+    assert len(text) == ord("X") + 256 * length
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    return b"X" + length.to_bytes(7, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt", "pt"])
+def test_a_vae_that_is_also_a_pickle_is_read_as_the_one_that_was_checked(vaes, folders, tmp_path, no_paths, ending):
+    ran, path = tmp_path / "ran", tmp_path / f"both.{ending}"
+    code = f"cposix\nsystem\n(S'touch {ran}'\ntR.".encode()
+    path.write_bytes(both(load_file(vaes[0][3]), code + bytes(-len(code) % 8)))
+    assert [op.name for op, _, _ in pickletools.genops(path.read_bytes())][-2:] == ["REDUCE", "STOP"]
+    base = load_base(folders("sd15"), vae=path)
+    assert all(torch.equal(base.vae.state_dict()[name], value) for name, value in vaes[1].items())
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["vae.ckpt", "vae.pt", "vae.safetensors"])
+def test_a_vae_passes_the_door_that_all_weights_pass(vaes, folders, tmp_path, no_paths, name):
+    tensors, mark = load_file(vaes[0][3]), tmp_path / "ran"
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / name)
+    base = load_base(folders("sd15"), vae=tmp_path / name)
+    assert all(torch.equal(base.vae.state_dict()[name], value) for name, value in vaes[1].items())
+    for thing, words in ((Malice(mark), "would run posix.system"), (Takes(), "builtin__.bytearray")):
+        torch.save({"state_dict": tensors, "callbacks": thing}, tmp_path / name)
+        with limited():
+            assert words in refusal(folders("sd15"), vae=tmp_path / name)
+    assert not mark.exists()
+
+
+class Takes:
+    def __reduce__(self):
+        return bytearray, (2**31,)
+
+
+def test_a_checkpoint_of_more_parts_than_any_has_is_refused_at_once(single_file):
+    many = {f"model.diffusion_model.input_blocks.{i}.0.in_layers.0.weight": torch.ones(1) for i in range(20_000)}
+    with limited():
+        assert "tensors where expected are at most" in refusal(single_file("sd15", many))
+
+
+SHAPES = {
+    "no width": {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.tensor(32.0)},
+    "a convolution of one number": {"first_stage_model.encoder.mid.attn_1.q.weight": torch.tensor(1.0)},
+    "half a layer": {"first_stage_model.encoder.down.0.downsample.conv.bias": None},
+    "a tower of one number": {"cond_stage_model.transformer.text_model.final_layer_norm.bias": torch.tensor(1.0)},
+    "nothing in its U-Net": {"model.diffusion_model.out.2.weight": torch.ones(0, 2**40)},
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_a_checkpoint_of_strange_shapes_is_refused(single_file, changes):
+    with limited():
+        refusal(single_file("sd15", changes))
+
+
+def test_a_folder_s_pickles_are_not_opened(folders, tmp_path, no_paths):
+    shutil.copytree(folders("sd15"), tmp_path / "base")
+    for part in ("unet", "vae", "text_encoder"):
+        [path] = (tmp_path / "base" / part).glob("*.safetensors")
+        torch.save({"x": Takes()}, path.with_suffix(".bin"))
+    load_base(tmp_path / "base")
+    path.unlink()
+    with limited():
+        assert "safetensors" in refusal(tmp_path / "base")
+
+
+STRANGE_LORAS = {
+    "a rank of 2**40": lambda toy: diffusers_style("unet", {"conv_in": (torch.ones(2**40, 0), torch.ones(0, 2**40))}),
+    "many layers": lambda toy: {f"unet.down_blocks.{i}.lora_A.weight": torch.ones(1, 1) for i in range(30_000)},
+    "dots": lambda toy: {f"unet.{'.' * 200}.lora_A.weight": torch.ones(2, 2)},
+    "numbers": lambda toy: {"unet.lora_A.weight": torch.tensor(3.0), "unet.lora_B.weight": torch.tensor(3.0)},
+    "one half": lambda toy: {"unet.conv_in.lora_A.weight": torch.ones(4, 4, 3, 3)},
+    "of nowhere": lambda toy: {"lora_unet_.lora_down.weight": torch.ones(4, 4), "lora_unet_.alpha": torch.ones(0)},
+    "an alpha alone": lambda toy: {"lora_unet_conv_in.alpha": torch.ones(3)},
+    "DoRA's": lambda toy: diffusers_style("unet", {"conv_in": (torch.ones(1, 4, 3, 3), torch.ones(8, 1, 1, 1))})
+    | {"unet.conv_in.lora_magnitude_vector": torch.ones(3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", STRANGE_LORAS.values(), ids=STRANGE_LORAS)
+def test_a_strange_lora_is_refused_at_once(toy_folder, toy_base, tmp_path, make):
+    save_file(make(toy_base), tmp_path / "other.safetensors")
+    with limited():
+        refusal(toy_folder, loras=[(tmp_path / "other.safetensors", 1.0)])
+
+
+STRANGE_WORDS = {
+    "one number": {"clip_l": torch.tensor(1.0), "clip_g": torch.tensor(1.0)},
+    "more than any prompt has": {"<x>": torch.zeros(20_000, 32)},
+    "no words": {"<x>": torch.zeros(0, 32)},
+}
+
+
+@pytest.mark.parametrize("words", STRANGE_WORDS.values(), ids=STRANGE_WORDS)
+def test_strange_words_are_refused_at_once(folders, tmp_path, words):
+    save_file(words, tmp_path / "odd.safetensors")
+    with limited():
+        refusal(folders("sd15"), embeddings=[tmp_path / "odd.safetensors"])
 
 
 # --- at full size -------------------------------------------------------------------------------------------------

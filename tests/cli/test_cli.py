@@ -105,6 +105,7 @@ def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
         "lora_dir",
         "vae",
         "embedding",
+        "follow",
         "dtype",
         "device",
     }
@@ -326,6 +327,16 @@ def test_train_takes_the_flags_of_diffusers_script(run, toy_folder, toy_base, tm
     code, _, err = run("train", "recipes/smoke.yaml", "--ouut", "x", "--out", tmp_path / "o")
     assert code == 2 and '"--ouut" is no option of train' in err
     assert run("train", "recipes/smoke.yaml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--learning_rate=1e-4", "--set lr=1e-4; see"), ("--resolution", "--set size=...; see"),
+     ("--max-train-steps", "--set steps=...; see"), ("--budget", "--set max_minutes=...; see")],
+)  # fmt: skip
+def test_a_flag_of_the_script_beside_a_recipe_hints_at_the_setting(flag, words, run, tmp_path):
+    code, _, err = run("train", "recipes/smoke.yaml", flag, "--out", tmp_path / "o")
+    assert code == 2 and f'"{flag}" is no option of train: beside a recipe it is {words} `controlkit' in err
 
 
 def test_watch_shows_a_run_and_writes_its_page(run, tmp_path):

@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM: the first saves a checkpoint, the second ends at once."""
 
+import errno
 import os
 import shlex
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -41,8 +43,19 @@ def train(run, toy_folder, tmp_path):
     return lambda out, *more: run("train", tmp_path / "r.yaml", "--out", tmp_path / out, "--device", "cpu", *more)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, train, tmp_path, monkeypatch):
+@pytest.fixture
+def closed_terminals():
+    """``closed_terminals(answer)``: what a closed terminal does to a process; as it was before afterwards."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda answer: signal.signal(signal.SIGHUP, answer)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+    number, code, train, tmp_path, monkeypatch, closed_terminals
+):
+    closed_terminals(signal.SIG_DFL)
     before, written = signal.getsignal(number), []
     monkeypatch.setattr(stopping.os, "write", lambda file, words: written.append((file, words)))
     with signalled(number, 3):
@@ -52,9 +65,30 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
     assert signal.getsignal(number) is before
     assert shlex.split(out.splitlines()[-1])[:3] == ["Next:", "controlkit", "train"]
-    assert train("run")[0] == 0 == train("whole")[0]
-    whole, went_on = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
-    assert all(torch.equal(went_on[name], value) for name, value in whole.items())
+    assert train("run")[0] == 0
+    if number == signal.SIGINT:  # once is enough
+        assert train("whole")[0] == 0
+        whole, went_on = (load_file(tmp_path / name / "control" / WEIGHTS) for name in ("whole", "run"))
+        assert all(torch.equal(went_on[name], value) for name, value in whole.items())
+
+
+def test_nohup_is_heeded(closed_terminals):
+    closed_terminals(signal.SIG_IGN)
+    with stopping.Stopping("stopping", "stopped") as asked:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not asked.is_asked()
+
+
+def test_a_terminal_that_takes_no_words_any_more_stops_a_run_all_the_same(monkeypatch, closed_terminals):
+    closed_terminals(signal.SIG_DFL)
+
+    def closed(file, words):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, stopping.Stopping("stopping", "stopped") as asked:
+        patch.setattr(stopping.os, "write", closed)
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert asked.is_asked() and asked.code == 129
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -75,6 +109,19 @@ def test_a_second_signal_ends_at_once_unless_a_launcher_only_passes_the_first_on
     assert found == 130 and (kept / "step-0000003").exists() is not apart
     assert ("stopped: run again to go on" in said) is apart and ("Stopped at step 3" in out) is not apart
     assert train("run")[0] == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_stopped_while_the_base_loads_ends_at_once_and_says_so(number, code, train, tmp_path, monkeypatch):
+    def struck(*given, **more):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("controlkit.cli.runs.loaded_base", struck)
+        found, out, said = train("run")
+    assert (found, out) == (code, "") and said == "note: stopped: run again to go on\n"
+    assert not (tmp_path / "run").exists() and train("run")[0] == 0
 
 
 def test_what_is_stopped_before_the_first_step_says_so(train, tmp_path, monkeypatch):

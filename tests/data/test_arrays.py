@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import make
-from controlkit.annotators import annotate, annotator, contract, joined, parts_of
+from controlkit.annotators import annotate, annotator, contract, grounds_of, joined, parts_of
 from controlkit.data import (
     CirclePairs,
     FolderPairs,
@@ -58,6 +59,24 @@ def test_an_array_s_file_is_read_as_it_was_saved(dtype, channels):
     assert read.dtype == dtype and np.array_equal(read, array)
     swapped = decode_hint(npy(array.astype(array.dtype.newbyteorder(">"))), "x.npy")
     assert swapped.dtype == dtype and np.array_equal(swapped, array)
+
+
+@pytest.mark.parametrize(
+    ("kind", "colour", "nothing"),
+    [("canny", (255, 255, 255), 0), ("lineart", (0, 0, 0), 255), ("depth", (90, 90, 90), 0), ("tile", (9, 9, 9), 255)],
+)
+def test_a_fourth_channel_of_bytes_is_transparency_as_in_a_picture(kind, colour, nothing, tmp_path):
+    clear = np.full((SIDE, SIDE, 4), (*colour, 0), np.uint8)
+    clear[4:-4, 8:12, 3] = 255
+    clear[0, 0, 3] = 128
+    np.save(tmp_path / "a.npy", np.asfortranarray(clear))
+    Image.fromarray(clear).save(tmp_path / "a.png")
+    spec = contract(kind)
+    array, picture = (read_hint(tmp_path / name, *grounds_of(spec)) for name in ("a.npy", "a.png"))
+    assert np.array_equal(array, picture) and tuple(array[-1, -1]) == (nothing,) * 3
+    masked, four = (grounds_of(one) for one in (contract("inpaint"), replace(spec, channels=4)))
+    assert all(np.array_equal(read_hint(tmp_path / "a.npy", *ground), clear) for ground in (masked, four))
+    assert torch.equal(replace(spec, channels=4).tensor(clear, (SIDE, SIDE))[0, 3] * 255, torch.tensor(clear[..., 3]))
 
 
 def test_flat_arrays_truth_values_and_other_floats_are_brought_to_what_hints_are():

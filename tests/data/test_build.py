@@ -1,5 +1,7 @@
 """Data sets written anew: whole or not read, gone on with, and the same pairs whatever the layout."""
 
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -13,6 +15,7 @@ from controlkit.data import CirclePairs, FolderPairs, build_set, make_fill50k, r
 from controlkit.data.build import TARGETS
 from controlkit.data.doctor import add_up, examine
 from controlkit.errors import UserError
+from controlkit.files import scratch_folder
 from controlkit.images import HintSpec, fit, write_png
 
 SIDE, COUNT = 32, 4
@@ -121,3 +124,35 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(tutorial, ph
     next(build_set(tutorial, tmp_path / "out", "metadata", CANNY))
     with pytest.raises(UserError, match="begun with another layout and size"):
         next(build_set(tutorial, tmp_path / "out", "paired", CANNY, (8, 8)))
+
+
+def test_a_folder_that_another_process_builds_is_left_alone(tutorial, tmp_path):
+    out = tmp_path / "out"
+    building = build_set(tutorial, out, "metadata", CANNY)
+    next(building)
+    with scratch_folder(out / "images") as living:  # as the other process has while it writes
+        (living / "0.png").touch()
+        with pytest.raises(UserError, match="is being written by another process: wait until it ends"):
+            next(build_set(tutorial, out, "metadata", CANNY))
+        assert (living / "0.png").exists()
+        building.close()
+        assert list(build_set(tutorial, out, "metadata", CANNY))[-1] == COUNT
+        assert (living / "0.png").exists(), "somebody else's scratch is left"
+    assert read_listing(out).problems == []
+
+
+def test_what_a_killed_build_left_is_taken_out_by_the_next(tutorial, tmp_path):
+    out = tmp_path / "out"
+    script = f"""
+import os
+from pathlib import Path
+from controlkit.files import held, scratch_folder
+with held(Path({str(out)!r})), scratch_folder(Path({str(out / "images")!r})) as scratch:
+    (scratch / "0.png").touch()
+    os._exit(9)
+"""
+    list(islice(build_set(tutorial, out, "metadata", CANNY), 2))
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert list((out / "images").glob(".writing-*"))
+    assert list(build_set(tutorial, out, "metadata", CANNY))[-1] == COUNT
+    assert not list(out.rglob(".writing-*")) and read_listing(out).problems == []

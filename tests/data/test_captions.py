@@ -1,6 +1,7 @@
 """Captions by BLIP: safely loaded, the same each time, beside pictures or in a set written anew; nobody's are lost."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_a_caption_depends_on_the_picture_and_on_nothing_else(blip):
     assert all(said) and len(set(said)) == len(said)
     assert said == blip(list(PICTURES.values()))
     assert not any(mark in words for words in said for mark in ("[DEC]", "[SEP]", "[PAD]"))
+
+
+def test_a_captioner_s_folder_does_not_choose_a_program_to_run(blip, blip_folder, tmp_path):
+    shutil.copytree(blip_folder, tmp_path / "blip")
+    config = json.loads((tmp_path / "blip" / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part |= {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
+    (tmp_path / "blip" / "config.json").write_text(json.dumps(config))
+    pictures = [*PICTURES.values()][:2]
+    assert load_captioner(str(tmp_path / "blip"))(pictures) == blip(pictures)
 
 
 def test_pictures_without_a_caption_get_one_beside_them_and_the_others_keep_theirs(run, blip, blip_folder, photos):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator, contract
-from controlkit.data import FolderPairs, add_up, examine, hint_for_pair, make_fill50k, opened, read_listing, sheet_rows
+from controlkit.data import FolderPairs, add_up, examine, hint_for_pair, make_fill50k, read_listing, sheet_rows
+from controlkit.decoding import MOST_PIXELS
 from controlkit.errors import UserError
 from controlkit.images import HintSpec, write_png
 from controlkit.train import resolve, train_control
@@ -51,7 +52,7 @@ def as_mode(mode, suffix):
 
 
 def huge(path):
-    Image.new("1", (opened.MOST_PIXELS // 1000 + 1, 1000)).save(path)
+    Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(path)
 
 
 def cut(path):
@@ -237,6 +238,18 @@ def test_the_doctor_refuses_what_training_refuses_for_the_set_as_a_whole(tutoria
     )
     with pytest.raises(UserError, match='nothing here makes hints of "depth"'):
         training_pairs(resolve(recipe).data, toy_base)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["--low", "nan"], "--low"), (["--high", "nan"], "--high"), (["--high", "inf"], "inf is no finite number"),
+        (["--low", "1"], "--low is 1 and --high 1; expected --low below --high"), (["--high", "-2"], "--low below"),
+    ],
+)  # fmt: skip
+def test_the_range_that_hints_are_held_against_is_one(values, words, run, tutorial, tmp_path):
+    code, out, said = run("data", "doctor", tutorial, "--annotator", "depth", "--out", tmp_path / "told", *values)
+    assert (code, out) == (2, "") and words in said and not (tmp_path / "told").exists()
 
 
 def test_lists_that_are_cut_say_how_many_more_there_are(run, tmp_path):

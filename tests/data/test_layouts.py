@@ -7,13 +7,23 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from controlkit.annotators import annotator
-from controlkit.data import CirclePairs, FolderPairs, build_set, hint_for_pair, make_fill50k, read_listing
+from controlkit.data import (
+    CirclePairs,
+    FolderPairs,
+    add_up,
+    build_set,
+    examine,
+    hint_for_pair,
+    make_fill50k,
+    read_listing,
+)
 from controlkit.errors import UserError
 from controlkit.files import mark_output
 
@@ -104,6 +114,9 @@ def huggingface(saved, names=("image", "conditioning_image", "text")):
             hint: [str(tutorial / row["source"]) for row in rows],
             text: [row["prompt"] for row in rows],
         }
+        if not saved:  # else the library puts pictures into the table
+            for name in (picture, hint):
+                columns[name] = [{"bytes": Path(path).read_bytes(), "path": Path(path).name} for path in columns[name]]
         table = datasets.Dataset.from_dict(columns)
         for name in (picture, hint):
             table = table.cast_column(name, datasets.Image())
@@ -275,7 +288,7 @@ def test_pictures_that_a_listing_does_not_name_are_told(name, tutorial, tmp_path
     assert problem.where.endswith("more/0.png") and "and 1 more" in problem.words
 
 
-def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_path, monkeypatch):
+def test_a_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_path):
     datasets = pytest.importorskip("datasets")
     picture = (tutorial[0] / tutorial[1][0]["target"]).read_bytes()
     folder = tmp_path / "datasets" / "set"
@@ -287,13 +300,11 @@ def test_a_fetched_table_s_paths_are_read_within_its_folder_alone(tutorial, tmp_
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b", "c", "d"]}, features)
     pytest.importorskip("pyarrow.parquet").write_table(table.data.table, folder / "train.parquet")
-    own = read_listing(folder)
-    assert [row.picture.read() for row in own.rows] == [picture] * 4 and not own.problems, "a table of one's own"
-    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
     listing = read_listing(folder)
     assert [row.prompt for row in listing.rows] == ["a", "b"]
     assert [row.picture.read() for row in listing.rows] == [picture] * 2
     assert [problem.kind for problem in listing.problems] == ["path escapes"] * 2
+    assert all("`save_to_disk` of the datasets library" in problem.words for problem in listing.problems)
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "x" * 300, "a\0b", "gone.png"])
@@ -369,7 +380,7 @@ def test_of_a_table_s_splits_those_for_training_are_read_and_empty_cells_are_sai
     for name in ("test-00000-of-00001", "validation-00000-of-00001"):
         shutil.copy(tmp_path / "set/data/train-00000-of-00001.parquet", tmp_path / f"set/data/{name}.parquet")
     assert len(read_listing(tmp_path / "set").rows) == COUNT
-    picture = str(tutorial[0] / tutorial[1][0]["target"])
+    picture = {"bytes": (tutorial[0] / tutorial[1][0]["target"]).read_bytes(), "path": None}
     columns = {"image": [picture, picture], "conditioning_image": [picture, None], "text": ["a", "b"]}
     table = datasets.Dataset.from_dict(columns)
     for name in ("image", "conditioning_image"):
@@ -677,12 +688,25 @@ def test_backslashes_of_listings_made_on_windows_part_folders(listing, tmp_path)
     assert not read.problems and [len(row.hints) for row in read.rows] == [1] * 3
 
 
+def test_backslashes_of_a_list_of_backends_part_folders(tutorial, tmp_path):
+    simpletuner(tmp_path / "set", *tutorial)
+    path = tmp_path / "set" / "multidatabackend.json"
+    listed = json.loads(path.read_text())
+    for one in listed[:2]:
+        (path.parent / "deep").mkdir(exist_ok=True)
+        (path.parent / one["instance_data_dir"]).rename(path.parent / "deep" / one["instance_data_dir"])
+        one["instance_data_dir"] = f"deep\\{one['instance_data_dir']}"
+    path.write_text(json.dumps(listed))
+    read = read_listing(tmp_path / "set")
+    assert not [p for p in read.problems if p.fatal] and [len(row.hints) for row in read.rows] == [1] * COUNT
+
+
 LONG = "x" * 300 + ".png"
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a\0b.png", "missing file"), (LONG, "missing file"), ("a/" * 2000 + "b.png", "missing file"),
+    [("a\0b.png", "missing file"), (LONG, "missing file"), ("a/" * 3000 + "b.png", "missing file"),
      ("C:\\data\\a.png", "missing file"), ("..\\..\\a.png", "path escapes"), ("a/../../set/../b.png", "path escapes"),
      ({"path": "a.png", "bytes": None}, "unreadable line"), (["a.png"], "unreadable line"), (7, "unreadable line")],
 )  # fmt: skip
@@ -712,6 +736,18 @@ def test_columns_of_bytes_and_of_structs_of_a_table_are_pictures(tutorial, tmp_p
     (tmp_path / "other" / "a.parquet").write_bytes(b"PAR1 rubbish")
     with pytest.raises(UserError, match="cannot be read as a data set"):
         read_listing(tmp_path / "other")
+
+
+@pytest.mark.parametrize("caption", [{"en": "a hat"}, [{"en": "a hat"}], [["a hat"]], float("nan"), None])
+def test_a_caption_that_is_no_text_is_none_and_counted(caption, tmp_path):
+    folder = laid(tmp_path / "set", "a.png", "b.png")
+    lines = [{"file_name": "a.png", "text": caption}, {"file_name": "b.png", "text": 7}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listing = read_listing(folder)
+    assert [row.prompt for row in listing.rows] == ["", "7"]
+    report = add_up(listing, examine(listing))
+    [note] = [problem for problem in report.problems if problem.kind == "no caption"]
+    assert note.words == "1 of 2 pictures have none"
 
 
 def test_half_a_letter_in_a_caption_is_left_out_of_it_and_told(tmp_path):

@@ -4,25 +4,31 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import store_writer
 import torch
+from safetensors.torch import save
 from store_writer import entries, write_many
+from tests.limits import limited
 
 from controlkit.annotators import all_kinds, annotator
 from controlkit.data import CirclePairs, Pair, build_cache
 from controlkit.data.cache import Cached
-from controlkit.data.store import Store, key_of, remembered
+from controlkit.data.store import Store, _seal, key_of, remembered
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
 
 CANNY = {"": annotator("canny").spec()}
 
 
+LIKE = {"value": ((8,), torch.float32)}
+
+
 def values(store, keys):
-    return [entry and entry["value"][0].item() for entry in store.get(list(keys))]
+    return [entry and entry["value"][0].item() for entry in store.get(list(keys), [LIKE] * len(keys))]
 
 
 def test_an_entry_is_found_by_its_key_in_another_process_s_time(tmp_path):
@@ -35,7 +41,8 @@ def test_an_entry_is_found_by_its_key_in_another_process_s_time(tmp_path):
     with Store(tmp_path) as store:
         assert values(store, kept) == list(range(1200)), "more than one question may ask for"
         assert values(store, entries(2, 1199)) == [1199, None]
-        [entry] = store.get([key_of("hints")])
+        like = {"a": ((100, 100), torch.float32), "b": ((1,), torch.uint16)}
+        [entry] = store.get([key_of("hints")], [like])
         assert entry["a"].shape == (100, 100) and entry["b"].dtype == torch.uint16
 
 
@@ -60,10 +67,10 @@ def test_only_what_is_not_there_is_made(tmp_path):
     with Store(tmp_path) as store:
         store.put(dict(list(kept.items())[1:3]))
         for expected in ([0, 3], None):
-            got = remembered(store, list(kept), make)
+            got = remembered(store, list(kept), [LIKE] * 4, make)
             assert [entry["value"][0] for entry in got] == [0, 1, 2, 3]
             assert asked == ([expected] if expected else [[0, 3]])
-    assert [entry["value"][0] for entry in remembered(None, list(kept), make)] == [0, 1, 2, 3] and asked[-1] == [
+    assert [entry["value"][0] for entry in remembered(None, list(kept), [], make)] == [0, 1, 2, 3] and asked[-1] == [
         0,
         1,
         2,
@@ -84,7 +91,7 @@ def test_a_damaged_entry_is_as_good_as_absent_and_is_replaced(tmp_path):
     inside.close()
     with Store(tmp_path) as store:
         assert values(store, kept) == [None, None, 2]
-        remembered(store, list(kept), lambda absent: [list(kept.values())[i] for i in absent])
+        remembered(store, list(kept), [LIKE] * len(kept), lambda absent: [list(kept.values())[i] for i in absent])
         assert values(store, kept) == [0, 1, 2]
 
 
@@ -110,7 +117,9 @@ def test_a_store_that_cannot_be_used_says_so_once_and_stops_nothing(tmp_path):
     kept = entries(2)
     with pytest.warns(UserWarning, match="is not used .* computed anew") as said, Store(tmp_path / "file") as store:
         for _ in range(2):
-            got = remembered(store, list(kept), lambda absent: [list(kept.values())[i] for i in absent])
+            got = remembered(
+                store, list(kept), [LIKE] * len(kept), lambda absent: [list(kept.values())[i] for i in absent]
+            )
             assert len(got) == 2
     assert len(said) == 1
 
@@ -122,6 +131,60 @@ def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path):
     assert other.returncode == 0
     with Store(tmp_path) as store:
         assert values(store, entries(300)) == list(range(300))
+
+
+def foreign(folder, key, value):
+    """Put bytes of anybody's into a store, sealed as they must be: the key is all that this takes."""
+    with sqlite3.connect(folder / "1.sqlite") as inside:
+        inside.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", [key, value, _seal(key, value)])
+    inside.close()
+
+
+RIGHT = torch.zeros(8)
+FOREIGN = {
+    "another shape": zlib.compress(save({"value": torch.zeros(9)})),
+    "another type": zlib.compress(save({"value": torch.zeros(8, dtype=torch.int32)})),
+    "another name": zlib.compress(save({"valve": RIGHT})),
+    "one more": zlib.compress(save({"value": RIGHT, "more": torch.ones(8)})),
+    "none": zlib.compress(save({})),
+    "no tensors": zlib.compress(b"rubbish" * 9),
+    "not compressed": save({"value": RIGHT}),
+    "cut": zlib.compress(save({"value": RIGHT}))[:-9],
+    "a header of gigabytes": zlib.compress(b"\xff" * 7 + b"\x0f" + bytes(64)),
+    "a text": "text",
+    "nothing": None,
+    "a number": 7,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_an_entry_that_is_not_what_was_asked_for_is_as_good_as_absent(name, tmp_path):
+    [key] = kept = entries(1)
+    with Store(tmp_path) as store:
+        store.put(kept)
+        value = FOREIGN[name]
+        if isinstance(value, bytes):
+            foreign(tmp_path, key, value)
+        else:
+            with sqlite3.connect(tmp_path / "1.sqlite") as inside:
+                inside.execute("UPDATE entries SET value = ?", [value])
+            inside.close()
+        with limited(growth=2**26):
+            assert values(store, kept) == [None]
+            remembered(store, [key], [LIKE], lambda absent: [kept[key]])
+            assert values(store, kept) == [0]
+
+
+def test_an_entry_that_inflates_to_gigabytes_is_not_inflated(tmp_path):
+    packer, mega = zlib.compressobj(1), bytes(2**20)
+    value = b"".join(packer.compress(mega) for _ in range(256)) + packer.flush()
+    [key] = kept = entries(1)
+    with Store(tmp_path) as store:
+        store.put(kept)
+        for long in (value, save({"value": RIGHT}) + bytes(2**26)):  # the second is not even fetched
+            foreign(tmp_path, key, long)
+            with limited(growth=2**25):
+                assert values(store, kept) == [None]
 
 
 # --- what a run takes from it -------------------------------------------------------------------------------

@@ -299,6 +299,15 @@ def test_a_folder_s_weights_are_found_by_any_name(names, has_config, tmp_path):
     assert found.config.get("global_pool_conditions", False) == has_config
 
 
+@pytest.mark.parametrize("variants", [["fp16", "bf16"], ["non_ema", "fp16"], ["fp16"]])
+def test_of_several_variants_one_is_read_and_no_stranger_s_file_beside_them(variants, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_holes(tmp_path / "other.safetensors", controlnet("sd21"))
+    for name in variants:
+        write_holes(tmp_path / f"diffusion_pytorch_model.{name}.safetensors", controlnet("sd15"))
+    assert describe(tmp_path).base == "sd15"
+
+
 def test_a_folder_of_several_files_of_weights_is_a_question(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for name in ("a.safetensors", "b.safetensors"):

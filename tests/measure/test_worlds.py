@@ -7,6 +7,7 @@ import torch
 
 from controlkit.annotators import contract, grounds_of
 from controlkit.backbones import load_base
+from controlkit.errors import Invalid
 from controlkit.formats import SavedControl
 from controlkit.measure import EMBEDDED, heldout_for, world, world_of
 
@@ -76,3 +77,18 @@ def test_a_control_of_a_folder_is_measured_on_its_columns(monkeypatch):
     assert heldout_for(saved, 32, 3, "others")[-1] == {}
     assert heldout_for(saved, 32, 3, "others", {"image": "a"})[-1] == {"image": "a"}
     assert heldout_for(SavedControl(None, contract("canny")), 32, 3)[0] == "emoji"
+
+
+def test_a_stranger_s_control_is_measured_on_what_is_drawn_here_or_asked_for(monkeypatch):
+    monkeypatch.setattr(world, "evaluation_pairs", lambda *args: args)
+    columns = {"data": {"columns": {"image": "../x"}}}
+
+    def of(data):
+        return SavedControl(None, contract("canny"), {"data": data, "recipe": columns}, is_own=False)
+
+    for data in ("photos", "owner/dataset", "/etc", ["emoji"], 5, {}):
+        with pytest.raises(Invalid, match="--data"):
+            heldout_for(of(data), 32, 3)
+        assert heldout_for(of(data), 32, 3, "mine")[::5] == ("mine", {})
+    assert heldout_for(of("fill50k"), 32, 3)[::5] == ("fill50k", {})
+    assert heldout_for(SavedControl(None, contract("canny"), is_own=False), 32, 3)[0] == "emoji"

@@ -25,8 +25,9 @@ from controlkit.data import (
     turn_at,
 )
 from controlkit.data.buckets import nearest_bucket
+from controlkit.decoding import sides_of
 from controlkit.errors import UserError
-from controlkit.images import HintSpec, decode_picture, sides_of, write_png
+from controlkit.images import HintSpec, decode_picture, write_png
 from controlkit.mini.truth import MIRRORED
 from controlkit.train import BatchPlan, draw_batch, resolve, train_control
 from controlkit.train.recipe import parse_recipe

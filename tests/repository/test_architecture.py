@@ -241,6 +241,21 @@ def test_pages_that_are_generated_are_up_to_date(name):
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run: make docs"
 
 
+OPENS = r"\b(torch\.load|safe_open|load_file|from_single_file|\w*pickle\.loads?|Unpickler|load_(lora|textual)\w*\(str)\("
+OPENED = {  # files of the package itself, and a worker's results
+    "tensors/reader.py": ["safe_open"],
+    "mini/stored.py": ["load_file"],
+    "formats/control.py": ["safe_open"],
+    "data/workers.py": ["cloudpickle.loads"],
+}
+
+
+def test_files_of_weights_are_opened_at_one_door():
+    """``tensors`` opens them: no other module gives a library the path of one, and nothing loads pickles."""
+    found = {str(path.relative_to(SOURCE)): re.findall(OPENS, path.read_text()) for path in SOURCE.rglob("*.py")}
+    assert {name: [one[0] for one in calls] for name, calls in found.items() if calls} == OPENED
+
+
 def test_nothing_tracked_is_a_pickle_and_the_tree_is_small():
     listed = tracked()
     assert not [p for p in listed if p.endswith((".pt", ".pth", ".ckpt", ".pkl", ".bin"))]

@@ -87,8 +87,13 @@ def test_what_all_names_begin_with_is_looked_behind(tmp_path, prefix, ending):
     assert same(path) and same(path, ["conv_in.weight"])
 
 
-def test_blocks_compiled_one_by_one_have_their_plain_names(tmp_path):
-    named = {name.replace("resnets.0.", "resnets.0._orig_mod."): tensor for name, tensor in STATE.items()}
+@pytest.mark.parametrize(
+    "held",
+    ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod._checkpoint_wrapped_module."],
+)
+@pytest.mark.parametrize("also", ["", "_fsdp_wrapped_module.", "module."])
+def test_blocks_that_were_held_one_by_one_have_their_plain_names(held, also, tmp_path):
+    named = {also + name.replace("resnets.0.", f"resnets.0.{held}"): tensor for name, tensor in STATE.items()}
     save_file(named, tmp_path / "control.safetensors")
     assert same(tmp_path / "control.safetensors")
 
@@ -100,9 +105,9 @@ def test_a_beginning_that_some_names_lack_is_a_part_of_them(tmp_path):
 
 WRAPS = {
     "model": lambda state: {"model": state, "step": 3},
-    "module, as DeepSpeed": lambda state: {"module": state, "dp_world_size": 2},
-    "state_dict": lambda state: {"state_dict": state},
-    "controlnet": lambda state: {"controlnet": OrderedDict(state)},
+    "module, as DeepSpeed": lambda state: {"module": state, "dp_world_size": 2, "ema": {"x": torch.ones(1)}},
+    "state_dict": lambda state: {"state_dict": state, "optimizer": {"exp_avg": torch.ones(1)}},
+    "controlnet": lambda state: {"controlnet": OrderedDict(state), "unet_lora": {"up": torch.ones(1)}},
     "one in another": lambda state: {"model": {"module": {"state_dict": state}}},
     "names and a wrapper": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
 }
@@ -204,6 +209,9 @@ OTHERS = {
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(50), "a picture"),
     "a file of Keras": (b"\x89HDF\r\n\x1a\n" + bytes(50), "Keras"),
     "an archive": (b"\x1f\x8b\x08" + bytes(50), "an archive"),
+    "a store's answer": (b"404: Not Found\n", 'a text lies in its place, "404: Not Found"'),
+    "a hub's answer": (b"Access to model x/y is restricted and you are not in the list. Please log in.", "a text lies"),
+    "somebody's notes": (b"weights are on the\tother disk\r\n" * 9, "a text lies"),
     "nothing": (b"", "it is empty"),
 }
 

@@ -13,6 +13,7 @@ from controlkit.errors import Invalid, UserError
 from controlkit.measure import Figure, Verdict, obedience
 from controlkit.train import Record, objective, read_ending, train_control
 from controlkit.train.ending import ENDING, Ending, next_command, why_ended
+from controlkit.train.evaluation import Evaluator
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.recipe import parse_recipe, read_recipe
 from controlkit.train.records import divergence
@@ -46,11 +47,18 @@ def measured(monkeypatch):
     ],
 )
 def test_a_run_ends_with_a_verdict_on_what_it_ends_with(
-    tiny_recipe, lows, finding, words, toy_base, measured, tmp_path
+    tiny_recipe, lows, finding, words, toy_base, measured, tmp_path, monkeypatch
 ):
-    left = measured(*lows)
+    left, seeds, made = measured(*lows), [], Evaluator.__init__
+
+    def noted(evaluator, base, frozen, plan, *more):
+        seeds.append(plan.first_seed)
+        made(evaluator, base, frozen, plan, *more)
+
+    monkeypatch.setattr(Evaluator, "__init__", noted)
     list(train_control(tiny_recipe(), tmp_path, toy_base))
     ending = read_ending(tmp_path)
+    assert seeds == ([0, 2] if len(lows) == 3 else [0]), "a second evaluation has other seeds"
     assert (ending.step, ending.reason, ending.verdict.finding) == (6, "steps", finding)
     assert words in ending.verdict.why and ending.verdict.quality_kept is None
     assert ending.lines()[0] == "Ended after all 6 steps." and "quality not measured" in ending.lines()[1]
@@ -85,6 +93,7 @@ def test_a_run_that_its_budget_ends_is_measured_and_told_how_to_go_on(
     assert ending.why == f"Ended at step {last} of 6: max_minutes is {minutes:g}."
     words = shlex.split(ending.next)
     assert words[:4] == ["controlkit", "train", str(tmp_path / "recipe.yaml"), "--set"]
+    assert read_recipe(tmp_path / "recipe.yaml", [words[4]]).max_minutes == pytest.approx(2 * minutes), "a limit still"
     longer = read_recipe(tmp_path / "recipe.yaml", ["max_minutes=10"])
     assert [record.step for record in train_control(longer, tmp_path, toy_base)] == list(range(last + 1, 7))
     assert read_ending(tmp_path).reason == "steps"

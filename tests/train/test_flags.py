@@ -220,13 +220,16 @@ def test_adam_s_flags_are_the_optimizer_s_settings(asked):
         ("--learning_rate fast", '--learning_rate: "fast" was given; expected a number'),
         ("--mixed_precision fp8", '--mixed_precision: "fp8" was given; did you mean "fp16"'),
         ("--lr_schedul cosine", 'no flag of train_controlnet.py: did you mean "lr_scheduler"'),
+        ("--train_batch_size 0", '"batch" is 0; input should be greater than 0'),
+        ("--gradient_accumulation_steps 0", '"batch" is 0; input should be greater than 0'),
+        ("--num_train_epochs 0", '"steps" is 0; input should be greater'),
         ("seed 5", '"seed" stands where a flag was expected'),
         ("--dataset_name fusing/fill50k", "one of --train_data_dir and --dataset_name"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_what_to_do(flags, words, asked):
     with pytest.raises(UserError, match=words):
-        asked(*flags.split())
+        parse_recipe(asked(*flags.split()).recipe)
 
 
 def test_a_hub_s_data_set_is_fetched_once_and_a_missing_base_or_folder_refused(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Recipes: what is refused, and the pairs that a recipe describes."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 from tiny_runs import UNION
 
-from controlkit.data import make_fill50k
+from controlkit.data import FolderPairs, make_fill50k
 from controlkit.errors import UserError
 from controlkit.mini import world
 from controlkit.train import resolve, train_control, training_pairs
@@ -150,6 +151,12 @@ def test_every_number_has_a_range_from_a_file_and_from_the_command_line(key, val
             read_recipe(path, changes)
 
 
+@pytest.mark.parametrize(("low", "high"), [(1, 0), (0.5, 0.5), (2, 1), (0, -1)])
+def test_the_least_value_of_a_hint_is_below_the_greatest(low, high):
+    with pytest.raises(UserError, match=f"control.low is {low} and control.high {high}; expected low below high"):
+        parse_recipe({"control": {"low": low, "high": high}})
+
+
 def test_no_number_of_a_recipe_is_without_a_range():
     def numbers(model, at=""):
         for name, field in model.model_fields.items():
@@ -225,6 +232,17 @@ def test_a_batch_is_whole_pairs_and_equal_parts():
 def test_a_setting_that_nothing_would_read_is_refused(content):
     with pytest.raises(UserError, match="is set, and nothing reads it"):
         parse_recipe(content)
+
+
+@pytest.mark.parametrize("source", ["fill50k", "./fill50k"])
+def test_a_folder_called_like_what_is_drawn_here_is_told_from_it(source, toy_base, tmp_path, monkeypatch):
+    list(make_fill50k(tmp_path / "fill50k", 12, toy_base.size))
+    monkeypatch.chdir(tmp_path)
+    plan = resolve(parse_recipe({"data": {"source": source, "count": 8}})).data
+    said = pytest.warns(UserWarning, match="taken for what is drawn here; write ./fill50k")
+    with nullcontext() if source.startswith(".") else said:
+        pairs, _ = training_pairs(plan, toy_base)
+    assert isinstance(pairs, FolderPairs) is source.startswith(".")
 
 
 def test_hints_that_nothing_here_makes_take_no_options():

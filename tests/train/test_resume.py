@@ -24,10 +24,11 @@ from controlkit.controls.union import UnionBranch
 from controlkit.data import make_fill50k
 from controlkit.errors import UserError
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.measure import Figure, obedience
+from controlkit.measure import Figure, Verdict, obedience
 from controlkit.train import train_control
 from controlkit.train.checkpoints import go_back
-from controlkit.train.recipe import read_recipe
+from controlkit.train.ending import next_command
+from controlkit.train.recipe import Recipe, read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,11 @@ KILLS = [  # one run, killed again and again: at which of a process's calls, bef
     ("sample", 1, "before"), ("sample", 1, "after"), ("delete", 1, "before"), ("keep", 2, "after"),
     ("step", 1, "after"), ("finish", 1, "before"),
 ]  # fmt: skip
+FEWER_KILLS = [  # one for each kind of place
+    ("encode", 1, "after"), ("rename", 1, "after"), ("rename", 2, "before"), ("step", 2, "after"), ("log", 3, "before"),
+    ("control", 1, "after"), ("state", 1, "after"), ("measure", 1, "before"), ("sample", 1, "after"),
+    ("delete", 1, "before"), ("keep", 2, "after"), ("finish", 1, "before"),
+]  # fmt: skip
 
 
 def _train_until(place, number, when, recipe, base, out):
@@ -242,12 +248,12 @@ def _train_until(place, number, when, recipe, base, out):
     list(train_control(recipe, out, base))
 
 
-def _train_and_be_killed(recipe, base_folder, out, says):
+def _train_and_be_killed(kills, recipe, base_folder, out, says):
     """The run in processes of its own, one after the other; says how each ended, and goes on when told."""
     precision.bf16_pays = lambda device_type: False
     torch.set_num_threads(1)
     base = load_base(base_folder)
-    for kill in KILLS:
+    for kill in kills:
         if not (child := os.fork()):
             _train_until(*kill, recipe, base, out)
             os._exit(0)
@@ -255,16 +261,17 @@ def _train_and_be_killed(recipe, base_folder, out, says):
         says.recv()
 
 
-def test_a_run_killed_at_every_place_loses_nothing(tiny_recipe, toy_folder, toy_base, tmp_path):
+@pytest.mark.parametrize("kills", [FEWER_KILLS, pytest.param(KILLS, marks=pytest.mark.slow)], ids=len)
+def test_a_run_killed_at_every_place_loses_nothing(kills, tiny_recipe, toy_folder, toy_base, tmp_path):
     recipe, out = tiny_recipe(**LONG), tmp_path / "run"
     list(train_control(recipe, tmp_path / "whole", toy_base))
     wanted = log_of(tmp_path / "whole")
     hears, says = multiprocessing.Pipe()
-    arguments = (recipe, toy_folder, out, says)
+    arguments = (kills, recipe, toy_folder, out, says)
     process = multiprocessing.get_context("spawn").Process(target=_train_and_be_killed, args=arguments, daemon=True)
     process.start()
     says.close()
-    for kill in KILLS:
+    for kill in kills:
         assert hears.recv() == (kill, -signal.SIGKILL), "it ended before it was killed"
         log = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").is_file() else []
         whole_lines = [json.loads(line) for line in log if line.endswith("\n")]
@@ -389,6 +396,20 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_ba
             next(train_control(recipe, tmp_path / "run", toy_base))
     listing.write_text("\n".join(lines))
     assert [record.step for record in train_control(recipe, tmp_path / "run", toy_base)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "kept"), [([0.9, 0.8], 2, False), ([0.8, 0.9], 2, True), ([0.9, 0.8], 4, True)]
+)
+def test_the_best_of_later_steps_goes_with_them(losses, step, kept, tmp_path):
+    lines = [{"step": 2 * i, "loss": 1.0, "relative_loss": {"": [loss]}} for i, loss in enumerate(losses, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("best", "checkpoints/step-0000002", "checkpoints/step-0000004"):
+        (tmp_path / name).mkdir(parents=True)
+    go_back(tmp_path, step)
+    assert (tmp_path / "best").exists() is kept
+    command = next_command(tmp_path, Recipe(), "steps", Verdict("found", "why", False), 2, 4)
+    assert command.split()[2] == str(tmp_path / "best" if kept else tmp_path), "what is there"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import itertools
 import json
 import sys
 from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tiny_runs import CANNY, PLAIN, ended, equal, far, log_of, weights_of
 
 from conftest import StandIn
 from controlkit import train
-from controlkit.backbones import load_base
+from controlkit.backbones import Backbone, load_base
 from controlkit.controls import new_control
 from controlkit.data import Cached, CirclePairs
 from controlkit.errors import UserError
@@ -33,7 +35,7 @@ PROBED = {
     "batch": 2,
     "lr": 1e-3,
     "checkpoint_every": 1,
-    "evaluation": {"every": 2, "num": 2, "steps": 1},
+    "evaluation": {"every": 0},
 }
 
 
@@ -43,10 +45,147 @@ SCENES = {"data": {"source": "scenes", "scenes": 8}}
 PHOTOS = {"data": {"source": "photos"}}
 
 
-EVERY_STEP = {"steps": 3, "evaluation": {"every": 1}}
+MEASURED = {"evaluation": {"every": 2, "num": 2, "steps": 1}}
+
+
+EVERY_STEP = {"steps": 3, "evaluation": {"every": 1, "num": 2, "steps": 1}}
+
+
+SAMPLED = {"evaluation": {"every": 2, "num": 2, "steps": 1, "hints": ["photos/a circle a.png"]}}
 
 
 XS = {"control": {"body": "xs"}}
+
+
+@dataclasses.dataclass
+class Seen:
+    """All that can be seen of a run, read off its folder when it is asked for."""
+
+    out: Path
+    toy_base: Backbone
+    records: list
+    stages: list
+    batches: list
+    stored: int
+    projects: list
+
+    @cached_property
+    def folders(self):
+        """Of its control, or of several."""
+        return sorted(path.parent for path in (self.out / "control").rglob(WEIGHTS))
+
+    @cached_property
+    def control(self):
+        return load_control(self.folders[0], self.toy_base)
+
+    @cached_property
+    def hint_rows(self):
+        held = load_file(next(self.out.glob("pairs*")))
+        return [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
+
+    @cached_property
+    def tensors(self):
+        return load_file(self.folders[0] / WEIGHTS)
+
+    @property
+    def base(self):
+        return self.control.trained["base"]
+
+    @property
+    def controls(self):
+        return len(self.folders)
+
+    @property
+    def edges(self):
+        return sum(int((hint > 0).sum()) for hint in self.hint_rows)
+
+    @property
+    def hints(self):
+        return sorted(hint.numpy().tobytes() for hint in self.hint_rows)
+
+    @property
+    def moments(self):
+        held = load_file(next(self.out.glob("pairs*")))
+        return [rows.numpy().tobytes() for name, rows in held.items() if name.endswith("moments")]
+
+    @property
+    def pairs(self):
+        return len(self.hint_rows)
+
+    @property
+    def names(self):
+        return self.tensors.keys()
+
+    @property
+    def weights(self):
+        return {name: tensor.numpy().tobytes() for name, tensor in self.tensors.items()}
+
+    @property
+    def size(self):
+        return sum(tensor.float().abs().sum().item() for tensor in self.tensors.values())
+
+    @property
+    def moved(self):
+        recipe = read_recipe(self.out / "recipe.yaml")
+        born = new_branch(recipe.control, resolve(recipe).specs, self.toy_base, recipe.seed).weights()
+        own = self.control.branch.weights()
+        return sum((value.float() - born[name].float()).abs().sum().item() for name, value in own.items())
+
+    @property
+    def parameters(self):
+        return sum(value.numel() for value in self.control.branch.weights().values())
+
+    @property
+    def joins(self):
+        return len(self.control.branch.joins)
+
+    @property
+    def channels(self):
+        return self.control.branch.hint_encoder.convs[0].in_channels
+
+    @property
+    def losses(self):
+        return [record.loss for record in self.records]
+
+    @property
+    def rows(self):
+        return tuple(rows for rows, *_ in self.batches)
+
+    @property
+    def hints_read(self):
+        return tuple(hints for _, hints, *_ in self.batches)
+
+    @property
+    def recomputed(self):
+        return tuple(recomputed for *_, recomputed, _ in self.batches)
+
+    @property
+    def compiled(self):
+        return tuple(compiled for *_, compiled in self.batches)
+
+    @property
+    def steps(self):
+        return len(self.records)
+
+    @property
+    def evaluated(self):
+        return [record.step for record in self.records if record.evaluation]
+
+    @property
+    def work(self):
+        return {total for name, total in self.stages if name == "evaluating"}
+
+    @property
+    def checkpoints(self):
+        return sorted(path.name for path in (self.out / "checkpoints").iterdir())
+
+    @property
+    def samples(self):
+        return {path.name: path.read_bytes() for path in self.out.glob("samples/*")}
+
+    @property
+    def tracked(self):
+        return [*(path.name for path in self.out.glob("tensorboard")), *self.projects]
 
 
 def moved_less(before, after):
@@ -79,21 +218,21 @@ SETTINGS = [  # key, another value, what of the run it must change and how, and 
     ("vae", "other", "moments", changed),
     ("size", 64, "hints", lambda before, after: [len(hint) for hint in after] == [4 * len(hint) for hint in before]),
     ("control.annotator", "scribble", "hints", changed),
-    ("control.types", ["canny"], "tensors", lambda before, after: after > before, {"evaluation": {"every": 0}}),
+    ("control.types", ["canny"], "names", lambda before, after: after > before),
     ("control.options", {"low": 900.0, "high": 1000.0}, "edges", moved_less),
     ("control.annotators", ["canny", "scribble"], "channels", becomes(6)),
     ("control.hints_as", "branches", "controls", becomes(2), {"control": {"annotators": ["canny", "scribble"]}}),
     ("control.channels", 1, "channels", becomes(1)),
     ("control.low", -1.0, "weights", changed),
     ("control.high", 2.0, "weights", changed),
-    ("control.body", "conv", "tensors", lambda before, after: len(after) < len(before)),
+    ("control.body", "conv", "names", lambda before, after: len(after) < len(before)),
     ("control.rank", 2, "weights", changed, {"control": {"body": "lora"}}),
-    ("control.body", "xs", "tensors", changed),
+    ("control.body", "xs", "names", changed),
     ("control.size_ratio", 0.25, "parameters", moved_less, XS),
     ("control.join", "gaussian", "losses", lambda before, after: after[0] != before[0]),  # not silent from the start
     ("control.taps", "mid", "joins", becomes(1)),
     ("control.start_from", "neighbour", "losses", lambda before, after: after[0] != before[0]),
-    ("control.hint_cfg_scale", 3.0, "samples", changed, {"lr": 0.01}),
+    ("control.hint_cfg_scale", 3.0, "samples", changed, MEASURED | {"lr": 0.01}),
     ("data.source", "fill50k", "hints", changed),
     ("data.columns", {"caption": "said"}, "losses", changed, {"data": {"source": "named"}}),
     ("data.count", 5, "pairs", becomes(10)),
@@ -128,12 +267,18 @@ SETTINGS = [  # key, another value, what of the run it must change and how, and 
     ("seed", 1, "losses", changed),
     ("checkpoint_every", 2, "checkpoints", becomes(["step-0000002"])),
     ("keep", 1, "checkpoints", becomes(["step-0000002"])),
-    ("evaluation.every", 1, "evaluated", becomes([1, 2])),
-    ("evaluation.num", 3, "work", lambda before, after: [*after] == [1.5 * work for work in before]),
-    ("evaluation.steps", 2, "work", lambda before, after: [*after] == [2 * work for work in before]),
-    ("evaluation.guidance", 1.0, "samples", changed),
-    ("evaluation.hints", ["photos/a circle a.png"], "samples", lambda before, after: len(after) == len(before) + 1),
-    ("evaluation.prompts", ["a", "b"], "samples", changed, {"evaluation": {"hints": ["photos/a circle a.png"]}}),
+    ("evaluation.every", 1, "evaluated", becomes([1, 2]), MEASURED),
+    ("evaluation.num", 3, "work", lambda before, after: [*after] == [1.5 * work for work in before], MEASURED),
+    ("evaluation.steps", 2, "work", lambda before, after: [*after] == [2 * work for work in before], MEASURED),
+    ("evaluation.guidance", 1.0, "samples", changed, MEASURED),
+    (
+        "evaluation.hints",
+        ["photos/a circle a.png"],
+        "samples",
+        lambda before, after: len(after) == len(before) + 1,
+        MEASURED,
+    ),
+    ("evaluation.prompts", ["a", "b"], "samples", changed, SAMPLED),
     ("evaluation.target", 0.0, "steps", becomes(1), EVERY_STEP),
     ("evaluation.patience", 1, "steps", becomes(2), EVERY_STEP),
     ("tracking.to", ["tensorboard"], "tracked", becomes(["tensorboard"])),
@@ -174,8 +319,7 @@ def neighbour(toy_base, drawn_joins, tmp_path_factory):
 
 @pytest.fixture
 def trace(toy_base, other_base, other_vae, neighbour, fake_packages, tmp_path, monkeypatch):
-    """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed; all that can
-    be seen of the run."""
+    """``trace(key, value, within)`` runs the probed recipe, ``within`` changed, with one setting changed: ``Seen``."""
     bases = {("toy", None): toy_base, ("other", None): other_base, ("toy", "other"): other_vae}
     monkeypatch.setattr("controlkit.train.run.load_base", lambda name, vae=None: bases[name, vae])
     monkeypatch.chdir(neighbour.parent)
@@ -206,37 +350,7 @@ def trace(toy_base, other_base, other_vae, neighbour, fake_packages, tmp_path, m
             *section, name = key.split(".")
             (content.setdefault(section[0], {}) if section else content)[name] = value
         records = list(train_control(parse_recipe(content), out, on_stage=lambda *stage: stages.append(stage)))
-        held = load_file(next(out.glob("pairs*")))
-        first, *more = sorted(path.parent for path in (out / "control").rglob(WEIGHTS))  # a control, or several
-        weights = load_file(first / WEIGHTS)
-        branch, recipe = load_control(first, toy_base).branch, read_recipe(out / "recipe.yaml")
-        born = branch if more else new_branch(recipe.control, resolve(recipe).specs, toy_base, recipe.seed)
-        own, first_own = ({k: v.float() for k, v in one.weights().items()} for one in (branch, born))
-        hints = [hint for name, rows in held.items() if name.endswith("hints") for hint in rows]
-        return {
-            "base": load_control(first, toy_base).trained["base"],
-            "controls": 1 + len(more),
-            "edges": sum(int((hint > 0).sum()) for hint in hints),
-            "hints": sorted(hint.numpy().tobytes() for hint in hints),
-            "moments": [rows.numpy().tobytes() for name, rows in held.items() if name.endswith("moments")],
-            "pairs": len(hints),
-            "stored": len(stored),
-            "tensors": weights.keys(),
-            "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
-            "size": sum(tensor.float().abs().sum().item() for tensor in weights.values()),
-            "moved": sum((value - first_own[name]).abs().sum().item() for name, value in own.items()),
-            "parameters": sum(value.numel() for value in own.values()),
-            "joins": len(getattr(branch, "joins", ())),
-            "channels": branch.hint_encoder.convs[0].in_channels if hasattr(branch, "hint_encoder") else None,
-            "losses": [record.loss for record in records],
-            **dict(zip(("rows", "hints_read", "recomputed", "compiled"), zip(*batches, strict=True), strict=True)),
-            "steps": len(records),
-            "evaluated": [record.step for record in records if record.evaluation],
-            "work": {total for name, total in stages if name == "evaluating"},
-            "checkpoints": sorted(path.name for path in (out / "checkpoints").iterdir()),
-            "samples": {path.name: path.read_bytes() for path in out.glob("samples/*")},
-            "tracked": [*(path.name for path in out.glob("tensorboard")), *(one["project"] for one in trackio.begun)],
-        }
+        return Seen(out, toy_base, records, stages, batches, len(stored), [one["project"] for one in trackio.begun])
 
     return run
 
@@ -252,7 +366,7 @@ def test_every_setting_changes_the_run_as_it_should(setting, trace, remembered):
     key, value, seen, how, within = (*setting, None)[:5]
     if str(within) not in remembered:
         remembered[str(within)] = trace(within=within)
-    before, after = remembered[str(within)][seen], trace(key, value, within)[seen]
+    before, after = getattr(remembered[str(within)], seen), getattr(trace(key, value, within), seen)
     assert how(before, after), (before, after) if seen in ("moved", "work", "pairs") else ""
 
 

@@ -1,10 +1,11 @@
 """A run read from its folder, as lines and as a page."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -14,11 +15,13 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import save_file
 
+from controlkit.cli import main
 from controlkit.errors import UserError
-from controlkit.images import write_png
+from controlkit.images import decode_picture, write_png
 from controlkit.measure import Verdict
 from controlkit.train.ending import Ending
 from controlkit.train.watch import bars, blocks, lines, page, read_run
+from limits import limited
 
 
 @pytest.fixture
@@ -194,19 +197,37 @@ def test_a_log_with_numbers_that_are_not_finite_is_drawn_without_them(run):
     assert "nan" not in page(seen) and "inf" not in page(seen)
 
 
-def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, tmp_path):
-    command = [sys.executable, "-m", "controlkit", "watch", str(run), "--every", "0.2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as looking:
-        first = [looking.stdout.readline() for _ in range(5)]
-        text = (run / "log.jsonl").read_text().splitlines()[:-1]
-        more = {"step": 41, "loss": 0.5, "seconds": 0.5}
-        (run / "log.jsonl").write_text("\n".join([*text, json.dumps(more)]) + "\n")
-        then = [looking.stdout.readline() for _ in range(2)]
-        Ending(41, "steps", "That was it.", None, "generate").write(run)
-        rest, _ = looking.communicate()
-    assert first[0].endswith("1 min left\n") and first[-1].startswith("obedience")
-    assert "news at 40\n" in then[0] and "step 41 of 100" in then[1]
+def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, monkeypatch):
+    held, told = io.BytesIO(), []
+
+    def between(seconds):
+        """What happens between two looks; told is what was flushed until then."""
+        told.append(held.getvalue().decode())
+        if len(told) == 1:
+            text = (run / "log.jsonl").read_text().splitlines()[:-1]
+            more = {"step": 41, "loss": 0.5, "seconds": 0.5}
+            (run / "log.jsonl").write_text("\n".join([*text, json.dumps(more)]) + "\n")
+        else:
+            Ending(41, "steps", "That was it.", None, "generate").write(run)
+
+    monkeypatch.setattr(time, "sleep", between)
+    monkeypatch.setattr(sys, "argv", ["controlkit", "watch", str(run)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, "utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told.append(held.getvalue().decode())
+    first, then, rest = told[0], told[1].removeprefix(told[0]), told[2].removeprefix(told[1])
+    assert not ended.value.code and first.splitlines()[0].endswith("1 min left") and "\nobedience" in first
+    assert first.endswith("news at 40\n") and "step 41 of 100" in then and "news at 40" not in then
     assert rest.endswith("That was it.\nNext: generate\n") and "ended (steps)" in rest
+
+
+@pytest.mark.parametrize("every", ["nan", "inf", "0.1", "1e300"])
+def test_seconds_between_two_looks_are_some(every, run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["controlkit", "watch", str(run), "--every", every])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--every" in capsys.readouterr().err
 
 
 def test_bars_reach_from_the_least_to_the_greatest():
@@ -229,3 +250,34 @@ def test_a_picture_becomes_half_blocks_of_its_colours():
         ("#ff0000", "#0000ff")
     }
     assert blocks(np.zeros((100, 200, 3), np.uint8), 40, 50).plain.count("\n") == 10
+
+
+def test_its_page_embeds_pictures_of_the_run_alone(run, tmp_path_factory):
+    """What lies in ``samples`` may be a link to any file, or a file of another kind under a picture's name."""
+    sheet = run / "samples" / "own-step-0000040.png"
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    write_png(outside, np.full((4, 4, 3), 77, np.uint8))
+    for target in ("/etc/passwd", outside, "/dev/zero"):
+        sheet.unlink(missing_ok=True)
+        sheet.symlink_to(target)
+        with limited(), pytest.raises(UserError, match=r"own-step-0000040\.png"):
+            page(read_run(run))
+    sheet.unlink()
+    for data in (b"<script>alert(1)</script>", b"%!PS\n{} loop\n", b"", b"root:x:0:0"):
+        sheet.write_bytes(data)
+        with limited(), pytest.raises(UserError, match=r"own-step-0000040\.png"):
+            page(read_run(run))
+    write_png(sheet, np.full((4, 4, 3), 5, np.uint8))
+    sheet.write_bytes(sheet.read_bytes() + b"<script>of a stranger's</script>")
+    with limited():
+        embedded = re.findall(r"data:image/png;base64,([\w+/=]+)", page(read_run(run)))
+    shown = [decode_picture(base64.b64decode(one), "embedded") for one in embedded]
+    assert [picture[0, 0, 0] for picture in shown] == [9, 5]
+    assert not any(b"script" in base64.b64decode(one) for one in embedded)
+
+
+@pytest.mark.parametrize("text", ["a: &a [x]\nsteps: *a\n", "steps: 1\n" * 10**6, "steps: !!python/name:os.system 1\n"])
+def test_a_recipe_made_to_harm_is_refused(run, text):
+    (run / "recipe.yaml").write_text(text)
+    with limited(), pytest.raises(UserError, match=r"recipe\.yaml"):
+        read_run(run)

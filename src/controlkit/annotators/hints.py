@@ -21,6 +21,17 @@ def contract(name: str, foreign: bool = False) -> HintSpec:
     return kind.spec(**kind.foreign) if foreign else kind.spec()
 
 
+def contract_from_json(text: str) -> HintSpec:
+    """The contract that a file gives for its hints, its options in the ranges that the annotator names.
+
+    Raises ``ValueError`` as ``HintSpec.from_json`` does, and for an option that the annotator has not, or out of range.
+    """
+    hint = HintSpec.from_json(text)
+    if (kind := kind_or_bare(hint.annotator)).is_made_here:  # nothing else reads options
+        kind.checked(hint.options)
+    return hint
+
+
 def joined(names: Sequence[str]) -> HintSpec:
     """The contract of several hints that are channels of one, three of each, in this order.
 
@@ -43,7 +54,8 @@ def grounds_of(hint: HintSpec | None) -> list[Ground]:
     if hint is None:
         return ["black"]
     kinds = [kind_or_bare(part.annotator) for part in parts_of(hint)]
-    return [None if hint.mask_value is not None else "ink" if kind.lines else kind.ground for kind in kinds]
+    masked = hint.mask_value is not None or hint.channels == 4  # or the fourth is a channel like the others
+    return [None if masked else "ink" if kind.lines else kind.ground for kind in kinds]
 
 
 def is_empty(hint: np.ndarray, kind: HintSpec) -> bool:

@@ -13,6 +13,8 @@ Level = Annotated[float, Field(ge=0, le=10_000)]
 """A threshold in grey levels."""
 Share = Annotated[float, Field(gt=0, le=1)]
 """A share of the picture's short side, or of the full contrast."""
+Width = Annotated[float, Field(gt=0, le=1 / 16)]
+"""A blur's width as a share of the short side; the work grows with it."""
 Least = Annotated[float, Field(ge=0, le=1)]
 """A least share of the short side."""
 
@@ -54,7 +56,7 @@ def _as_hint(light: np.ndarray) -> np.ndarray:
     return np.repeat((255 * light).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def softedge(picture: np.ndarray, width: Share = 1 / 128, strength: Share = 0.12) -> np.ndarray:
+def softedge(picture: np.ndarray, width: Width = 1 / 128, strength: Share = 0.12) -> np.ndarray:
     """Soft boundaries, light on black, as HED's: the stronger and the larger an edge, the lighter and the wider.
 
     The released annotators (HED, PiDiNet) are networks; this needs none: the mean of the colour gradient at three
@@ -76,7 +78,7 @@ def softedge(picture: np.ndarray, width: Share = 1 / 128, strength: Share = 0.12
     return _as_hint((edges / white).clip(0, 1))
 
 
-def lineart(picture: np.ndarray, width: Share = 1 / 200, contrast: Share = 0.01) -> np.ndarray:
+def lineart(picture: np.ndarray, width: Width = 1 / 200, contrast: Share = 0.01) -> np.ndarray:
     """A drawing in thin soft lines, light on black: where the picture is darker than what lies about it.
 
     A difference of Gaussians with a soft threshold, after XDoG (Winnemöller, Kyprianidis and Olsen, 2012), in the

@@ -4,33 +4,48 @@ Only a hub's name may ask a network for anything; all else is read and configure
 """
 
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from controlkit.backbones.noise import Prediction
+from controlkit.backbones.parts import make_network, open_part, read_tokenizer
 from controlkit.backbones.protocol import Backbone
-from controlkit.backbones.rules import check_folder, check_signs, check_text, ddim_config, latent_space, read_config
+from controlkit.backbones.rules import (
+    check_folder,
+    check_signs,
+    check_text,
+    check_words,
+    config_path,
+    ddim_config,
+    latent_space,
+    read_settings,
+)
 from controlkit.backbones.text import TextTower
 from controlkit.backbones.unet import UNetBase
-from controlkit.backbones.unet_families import FAMILIES, Family, clip_tokenizer, family_of_width, pipeline_configs
-from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, nearest, one_line
-from controlkit.files import read_text, write_atomic
+from controlkit.backbones.unet_families import (
+    FAMILIES,
+    Family,
+    clip_tokenizer,
+    family_of_width,
+    part_configs,
+    scheduler_config,
+)
+from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, UserError, nearest, one_line
+from controlkit.files import write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
-from controlkit.tensors import PICKLES, TensorFile, open_tensors
+from controlkit.tensors import PICKLES, TensorFile, of_tensors, open_tensors
 
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensors" for part in ("vae", "unet"))]
 _HUB_FILES += ["text_encoder/*.safetensors", "text_encoder_2/*.safetensors"]
 _FILES = (".safetensors", *PICKLES)
-_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")  # as in diffusion_pytorch_model.fp16.safetensors
 _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"]
 
 
@@ -103,69 +118,54 @@ def _from_hub(repository: str) -> Path:
     return snapshot(repository, "base", _HUB_FILES, _HUB_LEFT, is_whole)
 
 
+def _vae_from_hub(repository: str) -> Path:
+    def is_whole(folder: Path) -> bool:
+        return any(folder.glob("*.safetensors")) or any(folder.glob("vae/*.safetensors"))
+
+    files = ["config.json", "*.safetensors", "*.safetensors.index*.json", "vae/*.json", "vae/*.safetensors"]
+    return snapshot(repository, "VAE", files, _HUB_LEFT, is_whole)
+
+
 # --- a diffusers folder -------------------------------------------------------------------------------------------
 
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
-    kind, content = check_folder(folder)
+    kind, content, settings = check_folder(folder)
     second = ("tokenizer_2", "text_encoder_2") if "XL" in kind else ()
     for part in (*_PARTS, *second):
         if not (folder / part).is_dir():
             raise Invalid(f"{folder} lacks the folder {part}: expected a whole {kind} folder.")
-    noise = read_config(folder / "scheduler" / "scheduler_config.json")
+        if part in settings and not config_path(folder, part).is_file():
+            raise Invalid(f"{folder} lacks {config_path(folder, part)}: expected a whole {kind} folder.")
     # Here and not above: these imports take seconds, and --help must not.
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def network(kind: Any, part: str, dtype: torch.dtype = dtype) -> Any:
+        return make_network(kind, settings[part], open_part(folder, part), dtype)
 
     def tower(number: str, kind: Any) -> TextTower:
-        tokenizer = CLIPTokenizer.from_pretrained(plain, subfolder=f"tokenizer{number}", local_files_only=True)
-        return TextTower(tokenizer, _whole(kind, plain, f"text_encoder{number}", dtype=dtype), penultimate=bool(second))
+        tokenizer, encoder = read_tokenizer(folder, f"tokenizer{number}"), network(kind, f"text_encoder{number}")
+        check_words(folder, tokenizer, encoder)
+        return TextTower(tokenizer, encoder, penultimate=bool(second))
 
     try:
-        scheduler = DDIMScheduler.from_config(ddim_config(noise))
-        if not scheduler.alphas_cumprod.isfinite().all():
-            raise ValueError("its scheduler's betas are no numbers")
-        with _plain_texts(folder) as plain:
-            vae = _whole(AutoencoderKL, plain, "vae", torch_dtype=torch.float32)
-            unet = _whole(UNet2DConditionModel, plain, "unet", torch_dtype=dtype)
-            towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
+        scheduler = DDIMScheduler(**ddim_config(settings["scheduler"]))
+        count = scheduler.config.num_train_timesteps
+        if not (len(scheduler.alphas_cumprod) == count and scheduler.alphas_cumprod.isfinite().all()):
+            raise ValueError(f"its scheduler's betas are no numbers, one for each of {count} timesteps")
+        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        if unet.config.sample_size is None:
+            raise ValueError("its unet has no sample_size")
+        towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise anything where a stranger's settings do not go together
         raise Invalid(f"{folder} is not a whole {kind} folder ({one_line(error)}).") from error
     zeros = bool(second) and bool(content.get("force_zeros_for_empty_prompt", True))
     check_text(folder, [tower.encoder for tower in towers], unet.config)
     latent_space(vae.config)
     return _assembled(name, vae, towers, unet, scheduler, zeros, dtype)
-
-
-def _whole(kind: Any, source: str | Path, part: str, **options: Any) -> Any:
-    """A network of a folder or its part, in whichever variant is there; ``ValueError`` where it lacks a tensor."""
-    options = {"local_files_only": True, "use_safetensors": True, "subfolder": part} | options
-    variants = [_VARIANT.search(file.name) for file in Path(source, part).glob("*.safetensors")]
-    if variants and variants[0] and all(variants):
-        options["variant"] = variants[0][1]
-    module, info = kind.from_pretrained(source, output_loading_info=True, **options)
-    if info["missing_keys"]:  # the libraries draw these at random, with a warning
-        raise ValueError(f"{part or 'it'} lacks {min(info['missing_keys'])}")
-    return module
-
-
-@contextmanager
-def _plain_texts(folder: Path) -> Iterator[Path]:
-    """The folder, or links to its files where a JSON text has a byte order mark, which the libraries do not read."""
-    marks = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-    marked = [path for path in folder.glob("*/*.json") if path.read_bytes().startswith(marks)]
-    if not marked:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as root:
-        for path in folder.glob("*/*"):
-            place = Path(root, path.parent.name, path.name)
-            place.parent.mkdir(exist_ok=True)
-            if path in marked:
-                place.write_text(read_text(path), encoding="utf-8")
-            else:
-                place.symlink_to(path.resolve())
-        yield Path(root)
 
 
 def _assembled(
@@ -191,41 +191,68 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
         family = replace(family, latent_size=64)
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    wide = len(family.towers) > 1
-    pads = ["<|endoftext|>" if tower is FAMILIES["sd15"].towers[0] else "!" for tower in family.towers]
-    tokenizers = [clip_tokenizer(pad) for pad in pads]
-    given: dict[str, Any] = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))
-    if not wide:
-        given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with pipeline_configs(family, prediction, zero_snr="ztsnr" in header.shapes) as configs:
-        kind = StableDiffusionXLPipeline if wide else StableDiffusionPipeline
-        options: dict[str, Any] = {"config": str(configs), "local_files_only": True}
-        try:
-            if dtype == torch.float16 and family.vae_needs_float32:
-                exact = options | {"subfolder": "vae", "torch_dtype": torch.float32}
-                given["vae"] = AutoencoderKL.from_single_file(str(path), **exact)
-            pipe = kind.from_single_file(str(path), torch_dtype=dtype, **options, **given)
-            for part, module in pipe.components.items():
-                if isinstance(module, nn.Module):
-                    _check_filled(part, module)
-        except Exception as error:  # missing parts surface as whatever diffusers stumbles over first
-            raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
-    towers = [TextTower(tokenizers[0], pipe.text_encoder, wide)]
-    if wide:
-        towers.append(TextTower(tokenizers[1], pipe.text_encoder_2, wide))
-    return _assembled(path.stem, pipe.vae, towers, pipe.unet, pipe.scheduler, wide, dtype)
+    wide, configs = len(family.towers) > 1, part_configs(family)
+
+    def network(kind: Any, part: str, dtype: torch.dtype = dtype) -> Any:
+        return make_network(kind, configs[part], held[part], dtype)
+
+    def tower(part: str, row: tuple[Any, ...]) -> TextTower:
+        encoder = network(CLIPTextModelWithProjection if row[-1] else CLIPTextModel, part)
+        return TextTower(clip_tokenizer("<|endoftext|>" if row is FAMILIES["sd15"].towers[0] else "!"), encoder, wide)
+
+    try:
+        held = _parts_of(header, family)
+        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        towers = [tower(part, row) for part, row in zip(("text_encoder", "text_encoder_2"), family.towers)]  # noqa: B905
+    except UserError:
+        raise
+    except Exception as error:  # what a part lacks, or has in another shape, surfaces as anything in its renaming
+        raise Invalid(f"{path} is not a whole {family.name} checkpoint ({one_line(error)}).") from error
+    scheduler = DDIMScheduler.from_config(scheduler_config(prediction, zero_snr="ztsnr" in header.shapes))
+    return _assembled(path.stem, vae, towers, unet, scheduler, wide, dtype)
 
 
-def _check_filled(part: str, module: nn.Module) -> None:
-    if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
-        raise ValueError(f"{part} lacks {empty[0]}")
+_OF_PARTS = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders\.[01])\.")
+_OF_VAE = re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder|quant_conv|post_quant_conv)\.")
+_MOST_TENSORS = 4096  # SDXL has 2,600; the time to rename them grows with their square
+
+
+def _read_named(header: TensorFile, names: re.Pattern[str], most: int = _MOST_TENSORS) -> dict[str, Tensor]:
+    """The tensors whose names begin so; ``Invalid`` for more than ``most``."""
+    found = [name for name in header.shapes if names.match(name)]
+    if len(found) > most:
+        raise Invalid(f"{header.path} has {len(found):,} tensors where expected are at most {most:,}: it is none.")
+    return header.read(found)
+
+
+def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:
+    """The parts of a checkpoint in the original layout, each by the names that its network has in the libraries."""
+    from diffusers.loaders import single_file_utils as original
+
+    tensors, configs = _read_named(header, _OF_PARTS), part_configs(family)
+    held = {
+        "unet": original.convert_ldm_unet_checkpoint(tensors, configs["unet"]),
+        "vae": original.convert_ldm_vae_checkpoint(tensors, configs["vae"]),
+        "text_encoder": original.convert_ldm_clip_checkpoint(tensors),
+    }
+    last = list(configs)[-1]  # the tower that may be OpenCLIP's
+    prefix = "conditioner.embedders.1.model." if last == "text_encoder_2" else "cond_stage_model.model."
+    sized = SimpleNamespace(config=SimpleNamespace(hidden_size=configs[last]["hidden_size"]))
+    held[last] = held.get(last, {}) | original.convert_open_clip_checkpoint(sized, tensors, prefix=prefix)
+    return {part: _renamed(header, named) for part, named in held.items()}
+
+
+def _renamed(header: TensorFile, named: Mapping[str, Tensor | None]) -> TensorFile:
+    """The header of tensors that were read from a file, under other names; None is what it lacks."""
+    return of_tensors(header.path, {name: tensor for name, tensor in named.items() if tensor is not None})
 
 
 def _family_of(header: TensorFile) -> Family:
     # The first attention of SD sits in input block 1, of SDXL in 4.
-    widths = [header.shapes[_WIDTH.format(at)][-1] for at in (1, 4) if _WIDTH.format(at) in header.shapes]
+    widths = [sum(header.shapes[_WIDTH.format(at)][-1:]) for at in (1, 4) if _WIDTH.format(at) in header.shapes]
     if not widths:
         raise Unsupported(
             f"{header.path} holds no {_UNET}* tensors: expected a Stable Diffusion checkpoint in its original layout. "
@@ -244,11 +271,21 @@ def _prediction_of(header: TensorFile, family: Family) -> Prediction:
         return "v"
     if family.prediction == "v" and _LAST_NORM in header.shapes:
         bias = header.read([_LAST_NORM])[_LAST_NORM].float()
-        return "v" if bias.std(correction=0) > _V_SPREAD else "eps"
+        return "v" if bias.numel() and bias.std(correction=0) > _V_SPREAD else "eps"
     return family.prediction
 
 
 # --- another VAE --------------------------------------------------------------------------------------------------
+
+
+def _open_vae(path: Path, settings: Mapping[str, Any]) -> TensorFile:
+    """A file of a VAE, or of a checkpoint with one, in diffusers' layout or the original one, by diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    header = open_tensors(path)
+    if any(name.startswith("encoder.down_blocks.") for name in header.shapes):
+        return header
+    return _renamed(header, convert_ldm_vae_checkpoint(_read_named(header, _OF_VAE), settings))
 
 
 def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBase:
@@ -258,14 +295,15 @@ def _with_vae(base: UNetBase, source: str | Path, dtype: torch.dtype) -> UNetBas
     path = Path(source)
     try:
         if path.is_file():
-            with tempfile.TemporaryDirectory() as config:
-                base.vae.save_config(config)
-                options: dict[str, Any] = {"config": config, "local_files_only": True, "torch_dtype": torch.float32}
-                vae = AutoencoderKL.from_single_file(str(path), **options)
-            _check_filled("it", vae)
+            settings = {key: value for key, value in base.vae.config.items() if not key.startswith("_")}
+            vae = make_network(AutoencoderKL, settings, _open_vae(path, settings), torch.float32)
         else:
-            local = path.is_dir() or not _names_a_repository(str(source))
-            vae = _whole(AutoencoderKL, str(source), "vae" if (path / "vae").is_dir() else "", local_files_only=local)
+            if not path.is_dir() and _names_a_repository(str(source)):
+                path = _vae_from_hub(str(source))
+            part = "vae" if (path / "vae").is_dir() else ""
+            vae = make_network(AutoencoderKL, read_settings(path, "vae", part), open_part(path, part), torch.float32)
+    except Unsupported:
+        raise
     except Exception as error:  # as with a single file
         raise Invalid(
             f"{source} is no whole VAE ({one_line(error)}): expected a diffusers folder, a file in the original layout "
@@ -323,6 +361,7 @@ def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
 
 # --- LoRA and textual inversion -----------------------------------------------------------------------------------
 
+_MOST_OF_LORA = 2**14  # SDXL's have some 5,000
 _LORA_LAYER = re.compile(r"(lora_A|down)(\.default)?\.weight$")  # of each layer's two matrices the one that reads
 
 
@@ -345,19 +384,22 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
         )
     networks = [base.unet, *(tower.encoder for tower in base.towers)]
     for path, weight in loras:
-        tensors = open_tensors(path).read()
+        tensors = _read_named(open_tensors(path), re.compile(""), _MOST_OF_LORA)
         layers = sum(bool(_LORA_LAYER.search(name)) for name in tensors)
         try:
-            if not layers:
-                raise ValueError("it holds no low-rank matrices")
+            if not layers or not all(tensor.numel() for tensor in tensors.values()):
+                raise ValueError("it holds no low-rank matrices, or empty ones")
             pipe.load_lora_weights(tensors, adapter_name="lora")
             placed = sum(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules())
             if placed < layers:  # diffusers leaves out what it finds no place for, with a warning
                 raise ValueError(f"{layers - placed} of its {layers} layers have no place there")
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
-        except (ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # the libraries raise anything for names and shapes that do not go together
             raise Mismatch(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
+
+
+_MOST_VECTORS = 75  # of a textual inversion: the words of a prompt
 
 
 def _add_words(base: UNetBase, path: Path) -> None:
@@ -372,13 +414,18 @@ def _add_words(base: UNetBase, path: Path) -> None:
     keyed = "clip_l" in tensors and "clip_g" in tensors  # SDXL's hold one tensor a tower, the others one in all
     found = [tensors["clip_l"], tensors["clip_g"]] if keyed else [t for t in tensors.values() if t.ndim]
     widths = [tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers]
-    if [vectors.shape[-1] for vectors in found] != widths:
+    wide = [sum(vectors.shape[-1:]) for vectors in found]
+    if wide != widths:
         raise Mismatch(
-            f'{path} holds words {[vectors.shape[-1] for vectors in found]} wide where "{base.name}" reads {widths}: '
+            f'{path} holds words {wide[:9]} wide where "{base.name}" reads {widths}: '
             "it is no textual inversion, or one of another base."
         )
     for tower, vectors in zip(base.towers, found, strict=True):
         rows = vectors.reshape(-1, vectors.shape[-1])
+        if not 0 < len(rows) <= _MOST_VECTORS:
+            raise Invalid(
+                f"{path} holds a word of {len(rows):,} vectors: expected at most {_MOST_VECTORS}, a prompt's."
+            )
         words = [path.stem, *(f"{path.stem}_{i}" for i in range(1, len(rows)))]
         if known := set(words) & tower.tokenizer.get_vocab().keys():
             raise Invalid(f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.')

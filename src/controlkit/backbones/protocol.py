@@ -192,6 +192,10 @@ class Backbone(Protocol):
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
         """Of each prompt, all that its embedding is computed from: equal ones have equal embeddings."""
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's tensors in ``TextEmbedding``, by name; another base may know them without it."""
+        return {name: tuple(value.shape[1:]) for name, value in self.encode_text([""]).tensors().items()}
+
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, h, w) of the latents of pictures (B, 3, H, W)."""
 

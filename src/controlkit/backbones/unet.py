@@ -274,6 +274,13 @@ class UNetBase(Backbone):
                 pooled[absent] = 0
         return TextEmbedding(tokens, pooled, sizes).of_size(size or (self.size, self.size))
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        configs = [tower.encoder.config for tower in self.towers]
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (self.window, sum(config.hidden_size for config in configs))}
+        if self.unet.config.addition_embed_type == "text_time":
+            shapes |= {"pooled": (configs[-1].projection_dim,), "sizes": (6,)}
+        return shapes
+
     def text_keys(self, prompts: Sequence[str]) -> list[bytes]:
         rows = [tower.tokenize(list(prompts)).cpu().numpy() for tower in self.towers]
         return [b" ".join([self._text_key, *(tokens[i].tobytes() for tokens in rows)]) for i in range(len(prompts))]

@@ -5,10 +5,6 @@ tensor shapes alone (``family_of_width``); no network is asked.
 """
 
 import gzip
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -154,8 +150,6 @@ def _vae_config(family: Family) -> dict[str, Any]:
 def _text_config(tower: tuple[int, int, int, int, str, int]) -> dict[str, Any]:
     width, mlp, layers, heads, activation, projection = tower
     return {
-        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
-        "model_type": "clip_text_model",
         "hidden_size": width,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
@@ -169,9 +163,9 @@ def _text_config(tower: tuple[int, int, int, int, str, int]) -> dict[str, Any]:
     }
 
 
-def _scheduler_config(prediction: Prediction, zero_snr: bool) -> dict[str, Any]:
+def scheduler_config(prediction: Prediction, zero_snr: bool = False) -> dict[str, Any]:
+    """The ``DDIMScheduler`` of the families."""
     return {
-        "_class_name": "DDIMScheduler",
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
@@ -184,30 +178,10 @@ def _scheduler_config(prediction: Prediction, zero_snr: bool) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def pipeline_configs(family: Family, prediction: Prediction, zero_snr: bool = False) -> Iterator[Path]:
-    """A temporary folder with a family's diffusers configurations, which a single file of weights lacks."""
-    parts: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "unet": ("diffusers", "UNet2DConditionModel", unet_config(family)),
-        "vae": ("diffusers", "AutoencoderKL", _vae_config(family)),
-        "scheduler": ("diffusers", "DDIMScheduler", _scheduler_config(prediction, zero_snr)),
-    }
-    for i, tower in enumerate(family.towers):
-        config = _text_config(tower)
-        parts["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = (
-            "transformers",
-            config["architectures"][0],
-            config,
-        )
-    kind = "StableDiffusionXLPipeline" if family.pooled_width else "StableDiffusionPipeline"
-    index: dict[str, Any] = {"_class_name": kind} | {part: [home, name] for part, (home, name, _) in parts.items()}
-    with tempfile.TemporaryDirectory() as root:
-        for part, (_, _, config) in parts.items():
-            name = "scheduler_config.json" if part == "scheduler" else "config.json"
-            (Path(root) / part).mkdir()
-            (Path(root) / part / name).write_text(json.dumps(config))
-        (Path(root) / "model_index.json").write_text(json.dumps(index))
-        yield Path(root)
+def part_configs(family: Family) -> dict[str, dict[str, Any]]:
+    """A family's diffusers configurations by part, which a single file of weights lacks; the last tower comes last."""
+    towers = zip(("text_encoder", "text_encoder_2"), map(_text_config, family.towers))  # noqa: B905
+    return {"unet": unet_config(family), "vae": _vae_config(family), **dict(towers)}
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------

@@ -4,19 +4,23 @@ Heavy imports stand inside the commands, so that ``controlkit --help`` answers a
 """
 
 import errno
+import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import typer
 
 from controlkit.cli import data, pictures, runs, weights
-from controlkit.cli.shared import warn
-from controlkit.errors import UserError, one_line
+from controlkit.cli.shared import complain, warn
+from controlkit.errors import UserError, one_line, printable
 from controlkit.files import home_path
+from controlkit.hub import settle_places
 
 app = typer.Typer(
     name="controlkit",
@@ -47,6 +51,14 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and (advice := _PLACES.get(errno.errorcode.get(error.errno or 0, ""))):
         place = f" ({one_line(error.filename)})" if error.filename else ""
         return f"{error.strerror}{place}. {advice}"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return (
+            f"This locale ({error.encoding}) has no letters for the name {one_line(ascii(error.object))}: set "
+            "LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        )
+    if usage := getattr(error, "format_message", None):  # of the library that reads the options
+        command = getattr(getattr(error, "ctx", None), "command_path", "controlkit")
+        return usage() and f"{usage().rstrip('.')}. See `{command} --help`."  # it has shown the help where that is ""
     torch = sys.modules.get("torch")  # not imported for this alone
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -57,16 +69,39 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _shown_as_notes() -> Callable[..., None]:
-    """A way to show warnings: this package's as notes, each once, and others as Python does."""
+    """A way to show warnings: this package's as notes, each once, and others as Python does, in a line."""
     note = cache(warn)
 
     def show(message: Warning | str, category: type[Warning], file: str, line: int, *_: Any) -> None:
         if category is UserWarning and Path(__file__).parents[1] in Path(file).parents:
             note(str(message))
         else:
-            typer.echo(warnings.formatwarning(message, category, file, line), err=True)
+            complain(f"{file}:{line}: {category.__name__}: {message}")
 
     return show
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A mistake of ours, as Python shows it; the words in it may be anybody's."""
+    for part in traceback.format_exception(kind, error, trace):
+        for line in part.splitlines() if part.startswith("  File") else [part.strip()]:
+            complain(line)
+
+
+def _settle_output() -> None:
+    """Have libraries' log lines printable too, and letters that a terminal does not have replaced."""
+    made = logging.getLogRecordFactory()
+
+    def record(*values: Any, **more: Any) -> logging.LogRecord:
+        one = made(*values, **more)
+        one.msg, one.args = printable(one.getMessage()), ()
+        return one
+
+    logging.setLogRecordFactory(record)
+    sys.excepthook = _show_crash
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
 
 
 def _with_home(argument: str) -> str:
@@ -77,12 +112,16 @@ def _with_home(argument: str) -> str:
 
 def main() -> None:
     """Run the command line; what the user can mend is one sentence and exit code 2."""
+    _settle_output()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _shown_as_notes()
-            app([_with_home(argument) for argument in sys.argv[1:]])
-    except (UserError, OSError, RuntimeError) as error:
+            settle_places()
+            code = app([_with_home(argument) for argument in sys.argv[1:]], standalone_mode=False)
+    except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
-        typer.echo(f"controlkit: {sentence}", err=True)
-        sys.exit(2)
+        if sentence:
+            complain(f"controlkit: {sentence}")
+        code = 2
+    sys.exit(code)

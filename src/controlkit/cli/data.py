@@ -15,6 +15,7 @@ from controlkit.cli.shared import (
     KindsCommand,
     OutOption,
     check_folder,
+    finite,
     loaded_base,
     parse_columns,
     parse_size,
@@ -75,8 +76,10 @@ def doctor(
     channels: Annotated[
         int | None, typer.Option(help="Channels the hints should have; three, or three of each, by default.", min=1)
     ] = None,
-    low: Annotated[float, typer.Option(help="The least value that hints of floats may have.")] = 0.0,
-    high: Annotated[float, typer.Option(help="The largest value that hints of floats may have.")] = 1.0,
+    low: Annotated[float, typer.Option(help="The least value that hints of floats may have.", callback=finite)] = 0.0,
+    high: Annotated[
+        float, typer.Option(help="The largest value that hints of floats may have.", callback=finite)
+    ] = 1.0,
     column: ColumnOption = None,
     base: BaseOption = "mini",
     size: Annotated[
@@ -95,6 +98,8 @@ def doctor(
 
     check_folder(out)
     made_by = contract(annotator) if annotator else None
+    if low >= high:
+        raise Invalid(f"--low is {low:g} and --high {high:g}; expected --low below --high.")
     if made_by:
         made_by = replace(made_by, channels=channels or made_by.channels, low=low, high=high)
     elif (channels, low, high) != (None, 0.0, 1.0):

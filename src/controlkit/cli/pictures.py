@@ -1,7 +1,8 @@
 """Pictures from prompts and hints; hints from pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +27,9 @@ from controlkit.cli.shared import (
     split_lora,
     warn,
 )
-from controlkit.errors import Invalid, NotFound, nearest
+from controlkit.errors import Invalid, NotFound, nearest, one_line
 from controlkit.files import home_path
+from controlkit.hub import is_sealed, seal
 
 if TYPE_CHECKING:
     from controlkit.backbones import Backbone
@@ -120,6 +122,10 @@ def generate(
     embedding: Annotated[
         list[Path] | None, typer.Option(help="A textual inversion; in a prompt it is its file's name. Repeatable.")
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Open, fetch and spend what the request in another's PNG asks for."),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
     device: DeviceOption = "auto",
 ) -> None:
@@ -136,7 +142,7 @@ def generate(
     if dtype not in DTYPES:
         raise Invalid(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
     if request:
-        first = _read_request(context, request)
+        first = _read_request(context, request, follow)
     else:
         shared = {"scale": scale, "guess": guess, "ready": hint_ready, "hint_cfg_scale": hint_cfg}
         if dialect == "a1111" and prompt is not None:
@@ -189,6 +195,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         warn(note)
     settled = {one.request.seed: json.loads(one.settled().to_json()) for one in prepared}
+    settled = {number: asked | {"seal": seal(asked)} for number, asked in settled.items()}
     height, width = prepared[0].settings.size or (base.size, base.size)
     facts = {**facts, "width": width, "height": height, "threads": settle_threads(base.networks().values())}
     made = []
@@ -206,8 +213,9 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
         for kind, hint in control.pictures().items()
     ]
     for i, (label, hint) in enumerate(shown):
-        write_png(out / f"hint-{i}-{label.replace(':', '-')}.png", hint)
-    columns = [f"hint: {label}" for label, _ in shown] + [f"seed {seed}" for seed in settled]
+        name = re.sub(r"[^\w.-]", "-", label)[:60]
+        write_png(out / f"hint-{i}-{name}.png", hint)
+    columns = [f"hint: {one_line(label)}" for label, _ in shown] + [f"seed {seed}" for seed in settled]
     row = [*(hint for _, hint in shown), *made]
     write_png(out / "grid.png", grid([row], columns), next(iter(settled.values())) | facts)
     say(f"{len(made)} picture{'s' if len(made) > 1 else ''} in {out}; side by side in {out / 'grid.png'}")
@@ -221,7 +229,8 @@ IN_REQUEST = (
 """Parameters of ``generate`` that a request's file says instead."""
 
 
-def _read_request(context: typer.Context, file: Path) -> "Request":
+def _read_request(context: typer.Context, file: Path, follow: bool) -> "Request":
+    """The request in a file. Who names a JSON text asks for what it says; a PNG's settings nobody sees."""
     from controlkit.images import read_settings
     from controlkit.sample import Request
 
@@ -231,11 +240,34 @@ def _read_request(context: typer.Context, file: Path) -> "Request":
     if not file.is_file():
         raise NotFound(f"There is no request at {file}: expected a JSON file, or a PNG that generate wrote.")
     try:
-        if file.suffix.lower() == ".png":
-            return Request(**{key: value for key, value in read_settings(file).items() if key in Request.model_fields})
-        return Request.from_json(file.read_bytes())
+        if file.suffix.lower() != ".png":
+            return Request.from_json(file.read_bytes())
+        held = read_settings(file)
+        asked = {key: value for key, value in held.items() if key in Request.model_fields}
+        found = Request(**asked)
     except Invalid as error:
         raise Invalid(f"{file}: {error}") from None
+    if not follow and not is_sealed(held.get("seal"), asked) and (named := ", ".join(_beyond(found))):
+        raise Invalid(f"{file} was not made here, and asks for {named}. If you want that, add --follow.")
+    return found
+
+
+_USUAL = {"side": 1024, "steps": 100}
+"""Sizes and steps that a stranger's request may ask for."""
+
+
+def _beyond(request: "Request") -> Iterator[str]:
+    """In words, all that a request has the program open, fetch or spend; of a stranger's it is asked for."""
+    from controlkit.formats import shipped_controls
+
+    for control in request.controls:
+        if control.name.partition(":")[0] not in shipped_controls():
+            yield f'the control "{one_line(control.name)}"'
+        yield from (f'the picture "{one_line(one)}"' for one in control.images.values() if isinstance(one, Path))
+    if max(request.size or (0,)) > _USUAL["side"]:
+        yield "{1} x {0} pixels".format(*request.size or ())
+    if request.steps > _USUAL["steps"]:
+        yield f"{request.steps} steps"
 
 
 KEYS = {"hint-cfg": "hint_cfg_scale"} | {

@@ -17,6 +17,7 @@ from controlkit.cli.shared import (
     LoraOption,
     StepsOption,
     VaeOption,
+    finite,
     loaded_base,
     loaded_control,
     on_cuda,
@@ -24,10 +25,12 @@ from controlkit.cli.shared import (
     progress_bars,
     say,
     say_beside,
+    say_table,
     split_lora,
+    terminal,
     warn,
 )
-from controlkit.errors import Invalid, Unsupported
+from controlkit.errors import Invalid, Unsupported, printable
 
 if TYPE_CHECKING:
     from controlkit.train import Ending, Record
@@ -80,10 +83,11 @@ def train(
     if from_step is not None and ranks.first:
         go_back(out, from_step)
     ranks.wait()
-    base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
+    with Stopping("", stopped := "stopped: run again to go on"):
+        base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
     if settings.size == base.size:  # flags always give it
         settings = settings.model_copy(update={"size": None})
-    stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
+    stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
         side = progress.add_task("", total=1, visible=False, figures="")
@@ -121,7 +125,7 @@ def _asked_for(
     given: Sequence[str], changes: Sequence[str], out: Path | None, processes: int
 ) -> "tuple[Recipe, Path, list[str]]":
     """The recipe, the run's folder and notes that a command line asks for: a recipe's file, or flags."""
-    from controlkit.train.flags import read_flags
+    from controlkit.train.flags import key_of, read_flags
     from controlkit.train.recipe import parse_recipe, put, read_recipe
 
     if given and given[0].startswith("--"):
@@ -130,7 +134,9 @@ def _asked_for(
             put(asked.recipe, change)
         return parse_recipe(asked.recipe, "The recipe of these flags"), out or asked.out, asked.notes
     if len(given) > 1:
-        raise Invalid(f'"{given[1]}" is no option of train: see `controlkit train --help`.')
+        option, _, value = given[1].partition("=")
+        meant = f"beside a recipe it is --set {key}={value or '...'}; " if (key := key_of(option)) else ""
+        raise Invalid(f'"{given[1]}" is no option of train: {meant}see `controlkit train --help`.')
     if not given or not out:
         raise Invalid("Expected a recipe and --out, the run's folder; see `controlkit train --help`.")
     return _as_launched(read_recipe(Path(given[0]), changes)), out, []
@@ -169,7 +175,9 @@ def _as_launched(recipe: "Recipe") -> "Recipe":
 def watch(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML file, too.")] = None,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2)] = 5.0,
+    every: Annotated[
+        float, typer.Option(help="Seconds between two looks.", min=0.2, max=86_400, callback=finite)
+    ] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and do not wait for the run's end.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show the newest samples, in a terminal.")] = True,
 ) -> None:
@@ -181,7 +189,7 @@ def watch(
     import time
     from contextlib import nullcontext
 
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
@@ -189,10 +197,10 @@ def watch(
     from controlkit.images import read_picture
     from controlkit.train.watch import blocks, lines, page, read_run
 
-    seen, told, console = read_run(run), list[str](), Console()
+    seen, told, console = read_run(run), list[str](), terminal()
     with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
         while True:
-            shown = lines(seen)
+            shown = [printable(line) for line in lines(seen)]
             if live:
                 parts = [Text("\n".join(shown))]
                 room = max(console.height - len(shown) - 1, 1)
@@ -222,9 +230,20 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on."),
+        typer.Option(
+            help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on, if it was here."
+        ),
     ] = None,
     column: ColumnOption = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the pictures in pixels; by default what the control was trained on, if it was here, or the "
+            "base's.",
+            min=1,
+            max=16_384,
+        ),
+    ] = None,
     annotator: Annotated[
         str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
     ] = None,
@@ -259,8 +278,11 @@ def evaluate(
     if saved.branch.hint_types:
         raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
     metric_of(saved.hint)
-    recipe = saved.trained.get("recipe") or {}
-    model = model.of_size(recipe["size"]) if recipe.get("size") else model
+    told = saved.trained_on["size"]
+    if size or (told and saved.is_own):
+        model = model.of_size(size or told)
+    elif told and told != model.size:
+        warn(f'the file of "{control}" says that it was trained on {told} pixels; --size has it measured there')
     pairs, real = heldout_for(saved, model.size, num, data, parse_columns(column))
     counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
     plan = EvaluationPlan(
@@ -280,19 +302,14 @@ def evaluate(
 
 def _show(report: Mapping[str, Any], title: str) -> None:
     """Print a report: a table of its figures; notes and the verdict below it."""
-    from rich.console import Console
-    from rich.table import Table
-
     used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
-    table = Table(
-        title=f"{title}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s", caption=used
+    figures = {name: one for name, one in report.items() if isinstance(one, dict) and "mean" in one}
+    say_table(
+        f"{title}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s",
+        ("figure", "mean", "95% interval"),
+        ((name, f"{one['mean']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for name, one in figures.items()),
+        used,
     )
-    for name in ("figure", "mean", "95% interval"):
-        table.add_column(name)
-    for name, figure in report.items():
-        if isinstance(figure, dict) and "mean" in figure:
-            table.add_row(name, f"{figure['mean']:.3f}", f"{figure['low']:.3f} to {figure['high']:.3f}")
-    Console().print(table)
     if report.get("observer"):
         accuracy = ", ".join(f"{name} {value:.3f}" for name, value in report["observer"].items())
         say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {accuracy}.")

@@ -1,10 +1,15 @@
-"""Shared by several commands: options of one meaning, loading, progress, messages."""
+"""Shared by several commands: options of one meaning, loading, progress, messages.
+
+Whatever a command prints leaves through here, and only here it is made ``printable``: names, captions and verdicts come
+from anybody's files. No text is read as rich's markup.
+"""
 
 import importlib
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from controlkit.errors import Invalid
+from controlkit.errors import Invalid, printable
 from controlkit.files import home_path
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import Console
+    from rich.progress import Progress, Task
+    from rich.text import Text
 
     from controlkit.backbones import Backbone
     from controlkit.formats import SavedControl
@@ -51,6 +58,13 @@ VaeOption = Annotated[
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 
 
+def finite(value: float) -> float:
+    """Check a number that an option gives: NaN is in every range that compares alone."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
 class KindsCommand(TyperCommand):
     """A command whose help names kinds of hints: ``{annotators}`` and so on stand for what their table has.
 
@@ -82,14 +96,26 @@ class KindsCommand(TyperCommand):
                 parameter.help = (parameter.help or "").replace(place, text)
 
 
+def terminal(stderr: bool = False) -> "Console":
+    """Rich's console, for which brackets and colons are letters."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 @contextmanager
 def progress_bars(disable: bool = False) -> Iterator["Progress"]:
     """Bars of long work, on stderr; a task's `figures` stand at its end."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    figures, console = TextColumn("{task.fields[figures]}"), Console(stderr=True)
+    class Words(TextColumn):
+        def render(self, task: "Task") -> "Text":
+            found = super().render(task)
+            found.plain = printable(found.plain)
+            return found
+
+    names, figures = (Words(f"{{task.{what}}}", markup=False) for what in ("description", "fields[figures]"))
+    columns, console = (names, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()), terminal(stderr=True)
     with Progress(*columns, figures, console=console, redirect_stdout=False, disable=disable) as progress:
         yield progress
 
@@ -183,20 +209,40 @@ def check_folder(out: Path) -> None:
 
 def say(text: str) -> None:
     """A line of result, to stdout."""
-    typer.echo(text)
+    print(printable(text))
+
+
+def say_json(values: Mapping[str, Any]) -> None:
+    """Figures for other programs, to stdout: letters beyond ASCII are written by their numbers."""
+    print(json.dumps(values, indent=2))
 
 
 def say_beside(progress: "Progress", text: str) -> None:
     """``say`` while bars are shown: above them where they are in the same terminal."""
     if progress.console.is_terminal and sys.stdout.isatty():
-        progress.print(text, highlight=False, markup=False)
+        progress.print(printable(text))
     else:
         say(text)
 
 
+def say_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> None:
+    """A table of results, to stdout."""
+    from rich.table import Table
+
+    table = Table(*map(printable, head), title=printable(title), caption=printable(caption))
+    for row in rows:
+        table.add_row(*map(printable, row))
+    terminal().print(table)
+
+
+def complain(text: str) -> None:
+    """A line of its own, to stderr."""
+    print(printable(text), file=sys.stderr)
+
+
 def warn(text: str) -> None:
     """A line of what is to be known besides, to stderr."""
-    typer.echo(f"note: {text}", err=True)
+    complain(f"note: {text}")
 
 
 def split_lora(text: str) -> tuple[Path, float]:

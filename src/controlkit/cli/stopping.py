@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,9 +16,10 @@ _ECHO = 1.0
 
 
 class Stopping:
-    """Within it signals are answered so; ``asked``: the first that came, or None.
+    """Within it signals are answered so, that of a closed terminal too; ``asked``: the first that came, or None.
 
-    ``words`` are said at the first. Work that is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
+    ``words`` are said at the first; without any it ends the work at once, too, for work that keeps nothing. Work that
+    is ended by a ``KeyboardInterrupt`` says ``ended``, and the command ends.
     """
 
     def __init__(self, words: str, ended: str) -> None:
@@ -26,7 +28,10 @@ class Stopping:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
-        self._before = {number: signal.signal(number, self._answer) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._answer) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -46,9 +51,11 @@ class Stopping:
         return 128 + (self.asked or signal.SIGINT)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self._at = number, time.monotonic()
-            os.write(2, f"\n{self._words}\n".encode())  # print may be busy in the line that was interrupted
+        first, self.asked = self.asked is None, self.asked or number
+        if first and self._words:
+            self._at = time.monotonic()
+            with suppress(OSError):  # of a terminal that is closed
+                os.write(2, f"\n{self._words}\n".encode())  # print may be busy in the line that was interrupted
         elif time.monotonic() - self._at > _ECHO:
             signal.signal(number, signal.SIG_DFL)  # the third ends even what does not listen
             raise KeyboardInterrupt

@@ -1,12 +1,11 @@
 """Files of weights: what they are, other formats, where the shipped ones lie."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from controlkit.cli.shared import loaded_base, progress_bars, say, warn
+from controlkit.cli.shared import loaded_base, progress_bars, say, say_json, warn
 from controlkit.errors import Invalid
 
 app = typer.Typer()
@@ -26,7 +25,10 @@ def inspect(
     from controlkit.formats import describe, named_path
 
     found = describe(named_path(file))
-    say(json.dumps(found.to_json(), indent=2) if as_json else found.sentence())
+    if as_json:
+        say_json(found.to_json())
+    else:
+        say(found.sentence())
 
 
 @app.command(

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from controlkit.data.opened import open_row
 from controlkit.data.pairs import Pair, hint_for_pair
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import Mismatch, Unsupported, nearest
-from controlkit.files import SCRATCH, is_leftover, mark_output, write_atomic
+from controlkit.files import SCRATCH, held, is_leftover, mark_output, sweep, write_atomic
 from controlkit.images import HintSpec, fit, hint_bytes, png_bytes
 
 SHARD = 1000
@@ -81,8 +82,8 @@ def build_set(
 
     ``contract``: of the hints; its annotator makes them where the set has none. ``size``: (height, width); None leaves
     pictures as they are. ``captioning``: captions to be made first. ``Unsupported`` for a layout that is not written,
-    or hints that nothing makes; ``Mismatch`` if the folder was begun with other settings or another set, or holds
-    anything else.
+    hints that nothing makes, or a folder that another process fills; ``Mismatch`` if the folder was begun with other
+    settings or another set, or holds anything else.
     """
     if layout not in TARGETS:
         raise Unsupported(f'Nothing writes the layout "{layout}": {nearest(layout, TARGETS)}')
@@ -96,6 +97,22 @@ def build_set(
         "captions": {"by": captioning.captioner.name, "over": captioning.over} if captioning else None,
         "set": rows_digest(listing.rows),  # files are numbered by row: another row would be another's file
     }
+    _check(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        yield from _build(listing, folder, settings, contract, captioning, workers)
+
+
+def _build(
+    listing: Listing,
+    folder: Path,
+    settings: Mapping[str, Any],
+    contract: HintSpec,
+    captioning: Captioning | None,
+    workers: int,
+) -> Iterator[int]:
+    """Write what ``build_set`` does, into a folder that no other process writes."""
+    layout, size = settings["layout"], settings["size"] and tuple(settings["size"])
     _begin(folder, settings)
     if captioning:
         listing = captioned(listing, captioning, folder / JOURNAL)
@@ -108,29 +125,27 @@ def build_set(
         yield from parallel_map(writer.files, ranges_of(count), workers, folder / _STOP)
         if target.listing:
             write_atomic(folder / target.listing, json_lines(map(writer.entry, range(count))))
-    _clear(folder)
+    sweep(folder)  # a killed worker's, whose part Ray gave to another
     write_atomic(folder / BUILT, (json.dumps(settings | {"whole": True}) + "\n").encode())
 
 
-def _clear(folder: Path) -> None:
-    """Delete what a process left that was killed while it wrote, such as a worker whose part Ray gave to another."""
-    for left in folder.rglob(f"{SCRATCH}*"):
-        left.unlink()
-
-
-def _begin(folder: Path, settings: Mapping[str, object]) -> None:
-    """Write the file that says a folder is being built with these settings; refuse one that holds something else."""
-    marker = folder / BUILT
-    if marker.is_file():
-        begun = {key: value for key, value in own_facts(marker).items() if key != "whole"}
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    """``Mismatch`` for a folder that was begun with other settings, or holds something that was not built here."""
+    if (folder / BUILT).is_file():
+        begun = {key: value for key, value in own_facts(folder / BUILT).items() if key != "whole"}
         if begun != settings:
             changed = [key for key in settings if begun.get(key) != settings[key]]
             raise Mismatch(f"{folder} was begun with another {' and '.join(changed)}: give another folder.")
-        _clear(folder)
     elif folder.is_dir() and not all(is_leftover(path.name) for path in folder.iterdir()):
         raise Mismatch(f"{folder} holds something that was not built here: give an empty folder, or a new one.")
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the file that says a folder is being built with these settings; take out what a killed process left."""
+    _check(folder, settings)
+    sweep(folder)
     mark_output(folder, "data build")
-    write_atomic(marker, (json.dumps(dict(settings)) + "\n").encode())
+    write_atomic(folder / BUILT, (json.dumps(dict(settings)) + "\n").encode())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.data.buckets import Size
 from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair, is_annotated
-from controlkit.data.store import Entry, Store, key_of, remembered
+from controlkit.data.store import Entry, Like, Store, key_of, remembered
 from controlkit.errors import Mismatch
 from controlkit.files import write_atomic
 from controlkit.images import HintSpec, to_tensor
@@ -125,7 +125,8 @@ class _Builder:
 
     def write_prompts(self, prompts: Sequence[str]) -> None:
         """Write the tensors of each prompt's ``TextEmbedding``."""
-
+        shapes = self.base.text_shapes() if self.store else {}
+        like = {name: (shape, torch.long if name == "sizes" else torch.half) for name, shape in shapes.items()}
         keys = [b""] * len(prompts)
         for first in range(0, len(prompts) if self.store else 0, 16384):  # each call digests the towers' weights
             block = slice(first, first + 16384)
@@ -136,7 +137,7 @@ class _Builder:
                 text = self.base.encode_text([prompts[chunk][i] for i in absent]).to(torch.device("cpu"), torch.half)
                 return [{name: value[i].clone() for name, value in text.tensors().items()} for i in range(len(text))]
 
-            return remembered(self.store, keys[chunk], make)
+            return remembered(self.store, keys[chunk], [like] * len(keys[chunk]), make)
 
         held: dict[str, Tensor] = {}
         for first in range(0, len(prompts), 256):
@@ -197,8 +198,17 @@ class _Builder:
                 moments = self.base.encode_moments(pixels)
             return [{"moments": row} for row in moments.half().cpu()]
 
-        entries = remembered(self.store, [key_of("moments", self.vae, picture) for picture in pictures], make)
+        keys = [key_of("moments", self.vae, picture) for picture in pictures]
+        like: list[Like] = [
+            {"moments": (self._moments_shape(picture), torch.half)} for picture in pictures if self.store
+        ]
+        entries = remembered(self.store, keys, like, make)
         return torch.stack([entry["moments"] for entry in entries])
+
+    def _moments_shape(self, picture: np.ndarray) -> tuple[int, int, int]:
+        height, width = picture.shape[:2]
+        channels, *places = self.base.latent_shape((height, width))
+        return (2 * channels, *places)
 
     def _hints(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """Each pair's hint; those made of pictures alone come from the store, or are made at once, kind by kind."""
@@ -220,7 +230,10 @@ class _Builder:
             made = annotate_all([pictures[i] for i in absent], contract, device=str(self.base.device))
             return [{"hint": torch.from_numpy(hint)} for hint in made]
 
-        made_by = [kind_of(part.annotator).digest() for part in parts_of(contract)]
+        parts = parts_of(contract)
+        made_by = [kind_of(part.annotator).digest() for part in parts]
+        channels = 3 * len(parts) + (contract.mask_value is not None)
+        like: list[Like] = [{"hint": ((*picture.shape[:2], channels), torch.uint8)} for picture in pictures]
         options = json.dumps([contract.annotator, *made_by, *sorted(contract.options.items())])
         keys = [key_of("hint", options, picture) for picture in pictures]
-        return [entry["hint"].numpy() for entry in remembered(self.store, keys, make, dense=False)]
+        return [entry["hint"].numpy() for entry in remembered(self.store, keys, like, make, dense=False)]

@@ -12,12 +12,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from controlkit.data.blip import read_blip
 from controlkit.data.layouts.folders import caption_file
 from controlkit.data.layouts.rows import Listing, Row, json_lines
 from controlkit.errors import Invalid, NotFound, Unsupported, UserError, one_line
 from controlkit.files import write_atomic
 from controlkit.images import decode_picture
 
+_HUB_FILES = ("*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.txt")
 CAPTIONER = "Salesforce/blip-image-captioning-base"
 Over = Literal["nothing", "names", "all"]
 """Captions that a captioner may replace: none, those that are only files' names, or all."""
@@ -85,20 +87,17 @@ def load_captioner(name: str = CAPTIONER, device: str = "cpu") -> Captioner:
 
 
 def _load(name: str, device: str, local: bool) -> Captioner:
-    from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
+    from huggingface_hub import snapshot_download
 
-    wanted: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(name, **wanted)
-    kinds = config.architectures or [BlipForConditionalGeneration.__name__]
-    if config.model_type != "blip" or BlipForConditionalGeneration.__name__ not in kinds:
-        raise Unsupported(
-            f'"{name}" is a {kinds[0]} ({config.model_type}), no captioner: expected a BLIP such as {CAPTIONER}.'
-        )
-    processor = BlipProcessor.from_pretrained(name, **wanted)
-    wanted |= {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-    model, info = BlipForConditionalGeneration.from_pretrained(name, **wanted)
-    if info["missing_keys"]:  # the library draws these at random, with a warning
-        raise Invalid(f'"{name}" lacks weights, such as {min(info["missing_keys"])}: fetch it anew.')
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, local_files_only=local, allow_patterns=list(_HUB_FILES)))
+        if local and not any(folder.glob("*.safetensors")):  # other programs fetch configurations alone
+            raise ValueError("its weights are not in the local cache")
+    try:
+        model, processor = read_blip(folder, name)
+    except (NotFound, Invalid) as error:
+        raise ValueError(str(error)) from error
     return Captioner(name, model.to(device).eval(), processor)
 
 

@@ -70,7 +70,7 @@ def make_scenes(folder: Path, count: int, size: int = 256, seed: int = 0, hint: 
         facts = {"captions": scene.captions, "heldout": scene.heldout}
         write_atomic(folder / "truth" / f"{i}.json", (json.dumps(facts) + "\n").encode())
         yield i + 1
-    facts_of = [json.loads((folder / "truth" / f"{i}.json").read_text()) for i in range(count)]
+    facts_of = [json.loads((folder / "truth" / f"{i}.json").read_text(encoding="utf-8")) for i in range(count)]
     pairs = [
         {"source": f"{hint}/{i}.png", "target": f"target/{i}.png", "prompt": facts["captions"][0]}
         for i, facts in enumerate(facts_of)

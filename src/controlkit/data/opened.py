@@ -1,21 +1,15 @@
 """A row's picture and hints opened: in one way for the doctor, for training and for a set written anew."""
 
 import hashlib
-import io
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from controlkit.data.layouts.rows import Held, Problem, Row
+from controlkit.decoding import Ground, Picture, TooLarge, is_array, open_array, open_picture, sides_of
 from controlkit.errors import Invalid, UserError
-from controlkit.images import Ground, decode_hint, decode_picture, picture_error, sides_of
-
-MOST_PIXELS = 64_000_000
-"""Of a picture that is trained on; a larger one is taken for a mistake, or for an attack."""
 
 
 @dataclass
@@ -79,55 +73,37 @@ def _decoded(
     """The array in a file's bytes; None, with a problem, where it is none; with notes on how it is read."""
     if not data:
         return None
-    array = data.startswith(b"\x93NUMPY")
-    kind, words = "unreadable array" if array else "unreadable picture", ""
+    kind, words = "unreadable array" if is_array(data) else "unreadable picture", ""
     try:
-        if array and not is_hint:
+        if is_array(data) and is_hint:
+            return open_array(data, held.name, ground)
+        if is_array(data):
             words = "is an array: pictures are read from PNG, JPEG or WebP files"
-        elif not array and is_hint and held.name.lower().endswith(".npy"):
+        elif is_hint and held.name.lower().endswith(".npy"):
             kind, words = "unreadable array", "is no .npy file"
-        elif not array and (many := _too_many_pixels(data)):
-            kind, words = "huge picture", many
         else:
-            decode = decode_hint if is_hint else decode_picture
-            return _noted(held, data, decode(data, held.name, ground), ground, problems)
+            return _noted(held, open_picture(data, held.name, ground, deep=is_hint), ground, problems)
     except UserError as error:
+        kind = "huge picture" if isinstance(error, TooLarge) else kind
         words = str(error).removeprefix(f"{held.name} ").removesuffix(".")
     problems.append(Problem(kind, held.name, words))
     return None
 
 
-def _too_many_pixels(data: bytes) -> str:
-    """Why a picture's file is not decoded, read from its head; "" where it may be."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-    except Image.DecompressionBombError as error:
-        return f"{picture_error(error)}: write it anew, or take it out"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return ""  # decoding says what it is
-    return f"is {width}x{height}: more than {MOST_PIXELS:,} pixels" if width * height > MOST_PIXELS else ""
-
-
-def _noted(held: Held, data: bytes, picture: np.ndarray, ground: Ground, problems: list[Problem]) -> np.ndarray:
-    """The same, with notes on what a picture's file has that is not as it is read."""
-    if data.startswith(b"\x93NUMPY"):
-        return picture
-    with Image.open(io.BytesIO(data)) as opened:  # the header alone
-        mode = "I;16" if opened.mode.startswith("I;16") else opened.mode
-        clear = opened.has_transparency_data and mode != "I;16"  # of which no transparency is read
-        if clear and opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            words = f"laid on {ground}" if ground else "masked there"
-            problems.append(Problem("transparency", held.name, f"is transparent in places: {words}", fatal=False))
+def _noted(held: Held, picture: Picture, ground: Ground, problems: list[Problem]) -> np.ndarray:
+    """Its pixels, with notes on what a picture's file has that is not as it is read."""
+    if picture.clear:
+        words = f"laid on {ground}" if ground else "masked there"
+        problems.append(Problem("transparency", held.name, f"is transparent in places: {words}", fatal=False))
     read_as = {
         "P": ("palette", "has a palette: read as its colours, not as numbers of labels"),
         "CMYK": ("CMYK", "is in CMYK: read as RGB without its profile, colours may shift"),
         "I;16": ("16 bits", "has 16 bits a sample: read as 8"),
     }
-    if mode in read_as and picture.dtype == np.uint8:
-        kind, words = read_as[mode]
+    if picture.mode in read_as and picture.pixels.dtype == np.uint8:
+        kind, words = read_as[picture.mode]
         problems.append(Problem(kind, held.name, words, fatal=False))
-    return picture
+    return picture.pixels
 
 
 def _beside(held: Held, picture: np.ndarray, hint: np.ndarray) -> Iterator[Problem]:

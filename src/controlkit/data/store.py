@@ -7,6 +7,7 @@ entry. Every entry carries a checksum, and one that fails it is as good as absen
 """
 
 import hashlib
+import math
 import sqlite3
 import warnings
 import zlib
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -23,9 +26,12 @@ from controlkit.hub import cache_dir
 
 Entry = Mapping[str, Tensor]
 """Tensors by name."""
+Like = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""What an entry must be: shape and number format by name."""
 
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _PATIENCE = 60.0  # seconds another process may hold the file
+_HEADER = 1 << 12  # bytes of an entry's names and shapes
 _AT_ONCE = 500  # keys a question may have
 _TRIES = 3  # files that may be broken, one after the other
 T = TypeVar("T")
@@ -49,6 +55,15 @@ def _seal(key: bytes, value: bytes) -> bytes:
     return hashlib.blake2b(value, key=key, digest_size=16).digest()
 
 
+def _entry(value: bytes, like: Like, most: int) -> dict[str, Tensor] | None:
+    """The tensors that were kept as ``value``, if they are those of ``like``; at most so many bytes are read."""
+    try:
+        held = load(zlib.decompressobj().decompress(value, most))
+    except (zlib.error, SafetensorError, KeyError, ValueError):
+        return None
+    return held if {name: (tuple(one.shape), one.dtype) for name, one in held.items()} == dict(like) else None
+
+
 class Store:
     """Entries by key in ``folder``, which is made. Used as a context, it is closed at its end.
 
@@ -70,20 +85,27 @@ class Store:
             self._connection.close()
             self._connection = None
 
-    def get(self, keys: Sequence[bytes]) -> list[dict[str, Tensor] | None]:
-        """The entry of each key; None where there is none, or a damaged one."""
+    def get(self, keys: Sequence[bytes], like: Sequence[Like]) -> list[dict[str, Tensor] | None]:
+        """The entry of each key; None where there is none, or one that is damaged or is not ``like`` what was asked.
+
+        Its size is known before it is read: whoever shares the file could write any other.
+        """
+        most = [_HEADER + sum(math.prod(shape) * kind.itemsize for shape, kind in one.values()) for one in like]
 
         def read(connection: sqlite3.Connection) -> dict[bytes, bytes]:
             found: dict[bytes, bytes] = {}
             for first in range(0, len(keys), _AT_ONCE):
                 asked = keys[first : first + _AT_ONCE]
                 marks = ",".join("?" * len(asked))
-                rows = connection.execute(f"SELECT key, value, seal FROM entries WHERE key IN ({marks})", asked)
+                limit = 2 * max(most[first : first + _AT_ONCE])  # what zlib cannot compress grows by far less
+                wanted = f"key IN ({marks}) AND typeof(value) = 'blob' AND length(value) <= ?"
+                rows = connection.execute(f"SELECT key, value, seal FROM entries WHERE {wanted}", [*asked, limit])
                 found |= {key: value for key, value, seal in rows if seal == _seal(key, value)}
             return found
 
         found = self._do(read) or {}
-        return [load(zlib.decompress(found[key])) if key in found else None for key in keys]
+        asked = zip(keys, like, most, strict=True)
+        return [_entry(found[key], one, limit) if key in found else None for key, one, limit in asked]
 
     def put(self, entries: Mapping[bytes, Entry], dense: bool = True) -> None:
         """Keep entries, all of them or none; ``dense`` ones are not worth compressing."""
@@ -140,11 +162,15 @@ def open_store() -> Store:
 def remembered(
     store: Store | None,
     keys: Sequence[bytes],
+    like: Sequence[Like],
     make: Callable[[list[int]], Iterable[Entry]],
     dense: bool = True,
 ) -> list[Entry]:
-    """The entry of each key: from the store, else made and kept. ``make`` is called once, with the places to make."""
-    held: list[Entry | None] = [*store.get(keys)] if store else [None] * len(keys)
+    """The entry of each key: from the store, if it is ``like`` what it must be, else made and kept.
+
+    ``make`` is called once, with the places to make.
+    """
+    held: list[Entry | None] = [*store.get(keys, like)] if store else [None] * len(keys)
     if absent := [place for place, entry in enumerate(held) if entry is None]:
         made = dict(zip(absent, make(absent), strict=True))
         if store:

@@ -1,10 +1,8 @@
 """Controls with their contracts: read from any format for a base, and written as diffusers folders."""
 
 import json
-import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,18 +14,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.annotators import contract, kind_or_bare
+from controlkit.annotators import contract, contract_from_json, kind_or_bare
 from controlkit.backbones import Backbone
 from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
 from controlkit.controls import KINDS, TYPES, OneType, UnionBranch
 from controlkit.errors import Invalid, Mismatch, NotFound, UserError, nearest
-from controlkit.files import SCRATCH, home_path, write_atomic
+from controlkit.files import SCRATCH, home_path, scratch_folder, write_atomic
 from controlkit.formats.describe import Description
 from controlkit.formats.metadata import WEIGHTS, json_object, metadata_entry, weights_in
 from controlkit.formats.networks import network_weights, read_network, stored_spec
 from controlkit.formats.weights import Weights, as_controlnet, as_json, labelled, read_weights, types_differ_by_code
-from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
+from controlkit.hub import (
+    is_sealed,
+    is_shipped,
+    meant_path,
+    names_a_repository,
+    seal,
+    shipped_names,
+    shipped_path,
+    snapshot,
+)
 from controlkit.images import HintSpec
 from controlkit.tensors import PICKLES, open_tensors
 
@@ -48,6 +55,21 @@ class SavedControl:
     """A Union's contracts by type, where it was trained here."""
     hint_cfg_scale: float = 1.0
     """The scale of guidance by its hint that it is meant to be used with, from 0; 1 unless its recipe says more."""
+    is_own: bool = True
+    """Whether the record was made here or is the package's. A stranger's says what it likes, and is not followed."""
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """The ``data``, their ``columns`` and the pictures' ``size``, as the record of its training has them."""
+        recipe = self.trained.get("recipe")
+        recipe = recipe if isinstance(recipe, dict) else {}
+        data = recipe.get("data")
+        columns = data.get("columns") if isinstance(data, dict) else None
+        return {"data": self.trained.get("data"), "columns": columns, "size": recipe.get("size")}
+
+    def sealed(self) -> "SavedControl":
+        """The same with a record that is known as one's own when it is read again."""
+        return replace(self, trained={**self.trained, "seal": seal(self.trained_on)})
 
     def contract_of(self, kind: str) -> HintSpec:
         """The contract of its hints, ""; of a Union's hints of a type: its own, or the annotator's of that name."""
@@ -89,17 +111,12 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
 
     head = {"_class_name": KINDS[weights.kind].diffusers_class, "_diffusers_version": diffusers_version}
     config = head | dict(weights.config) if weights.config else {"_class_name": "ControlBranch"}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
-    try:
+    with scratch_folder(folder.parent) as scratch:
         metadata = {"format": "pt"} | labelled(weights, "diffusers", folder.name)
-        write_tensors(scratch / WEIGHTS, weights.tensors, metadata, dtype)
-        write_atomic(scratch / "config.json", (json.dumps(config, indent=2, default=list) + "\n").encode())
-        scratch.chmod(0o755)
-        _put_in_place(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_tensors(scratch / folder.name / WEIGHTS, weights.tensors, metadata, dtype)
+        words = json.dumps(config, indent=2, default=list) + "\n"
+        write_atomic(scratch / folder.name / "config.json", words.encode())
+        _put_in_place(scratch / folder.name, folder)
 
 
 def write_tensors(
@@ -112,7 +129,9 @@ def write_tensors(
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
     """Rename ``scratch`` to ``folder``; a folder that it replaces goes last, and comes back if the renaming fails."""
-    before = scratch.with_name(f"{scratch.name}.before")
+    before = folder.with_name(f"{SCRATCH}before-{folder.name}")
+    if before.exists():  # of a process that was killed here
+        shutil.rmtree(before) if folder.exists() else os.replace(before, folder)
     if folder.exists():
         os.replace(folder, before)
     try:
@@ -232,6 +251,8 @@ def load_control(name: str | Path, base: Backbone, annotator: str | None = None)
         )
     ready = branch.to(base.device, base.dtype).eval().requires_grad_(False)
     saved = SavedControl(ready, hint, trained, hints, hint_cfg_scale)
+    if not is_shipped(path):
+        saved = replace(saved, is_own=is_sealed(trained.get("seal"), saved.trained_on))
     if kind:
         one = OneType(cast("UnionBranch", branch), kind)
         saved = replace(saved, branch=one, hint=saved.contract_of(kind), hints={})
@@ -264,7 +285,10 @@ def read_control(name: str | Path, base: Backbone | None) -> tuple[Path, Weights
 def _spec(text: str) -> ControlSpec:
     """The spec in a file's metadata; ``ValueError`` for keys or values that no spec has."""
     try:
-        return ControlSpec(**json_object(text))
+        spec = ControlSpec(**json_object(text))
+        if type(spec.rank) is not int or spec.rank > 4096:
+            raise ValueError(f"rank is {spec.rank}")
+        return spec
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -276,13 +300,13 @@ def _hints(text: str) -> dict[str, HintSpec]:
         raise ValueError(f"there is no type {sorted(strange)[0]}")
     if not all(isinstance(one, str) for one in texts.values()):
         raise ValueError("a contract is no text")
-    return {kind: HintSpec.from_json(one) for kind, one in texts.items()}
+    return {kind: contract_from_json(one) for kind, one in texts.items()}
 
 
 def _hint_cfg_scale(text: str) -> float:
-    """The scale of guidance by the hint in a file's metadata; ``ValueError`` if it is no number from 0 on."""
+    """The scale of guidance by the hint in a file's metadata; ``ValueError`` if it is no number from 0 to 100."""
     value = json_object(text).get(_SCALE_KEY)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise ValueError(f"guidance by the hint is {value}")
     return float(value)
 
@@ -296,7 +320,7 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
     keys = ("controlnet_conditioning_channel_order", "conditioning_channel_order")
     order = next((str(weights.config[key]).upper() for key in keys if key in weights.config), "RGB")
     foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
-    hint = metadata_entry(weights.metadata, name, "controlkit.hint", HintSpec.from_json, foreign)
+    hint = metadata_entry(weights.metadata, name, "controlkit.hint", contract_from_json, foreign)
     if not annotator or kind_or_bare(annotator).name == hint.annotator:
         return hint
     if hint.annotator:

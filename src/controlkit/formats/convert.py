@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from controlkit.annotators import contract
+from controlkit.annotators import contract, contract_from_json
 from controlkit.backbones import Backbone
 from controlkit.branch import gains
 from controlkit.controls import KINDS, new_control
@@ -31,7 +31,6 @@ from controlkit.formats.names import PREFIX, EncoderShape, controlnet_paths, ren
 from controlkit.formats.shapes import expected_shapes
 from controlkit.formats.weights import Weights, as_json, encoder_tensors, labelled, low_rank, product
 from controlkit.hub import shipped_names
-from controlkit.images import HintSpec
 
 Layout = Literal["diffusers", "cldm", "control-lora", "union"]
 PREFIXES = {"control_model": PREFIX, "none": ""}
@@ -255,7 +254,7 @@ def as_rgb(weights: Weights) -> Weights:
     first = "controlnet_cond_embedding.conv_in.weight"
     metadata = dict(weights.metadata)
     if "controlkit.hint" in metadata:
-        hint = HintSpec.from_json(metadata["controlkit.hint"])
+        hint = contract_from_json(metadata["controlkit.hint"])
         metadata["controlkit.hint"] = replace(hint, colour_order="RGB").to_json()
     return replace(
         weights,

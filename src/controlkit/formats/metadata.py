@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from controlkit.backbones.rules import known_settings
 from controlkit.errors import Invalid, NotFound, one_line
-from controlkit.files import is_leftover, parse_json
+from controlkit.files import is_leftover, parse_json, read_bytes
 from controlkit.tensors import PICKLES, TensorFile
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,16 +31,6 @@ _SHARD = re.compile(r"-\d+-of-\d+\.")
 LONGEST_TEXT = 2**20
 """Letters of a metadata entry or a configuration that is read; a recipe has some 2**12."""
 _DEEPEST = 32  # levels of nesting; more cannot be relied on to be written again
-_COUNTS = (
-    "attention_head_dim",
-    "num_attention_heads",
-    "norm_num_groups",
-    "max_norm_num_groups",
-    "num_trans_head",
-    "addition_time_embed_dim",
-    "downscale_factor",
-)
-"""Settings that are whole numbers from 1 on, or lists of them; None where they are not set."""
 _CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetXSAdapter", "T2IAdapter")
 
 
@@ -105,7 +96,7 @@ def metadata_entry(
 def stored_config(header: TensorFile) -> dict[str, Any]:
     """The configuration kept with weights: in their metadata, or in the ``config.json`` beside them.
 
-    Raises ``Invalid`` if it cannot be read, a setting that must be a positive whole number is none, or another entry of
+    Raises ``Invalid`` if it cannot be read, a number of it is out of range, or another entry of
     ours in the metadata is no object.
     """
     for key in header.metadata:
@@ -114,11 +105,7 @@ def stored_config(header: TensorFile) -> dict[str, Any]:
     config = json_object(header.metadata.get("controlkit.config", "{}"))
     try:
         config |= _config_beside(header.path)
-        for key in _COUNTS:
-            value = config.get(key)
-            for count in value if isinstance(value, list) else [value]:
-                if count is not None and not (type(count) is int and 0 < count <= 2**14):
-                    raise ValueError(f"{key} is {count}")
+        known_settings(header.path.name, "control", config)
     except (ValueError, OSError) as error:
         raise Invalid(f"The configuration of {header.path} cannot be read ({one_line(error)}).") from error
     return config
@@ -129,9 +116,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     suffix = path.stem.removeprefix("diffusion_pytorch_model") if path.stem.startswith("diffusion_") else ""
     for beside in (path.with_name(f"config{suffix}.json"), path.with_name("config.json")):
         if beside.is_file():
-            if beside.stat().st_size > LONGEST_TEXT:
-                raise Invalid(f"{beside.name} has more than {LONGEST_TEXT:,} bytes")
-            config = json_object(beside.read_bytes(), beside.name)
+            config = json_object(read_bytes(beside, LONGEST_TEXT), beside.name)
             if path.name.startswith("diffusion_pytorch_model") or config.get("_class_name") in _CLASSES:
                 return config
     return {}

@@ -13,6 +13,7 @@ import numpy as np
 from controlkit.annotators import grounds_of
 from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, evaluation_pairs
+from controlkit.errors import Invalid, one_line
 from controlkit.formats import SavedControl
 from controlkit.hub import shipped_path
 from controlkit.images import HintSpec
@@ -69,6 +70,8 @@ def _text_digest(base: str) -> str:
 EMBEDDED = World("embedded", "mini", "referee", "observer", pictures="emoji", scenes="scenes")
 """The world of emoji and rendered scenes that ``mini`` was trained on."""
 WORLDS = (EMBEDDED,)
+MADE_HERE = ("emoji", "scenes", "fill50k", "world")
+"""Sources of pairs that are drawn here, which any file may name."""
 
 
 def heldout_for(
@@ -77,10 +80,17 @@ def heldout_for(
     """(``num`` held-out pairs to measure a control on, real pictures for FID), of ``size`` pixels.
 
     ``source``, ``columns``: ``evaluation_pairs``'; by default what the control was trained on, and its columns.
+    ``Invalid`` where that is a folder or a hub's data set that a stranger's file names.
     """
-    spec, recipe = saved.hint, saved.trained.get("recipe") or {}
-    columns = columns or ({} if source else recipe.get("data", {}).get("columns", {}))
-    source = source or str(saved.trained.get("data", "emoji"))
+    spec, told = saved.hint, saved.trained_on
+    named = "emoji" if told["data"] is None else told["data"]
+    if source is None and not saved.is_own and named not in MADE_HERE:
+        raise Invalid(
+            f'The control\'s file says that it was trained on "{one_line(named)}". That is opened where you ask for it '
+            f"alone: name the data to measure on by --data: {', '.join(MADE_HERE)}, a folder, or those."
+        )
+    columns = columns or ((told["columns"] or {}) if source is None and saved.is_own else {})
+    source = source or str(named)
     if source == "world":
         return EMBEDDED.heldout(spec, size, num)
     return evaluation_pairs(source, size, num, first_kind(spec).needs_person, grounds_of(spec), columns)

@@ -23,7 +23,14 @@ BALL, BOX, CYLINDER, CONE, RING, CAPSULE = range(6)
 _FAR = 1e30
 _NEAR = 1e-6
 _LIGHT_SAMPLES = 16
-_fast: Callable = njit(cache=True, nogil=True)
+
+
+def _fast(function: Callable) -> Callable:
+    """The function compiled; the next process finds it compiled where numba may write, beside it or in the cache."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
 
 
 class Solids(NamedTuple):

@@ -26,7 +26,7 @@ class Stored(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read a module that was saved in ``folder``, float32, frozen."""
-        module = cls(json.loads((folder / "config.json").read_text()))
+        module = cls(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         state = load_file(folder / "model.safetensors")
         module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         return module.eval().requires_grad_(False)

@@ -40,8 +40,8 @@ def train_tokenizer(texts: list[str], vocabulary: int, folder: Path) -> CLIPToke
         words.setdefault(mark, len(words))
     merges = [tuple(pair) for pair in bpe["merges"]]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(words, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    (folder / "vocab.json").write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     tokenizer = CLIPTokenizer(vocab=words, merges=merges, model_max_length=WINDOW)
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -7,7 +7,6 @@ the cache; they are not redistributed. Shapes are drawn here. Two lists separate
 - ``heldout_pictures.txt``: nothing has ever seen these pictures (FID, prompt adherence, VAE error).
 """
 
-import io
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from PIL import Image, ImageColor
 
 from controlkit.errors import NotFound
 from controlkit.hub import Package, cache_dir, fetch_package
+from controlkit.images import decode_picture, read_picture
 from controlkit.seeds import numpy_rng
 
 PACKAGES = {
@@ -91,7 +91,7 @@ Split = Literal["all", "base", "control", "heldout_concepts", "heldout_pictures"
 
 
 def _lines(name: str) -> frozenset[str]:
-    text = (Path(__file__).parent / name).read_text()
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     return frozenset(line for line in text.splitlines() if line and not line.startswith("#"))
 
 
@@ -145,7 +145,7 @@ def _rasterise(size: int) -> Emoji:
     folders = {style: fetch_package(package) for style, package in PACKAGES.items()}
     pictures: list[tuple[str, str, np.ndarray]] = []
     for style in STYLES[:4]:
-        icons = json.loads((folders[style] / "icons.json").read_text())
+        icons = json.loads((folders[style] / "icons.json").read_text(encoding="utf-8"))
         names = {n for n in icons["icons"] if not (_SKIN_TONE.search(n) and _SKIN_TONE.sub("", n) in icons["icons"])}
         for name in sorted(n for n in names if "skin-tone" not in n):
             icon = icons["icons"][name]
@@ -159,14 +159,13 @@ def _rasterise(size: int) -> Emoji:
     # The 3D set is named by code point; the other sets' tables give those their names.
     names_of = {}
     for style in ("twemoji", "noto"):
-        chars = json.loads((folders[style] / "chars.json").read_text())
+        chars = json.loads((folders[style] / "chars.json").read_text(encoding="utf-8"))
         names_of.update({code.replace("-fe0f", ""): name for code, name in chars.items()})
     for file in sorted((folders["3d"] / "assets").glob("*.webp")):
         code = file.stem.replace("-fe0f", "")
         if code in names_of and not _TONE_CODES.search(code):
-            with Image.open(file) as picture:
-                side = round(size * _FILL)
-                rgba = picture.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+            side = round(size * _FILL)
+            rgba = Image.fromarray(read_picture(file, None)).resize((side, side), Image.Resampling.LANCZOS)
             pictures.append((names_of[code], "3d", np.asarray(rgba)))
     margin = (size - round(size * _FILL)) // 2
     canvas = np.zeros((len(pictures), size, size, 4), np.uint8)
@@ -180,9 +179,9 @@ def _render_svg(svg: str, side: int) -> np.ndarray:
         import resvg_py
     except ImportError as error:
         raise NotFound("Drawing emoji needs resvg-py. Install it with: pip install 'controlkit[world]'") from error
-    with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))) as picture:
-        rgba = picture.convert("RGBA")
-    return np.asarray(rgba if rgba.size == (side, side) else rgba.resize((side, side)))
+    drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side))
+    rgba = decode_picture(drawn, "the drawing", None)
+    return rgba if rgba.shape[:2] == (side, side) else np.asarray(Image.fromarray(rgba).resize((side, side)))
 
 
 def _article(words: str) -> str:

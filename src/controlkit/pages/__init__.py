@@ -1,10 +1,15 @@
-"""HTML pages of pictures and curves, from one jinja2 template (``page.html``) that escapes whatever it is given."""
+"""HTML pages of pictures and curves, from one jinja2 template (``page.html``) that escapes whatever it is given.
+
+A page runs no script and loads nothing but pictures: those in it, and files beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from controlkit.errors import printable
 
 Points = Sequence[tuple[float, float]]
 
@@ -104,6 +109,7 @@ def _template() -> Template:
         loader=PackageLoader("controlkit", "pages"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value, None),  # then it is escaped
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -1,63 +1,66 @@
 """Torch pickles from anywhere, read without running anything in them.
 
-A pickle is walked through first, and whatever asks for more than dictionaries of tensors is refused by name; then it
-goes through torch's restricted loader alone, mapped and not copied.
+The file is mapped once and its pickle copied. What a dictionary of tensors needs of a pickle is done here, step by
+step, with no loader of torch's or Python's; whatever asks for more is refused by name. Tensors are views of the map.
 """
 
 import math
 import pickletools
 import re
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from controlkit.errors import Invalid, UserError, one_line
+from controlkit.errors import Invalid, one_line
+from controlkit.tensors.archive import Archive, open_archive
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 """Endings of files that hold pickles."""
 
 _LONGEST_PICKLE = 2**22  # bytes of one without its tensors; a training checkpoint's has some 2**20
 _MOST_STEPS = 500_000  # in such a pickle; a whole checkpoint's takes some 100,000
-_LONGEST_TUPLE = 10_000  # with the tuples in it written out
-_CALLED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size", "torch.device")
-_DICTIONARY = "collections.OrderedDict"
-_SETS, _ENCODE = ("__builtin__.set", "builtins.set"), "_codecs.encode"
-_TYPES = re.compile(r"torch\.((cuda\.)?[A-Z]\w*Storage|bool|b?float\d+|u?int\d+)")  # named, never called
+_LARGEST = 2**48  # of the numbers that say where a tensor lies
+_STORAGE = re.compile(r"torch\.(?:cuda\.)?([A-Z]\w*)Storage")
+_TYPES = re.compile(rf"{_STORAGE.pattern}|torch\.(bool|b?float\d+|u?int\d+)")  # named, never called
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+}
 _WRAPPERS = ("state_dict", "module", "model", "controlnet", "string_to_param", "adapter")
 """Keys of checkpoints (of torch, DeepSpeed and scripts), textual inversions and T2I-Adapters."""
+
+
+class _Named(str):
+    """The dotted name of a function or type that a pickle asked for, and got no more of."""
 
 
 class _Parameters(dict):
     """A ``ParameterDict`` in a file, as the plain dictionary that it holds."""
 
-    def __setstate__(self, state: Any) -> None:
-        held = state.get("_parameters") if type(state) is dict else None
-        self.update(_items(held))
+
+class _Other:
+    """A value that is harmless and of no use, or a key that is no name: it equals nothing but itself."""
 
 
-class _Beside(dict):
-    """An object beside the weights that is harmless and of no use: a number of numpy's, the settings of a script."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        """Keep nothing."""
-
-
-_STAND_INS: dict[str, type] = {
-    "torch.nn.modules.container.ParameterDict": _Parameters,
-    "numpy.core.multiarray.scalar": _Beside,
-    "numpy._core.multiarray.scalar": _Beside,
-    "numpy.dtype": _Beside,
-    "argparse.Namespace": _Beside,
-}
-"""Names that files have beside tensors, and the classes of ours that are made in their place."""
+@dataclass(frozen=True)
+class _Storage:
+    numbers: Tensor
 
 
 def unreadable(path: Path, error: object) -> Invalid:
@@ -73,157 +76,242 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises ``Invalid`` if the file is damaged, holds no named tensors, or would run code.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise unreadable(path, "its parts are compressed, which torch never does")
-            codes = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
-            if not codes:
-                raise Invalid(f"{path} is an archive of other files, not weights: unpack it first.")
-            if sum(entry.file_size for entry in codes) > _LONGEST_PICKLE:
-                raise unreadable(path, f"its pickle has more than {_LONGEST_PICKLE:,} bytes beside the tensors")
-            for entry in codes:
-                _check_code(path, archive.read(entry))
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
+        archive = open_archive(path)
+        codes = [name for name in archive.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if not codes:
+            raise Invalid(f"{path} is an archive of other files, not weights: unpack it first.")
+        if len(codes) > 1:
+            raise ValueError("it holds several pickles of tensors")
+        if archive.entries[codes[0]].size > _LONGEST_PICKLE:
+            raise ValueError(f"its pickle has more than {_LONGEST_PICKLE:,} bytes beside the tensors")
+        content = _run(path, archive.read(codes[0]), _storages(archive, codes[0].removesuffix("data.pkl")))
+    except Invalid:
         raise
-    except Exception as error:  # a damaged archive makes torch's reader raise anything: the file is at fault
-        raise unreadable(path, error) from error
+    except (ValueError, OSError, LookupError, TypeError, struct.error, RuntimeError) as error:
+        raise unreadable(path, error if str(error) else "its pickle is damaged") from error
     for _ in _WRAPPERS:  # one in another, in any order; a dictionary may hold itself
-        held = [dict.get(content, wrapper) for wrapper in _WRAPPERS] if isinstance(content, dict) else []
+        held = [content.get(wrapper) for wrapper in _WRAPPERS] if isinstance(content, dict) else []
         content = next((one for one in held if isinstance(one, dict)), content)
-    tensors = {name: tensor.detach() for name, tensor in _items(content) if torch.is_tensor(tensor)}
+    tensors = {name: tensor for name, tensor in _items(content) if torch.is_tensor(tensor)}
     if not tensors:  # a network's parts, each a dictionary: an IP-Adapter
         parts = [(outer, name, tensor) for outer, part in _items(content) for name, tensor in _items(part)]
-        tensors = {f"{outer}.{name}": tensor.detach() for outer, name, tensor in parts if torch.is_tensor(tensor)}
+        tensors = {f"{outer}.{name}": tensor for outer, name, tensor in parts if torch.is_tensor(tensor)}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise Invalid(f"{path} holds no named tensors: expected the state dict of a network.")
-    _check_sizes(path, tensors)
+    # Tensors may share their data, but not without end: each is read by itself.
+    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * len(archive.mapped):
+        raise unreadable(path, "its tensors together claim many times what the file holds")
     return tensors
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Keys and values, by dict's own method: a pickle may put what it likes in the place of an OrderedDict's."""
-    return dict.items(value) if isinstance(value, dict) else ()
+    return value.items() if isinstance(value, dict) else ()
 
 
-def _check_sizes(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that claim more than the file holds."""
-    claimed = 0
-    for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * tensor.itemsize
-        claimed += size
-        plain = tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
-        if not plain or size > tensor.untyped_storage().nbytes():
-            raise unreadable(path, f"{name} claims a shape larger than its data")
-    if claimed > 4 * path.stat().st_size:  # tensors may share their data, but not without end: each is read by itself
-        raise unreadable(path, "its tensors together claim many times what the file holds")
+def _storages(archive: Archive, root: str) -> Callable[[Any], _Storage]:
+    """A function that makes a storage of the archive of a pickle's words for it."""
+    order = archive.read(f"{root}byteorder").decode() if f"{root}byteorder" in archive.entries else sys.byteorder
+    if order not in ("little", "big"):
+        raise ValueError("its byte order is none")
+    made: dict[str, _Storage] = {}
+
+    def storage(words: Any) -> _Storage:
+        _, kind, key, _, count = words
+        found = _STORAGE.fullmatch(kind) if type(kind) is _Named else None
+        if not found or found[1] not in _DTYPES or type(key) is not str or type(count) is not int:
+            raise ValueError("its pickle names no storage of numbers")
+        dtype = _DTYPES[found[1]]
+        if key not in made:
+            made[key] = _Storage(archive.numbers(f"{root}data/{key}", count, dtype, order != sys.byteorder))
+        if made[key].numbers.dtype != dtype or made[key].numbers.numel() != count:
+            raise ValueError("its pickle names one storage in two ways")
+        return made[key]
+
+    return storage
 
 
-# --- the walk through a pickle ----------------------------------------------------------------------------------
+# --- a pickle's steps -------------------------------------------------------------------------------------------
+
+_PLAIN = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_WRITTEN = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE"}
+_WRITTEN |= {"BINBYTES", "SHORT_BINBYTES"}
+_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-@dataclass
-class _Value:
-    """An object on the stack of a pickle, as far as it is known without making it."""
-
-    name: str = ""  # a function's or type's dotted name; a string after a quote; "tuple"; what was called, and "()"
-    size: int = 1  # of a tuple, with the tuples in it written out
-    held: "list[_Value]" = field(default_factory=list)  # of a tuple; of a list that is filled, anything
-
-
-def _steps(code: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+def _steps(code: bytes) -> Iterator[tuple[str, Any]]:
     for step, (op, arg, _) in enumerate(pickletools.genops(code)):
         if step > _MOST_STEPS:
             raise ValueError(f"its pickle takes more than {_MOST_STEPS:,} steps")
-        yield op, arg
+        yield op.name, arg
 
 
-def _check_code(path: Path, code: bytes) -> None:
-    """Walk through a pickle without doing anything it asks for.
+def _run(path: Path, code: bytes, storage: Callable[[Any], _Storage]) -> Any:
+    """The value of a pickle, of dictionaries, lists, tuples, plain values and tensors, and ``_Other`` for the rest.
 
-    torch's loader runs no stranger's code, but would take any memory (``bytearray(10**12)``) and any time (a key that
-    is a tuple of tuples of tuples: hashing one visits each as often as it is named). ``Invalid`` names a function that
-    it would call; ``ValueError`` for anything else that no dictionary of tensors needs.
+    Nothing that it holds is hashed or compared but strings, as keys may be chosen so that this takes for ever. Raises
+    ``Invalid`` with the name of what else it would call; ``ValueError``, ``LookupError`` or ``TypeError`` for anything
+    that no dictionary of tensors needs.
     """
-    stack: list[_Value] = []
-    marks: list[int] = []
-    memo: dict[Any, _Value] = {}
-    for op, arg in _steps(code):
-        if op.name == "MARK":
-            marks.append(len(stack))
-            continue
-        items: list[_Value] = []
-        before = op.stack_before
-        if pickletools.markobject in before:
-            before = before[: before.index(pickletools.markobject)]
-            items = stack[marks[-1] :]
-            del stack[marks.pop() :]
-        floor = len(stack) - len(before)
-        if floor < (marks[-1] if marks else 0):
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks before each mark
+    memo: dict[str, Any] = {}  # by numbers as strings, as above
+    for step, arg in _steps(code):
+        items: list[Any] = []
+        if step in ("TUPLE", "APPENDS", "ADDITEMS", "SETITEMS"):
+            items, stack = stack, below.pop()
+        match step:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                break
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "POP":
+                stack.pop()
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[str(arg)])
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[str(len(memo) if arg is None else arg)] = stack[-1]
+            case "GLOBAL":
+                stack.append(_allowed(path, arg.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_allowed(path, ".".join(stack[-2:]))]
+            case "BINPERSID":
+                stack[-1] = storage(stack[-1])
+            case "TUPLE":
+                stack.append(tuple(items))
+            case "APPEND":
+                _filled(stack[-2], list).append(stack.pop())
+            case "APPENDS" | "ADDITEMS":
+                _filled(stack[-1], list).extend(items)
+            case "SETITEM":
+                _fill(stack[-3], [stack[-2:]])
+                del stack[-2:]
+            case "SETITEMS":
+                _fill(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case "REDUCE" | "NEWOBJ":
+                stack[-2:] = [_called(*stack[-2:])]
+            case "BUILD":
+                state = stack.pop()
+                _build(stack[-1], state)
+            case _:
+                _push(stack, step, arg)
+    [value] = stack
+    return value
+
+
+def _push(stack: list[Any], step: str, arg: Any) -> None:
+    """Put a plain value on the stack; ``ValueError`` for a step that no dictionary of tensors needs."""
+    if step in _PLAIN:
+        stack.append(_PLAIN[step])
+    elif step in _EMPTY:
+        stack.append(_EMPTY[step]())
+    elif step in _TUPLES:
+        count = _TUPLES[step]
+        if len(stack) < count:
             raise ValueError("its pickle takes what it never put")
-        taken = stack[floor:]
-        del stack[floor:]
-        if op.name in ("BINGET", "LONG_BINGET", "GET"):
-            put = [memo[arg]]
-        elif op.name == "MEMOIZE":
-            put, memo[len(memo)] = taken, taken[0]
-        elif op.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            put, memo[arg] = [], stack[-1]
-        elif op.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            parts = [value.name[1:] for value in taken] if op.name == "STACK_GLOBAL" else arg.split(" ")
-            put = [_Value(_allowed(path, ".".join(parts)))]
-        else:
-            put = _result(op, arg, taken, items)
-        if any(value.size > _LONGEST_TUPLE for value in put):
-            raise ValueError("its pickle holds a tuple without end")
-        stack += put
+        stack[-count:] = [tuple(stack[-count:])]
+    elif step not in _WRITTEN:
+        raise ValueError(f"its pickle takes the step {step}, as no file of weights does")
+    elif step == "LONG1" and abs(arg) >= 2**64:  # to write it down takes its length squared
+        raise ValueError("its pickle holds a number of more than 64 bits")
+    else:
+        stack.append(arg)
 
 
-def _allowed(path: Path, name: str) -> str:
+def _filled(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"its pickle fills what is no {kind.__name__}")
+    return value
+
+
+def _fill(value: Any, pairs: Iterable[Iterable[Any]]) -> None:
+    """Put pairs into a dictionary; a key that is no string is kept as one that is none."""
+    held = _filled(value, dict)
+    for key, inner in pairs:
+        held[key if type(key) is str else _Other()] = inner
+
+
+def _build(value: Any, state: Any) -> None:
+    """Give a value its state: a ``ParameterDict``'s parameters; else nothing that is needed."""
+    if type(value) is _Parameters:
+        value.update(_items(state.get("_parameters") if isinstance(state, dict) else None))
+    elif not isinstance(value, dict | _Other):
+        raise ValueError("its pickle changes an object that is no dictionary")
+
+
+def _tensor(storage: _Storage, offset: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, *more: Any) -> Tensor:
+    """A tensor as a view of its storage; ``ValueError`` if it does not lie in that, or has more numbers than that."""
+    numbers = storage.numbers if isinstance(storage, _Storage) else torch.empty(0)
+    where = (offset, *shape, *stride)
+    if len(shape) != len(stride) or len(where) > 17 or any(more):  # at most 8 dimensions; negated or conjugate
+        raise ValueError("one of its tensors has no shape of a weight")
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in where):
+        raise ValueError("one of its tensors has no shape of a weight")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if math.prod(shape) > numbers.numel() or (0 not in shape and last >= numbers.numel()):
+        raise ValueError("one of its tensors claims a shape larger than its data")
+    return numbers.as_strided(shape, stride, offset if 0 not in shape else 0)
+
+
+def _parameter(tensor: Any, *_: Any) -> Tensor:
+    if not torch.is_tensor(tensor):
+        raise ValueError("its pickle has a parameter that is no tensor")
+    return tensor
+
+
+def _set(members: Any = ()) -> _Other:
+    if not isinstance(members, list | tuple) or len(members):
+        raise ValueError("its pickle calls set: no function of weights")
+    return _Other()
+
+
+def _encode(_text: Any, codec: Any) -> _Other:
+    if codec != "latin1":  # as numpy's numbers are written; other codecs compress and expand
+        raise ValueError("its pickle calls _codecs.encode: no function of weights")
+    return _Other()
+
+
+def _beside(*_: Any) -> _Other:
+    return _Other()
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": lambda sizes: _filled(sizes, tuple),
+    "torch.device": _beside,
+    "collections.OrderedDict": lambda: {},
+    "torch.nn.modules.container.ParameterDict": lambda: _Parameters(),
+    "__builtin__.set": _set,
+    "builtins.set": _set,
+    "_codecs.encode": _encode,
+    "numpy.core.multiarray.scalar": _beside,
+    "numpy._core.multiarray.scalar": _beside,
+    "numpy.dtype": _beside,
+    "argparse.Namespace": _beside,
+}
+"""Names that files of weights call, and what is done here in their place: no function of a library is ever called."""
+
+
+def _allowed(path: Path, name: str) -> _Named:
     """The dotted name of a function or type, if a dictionary of tensors needs it; else ``Invalid``."""
-    if name not in (*_CALLED, _DICTIONARY, *_SETS, _ENCODE, *_STAND_INS) and not _TYPES.fullmatch(name):
+    if name not in _CALLS and not _TYPES.fullmatch(name):
         raise Invalid(
             f"{path} is refused: reading it would run {one_line(name)}. Ask for the file as safetensors, "
             "which cannot hold code."
         )
-    return name
+    return _Named(name)
 
 
-def _result(op: pickletools.OpcodeInfo, arg: Any, taken: Sequence[_Value], items: Sequence[_Value]) -> list[_Value]:
-    """The values that a step leaves on the stack, given what it took: ``taken``, and ``items`` after a mark."""
-    if "UNICODE" in op.name:
-        return [_Value(f"'{arg}")]
-    if "TUPLE" in op.name:
-        parts = [*taken, *items]
-        return [_Value("tuple", 1 + sum(value.size for value in parts), parts)]
-    if op.name == "EMPTY_LIST":
-        return [_Value("list")]
-    if op.name in ("REDUCE", "NEWOBJ"):
-        function, arguments = taken
-        if arguments.name != "tuple" or not _may_call(function.name, arguments.held):
-            raise ValueError(f"its pickle calls {function.name or 'what it made itself'}: no function of weights")
-        return [_Value(f"{function.name}()")]
-    if op.name in ("SETITEM", "SETITEMS"):
-        if any(key.name in ("tuple", "torch.Size()") for key in (*taken[1:], *items)[::2]):
-            raise ValueError("its pickle has keys that are no names")
-        return list(taken[:1])
-    if op.name in ("APPEND", "APPENDS", "BUILD"):
-        if op.name == "BUILD" and taken[0].name.removesuffix("()") not in (_DICTIONARY, *_STAND_INS):
-            raise ValueError("its pickle changes an object that is no dictionary")
-        taken[0].held = [_Value()]  # the object, so in the memo too: it is empty no more
-        return list(taken[:1])
-    if op.name == "LONG1" and abs(arg) >= 2**64:  # keys chosen to collide take for ever, too
-        raise ValueError("its pickle holds a number of more than 64 bits")
-    return [_Value() for _ in op.stack_after]
-
-
-def _may_call(name: str, given: Sequence[_Value]) -> bool:
-    """Whether a call can neither run a stranger's code nor take more than the file's own size of memory and time."""
-    if name == _DICTIONARY:
-        return not given
-    if name in _SETS:  # a filled one's members are hashed
-        return [(value.name, value.held) for value in given] == [("list", [])]
-    if name == _ENCODE:  # of the bytes of a number; other codecs compress and expand
-        return len(given) == 2 and given[1].name == "'latin1"
-    return name in _CALLED or name in _STAND_INS
+def _called(name: Any, given: Any) -> Any:
+    """The result of a call, by ``_CALLS``."""
+    if type(name) is not _Named or name not in _CALLS or type(given) is not tuple:
+        said = name if type(name) is _Named else "what it made itself"
+        raise ValueError(f"its pickle calls {said}: no function of weights")
+    try:
+        return _CALLS[name](*given)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"its pickle calls {name} as no file of weights does") from error

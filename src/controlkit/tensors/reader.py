@@ -1,7 +1,8 @@
 """Files of named tensors from anywhere, read without trusting them.
 
 Safetensors are read by their library, which checks sizes against the file before it takes memory; torch pickles by
-``pickles``. Either way the header comes first: names, shapes and types are known before a tensor is read.
+``pickles``. Either way the file is opened once, and the header comes first: names, shapes and types are known before a
+tensor is read. No library that makes networks is given a file from outside: it gets the tensors that came through here.
 """
 
 import re
@@ -9,6 +10,7 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +38,10 @@ _OTHERS = {
 }
 """Beginnings of files that people have in the place of weights, and what these are."""
 _WEB_PAGES = ("<!doctype", "<html", "<head", "<?xml", "<!--")
-_WRAPPED = ("module.", "_orig_mod.", "controlnet.")
+_WRAPPED = ("module.", "controlnet.")
 """Beginnings of all names of a file, by what held the network when it was saved: DistributedDataParallel, a script."""
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names wherever they stand: of what was compiled, sharded, or computed anew in the backward pass."""
 _MOST_SHARDS = 100
 
 
@@ -50,10 +54,10 @@ class TensorFile:
     metadata: Mapping[str, str]
     _bring: Callable[[list[str]], dict[str, Tensor]]
 
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str] | None = None, finite: bool = True) -> dict[str, Tensor]:
         """Tensors by name, as stored; all by default.
 
-        Raises ``Invalid`` if the file is damaged, or a tensor holds NaN, infinity or complex numbers.
+        Raises ``Invalid`` if the file is damaged, or a tensor holds complex numbers; with ``finite``, NaN or infinity.
         """
         try:
             tensors = self._bring(list(self.shapes if names is None else names))
@@ -62,7 +66,7 @@ class TensorFile:
         for name, tensor in tensors.items():
             if tensor.is_complex():
                 raise Invalid(f"{self.path} cannot be weights: {name} holds complex numbers.")
-            if tensor.is_floating_point() and not _finite(tensor):
+            if finite and tensor.is_floating_point() and not _finite(tensor):
                 raise Invalid(f"{self.path} is damaged: {name} holds NaN or infinity. Get the file anew.")
         return tensors
 
@@ -70,7 +74,7 @@ class TensorFile:
 def _finite(tensor: Tensor) -> bool:
     if tensor.itemsize == 1:  # float8: torch has no isfinite for it
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    return not tensor.numel() or all(map(torch.isfinite, torch.aminmax(tensor)))  # 15 times as quick as isfinite of all
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -92,8 +96,8 @@ def _open(path: Path, is_shard: bool = False) -> TensorFile:
     except OSError as error:
         raise unreadable(path, error.strerror) from error
     if start.startswith(b"PK\3\4"):
-        return _checked(_of_tensors(path, read_pickle(path)))
-    if start.startswith(b"\x80") and path.suffix.lower() in PICKLES:
+        return _checked(of_tensors(path, read_pickle(path)))
+    if start.startswith(b"\x80") and _claimed(start) > LONGEST_HEADER and path.suffix.lower() in PICKLES:
         raise Unsupported(
             f"{path} is a pickle of the kind torch wrote before 2020, whose sizes cannot be checked: load it where you "
             "trust it and save it as safetensors."
@@ -108,24 +112,47 @@ def _open(path: Path, is_shard: bool = False) -> TensorFile:
         raise Invalid(f"{path} is {words}. Expected weights, as safetensors or a torch pickle (.pth).")
     if text.startswith("{") and not is_shard:
         return _open_shards(path)
-    if int.from_bytes(start[:8], "little") > LONGEST_HEADER:
-        raise unreadable(path, f"its header claims more than {LONGEST_HEADER:,} bytes")
+    if _claimed(start) > LONGEST_HEADER and start.isascii() and (said := " ".join(text.split())).isprintable():
+        raise unreadable(path, f'a text lies in its place, "{said}"')
+    return _checked(_of_safetensors(path))
+
+
+def _claimed(start: bytes) -> int:
+    """Bytes of a safetensors header, by what the file begins with."""
+    return int.from_bytes(start[:8], "little")
+
+
+def open_safetensors(path: Path) -> Any:
+    """The library's handle of a safetensors file, which is not opened again: for what needs its words and not ours.
+
+    Raises ``NotFound`` where there is no such file, ``Invalid`` where it cannot be read, or has a header that takes too
+    much memory.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise NotFound(f"There is no file {path}: expected a .safetensors file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = file.keys()  # this is no mapping: it cannot be iterated itself
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        with path.open("rb") as file:
+            claimed = _claimed(file.read(8))
+        if claimed > LONGEST_HEADER:
+            raise unreadable(path, f"its header claims more than {LONGEST_HEADER:,} bytes")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from error
 
-    def bring(wanted: list[str]) -> dict[str, Tensor]:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in wanted}
 
-    return _checked(TensorFile(path, shapes, metadata, bring))
+def _of_safetensors(path: Path) -> TensorFile:
+    file = open_safetensors(path)
+    try:
+        names: list[str] = file.keys()  # this is no mapping: it cannot be iterated itself
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise unreadable(path, error) from error
+    return TensorFile(path, shapes, metadata, lambda wanted: {name: file.get_tensor(name) for name in wanted})
 
 
-def _of_tensors(path: Path, tensors: Mapping[str, Tensor]) -> TensorFile:
+def of_tensors(path: Path, tensors: Mapping[str, Tensor]) -> TensorFile:
+    """The header of tensors that were read already; ``path`` names in errors where they came from."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return TensorFile(path, shapes, {}, lambda wanted: {name: tensors[name].contiguous() for name in wanted})
 
@@ -167,10 +194,10 @@ def _checked(header: TensorFile) -> TensorFile:
 
 def _unwrapped(header: TensorFile) -> TensorFile:
     """The header, names without what all of them begin with by what held the network."""
-    names = list(header.shapes)
+    names = [_WRAPPERS.sub("", name) for name in header.shapes]
     while prefix := next((one for one in _WRAPPED if names and all(n.startswith(one) for n in names)), None):
         names = [name.removeprefix(prefix) for name in names]
-    stored = {name.replace("._orig_mod.", "."): own for name, own in zip(names, header.shapes, strict=True)}
+    stored = dict(zip(names, header.shapes, strict=True))
     if list(stored) == list(header.shapes) or len(stored) < len(names):
         return header
 

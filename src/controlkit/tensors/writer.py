@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from controlkit.tensors.reader import open_safetensors
 
 _PADDING = "_filling_"
 _DTYPES = {
@@ -79,5 +80,5 @@ class TensorWriter:
 
 def read_filled(path: Path) -> dict[str, Tensor]:
     """Map the tensors that a ``TensorWriter`` wrote: only the parts that are used are read from the disk."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PADDING)}  # noqa: SIM118
+    file = open_safetensors(path)
+    return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PADDING)}  # noqa: SIM118

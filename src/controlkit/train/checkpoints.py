@@ -2,40 +2,47 @@
 
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.data import FolderPairs
-from controlkit.errors import Invalid, Mismatch, NotFound, OutOfRoom, Unsupported, one_line
-from controlkit.files import SCRATCH, mark_output, write_atomic
+from controlkit.errors import Invalid, Mismatch, NotFound, OutOfRoom, Unsupported, first_fault, one_line
+from controlkit.files import inside, mark_output, read_json, scratch_folder, sweep, write_atomic
 from controlkit.formats import SavedControl, save_control, write_tensors
+from controlkit.hub import is_sealed, seal
 from controlkit.precision import faster_format, settle_format
+from controlkit.tensors import open_safetensors
 from controlkit.train.parts import RatePlan
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import FORMATS, Recipe, read_recipe
-from controlkit.train.records import EvaluationSummary, best_of, summary_of
+from controlkit.train.records import EvaluationSummary, best_of, read_log, summary_of
 from controlkit.train.state import TrainState
 
 _LAYOUT = "5"
 """Raised when a run that an earlier version began could not be resumed exactly."""
 
 
+STATE = "state.safetensors"
+"""The file in a checkpoint that holds all that a step changes."""
+
+
 def checkpoints_in(out: Path) -> list[Path]:
-    """List a run's checkpoints, the oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"))
+    """List a run's checkpoints, the oldest first. What has another name is none, and is left alone."""
+    folder = out / "checkpoints"
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,9}", path.name))
 
 
 def save_checkpoint(
@@ -53,20 +60,18 @@ def save_checkpoint(
     ``more``: facts that ``load_checkpoint`` returns. Raises ``OutOfRoom`` where it cannot be written.
     """
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=SCRATCH))
+    target = folder / f"step-{step:07d}"
     try:
-        for name, control in controls.items():
-            save_control(scratch / "control" / name, control, base)
-        facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
-        write_tensors(scratch / "state.safetensors", state, facts)  # tensor by tensor: not all of it a second time
-        scratch.chmod(0o755)
-        target = folder / f"step-{step:07d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+        with scratch_folder(folder) as scratch:
+            made = scratch / target.name
+            for name, control in controls.items():
+                save_control(made / "control" / name, control, base)
+            facts = {"layout": _LAYOUT, "step": str(step), "base_digest": base.digest, **more}
+            write_tensors(made / STATE, state, facts)  # tensor by tensor: not all of it a second time
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(made, target)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         held = [p.name for p in checkpoints_in(out)]
         raise OutOfRoom(
             f"The checkpoint of step {step} could not be written ({error.strerror or error}). "
@@ -76,53 +81,69 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)  # a file that is open elsewhere is deleted another time
 
 
-def load_checkpoint(folder: Path, state: TrainState, base: Backbone) -> dict[str, str]:
+def load_checkpoint(folder: Path, state: TrainState, base: Backbone) -> dict[str, Any]:
     """Restore ``state`` from a checkpoint; returns its facts, ``step`` among them.
 
     Raises ``Invalid`` where it cannot be read, ``Unsupported`` where an earlier version wrote it, ``Mismatch`` where it
     was trained on other weights of the base.
     """
-    path = folder / "state.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts: dict[str, str] = file.metadata()
-    except (SafetensorError, OSError) as error:
-        raise Invalid(
-            f"{path} cannot be read ({error}). Delete {folder} and run again: the run resumes from the one before."
-        ) from error
-    if facts.get("layout") != _LAYOUT:
-        raise Unsupported(f"{folder} was written by an earlier version and cannot be resumed: give another --out.")
+    facts = read_facts(folder)
     if facts["base_digest"] != base.digest:
         raise Mismatch(
-            f'{folder} was trained on other weights of "{base.name}" ({facts["base_digest"]}, now {base.digest}): '
-            "use those weights, or give another --out."
+            f'{folder} was trained on other weights of "{base.name}" ({one_line(facts["base_digest"])}, now '
+            f"{base.digest}): use those weights, or give another --out."
         )
-    state.restore(load_file(path))
+    try:
+        with open_safetensors(folder / STATE) as file:
+            state.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        raise _damaged(folder, e) from e  # what a tensor too few, or one of another shape, leads to
     return facts
 
 
-def _read_log(path: Path) -> tuple[list[tuple[int, str]], list[EvaluationSummary]]:
-    """The whole lines of a log with their steps, and its evaluations. A line that a kill cut short ends it."""
-    lines: list[tuple[int, str]] = []
-    evaluations = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        lines.append((record["step"], line))
-        if seen := summary_of(record):
-            evaluations.append(seen)
-    return lines, evaluations
+def _damaged(folder: Path, reason: object) -> Invalid:
+    return Invalid(
+        f"{folder / STATE} cannot be read ({one_line(reason)}). Delete {folder} and run again: the run resumes from "
+        "the one before."
+    )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint: ``step``, ``base_digest``, and the clock's ``seconds`` and ``last_step``.
+
+    Raises ``Invalid`` where they cannot be read, ``Unsupported`` where an earlier version wrote them.
+    """
+    try:
+        if not (folder / STATE).is_file():  # nor a pipe, which would be waited for
+            raise FileNotFoundError("it is no file")
+        with open_safetensors(folder / STATE) as file:
+            told: dict[str, Any] = file.metadata() or {}
+        facts = (
+            told | {"step": int(told["step"])} | {name: float(told.get(name, 0)) for name in ("seconds", "last_step")}
+        )
+        if facts["step"] != _step_of(folder) or not all(0 <= facts[name] < 1e10 for name in ("seconds", "last_step")):
+            raise ValueError("its step and times are of no run")
+        facts["base_digest"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, error) from error
+    if facts.get("layout") != _LAYOUT:
+        raise Unsupported(f"{folder} was written by an earlier version and cannot be resumed: give another --out.")
+    return facts
+
+
+def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[EvaluationSummary]:
+    """The evaluations in a log's lines."""
+    return [seen for line in lines if (seen := summary_of(line))]
 
 
 def cut_log(path: Path, step: int) -> tuple[list[EvaluationSummary], list[float], int]:
     """Cut the log back to a checkpoint's step; returns its evaluations and losses, and the last step it had before."""
-    lines, evaluations = _read_log(path)
-    kept = [line for number, line in lines if number <= step]
-    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-    losses = [json.loads(line)["loss"] for line in kept]
-    return [one for one in evaluations if one.step <= step], losses, lines[-1][0] if lines else 0
+    lines = read_log(path)
+    kept = [line for line in lines if line["step"] <= step]
+    write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+    return _evaluations(kept), [line["loss"] for line in kept], lines[-1]["step"] if lines else 0
 
 
 def check_folder(recipe: Recipe, out: Path) -> list[str]:
@@ -133,6 +154,7 @@ def check_folder(recipe: Recipe, out: Path) -> list[str]:
     """
     if out.exists() and not out.is_dir():
         raise Invalid(f"{out} is a file; expected a folder, or a name for a new one.")
+    _check_entries(out)
     before = _begun_recipe(out)
     if before is None:
         return []
@@ -148,6 +170,21 @@ def check_folder(recipe: Recipe, out: Path) -> list[str]:
     longer = {"steps", "max_minutes"} >= {change.split(" ")[0] for change in changed} and _endless(before)
     mixed = "" if longer else ". The steps before had the former rates, so no single recipe describes this run"
     return [f"{'; '.join(changed)}: from step {_step_of(made[-1])} on{mixed}"]
+
+
+_FILES = ("recipe.yaml", "log.jsonl", "machine.json", "ending.json", "tracking.json", "rows.txt", ".lock")
+_FOLDERS = ("checkpoints", "samples", "control", "best", "tensorboard")
+
+
+def _check_entries(out: Path) -> None:
+    """Refuse files where a run has folders, and the other way round; and what a stranger's run links to."""
+    for names, of_kind, kind in ((_FILES, Path.is_file, "a file"), (_FOLDERS, Path.is_dir, "a folder")):
+        for path in (out / name for name in names):
+            if (path.exists() or path.is_symlink()) and not of_kind(path):
+                raise Invalid(f"{path} is in the way: a run has {kind} of that name. Move it, or give another --out.")
+    if (out / "recipe.yaml").exists() and not is_sealed(_begun(out).get("seal"), str(out.resolve())):
+        for name in (".lock", *_FOLDERS):  # which a run writes into, or empties; links of one's own are welcome
+            inside(out, out / name)
 
 
 def _begun_recipe(out: Path) -> Recipe | None:
@@ -194,7 +231,7 @@ def go_back(out: Path, step: int) -> None:
         held = ", ".join(map(str, steps)) or "none"
         raise NotFound(f"{out} has no checkpoint of step {step}: those it has are of steps {held}.")
     with sole_owner(out):
-        best = best_of(_read_log(out / "log.jsonl")[1])
+        best = best_of(_evaluations(read_log(out / "log.jsonl")))
         later = [path for number, path in steps.items() if number > step]
         for path in [*later, *([out / "best"] if best and best.step > step else [])]:
             shutil.rmtree(path, ignore_errors=True)
@@ -220,7 +257,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
     """
     mark_output(out, "train")
     path = out / "machine.json"
-    begun = json.loads(path.read_text()) if path.is_file() else {}
+    begun = _begun(out)
     digest, rows = "".join(folder.digest() for folder in folders), [row for one in folders for row in one.lines()]
     if begun.get("rows", digest) != digest:
         raise Mismatch(
@@ -228,9 +265,7 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
             f"{_differing_rows(out / _ROWS, rows)}. Put them back as they were, or give another --out (with "
             f"control.start_from={out / 'control'} to use what this run has learnt)."
         )
-    own = out.glob(".tmp??????")  # safetensors' name for a file that it is writing
-    for stale in sorted([*out.rglob(f"{SCRATCH}*"), *own]):  # what a kill left half written
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+    sweep(out)
     if rows and not (out / _ROWS).is_file():
         write_atomic(out / _ROWS, "".join(f"{row}\n" for row in rows).encode())
     before, made = _begun_recipe(out), checkpoints_in(out)
@@ -247,10 +282,33 @@ def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, fold
         )
         kept = here
     asked = begun.get("format") or FORMATS.get(recipe.precision) or faster_format(device_type)
-    if begun != (settings := kept | {"format": asked, "rows": digest}):
+    if begun != (settings := kept | {"format": asked, "rows": digest, "seal": seal(str(out.resolve()))}):
         write_atomic(path, (json.dumps(settings) + "\n").encode())
     keep_format(out, device_type)
     return note
+
+
+class _Machine(BaseModel):
+    """The beginning of a run, as ``machine.json`` tells it."""
+
+    threads: int = Field(ge=1, le=4096, strict=True)
+    processes: int = Field(ge=1, le=10**6, strict=True)
+    format: Literal["bfloat16", "float16", "float32"]
+    rows: str
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """How the run in ``out`` began: ``_Machine``'s values, those that are known. ``Invalid`` for others."""
+    path = out / "machine.json"
+    if not path.is_file():
+        return {}
+    held = read_json(path)
+    try:
+        _Machine.model_validate({"threads": 1, "processes": 1, "format": "float32", "rows": ""} | held)
+    except (ValidationError, TypeError) as error:
+        found = first_fault(error, "it", ()) if isinstance(error, ValidationError) else f"a {type(held).__name__}"
+        raise Invalid(f"{path} does not say how the run began ({one_line(found).rstrip('.')}): delete it.") from error
+    return dict(held)
 
 
 _ROWS = "rows.txt"
@@ -261,7 +319,7 @@ def _differing_rows(path: Path, rows: Sequence[str]) -> str:
     """Which rows differ from those in a file, in words; "" where there is no such file."""
     if not path.is_file():
         return ""
-    before = path.read_text().splitlines()
+    before = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parts = [("gone or with another caption", set(before) - set(rows)), ("new", set(rows) - set(before))]
     named = [f"{what}: {one_line(', '.join(sorted(of)[:3]))}{_and_more(len(of) - 3)}" for what, of in parts if of]
     return f" ({'; '.join(named) or 'in another order'})"
@@ -277,7 +335,7 @@ def _cores() -> int:
 
 def keep_format(out: Path, device_type: str) -> None:
     """Use the thread count and number format that the run in ``out`` has."""
-    begun = json.loads((out / "machine.json").read_text())
+    begun = _begun(out)
     if begun["threads"] != torch.get_num_threads():
         torch.set_num_threads(begun["threads"])
     settle_format(device_type, begun["format"])

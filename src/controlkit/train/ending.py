@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from controlkit.errors import Invalid, one_line
-from controlkit.files import parse_json, write_atomic
+from pydantic import TypeAdapter, ValidationError
+
+from controlkit.errors import Invalid, first_fault, one_line
+from controlkit.files import read_json, write_atomic
 from controlkit.measure import Verdict
 from controlkit.train.recipe import Recipe
 
@@ -45,12 +47,11 @@ def read_ending(out: Path) -> Ending | None:
     path = out / ENDING
     if not path.is_file():
         return None
-    held = parse_json(path.read_bytes(), str(path))
     try:
-        del held["words"]
-        return Ending(**held | {"verdict": Verdict(**held["verdict"]) if held["verdict"] else None})
-    except (KeyError, TypeError) as error:
-        raise Invalid(f"{path} does not say how a run ended ({one_line(error)}): delete it and run again.") from error
+        return TypeAdapter(Ending).validate_python(read_json(path))
+    except ValidationError as error:
+        reason = first_fault(error, "it", ()).removeprefix("it: ").rstrip(".")
+        raise Invalid(f"{path} does not say how a run ended ({one_line(reason)}): delete it and run again.") from error
 
 
 def why_ended(reason: Reason, step: int, recipe: Recipe, best: int | None = None) -> str:
@@ -77,14 +78,14 @@ def next_command(out: Path, recipe: Recipe, reason: Reason, verdict: Verdict, be
     """The command that is worth typing after a run: to use its control, to train on, or to look closer."""
     base = ["--base", recipe.base] if recipe.base != "mini" else []
     vae = ["--vae", recipe.vae] if recipe.vae else []
-    folder = out if best in (None, step) else out / "best"
+    folder = out / "best" if best not in (None, step) and (out / "best").is_dir() else out
     if verdict.finding == "found" and verdict.quality_kept is not False:
         control = out / "control"
         if recipe.control.hints_as == "branches":
             control /= recipe.control.annotators[0]
         return shlex.join(["controlkit", "generate", "a prompt", "--control", f"{control}=picture.png", *base, *vae])
     if verdict.finding == "not found":
-        longer = {"max_minutes": "max_minutes=null", "patience": "evaluation.patience=0"}
+        longer = {"max_minutes": f"max_minutes={2 * (recipe.max_minutes or 0):g}", "patience": "evaluation.patience=0"}
         return train_command(out, longer.get(reason, f"steps={2 * recipe.steps}"))
     if recipe.control.types:
         return shlex.join(["controlkit", "evaluate", f"{out}:{recipe.control.types[0]}", *base, *vae])

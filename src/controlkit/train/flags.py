@@ -183,7 +183,8 @@ def read_flags(arguments: Sequence[str], processes: int = 1) -> Asked:
     recipe["keep"] = values.checkpoints_total_limit
     if values.max_train_steps is None:
         pairs = min(_pairs_in(source, columns), values.max_train_samples or 2**62)
-        recipe["steps"] = -(-pairs // recipe["batch"]) * values.num_train_epochs
+        # A batch of 0 is refused where the recipe is read.
+        recipe["steps"] = -(-pairs // max(recipe["batch"], 1)) * values.num_train_epochs
     if recipe["base"] != "mini" or values.scale_lr:
         recipe.setdefault("lr", _RATE)
     if values.scale_lr:

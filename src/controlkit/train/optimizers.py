@@ -21,6 +21,8 @@ _ESTIMATE = ("d", "d_max", "d_numerator", "k")
 _ALL = "all"
 """Stands in the names of a state's values that belong to no single weight."""
 
+_ALIKE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+"""Parts of a state that are as large as their parameter."""
 _CONSTANT = ("qmap1", "qmap2")
 """The levels of 8-bit numbers, one tensor that bitsandbytes shares among all weights."""
 
@@ -102,7 +104,7 @@ class Optimizer:
         return kept
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Set the state to what ``state()`` returned."""
+        """Set the state to what ``state()`` returned; ``ValueError`` where that was of other parameters."""
         held: list[dict[int, dict[str, Any]]] = [{} for _ in self._parts]
         for key, value in state.items():
             number, index, name = key.split(".", 2)
@@ -113,6 +115,10 @@ class Optimizer:
                 whole = value.dtype == torch.int64 and not value.ndim
                 held[int(number)].setdefault(int(index), {})[name] = value.item() if whole else value
         for part, kept in zip(self._parts, held, strict=True):
+            for place, values in kept.items():
+                shapes = {value.shape for name, value in values.items() if name in _ALIKE}
+                if shapes - {_parameters(part)[place].shape} or not values.keys() >= kept[min(kept)].keys() & _ALIKE:
+                    raise ValueError(f"the optimizer's state of parameter {place} is of another one")
             part.load_state_dict({"state": kept, "param_groups": part.state_dict()["param_groups"]})
 
 

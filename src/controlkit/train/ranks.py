@@ -114,7 +114,7 @@ class Ranks:
         """Raise ``Unsupported``, in all processes, where one of them does not see the first one's ``folder``."""
         if self.count == 1:
             return
-        mark = folder / f"{SCRATCH}{self.broadcast(uuid.uuid4().hex)}"
+        mark = folder / f"{SCRATCH}seen-{self.broadcast(uuid.uuid4().hex)}"
         if self.first:
             mark.touch()
         self.wait()

@@ -8,11 +8,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from controlkit.errors import Invalid, NotFound, nearest, one_line
-from controlkit.files import parse_yaml, read_text
+from controlkit.files import LONGEST_YAML, parse_yaml_as_written, read_text
 from controlkit.train.optimizers import OptimizerName
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -200,6 +199,9 @@ class Recipe(_Strict):
                 f"a batch of {self.batch} rows cannot be split into pairs of {self.noises_per_pair} noises and "
                 f"{self.gradient_accumulation} equal parts"
             )
+        if self.control.low >= self.control.high:
+            low, high = self.control.low, self.control.high
+            raise ValueError(f"control.low is {low:g} and control.high {high:g}; expected low below high")
         if self.unfreeze_after and self.ema:
             raise ValueError("ema averages a control's weights alone, and with unfreeze_after the base's change too")
         return self
@@ -277,7 +279,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise NotFound(f"There is no recipe at {path}: expected a YAML file such as recipes/smoke.yaml.")
-    content = _read_yaml(read_text(path), str(path), Recipe)
+    content = _read_yaml(read_text(path, 4 * LONGEST_YAML), str(path), Recipe)
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise Invalid(f"{path} holds a {type(content).__name__}; expected keys and values, such as `steps: 1000`.")
@@ -310,7 +312,7 @@ def put(content: dict[str, Any], change: str) -> None:
 
 def _read_yaml(text: str, name: str, kind: Any) -> Any:
     """The value of a YAML text for a setting, or settings, of this type. ``Invalid`` where it is no YAML."""
-    return _as_declared(kind, parse_yaml(text, name), yaml.load(text.removeprefix("\ufeff"), yaml.BaseLoader))
+    return _as_declared(kind, *parse_yaml_as_written(text, name))
 
 
 def _as_declared(kind: Any, value: Any, text: Any) -> Any:
@@ -352,14 +354,14 @@ def parse_recipe(content: dict[str, Any], origin: str = "The recipe") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # several keys contradict each other
-            raise Invalid(f"{origin}: {first['ctx']['error']}.") from None
+            raise Invalid(f"{origin}: {one_line(first['ctx']['error'])}.") from None
         *path, key = first["loc"]
-        name = ".".join(map(str, first["loc"]))
+        name = one_line(".".join(map(str, first["loc"])))
         if first["type"] == "extra_forbidden":
             from controlkit.train.flags import key_of  # which reads recipes
 
-            meant = f'did you mean "{other}"?' if (other := key_of(str(key))) else ""
-            known = nearest(str(key), _known_keys(Recipe, path))
+            meant = f'did you mean "{other}"?' if (other := key_of(str(key)[:99])) else ""
+            known = nearest(str(key)[:99], _known_keys(Recipe, path))
             raise Invalid(f'{origin} has an unknown key "{name}": {meant or known}') from None
         raise Invalid(
             f'{origin}: "{name}" is {one_line(repr(first["input"]))}; {first["msg"][0].lower()}{first["msg"][1:]}.'

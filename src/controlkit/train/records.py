@@ -5,8 +5,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from controlkit.errors import Invalid, first_fault, one_line
+from controlkit.files import parse_json, read_bytes
 from controlkit.measure import FOUND, Obedience, clip_score_kept
 from controlkit.train.recipe import EvaluationRecipe
 
@@ -65,6 +70,62 @@ class Record:
         if self.relative:
             line["relative_loss"] = {kind: [round(x, 4) for x in quarters] for kind, quarters in self.relative.items()}
         return json.dumps(line)
+
+
+_Value = Annotated[float, Field(ge=-1e30, le=1e30)]
+_Values = dict[str, float]  # of which those that are not finite are not drawn
+
+
+class _Line(BaseModel):
+    """A line of a log, as ``Record.to_json`` writes it; other versions have other keys, too."""
+
+    step: int = Field(ge=0, le=10**9, strict=True)
+    loss: float
+    seconds: float = Field(ge=0, le=1e9)
+    fidelity: _Value = 0.0
+    floor: _Value = 0.0
+    ceiling: _Value = 0.0
+    obedience: _Value = 0.0
+    obedience_interval: tuple[_Value, _Value] = (0.0, 0.0)
+    is_meaningful: bool = False
+    verdict: str | None = None
+    colour_drift: _Values = {}
+    quality: _Values = {}
+    residuals: _Values = {}
+    relative_loss: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
+
+    @model_validator(mode="after")
+    def _whole_evaluation(self) -> "_Line":
+        for group in ({"obedience", "obedience_interval", "is_meaningful"}, {"fidelity", "floor", "ceiling"}):
+            if 0 < len(group & self.model_fields_set) < len(group):
+                raise ValueError("it has a part of an evaluation")
+        return self
+
+
+_LONGEST = 2**27
+"""Bytes of a log: those of a million steps are fewer."""
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; none where there is no log. What a kill or a full disk cut short ends it.
+
+    Raises ``Invalid`` for a line that is whole and that no run wrote.
+    """
+    if not path.is_file():
+        return []
+    found = list[dict[str, Any]]()
+    for number, line in enumerate(read_bytes(path, _LONGEST).decode(errors="replace").splitlines(), 1):
+        try:
+            held = parse_json(line, "", finite=False)
+        except Invalid:
+            break
+        try:
+            _Line.model_validate(held)
+        except ValidationError as error:
+            reason = one_line(first_fault(error, "it", _Line.model_fields)).removeprefix("it: ").rstrip(".")
+            raise Invalid(f"{path}, line {number}, is none that a run wrote ({reason}): delete it.") from error
+        found.append(held)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from controlkit.backbones import Backbone, load_base, recomputed, save_difference
 from controlkit.branch import ControlNetwork
@@ -190,8 +191,8 @@ class Run:
         self.done, self._out_of_time, self._stopped = 0, False, False
         if checkpoints := checkpoints_in(out):
             facts = load_checkpoint(checkpoints[-1], self.state, self.frozen)
-            self._clock.restore(facts)
-            self.done, self._out_of_time = int(facts["step"]), self.ranks.broadcast(self._clock.over)
+            self._clock.restore(facts["seconds"], facts["last_step"])
+            self.done, self._out_of_time = facts["step"], self.ranks.broadcast(self._clock.over)
         self.evaluations: list[EvaluationSummary] = []
         self._losses: list[float] = []
         self._measured = Record(0, 0.0, 0.0)
@@ -361,6 +362,7 @@ class Run:
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
             opened.enter_context(sole_owner(self.out))
+            check_folder(self.plan.recipe, self.out)  # again: a run of another recipe may have come in between
             folders = [part for part in (prepared.pairs, prepared.heldout) if isinstance(part, FolderPairs)]
             note = begin_folder(self.plan.recipe, self.out, self.frozen.device.type, self.ranks, folders)
         self.ranks.check_shared(self.out)
@@ -375,7 +377,8 @@ class Run:
             self.reports.on_stage(line, 0)
         if meter and not self.ranks.sharded:  # all processes would have to take part
             found = estimate(self.plan, self.frozen, self.state, pairs, meter, self.ranks.count)
-            self.reports.on_stage("\n".join(found.lines()), 0)
+            for line in found.lines():
+                self.reports.on_stage(line, 0)
             meter.reset()  # the memory of the trial is not the run's
 
     def _new_evaluator(self, prepared: Prepared) -> Evaluator | None:
@@ -398,6 +401,8 @@ class Run:
         """Build the cache of pairs in the run's folder, if it is not there, in the first process; read it in all."""
         path = self.out / f"{name}-{self.state.base.digest}.safetensors"
         if self.ranks.first:
+            if path.exists():
+                _check_cache(path, len(pairs), self.state.base, len(self.plan.specs))
             with open_store() if self.plan.recipe.data.cache else nullcontext() as store:
                 build_cache(self.state.base, pairs, self.plan.specs, path, on_advance, mirrors=mirrors, store=store)
         self.ranks.wait()
@@ -425,7 +430,7 @@ class Run:
             trained = facts | difference | {"recipe": recipe.model_dump()}
             hints = specs if recipe.control.types else {}
             spec = specs.get("", HintSpec(""))
-            found[name] = SavedControl(branch, spec, trained, hints, recipe.control.hint_cfg_scale)
+            found[name] = SavedControl(branch, spec, trained, hints, recipe.control.hint_cfg_scale).sealed()
         return found
 
     def _write(self, folder: Path, weights: ControlNetwork) -> None:
@@ -441,6 +446,30 @@ class Run:
                 save_control_lora(own / "control-lora.safetensors", control, self.state.base, rank)
         if self._unfrozen:
             save_difference(folder / DIFFERENCE, self.frozen, self.state.base)
+
+
+def _check_cache(path: Path, pairs: int, base: Backbone, kinds: int) -> None:
+    """Refuse a file in the place of a cache that is none, of so many pairs and kinds of hint, for this base."""
+
+    def fits(one: Cached) -> bool:
+        rows, (height, width) = len(one.moments), one.size
+        ends = [(one.kinds, kinds), (one.prompt_rows, len(one.text))]
+        ends += [] if one.mirrors is None else [(one.mirrors, rows)]
+        words = {name: value.shape[1:] for name, value in one.text.tensors().items()}
+        return (
+            len(one.hints) == rows == len(one) * (1 if one.mirrors is None else 2)
+            and one.moments.shape[1:] == (2 * base.latent_channels, height // base.stride, width // base.stride)
+            and all(len(of) == len(one) and 0 <= int(of.min()) <= int(of.max()) < end for of, end in ends)
+            and words == {name: value.shape[1:] for name, value in base.encode_text([""]).tensors().items()}
+        )
+
+    try:
+        held = Cached.read(path)
+        sound = sum(map(len, held)) == pairs and all(map(fits, held))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError):
+        sound = False  # of any other file
+    if not sound:
+        raise Invalid(f"{path} is damaged, or not of this run: delete it and run again.")
 
 
 def _why_unmeasured(plan: Resolved, heldout: Sequence[Pair]) -> str:

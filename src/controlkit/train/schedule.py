@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -43,10 +43,10 @@ class Clock:
         self.last_step = self.evaluation = 0.0
         """Seconds that the last step, and the last evaluation, took: the estimates for the next."""
 
-    def restore(self, facts: Mapping[str, str]) -> None:
+    def restore(self, seconds: float, last_step: float) -> None:
         """Add the time of a checkpoint's ``facts()``."""
-        self._began -= float(facts.get("seconds", 0))
-        self.last_step = float(facts.get("last_step", 0))
+        self._began -= seconds
+        self.last_step = last_step
 
     @property
     def share(self) -> float:

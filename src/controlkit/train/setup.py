@@ -1,5 +1,6 @@
 """Set up what a recipe describes: hints, pairs, the branch to train; and the run in words."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ def training_pairs(plan: DataPlan, base: Backbone) -> tuple[Sequence[Pair], Sequ
     not fit.
     """
     data, source = plan.data, plan.data.source
+    if source in DRAWN and Path(source).is_dir():
+        warnings.warn(f'"{source}" was taken for what is drawn here; write ./{source} for that folder', stacklevel=2)
     if data.buckets and source in DRAWN:
         raise Unsupported(f"data.buckets is for pictures of many shapes in a folder; those of {source} are square.")
     if data.columns and source in DRAWN:

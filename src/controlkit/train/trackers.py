@@ -6,14 +6,15 @@ others are not sent them again, as they are the same to the bit.
 
 import importlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from controlkit.errors import NotFound
-from controlkit.files import write_atomic
+from controlkit.errors import NotFound, UserError
+from controlkit.files import read_json, write_atomic
 from controlkit.images import read_picture
 from controlkit.train.recipe import TrackingRecipe
 from controlkit.train.records import Record
@@ -102,7 +103,12 @@ def tracked(
 def _history(out: Path, logged: int) -> tuple[str, int]:
     """The run's name for trackers, and the last step that was ever sent to them."""
     path = out / "tracking.json"
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    name, sent = str(held.get("name") or uuid.uuid4().hex[:8]), max(int(held.get("sent", 0)), logged)
+    try:
+        held = read_json(path)
+        if not re.fullmatch(r"[0-9a-f]{8}", held["name"]):
+            raise ValueError("it is no name that was given here")
+        name, sent = held["name"], max(int(held["sent"]), logged)
+    except (UserError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        name, sent = uuid.uuid4().hex[:8], logged
     write_atomic(path, (json.dumps({"name": name, "sent": sent}) + "\n").encode())
     return name, sent

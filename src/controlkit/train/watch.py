@@ -4,12 +4,12 @@ Everything is read from the run's folder. The run is not touched.
 """
 
 import base64
-import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +17,22 @@ from typing import Any
 
 import cv2
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
-from safetensors import safe_open
+from safetensors import SafetensorError
 
-from controlkit.errors import Invalid, NotFound
-from controlkit.files import parse_yaml, read_text
+from controlkit.errors import Invalid, NotFound, printable
+from controlkit.files import inside, parse_yaml, read_text
+from controlkit.images import png_bytes, read_picture
 from controlkit.measure import FOUND
 from controlkit.pages import Chart, Figure, Section, Table, render
+from controlkit.tensors import open_safetensors
+from controlkit.train.checkpoints import STATE, checkpoints_in
 from controlkit.train.ending import Ending, read_ending
 from controlkit.train.recipe import Recipe
+from controlkit.train.records import read_log
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
@@ -74,7 +79,7 @@ class RunLog:
     def silence(self) -> float:
         """Seconds since something of the run was written."""
         files = [self.folder / name for name in ("log.jsonl", "recipe.yaml", "samples", "checkpoints")]
-        return time.time() - max(file.stat().st_mtime for file in files if file.exists())
+        return time.time() - max(map(_written, files))
 
     @property
     def stopped(self) -> bool:
@@ -92,12 +97,11 @@ class RunLog:
     @property
     def _spent(self) -> float:
         """Seconds that the run's clock shows: those in its last checkpoint, and those since then."""
-        log = (self.folder / "log.jsonl").stat().st_mtime
-        held = sorted((self.folder / "checkpoints").glob("step-*/state.safetensors"))
-        if not held:
-            return log - (self.folder / "machine.json").stat().st_mtime
-        with safe_open(held[-1], framework="np") as file:
-            return float(file.metadata()["seconds"]) + max(log - held[-1].stat().st_mtime, 0)
+        log = _written(self.folder / "log.jsonl")
+        for state in (folder / STATE for folder in checkpoints_in(self.folder)[-1:] if (folder / STATE).is_file()):
+            with suppress(SafetensorError, OSError, KeyError, ValueError), open_safetensors(state) as file:
+                return max(float((file.metadata() or {})["seconds"]), 0) + max(log - _written(state), 0)
+        return log - _written(self.folder / "machine.json")
 
     def loss(self) -> list[Row]:
         """The loss, averaged over fiftieths of the run, because the loss of one step is mostly noise."""
@@ -135,8 +139,8 @@ class RunLog:
     def verdict(self) -> str:
         """The words about control at the run's end; before it those of the last evaluation, if any."""
         if self.ending:
-            return "\n".join(self.ending.lines())
-        return next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), "")
+            return "\n".join(map(printable, self.ending.lines()))
+        return printable(next((r["verdict"] for r in reversed(self.records) if r.get("verdict")), ""))
 
     @property
     def state(self) -> str:
@@ -150,6 +154,23 @@ class RunLog:
         return f"{self.pace:.2f} s a step, {self.left / 60:.0f} min left"
 
 
+class _Evaluation(BaseModel):
+    target: float | None = Field(None, ge=0, le=1, strict=True)
+
+
+class _Settings(BaseModel):
+    """The settings that are read of a run's recipe, which another version may have written; others are only shown."""
+
+    steps: int = Field(ge=0, le=10**9, strict=True)
+    max_minutes: float | None = Field(None, gt=0, le=1e7, strict=True)
+    evaluation: _Evaluation = _Evaluation()
+
+
+def _written(path: Path) -> float:
+    """The time at which something was written last; 0 where it is not there."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def _is_locked(lock: Path) -> bool:
     """Whether a process of this machine, or of one that shares its file system, trains in the folder of the lock.
 
@@ -158,7 +179,7 @@ def _is_locked(lock: Path) -> bool:
     try:
         import fcntl
 
-        file = os.open(lock, os.O_RDONLY)
+        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe, too, without waiting
     except (ImportError, OSError):
         return False
     try:
@@ -176,19 +197,16 @@ def read_run(folder: Path) -> RunLog:
     if not recipe.is_file():
         raise NotFound(f"{folder} holds no run: expected the folder given to `controlkit train --out`.")
     settings = parse_yaml(read_text(recipe), str(recipe))
-    if not isinstance(settings, dict) or not isinstance(settings.get("steps"), int):
-        raise Invalid(f"{recipe} is no recipe that a run wrote: expected its settings, `steps` among them.")
-    records = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    newest = [sorted((folder / "samples").glob(f"{kind}-*.png"))[-1:] for kind in ("step", "own-step")]
+    try:
+        _Settings.model_validate(settings)
+    except ValidationError as error:
+        raise Invalid(f"{recipe} is no recipe that a run wrote: expected its settings, `steps` among them.") from error
+    records = read_log(log)
+    newest = [sorted((folder / "samples").glob(f"{kind}-{'[0-9]' * 7}.png"))[-1:] for kind in _SHEETS]
     ending = read_ending(folder)
     if ending and records and ending.step != records[-1]["step"]:
         ending = None  # of before the run was made longer
-    return RunLog(folder, records, settings, [sheet for sheets in newest for sheet in sheets], ending)
+    return RunLog(folder, records, settings, [inside(folder, sheet) for sheets in newest for sheet in sheets], ending)
 
 
 def bars(values: Sequence[float], *scale: float) -> str:
@@ -286,7 +304,7 @@ def page(run: RunLog, refresh: float | None = None) -> str:
     if rows := run.loss():
         body.append(Section("Training loss", charts=[_chart("loss", rows, wide=True, scale=(0,))]))
     for sheet in run.sheets:
-        data = base64.b64encode(sheet.read_bytes()).decode()
+        data = base64.b64encode(png_bytes(read_picture(sheet))).decode()  # its pixels, and nothing else that it holds
         kind, _, step = sheet.stem.rpartition("-")
         title = f"{_SHEETS[kind]}; step {int(step)}"
         body.append(Section(title, sheet=Figure(f"data:image/png;base64,{data}", title)))

@@ -13,7 +13,16 @@ from typing import Any
 from controlkit.data.layouts.archives import webdataset
 from controlkit.data.layouts.folders import CAPTION_SUFFIXES, OTHER_PICTURES, namesakes, plain, two_folders
 from controlkit.data.layouts.listed import metadata, prompt_json, simpletuner
-from controlkit.data.layouts.rows import HINT_SUFFIXES, SUFFIXES, Listing, Names, Problem, Row
+from controlkit.data.layouts.rows import (
+    HINT_SUFFIXES,
+    MOST_TEXT,
+    SUFFIXES,
+    Listing,
+    Names,
+    Problem,
+    Row,
+    read_regular,
+)
 from controlkit.data.layouts.tables import huggingface
 from controlkit.data.layouts.tree import NO_PICTURE, Tree, tree_of
 from controlkit.errors import Invalid, NotFound, Unsupported, one_line
@@ -126,12 +135,15 @@ def _taken_for_pictures(tree: Tree, layout: str, rows: Sequence[Row]) -> Iterato
 
 def _without_half_letters(rows: Sequence[Row], problems: list[Problem]) -> list[Row]:
     """The rows, without surrogates that stand alone in captions: no text tower reads them, and no file holds them."""
-    whole = [row.prompt.encode("utf-8", "ignore").decode() for row in rows]
-    for row, prompt in zip(rows, whole, strict=True):
+    whole = []
+    for row in rows:
+        prompt = row.prompt.encode("utf-8", "ignore").decode()
         if prompt != row.prompt:
             words = "has half a letter in its caption (a surrogate): left out of it"
             problems.append(Problem("half a letter", row.picture.name, words, fatal=False))
-    return [replace(row, prompt=prompt) for row, prompt in zip(rows, whole, strict=True)]
+            row = replace(row, prompt=prompt)
+        whole.append(row)
+    return whole
 
 
 def _leave_others_out(tree: Tree, suffixes: Sequence[str]) -> None:
@@ -156,7 +168,7 @@ def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Lis
 def own_facts(path: Path) -> dict[str, Any]:
     """The values in a JSON file of ours; none in other tools' files of that name, which are ignored."""
     try:
-        facts = parse_json(path.read_bytes(), path.name) if path.is_file() else None
-    except Invalid:
+        facts = parse_json(read_regular(path, MOST_TEXT), path.name) if path.is_file() else None
+    except (Invalid, OSError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -18,6 +18,9 @@ OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".ne
 FOLDERS = ("condition", "conditions", "conditioning", "control", "controls", "hint", "hints", "cond")
 """The first word of a name that says a folder holds hints."""
 
+_COMPARED = 100
+"""Folders that a folder is compared with, so that many folders do not take the square of their number."""
+
 ByName = dict[Path, Path]
 """A folder's pictures by what their names are below it, without suffix."""
 
@@ -57,7 +60,9 @@ def two_folders(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     for path in sorted(pictures.keys() - {whose}):
         words = f"has nothing to do with {hints[0].name}: not read"
         problems.append(Problem("other folder", str(path), words, fatal=False))
-    return paired(tree, whose, [(tree, path) for path in hints], lambda path: caption_beside(path, problems), problems)
+    return paired(
+        tree, whose, [(tree, path) for path in hints], lambda path: caption_beside(path, problems, tree.root), problems
+    )
 
 
 def _groups(tree: Tree) -> dict[Path, list[Path]]:
@@ -86,14 +91,14 @@ def _likely(root: Path, held: Mapping[Path, ByName], pictures: Mapping[Path, ByN
     """Folders whose names have a word for hints in them, and most of whose pictures have namesakes elsewhere."""
     words = {path: {word.removesuffix("s") for word in _words(path.name)} for path in held if path != root}
     known = _hint_words() | ({"source"} if any("target" in said for said in words.values()) else set())
-    likely = [path for path, said in words.items() if said & known and held[path]]
+    likely = [path for path, said in words.items() if said & known and held[path]][:_COMPARED]
     others = [found for path, found in pictures.items() if path not in likely]
     return [p for p in likely if any(2 * len(held[p].keys() & found.keys()) >= len(held[p]) for found in others)]
 
 
 def _whose(hints: Sequence[Path], held: Mapping[Path, ByName], pictures: Mapping[Path, ByName]) -> tuple[Path, str]:
     """(The folder whose pictures these folders of hints belong to, what is unclear about them or "")."""
-    called = ", ".join(path.name for path in hints)
+    called = ", ".join(path.name for path in hints[:8])
     if empty := [path for path in hints if not held[path]]:
         return hints[0], f"{empty[0].name} is named as a folder of hints and has none: fill it, or take it out"
     if [path.name for path in hints[1:]] != [f"{hints[0].name}_{k}" for k in range(2, len(hints) + 1)]:
@@ -126,7 +131,7 @@ def plain(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None
         return []
     rows = []
     for path in found:
-        caption = caption_beside(path, problems)
+        caption = caption_beside(path, problems, tree.root)
         rows.append(Row(file_at(path), words_of(path) if caption is None else caption, named=caption is None))
     return rows
 
@@ -166,7 +171,7 @@ def namesakes(pictures: Iterable[Path]) -> str:
         twice = [name for name, count in counts.items() if count > 1]
         if 2 * len(twice) >= len(counts) and (len(twice) > 2 or 10 * len(twice) >= total):
             return f'{folder} has several pictures of {len(twice)} names, such as "{twice[0]}"'
-        shared = Counter(other for name in counts for other in having[name] if other != folder)
+        shared = Counter(other for name in counts for other in having[name][:_COMPARED] if other != folder)
         for other, common in shared.most_common(1):
             enough = common > 2 or common == 2 == len(folders[other]) or 10 * common >= total
             if 2 * common >= len(counts) and enough:
@@ -232,10 +237,10 @@ def caption_file(path: Path) -> Path | None:
     return next((beside for s in CAPTION_SUFFIXES if is_there(beside := path.with_suffix(s))), None)
 
 
-def caption_beside(path: Path, problems: list[Problem]) -> str | None:
-    """The text of the caption file of a picture's name; None if there is none."""
+def caption_beside(path: Path, problems: list[Problem], home: Path) -> str | None:
+    """The text of the caption file of a picture's name, in the set's folder ``home``; None if there is none."""
     beside = caption_file(path)
-    return None if beside is None else " ".join(text_of(beside, problems).split())
+    return None if beside is None else " ".join(text_of(beside, problems, home).split())
 
 
 _MACHINES = (

@@ -1,14 +1,19 @@
 """Sets with a listing: the original's ``prompt.json``, ``metadata`` files, SimpleTuner's backends."""
 
 import csv
-import io
+import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from controlkit.data.layouts.folders import caption_beside, paired, words_of
 from controlkit.data.layouts.rows import (
     HINT_SUFFIXES,
+    MOST_COLUMNS,
+    MOST_TEXT,
     SUFFIXES,
     Names,
     Problem,
@@ -17,12 +22,17 @@ from controlkit.data.layouts.rows import (
     inside,
     is_there,
     one_of,
+    parts_of_text,
     text_of,
+    too_many,
     wording,
 )
 from controlkit.data.layouts.tree import Tree, tree_of
 from controlkit.errors import Invalid, nearest, one_line
-from controlkit.files import parse_json, read_text
+from controlkit.files import parse_json
+
+_BACKENDS = 32
+"""Of SimpleTuner's, each of which is a folder to look through."""
 
 
 def prompt_json(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
@@ -31,7 +41,9 @@ def prompt_json(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     if not listing.is_file():
         return None
     rows = []
-    for where, values in _json_lines(listing, problems):
+    for where, values in _json_lines(listing, parts_of_text(listing, problems, folder, "\n"), problems):
+        if too_many(problems, listing):
+            break
         if absent := [key for key in ("source", "target", "prompt") if not isinstance(values.get(key), str)]:
             words = f'lacks "{absent[0]}"; expected "source", "target" and "prompt" in a JSON object a line'
             problems.append(Problem("unreadable line", where, words))
@@ -51,11 +63,21 @@ def metadata(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | N
     listing = next((path for path in places if path.is_file()), None)
     if listing is None:
         return None
-    text = text_of(listing, problems)
-    if listing.suffix == ".json" and not text.lstrip().startswith("[") and not problems:
-        return None  # a JSON object of that name is about something else
+    parts = parts_of_text(listing, problems, tree.root, {".jsonl": "\n", ".csv": ""}.get(listing.suffix))
+    entries: Iterator[tuple[str, dict[str, Any]]]
+    if listing.suffix == ".json":
+        first = next(parts, "")
+        if not first.lstrip().startswith("[") and not problems:
+            return None  # a JSON object of that name is about something else
+        entries = _json_list(listing, first, parts, problems)
+    elif listing.suffix == ".csv":
+        entries = _csv_lines(listing, parts, names, problems)
+    else:
+        entries = _json_lines(listing, parts, problems)
     rows = []
-    for number, (where, values) in enumerate(_entries(listing, text, names, problems)):
+    for number, (where, values) in enumerate(entries):
+        if too_many(problems, listing):
+            break
         if not number:
             names.check(list(values), where)
         named = one_of(values, names.image)
@@ -84,31 +106,63 @@ def _unnamed(tree: Tree, folder: Path, rows: Sequence[Row], problems: Sequence[P
     )
 
 
-def _entries(listing: Path, text: str, names: Names, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The values a listing has for each picture, and where they stand."""
-    if listing.suffix == ".jsonl":
-        yield from _json_lines(listing, problems, text)
-    elif listing.suffix == ".csv":
-        yield from _csv_lines(listing, text, names, problems)
-    else:
-        try:
-            listed = parse_json(text or "[]", str(listing))
-        except Invalid as error:
-            problems.append(Problem("unreadable file", str(listing), str(error).removeprefix(f"{listing} ")))
+def _json_list(
+    listing: Path, text: str, more: Iterator[str], problems: list[Problem]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON list, which begins with ``text`` and goes on with ``more``, and where each stands.
+
+    One is read at a time, so that a list of a hundred megabytes is not held as a whole, and none is larger than a part.
+    """
+    decoder, at, place, ended = json.JSONDecoder(), text.index("[") + 1 if "[" in text else 0, 0, not text
+    while not ended or at < len(text):
+        if not ended and len(text) - at < MOST_TEXT:
+            part = next(more, "")
+            text, at, ended = text[at:] + part, 0, not part
+        at = _blank(text, at)
+        if text[at : at + 1] == "]" and _blank(text, at + 1) == len(text):
             return
-        for place, values in enumerate(listed):
-            if isinstance(values, dict):
-                yield f"{listing}, entry {place}", values
-            else:
-                words = f"holds a {type(values).__name__}; expected a list of JSON objects"
-                problems.append(Problem("unreadable line", f"{listing}, entry {place}", words))
+        where = f"{listing}, entry {place}"
+        try:
+            if place and text[at : at + 1] != ",":
+                raise ValueError("a comma, or the end of the list, is missing")
+            at = _blank(text, at + 1) if place else at
+            _, end = decoder.raw_decode(text, at)
+            values = parse_json(text[at:end], where, halves=True)
+        except (ValueError, RecursionError) as error:
+            words = f"is no JSON ({one_line(error)}): expected a list of JSON objects, written whole"
+            problems.append(Problem("unreadable file", where, words))
+            return
+        at, place = end, place + 1
+        if isinstance(values, dict):
+            yield where, values
+        else:
+            words = f"holds a {type(values).__name__}; expected a list of JSON objects"
+            problems.append(Problem("unreadable line", where, words))
+    if text:
+        problems.append(Problem("unreadable file", str(listing), "is no JSON: the list has no end"))
 
 
-def _csv_lines(listing: Path, text: str, names: Names, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _blank(text: str, at: int) -> int:
+    """Where blanks that begin here end."""
+    found = re.compile(r"\s*").match(text, at)
+    return found.end() if found else at
+
+
+def _csv_lines(
+    listing: Path, parts: Iterator[str], names: Names, problems: list[Problem]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table whose fields are parted by commas, semicolons or tabs, as its first line shows."""
-    first = text.partition("\n")[0]
-    parted = (mark for mark in ",;\t" if set(names.image) & {field.strip(' "\r') for field in first.split(mark)})
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=next(parted, ","))
+    first = next(parts, "")
+    parted = (mark for mark in ",;\t" if set(names.image) & {field.strip(' "\r\n') for field in first.split(mark)})
+    lines = csv.DictReader(chain([first], parts), delimiter=next(parted, ","))
+    try:
+        columns = len(lines.fieldnames or ())
+    except csv.Error:
+        columns = MOST_COLUMNS + 1
+    if columns > MOST_COLUMNS:
+        words = f"does not begin with a line of at most {MOST_COLUMNS:,} names of columns"
+        problems.append(Problem("unreadable file", str(listing), words))
+        return
     while True:
         where = f"{listing}, line {lines.line_num + 1}"
         try:
@@ -125,14 +179,13 @@ def _csv_lines(listing: Path, text: str, names: Names, problems: list[Problem]) 
             yield f"{listing}, line {lines.line_num}", values
 
 
-def _json_lines(path: Path, problems: list[Problem], text: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Path, lines: Iterator[str], problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, and where each stands."""
-    lines = (text_of(path, problems) if text is None else text).split("\n")  # captions may hold other ends of lines
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                values = parse_json(line, where)
+                values = parse_json(line, where, halves=True)
                 reason = f"holds a {type(values).__name__}"
             except Invalid as error:
                 values, reason = None, str(error).removeprefix(f"{where} ").partition(": expected")[0]
@@ -150,9 +203,15 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     path = tree.root / "multidatabackend.json"
     if not path.is_file():
         return None
-    listed = parse_json(read_text(path), str(path))
+    broken: list[Problem] = []
+    text = text_of(path, broken, tree.root)
+    if broken:
+        raise Invalid(f"{broken[0]}.")
+    listed = parse_json(text, str(path))
     try:
         backends = {str(one["id"]): one for one in listed if not one.get("disabled")}
+        if len(backends) > _BACKENDS:
+            raise Invalid(f"{path} has {len(backends):,} backends: expected at most {_BACKENDS}.")
         local = [one for one in backends.values() if "instance_data_dir" in one]
         for one in backends.values():
             problems += _left_out(str(path), one)
@@ -162,7 +221,18 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     trees: dict[Path, Tree] = {}
 
     def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
-        folder = tree.root / str(backend["instance_data_dir"])
+        root = Path(os.path.abspath(tree.root))  # noqa: PTH100  # "..", without following links
+        named = str(backend["instance_data_dir"])
+        if not is_there(root / named, folder=True):
+            named = named.replace("\\", "/")  # of a listing made on Windows
+        folder = Path(os.path.abspath(root / named))  # noqa: PTH100
+        if not folder.is_relative_to(root):
+            words = (
+                f"lies outside {tree.root}: files are read from inside alone. Move it there, or put a link to it there"
+            )
+            problems.append(Problem("path escapes", one_line(folder), words))
+            return Tree(folder), folder
+        folder = tree.root / folder.relative_to(root)
         if folder not in trees and is_there(folder, folder=True):
             trees[folder] = tree_of(folder)
             tree.files += trees[folder].files
@@ -175,7 +245,8 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
 
     rows: list[Row] = []
     for backend in pictures:
-        strategy, prompt_of = str(backend.get("caption_strategy", "filename")), _prompts(backend, problems)
+        strategy = str(backend.get("caption_strategy", "filename"))
+        prompt_of = _prompts(backend, problems, tree.root)
         if strategy not in prompt_of:
             raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompt_of)}')
         named_hints = backend.get("conditioning_data")
@@ -193,11 +264,13 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     return rows
 
 
-def _prompts(backend: Mapping[str, Any], problems: list[Problem]) -> dict[str, Callable[[Path], str | None]]:
+def _prompts(
+    backend: Mapping[str, Any], problems: list[Problem], home: Path
+) -> dict[str, Callable[[Path], str | None]]:
     """Functions that make a picture's prompt, by caption strategy."""
     return {
         "filename": words_of,
-        "textfile": lambda picture: caption_beside(picture, problems),
+        "textfile": lambda picture: caption_beside(picture, problems, home),
         "instanceprompt": lambda picture: str(backend.get("instance_prompt", "")),
     }
 

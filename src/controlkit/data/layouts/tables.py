@@ -2,108 +2,112 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from controlkit.data.layouts.rows import Held, Names, Problem, Row, file_at, inside, is_there, wording
+from controlkit.data.layouts.cells import Table
+from controlkit.data.layouts.rows import (
+    MOST_TEXT,
+    Held,
+    Names,
+    Problem,
+    Row,
+    inside,
+    is_there,
+    is_within,
+    read_regular,
+    too_many,
+    wording,
+)
 from controlkit.data.layouts.tree import Tree
 from controlkit.errors import Invalid, Unsupported, one_line
-from controlkit.hub import cache_dir
+from controlkit.files import parse_json
 
 
 def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
     """``save_to_disk``'s folder, or parquet files at any depth; pictures as the Image feature stores them."""
     folder = tree.root
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-    tables = _for_training(tree.under(folder, [".parquet"]), folder)
-    if not saved and not tables:
+    files = _saved(folder) if saved else _for_training(tree.under(folder, [".parquet"]), folder)
+    if not files:
         return None
-    table = _table(folder, [] if saved else tables)
-    columns = table.column_names
+    if not find_spec("pyarrow"):
+        raise Unsupported(
+            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
+        )
+    table = Table(files, str(folder))
+    columns = table.schema.names
     names.check(columns, str(folder))
     picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
-    hints = names.hints(columns)
     if picture is None:
-        raise Invalid(f"{folder} has the columns {', '.join(columns)}: none of {', '.join(names.image)}.")
-    table = _as_bytes(table, (picture, *hints), folder)
-    contents = {name: _contents(table, name) for name in (picture, *hints)}
+        raise Invalid(f"{folder} has the columns {one_line(', '.join(columns))}: none of {', '.join(names.image)}.")
+    shown = (picture, *names.hints(columns))
+    for name in (*shown, *filter(None, [caption])):
+        if (kind := table.check(name)) not in ("paths", "pictures" if name in shown else "texts"):
+            expected = "pictures, or paths" if name in shown else "texts"
+            raise Invalid(f"{folder} has a {one_line(kind)} in its column {one_line(name)}: expected {expected}.")
 
-    def held(place: int, column: str) -> Held | None:
-        empty, linked = contents[column]
-        if place in empty:
+    def held(place: int, column: str, content: str | bool | None) -> Held | None:
+        if content is None:
             problems.append(Problem("missing file", f"{folder}, row {place}", f"has nothing in its column {column}"))
-            return None
-        if table.features[column].dtype not in _PATHS:
-            if link := linked.get(place):  # people's own tables may name files anywhere, a hub's may not
-                fetched = folder.resolve().is_relative_to((cache_dir() / "datasets").resolve())
-                if not fetched and is_there(folder / link):
-                    return file_at(folder / link)
-                return inside(folder, link, problems)
-            return Held(f"{folder}, row {place}, {column}", lambda: table[place][column]["bytes"])
-        name = table[place][column]
-        beside = folder if saved or is_there(folder / name) else Path(tables[0]).parent
-        return inside(beside, name, problems)
+        elif content is True:
+            return Held(f"{folder}, row {place}, {column}", partial(table.read, place, column, shown))
+        else:
+            beside = folder if saved or is_there(folder / str(content)) else files[0].parent
+            return inside(beside, content, problems, links=False)
+        return None
 
     rows = []
-    for place, captions in enumerate(table[caption] if caption else [""] * len(table)):
-        own, *others = (held(place, name) for name in (picture, *hints))
+    captions = table.texts(caption) if caption else iter([""] * len(table))
+    for place, (said, *contents) in enumerate(zip(captions, *map(table.pictures, shown), strict=True)):
+        if too_many(problems, folder):
+            break
+        own, *others = (held(place, name, content) for name, content in zip(shown, contents, strict=True))
         if own and all(others):
-            rows.append(Row(own, wording(captions, place), tuple(filter(None, others))))
+            rows.append(Row(own, wording(said, place), tuple(filter(None, others))))
     return rows
 
 
-def _table(folder: Path, tables: list[str]) -> Any:
-    """These parquet files as a table of the datasets library; with none the one that it saved in the folder."""
+def _saved(folder: Path) -> list[Path]:
+    """The files that the datasets library saved in a folder; of a set's splits, those for training.
+
+    Only files of the folder itself: what else it may say of them is not followed. ``Invalid`` where they are not there.
+    """
     try:
-        import datasets
-    except ImportError as error:
-        raise Unsupported(
-            f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
-        ) from error
-    try:
-        if tables:
-            table = datasets.Dataset.from_parquet(tables, cache_dir=str(cache_dir() / "datasets"))
-        else:
-            table = datasets.load_from_disk(str(folder))
-    except Exception as error:  # what a damaged file is depends on the library's own readers
-        raise Invalid(f"{folder} cannot be read as a data set ({one_line(error)}): fetch or write it anew.") from error
-    if isinstance(table, datasets.DatasetDict):
-        table = table["train"] if "train" in table else next(iter(table.values()))
-    return table
+        if splits := _facts(folder / "dataset_dict.json").get("splits"):
+            folder = _named(folder, "train" if "train" in splits else splits[0], of_folder=True)
+        files = [_named(folder, one["filename"]) for one in _facts(folder / "state.json")["_data_files"]]
+    except (KeyError, TypeError, OSError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise Invalid(f"{folder} cannot be read as a data set ({reason}): fetch or save it anew.") from error
+    if not files:
+        raise Invalid(f"{folder} cannot be read as a data set (it names no files): fetch or save it anew.")
+    return files
 
 
-def _as_bytes(table: Any, columns: Sequence[str], folder: Path) -> Any:
-    """The table with its pictures as bytes or paths, not decoded; ``Invalid`` for a column of anything else."""
-    import datasets
-
-    for name in columns:
-        feature = table.features[name]
-        bare = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # written by another library
-        if isinstance(feature, datasets.Image) or bare or feature == datasets.Value("binary"):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif getattr(feature, "dtype", "") not in _PATHS:
-            raise Invalid(f"{folder} has a {one_line(feature)} in its column {name}: expected pictures, or paths.")
-    return table
+def _facts(path: Path) -> dict[str, Any]:
+    """The values in a file that the datasets library writes beside its data; none if it is not there."""
+    facts = parse_json(read_regular(path, 16 * MOST_TEXT), str(path)) if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise TypeError(f"{path.name} holds a {type(facts).__name__}")
+    return facts
 
 
-_PATHS = ("string", "large_string")
-"""Types of columns that name files."""
+def _named(folder: Path, name: Any, of_folder: bool = False) -> Path:
+    """The file or folder of this name in a folder; ``TypeError`` or ``OSError`` where it is not one, or not in it."""
+    path = folder / name
+    if Path(name).name != name or not is_there(path, of_folder) or not is_within(path, folder):
+        raise OSError(f"it names {one_line(name)}, which is not in it")
+    return path
+
+
 _ASIDE = {"validation", "valid", "val", "dev", "test", "eval"}
 """Words that files of a split have in their names that is not for training."""
 
 
-def _for_training(tables: Sequence[Path], folder: Path) -> list[str]:
+def _for_training(tables: Sequence[Path], folder: Path) -> list[Path]:
     """All tables of a folder but those of other splits, where there are such."""
     split = [path for path in tables if not _ASIDE & set(re.findall("[a-z]+", str(path.relative_to(folder)).lower()))]
-    return [str(path) for path in split or tables]
-
-
-def _contents(table: Any, column: str) -> tuple[set[int], dict[int, str]]:
-    """Of a column: the rows that have nothing in it, and the paths of pictures that have a path instead of bytes."""
-    values = table.select_columns([column]).with_format("arrow")[:].column(column)
-    empty = {place for place, null in enumerate(values.is_null().to_pylist()) if null} if values.null_count else set()
-    if not {"bytes", "path"} <= {field.name for field in getattr(values.type, "fields", ())}:
-        return empty, {}
-    bare = [null for chunk in values.chunks for null in chunk.field("bytes").is_null().to_pylist()]
-    paths = [path for chunk in values.chunks for path in chunk.field("path").to_pylist()]
-    return empty, {place: path for place, path in enumerate(paths) if bare[place] and path is not None}
+    return split or list(tables)

@@ -41,7 +41,8 @@ class Tree:
             more = f"; and {len(paths) - 1} more like it" if len(paths) > 1 else ""
             if reason == NO_PICTURE:
                 endings = Counter(path.suffix.lower() or "no ending" for path in paths)
-                more = f" ({', '.join(f'{count} of {ending}' for ending, count in endings.most_common())})"
+                counts = [f"{count} of {ending}" for ending, count in endings.most_common(8)]
+                more = f" ({', '.join(counts)}{', ...' if len(endings) > 8 else ''})"
             yield Problem("left out", str(min(paths)), f"is {reason}{more}: not read", fatal=False)
 
 
