@@ -173,11 +173,11 @@ def test_where_memory_runs_out_fewer_pictures_are_made_at_once(toy_base, prepare
     alone = latents_of(toy_base, ready, batch=1)
     real, given = loop.denoise, []
 
-    def denoise(base, noise, *more):
+    def denoise(base, noise, *more, **settings):
         given.append(len(noise))
         if len(noise) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return real(base, noise, *more)
+        return real(base, noise, *more, **settings)
 
     monkeypatch.setattr(loop, "denoise", denoise)
     most = 1
