@@ -153,8 +153,7 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> UNetBase:
         count = scheduler.config.num_train_timesteps
         if not (len(scheduler.alphas_cumprod) == count and scheduler.alphas_cumprod.isfinite().all()):
             raise ValueError(f"its scheduler's betas are no numbers, one for each of {count} timesteps")
-        vae = network(AutoencoderKL, "vae", torch.float32 if family.vae_needs_float32 else dtype)
-        unet = network(UNet2DConditionModel, "unet")
+        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
         towers = [tower("", CLIPTextModel), *([tower("_2", CLIPTextModelWithProjection)] if second else [])]
     except UserError:
         raise
