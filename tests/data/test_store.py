@@ -177,13 +177,13 @@ def test_an_entry_that_is_not_what_was_asked_for_is_as_good_as_absent(name, tmp_
 
 def test_an_entry_that_inflates_to_gigabytes_is_not_inflated(tmp_path):
     packer, mega = zlib.compressobj(1), bytes(2**20)
-    value = b"".join(packer.compress(mega) for _ in range(256)) + packer.flush()
+    value = b"".join(packer.compress(mega) for _ in range(48)) + packer.flush()
     [key] = kept = entries(1)
     with Store(tmp_path) as store:
         store.put(kept)
         for long in (value, save({"value": RIGHT}) + bytes(2**26)):  # the second is not even fetched
             foreign(tmp_path, key, long)
-            with limited(growth=2**25):
+            with limited(growth=2**24):
                 assert values(store, kept) == [None]
 
 

@@ -217,7 +217,9 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             problems += _left_out(str(path), one)
         pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
+        raise Invalid(
+            f"{path} cannot be read ({one_line(repr(error))}): expected a list of backends, each with an id."
+        ) from error
     trees: dict[Path, Tree] = {}
 
     def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
@@ -245,7 +247,8 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
         strategy = str(backend.get("caption_strategy", "filename"))
         prompt_of = _prompts(backend, problems, tree.root)
         if strategy not in prompt_of:
-            raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompt_of)}')
+            said = one_line(strategy)
+            raise Invalid(f'{path}: caption_strategy is "{said}": {nearest(said, prompt_of)}')
         named_hints = backend.get("conditioning_data")
         others = [str(other) for other in (named_hints if isinstance(named_hints, list) else [named_hints])]
         if named_hints is None:
@@ -253,8 +256,9 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             said, named = prompt_of[strategy], strategy == "filename"
             rows += [Row(file_at(p), said(p) or "", named=named) for p in here.under(folder, SUFFIXES)]
         elif unknown := [other for other in others if "instance_data_dir" not in backends.get(other, {})]:
-            known = [name for name, one in backends.items() if "instance_data_dir" in one]
-            raise Invalid(f'{path}: conditioning_data is "{unknown[0]}": {nearest(unknown[0], known)}')
+            known = [one_line(name)[:20] for name, one in backends.items() if "instance_data_dir" in one]
+            said = one_line(unknown[0])
+            raise Invalid(f'{path}: conditioning_data is "{said}": {nearest(said, known)}')
         else:
             hints = [place(backends[other]) for other in others]
             rows += paired(*place(backend), hints, prompt_of[strategy], problems)
@@ -274,11 +278,12 @@ def _prompts(
 
 def _left_out(where: str, backend: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings of a backend that are not read though they would change the training data."""
-    name = f"{where}, {backend['id']}"
+    name = f"{where}, {one_line(backend['id'])}"
     if backend.get("dataset_type", "image") not in ("image", "conditioning"):
         return  # caches of text and latents
     if "instance_data_dir" not in backend:
-        words = f"is of type {backend.get('type', 'unknown')} without instance_data_dir: its pictures are left out"
+        kind = one_line(backend.get("type", "unknown"))
+        words = f"is of type {kind} without instance_data_dir: its pictures are left out"
         yield Problem("other backend", name, words, fatal=False)
     instead = {
         "repeats": "its pictures come as often as others",
