@@ -138,6 +138,8 @@ def _json_list(
         else:
             words = f"holds a {type(values).__name__}; expected a list of JSON objects"
             problems.append(Problem("unreadable line", where, words))
+            if too_many(problems, listing):
+                return
     if text:
         problems.append(Problem("unreadable file", str(listing), "is no JSON: the list has no end"))
 
@@ -175,6 +177,8 @@ def _csv_lines(
         if None in values:  # where the rest of a line goes
             words = "has more fields than the first line: a caption with commas stands in quotes"
             problems.append(Problem("unreadable line", f"{listing}, line {lines.line_num}", words))
+            if too_many(problems, listing):
+                return
         else:
             yield f"{listing}, line {lines.line_num}", values
 
@@ -193,6 +197,8 @@ def _json_lines(path: Path, lines: Iterator[str], problems: list[Problem]) -> It
                 yield where, values
             else:
                 problems.append(Problem("unreadable line", where, f"{reason}; expected a JSON object a line"))
+                if too_many(problems, path):
+                    return
 
 
 def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
@@ -247,8 +253,8 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
         strategy = str(backend.get("caption_strategy", "filename"))
         prompt_of = _prompts(backend, problems, tree.root)
         if strategy not in prompt_of:
-            said = one_line(strategy)
-            raise Invalid(f'{path}: caption_strategy is "{said}": {nearest(said, prompt_of)}')
+            unread = one_line(strategy)
+            raise Invalid(f'{path}: caption_strategy is "{unread}": {nearest(unread, prompt_of)}')
         named_hints = backend.get("conditioning_data")
         others = [str(other) for other in (named_hints if isinstance(named_hints, list) else [named_hints])]
         if named_hints is None:
@@ -257,8 +263,8 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             rows += [Row(file_at(p), said(p) or "", named=named) for p in here.under(folder, SUFFIXES)]
         elif unknown := [other for other in others if "instance_data_dir" not in backends.get(other, {})]:
             known = [one_line(name)[:20] for name, one in backends.items() if "instance_data_dir" in one]
-            said = one_line(unknown[0])
-            raise Invalid(f'{path}: conditioning_data is "{said}": {nearest(said, known)}')
+            unread = one_line(unknown[0])
+            raise Invalid(f'{path}: conditioning_data is "{unread}": {nearest(unread, known)}')
         else:
             hints = [place(backends[other]) for other in others]
             rows += paired(*place(backend), hints, prompt_of[strategy], problems)
