@@ -229,24 +229,7 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
     trees: dict[Path, Tree] = {}
 
     def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
-        root = Path(os.path.abspath(tree.root))  # noqa: PTH100  # "..", without following links
-        folder = Path(os.path.abspath(root / str(backend["instance_data_dir"])))  # noqa: PTH100
-        if not folder.is_relative_to(root):
-            words = (
-                f"lies outside {tree.root}: files are read from inside alone. Move it there, or put a link to it there"
-            )
-            problems.append(Problem("path escapes", one_line(folder), words))
-            return Tree(folder), folder
-        folder = tree.root / folder.relative_to(root)
-        if folder not in trees and is_there(folder, folder=True):
-            trees[folder] = tree_of(folder)
-            tree.files += trees[folder].files
-            for reason, paths in trees[folder].left_out.items():
-                tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
-        elif folder not in trees:
-            where = one_line(folder)
-            problems.append(Problem("missing folder", where, "is named by the data set and is not there"))
-        return trees.get(folder) or Tree(folder), folder
+        return _place(tree, trees, str(backend["instance_data_dir"]), problems)
 
     rows: list[Row] = []
     for backend in pictures:
@@ -269,6 +252,25 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             hints = [place(backends[other]) for other in others]
             rows += paired(*place(backend), hints, prompt_of[strategy], problems)
     return rows
+
+
+def _place(tree: Tree, trees: dict[Path, Tree], name: str, problems: list[Problem]) -> tuple[Tree, Path]:
+    """The folder of a backend, which lies in the set's, and its files; those of ``trees`` are walked already."""
+    root = Path(os.path.abspath(tree.root))  # noqa: PTH100  # "..", without following links
+    folder = Path(os.path.abspath(root / name))  # noqa: PTH100
+    if not folder.is_relative_to(root):
+        words = f"lies outside {tree.root}: files are read from inside alone. Move it there, or put a link to it there"
+        problems.append(Problem("path escapes", one_line(folder), words))
+        return Tree(folder), folder
+    folder = tree.root / folder.relative_to(root)
+    if folder not in trees and is_there(folder, folder=True):
+        trees[folder] = tree_of(folder)
+        tree.files += trees[folder].files
+        for reason, paths in trees[folder].left_out.items():
+            tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
+    elif folder not in trees:
+        problems.append(Problem("missing folder", one_line(folder), "is named by the data set and is not there"))
+    return trees.get(folder) or Tree(folder), folder
 
 
 def _prompts(
