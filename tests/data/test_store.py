@@ -141,6 +141,19 @@ def foreign(folder, key, value):
 
 
 RIGHT = torch.zeros(8)
+
+
+def test_a_store_that_is_a_link_is_passed_over(tmp_path):
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "1.sqlite").symlink_to(tmp_path / "mine")
+    kept = entries(2)
+    with Store(tmp_path / "store") as store:
+        store.put(kept)
+        assert values(store, kept) == [0, 1]
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
 FOREIGN = {
     "another shape": zlib.compress(save({"value": torch.zeros(9)})),
     "another type": zlib.compress(save({"value": torch.zeros(8, dtype=torch.int32)})),

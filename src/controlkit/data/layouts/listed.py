@@ -127,7 +127,7 @@ def _json_list(
                 raise ValueError("a comma, or the end of the list, is missing")
             at = _blank(text, at + 1) if place else at
             _, end = decoder.raw_decode(text, at)
-            values = parse_json(text[at:end], where, halves=True)
+            values = parse_json(text[at:end], where, finite=False, halves=True)
         except (ValueError, RecursionError) as error:
             words = f"is no JSON ({one_line(error)}): expected a list of JSON objects, written whole"
             problems.append(Problem("unreadable file", where, words))
@@ -189,7 +189,7 @@ def _json_lines(path: Path, lines: Iterator[str], problems: list[Problem]) -> It
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                values = parse_json(line, where, halves=True)
+                values = parse_json(line, where, finite=False, halves=True)
                 reason = f"holds a {type(values).__name__}"
             except Invalid as error:
                 values, reason = None, str(error).removeprefix(f"{where} ").partition(": expected")[0]
