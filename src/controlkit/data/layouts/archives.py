@@ -83,7 +83,7 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], name
         text = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
         prompt = decode_text(text.read(most=MOST_TEXT), text.name).strip() if text else None
         if "json" in parts:
-            facts = parse_json(parts["json"].read(most=MOST_TEXT), parts["json"].name, halves=True)
+            facts = parse_json(parts["json"].read(most=MOST_TEXT), parts["json"].name, finite=False, halves=True)
     except (UserError, OSError) as error:
         problems.append(Problem("unreadable caption", where, one_line(error)))
     if prompt is None:
