@@ -96,6 +96,7 @@ def _no_pictures(steps: Any, *_: Any) -> Any:
 @dataclass(frozen=True)
 class Reader:
     """A way in: ``read(path, setting)``; ``every``: which share of cases it reads, one in so many, as it is slow.
+    ``follows``: whether what it reads is the user's word on which files are meant: requests and recipes name them.
 
     ``covers``: the functions of the package that take what comes from outside, and commands' options as
     ``command option``.
@@ -104,6 +105,7 @@ class Reader:
     read: Callable[[Path, Setting], object]
     covers: tuple[str, ...]
     every: int = 1
+    follows: bool = False
 
 
 def command(*arguments: object) -> None:
@@ -377,6 +379,7 @@ READERS: dict[str, Reader] = {
         ),
         ("generate request",),
         2,
+        True,
     ),
     "generate --vae": Reader(
         lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4
@@ -403,8 +406,8 @@ READERS: dict[str, Reader] = {
             "backbones.parts.read_tokenizer",
         ),
     ),
-    "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe")),
-    "train recipe": Reader(_train_recipe, (), 2),
+    "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe"), 1, True),
+    "train recipe": Reader(_train_recipe, (), 2, True),
     "listing": Reader(lambda path, setting: read_listing(_folder(path)), _SETS),
     "training pairs": Reader(_pairs, ("data.pairs.split_folder",), 3),
     "train": Reader(_train, (), 12),
