@@ -356,7 +356,7 @@ READERS: dict[str, Reader] = {
     ),
     "evaluate": Reader(
         lambda path, setting: command(
-            "evaluate", path, "--base", setting.toy, "--num", 2, "--steps", 1, "--device", "cpu"
+            "evaluate", path, "--base", setting.toy, "--num", 2, "--steps", 1, "--data", "fill50k", "--device", "cpu"
         ),
         ("evaluate control", "evaluate base", "evaluate data", "evaluate column"),
         10,
