@@ -37,6 +37,8 @@ import test_load_base as stock  # the original layout, LoRAs and textual inversi
 
 KEYS = [key_of("a"), key_of("b")]
 """Of the entries in the shared store."""
+LIKE = {"latents": ((4, 8, 8), torch.float32), "hint": ((8, 8, 3), torch.uint8)}
+"""The shapes and types of each."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from corpus import KEYS, TINY, narrow_families, run_recipe
+from corpus import KEYS, LIKE, TINY, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -262,8 +262,8 @@ def _start_from(path: Path, setting: Setting) -> None:
 
 def _store(path: Path, setting: Setting) -> None:
     with Store(path) as store:
-        for entry in store.get(KEYS):
-            assert entry is None or entry["latents"].shape[0] > 0
+        for entry in store.get(KEYS, [LIKE] * len(KEYS)):
+            assert entry is None or {name: (tuple(one.shape), one.dtype) for name, one in entry.items()} == LIKE
         store.put({b"c" * 32: {"latents": setting.base.unet.conv_in.bias.detach().clone()}})
 
 
