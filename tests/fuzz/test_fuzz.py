@@ -15,8 +15,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import corpus
 import cv2
+import guards
 import pytest
+import readers
+import workers
 
 from controlkit.errors import Invalid
 
@@ -24,8 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # what a reading warns of is looked at where it is read
     pytest.mark.skipif(sys.platform != "linux", reason="the guards read /proc"),
 ]
-guards = pytest.importorskip("guards")
-corpus, readers, workers = (__import__(name) for name in ("corpus", "readers", "workers"))
 KINDS, READERS = corpus.KINDS, readers.READERS
 
 SEED, FILES = int(os.environ.get("FUZZ_SEED", 1)), int(os.environ.get("FUZZ_FILES", 20_000))
