@@ -139,7 +139,7 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _further(kind: bytes, size: int, file: BinaryIO) -> dict[str, str]:
-    """What a header that stands before a member's own says of it: a pax record, or GNU's long name."""
+    """The facts in a header that stands before a member's own: of a pax record, or GNU's long name."""
     if size > _MOST_HEADER:
         raise ValueError(f"a header has {size:,} bytes: more than {_MOST_HEADER:,}")
     data = file.read(size)

@@ -55,7 +55,7 @@ class Table:
         return self._firsts[-1]
 
     def check(self, column: str) -> str:
-        """What a column holds: ``texts``, ``pictures`` (bytes or paths) or ``paths``; else what type it is of."""
+        """The kind of a column: ``texts``, ``pictures`` (bytes or paths) or ``paths``; else what type it is of."""
         try:
             fields = [field for file in self._files for field in file.schema if field.name == column]
             kinds = {_kind(field.type) for field in fields}
@@ -73,7 +73,7 @@ class Table:
         )
 
     def pictures(self, column: str) -> Iterator[str | bool | None]:
-        """What a column of pictures has in each row: a path, True for bytes, None for nothing."""
+        """Each row of a column of pictures: a path, True for bytes, None for nothing."""
         return self._whole(value for file in self._files for value in file.pictures(column))
 
     def _whole(self, values: Iterator[Any]) -> Iterator[Any]:
@@ -110,7 +110,7 @@ class Table:
 
 
 def _kind(kind: Any) -> str:
-    """What a column of this type holds, as ``Table.check`` says it."""
+    """The kind of a column of this type, as ``Table.check`` says it."""
     from pyarrow import types
 
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
@@ -157,7 +157,7 @@ def _texts(array: Any, same: dict[str, str]) -> Iterator[Any]:
 
 
 def _contents(nulls: Sequence[bool], bare: Sequence[bool], paths: Sequence[str | None]) -> Iterator[str | bool | None]:
-    """What cells have, of which these are null, these without bytes, and with these paths."""
+    """Cells as ``pictures`` gives them, of which these are null, these without bytes, and with these paths."""
     for null, without, path in zip(nulls, bare, paths, strict=True):
         yield None if null else path if without and path else True
 
