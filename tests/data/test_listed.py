@@ -230,3 +230,13 @@ def test_a_pipe_that_takes_the_place_of_a_picture_is_not_waited_for(photos):
     for row in rows:
         with limited(growth=2**26), pytest.raises(OSError, match="no regular file"):
             row.picture.read()
+
+
+def test_facts_of_a_set_are_read_from_its_own_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "elsewhere.json").write_text('{"annotator": "canny"}')
+    (tmp_path / "set" / "built.json").symlink_to(tmp_path / "elsewhere.json")
+    assert own_facts(tmp_path / "set" / "built.json") == {}
+    (tmp_path / "set" / "built.json").unlink()
+    (tmp_path / "set" / "built.json").write_text('{"annotator": "canny"}')
+    assert own_facts(tmp_path / "set" / "built.json") == {"annotator": "canny"}
