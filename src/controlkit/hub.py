@@ -173,7 +173,7 @@ def shipped_path(name: str) -> Path:
 
 def is_shipped(path: Path) -> bool:
     """Whether a file or folder is the package's."""
-    return path.resolve().is_relative_to(SHIPPED.resolve())
+    return Path(os.path.realpath(path)).is_relative_to(SHIPPED.resolve())
 
 
 @dataclass(frozen=True)

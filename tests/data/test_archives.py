@@ -15,7 +15,10 @@ from controlkit.images import png_bytes
 PICTURE = png_bytes(np.full((8, 8, 3), 99, np.uint8))
 
 
-def header(name="a.png", size=b"%011o\0" % len(PICTURE), kind=b"0", prefix=b""):
+SIZE = b"%011o\0" % len(PICTURE)
+
+
+def header(name="a.png", size=SIZE, kind=b"0", prefix=b""):
     """A header of ustar, its checksum right."""
     head = bytearray(512)
     head[:100] = name.encode("utf-8", "surrogateescape")[:100].ljust(100, b"\0")

@@ -1,4 +1,4 @@
-"""Tables of strangers: what stands for more than it is, names other files, or is of odd types is refused in a sentence."""
+"""Tables of strangers: what stands for more than it is, names other files or is of odd types is refused."""
 
 import json
 import os
@@ -125,12 +125,12 @@ def test_a_value_that_is_counted_a_thousand_times_is_read_once_at_a_time(tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_page_of_next_to_nothing_may_not_stand_for_a_hundred_megabytes(tmp_path):
-    folder = kept(tmp_path / "set", {"image": [b"x" * 100_000_000, b"y"]}, compression="zstd", use_dictionary=False)
+def test_a_page_of_next_to_nothing_may_not_stand_for_many_megabytes(tmp_path):
+    folder = kept(tmp_path / "set", {"image": [b"x" * 70_000_000, b"y"]}, compression="zstd", use_dictionary=False)
     listing = read_listing(folder)
-    with limited(growth=2**26), pytest.raises(OSError, match="a page of .* bytes stands for 100,"):
+    with limited(growth=2**26), pytest.raises(OSError, match=r"a page of .* bytes stands for 70,"):
         listing.rows[0].picture.read()
-    listing = kept(tmp_path / "text", {"image": [b"x"] * 2, "text": ["x" * 100_000_000, "y"]}, compression="zstd")
+    listing = kept(tmp_path / "text", {"image": [b"x"] * 2, "text": ["x" * 70_000_000, "y"]}, compression="zstd")
     with limited(growth=2**26), pytest.raises(Invalid, match=r"cannot be read as a data set \(a page of"):
         read_listing(listing)
 
@@ -139,7 +139,7 @@ def test_many_pages_of_little_may_not_stand_for_gigabytes_together(tmp_path):
     texts = [f"{i}" + "x" * 2_000_000 for i in range(80)]
     folder = kept(tmp_path / "set", {"image": [b"x"] * 80, "text": texts}, compression="zstd", use_dictionary=False)
     del texts
-    with limited(growth=2**28), pytest.raises(Invalid, match="a page of|a caption has"):
+    with limited(growth=2**28), pytest.raises(Invalid, match=r"a page of|a caption has"):
         read_listing(folder)
 
 
@@ -156,22 +156,23 @@ def test_rows_without_bytes_are_not_counted_out(tmp_path):
 
 def test_values_written_as_the_one_before_are_refused(tmp_path):
     how = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY", "image": "PLAIN"}}
-    folder = kept(tmp_path / "set", {"image": [b"x"] * 900, "text": ["y" * 900_000] * 900}, **how)
+    folder = kept(tmp_path / "set", {"image": [b"x"] * 60, "text": ["y" * 900_000] * 60}, **how)
     with limited(growth=2**26), pytest.raises(Invalid, match="write plain or dictionary pages"):
         read_listing(folder)
 
 
 def test_captions_of_lists_are_not_written_out(tmp_path):
-    lists = pa.array([["z" * 900_000] * 900] * 90)
-    folder = kept(tmp_path / "set", {"image": [b"%0999d" % i for i in range(90)], "text": lists}, compression="zstd")
-    del lists
+    counted = pa.DictionaryArray.from_arrays(np.zeros(90 * 900, np.int32), ["z" * 900_000])
+    lists = pa.ListArray.from_arrays(np.arange(0, 91 * 900, 900, np.int32), counted)
+    columns = {"image": [b"%0999d" % i for i in range(90)], "text": lists}
+    folder = kept(tmp_path / "set", columns, compression="zstd", store_schema=False)
     with limited(growth=2**28):
         assert {len(row.prompt) for row in read_listing(folder).rows} == {900_000}
 
 
 def test_buffers_that_would_be_decompressed_are_refused(tmp_path):
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    folder = saved(tmp_path / "set", {"image": [b"x" * 200_000_000], "text": ["a"]}, options)
+    folder = saved(tmp_path / "set", {"image": [b"x" * 70_000_000], "text": ["a"]}, options)
     with limited(growth=2**26), pytest.raises(Invalid, match="it is compressed"):
         read_listing(folder)
 
@@ -255,7 +256,8 @@ def test_files_of_a_table_have_one_type_of_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["/dev/zero", "/etc/passwd", "../x.png", "out.png", "round.png", "pipe.png", "under", "https://a.b/c.png", "\0", "deep/../../x.png"]
+    "name", ["/dev/zero", "/etc/passwd", "../x.png", "out.png", "round.png", "pipe.png", "under", "https://a.b/c.png",
+             "\0", "deep/../../x.png"]
 )  # fmt: skip
 @pytest.mark.parametrize("column", ["paths", "structs"])
 def test_paths_in_a_table_lead_to_files_of_its_folder_alone(name, column, tmp_path):
@@ -331,7 +333,7 @@ def test_a_damaged_table_is_told_in_a_sentence(kind, tmp_path):
         path = kept(tmp_path / "set", columns, **how) / "train.parquet"
     whole, drawn = path.read_bytes(), np.random.default_rng(0)
     started = time.process_time()
-    for round_ in range(300):
+    for round_ in range(100):
         data = bytearray(whole)
         for place in drawn.integers(0, len(data), drawn.integers(1, 6)):
             data[place] = drawn.integers(256)

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -240,6 +241,16 @@ def test_a_file_that_ends_early_is_refused_in_one_sentence(format, capfd):
     kept = data.index(b"jp2c") + 100 if format == "JPEG2000" else len(data) // 2
     refused(data[:kept], "expected a whole PNG")
     refused(data[:11])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_libraries_below_pillow_print_nothing(capfd):
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
+    for compression in ("tiff_adobe_deflate", "tiff_lzw", "jpeg"):
+        data = bytearray(saved(noise, "TIFF", compression=compression))
+        data[2000:3000] = b"\xff" * 1000
+        with suppress(Invalid):
+            open_picture(bytes(data), "photo.png")
     assert capfd.readouterr() == ("", "")
 
 

@@ -142,3 +142,28 @@ def test_a_configuration_beside_that_has_no_end_is_refused_unread(written, toy_b
     with limited(), pytest.raises(UserError, match="more than"):
         load_control(folder, toy_base)
     assert load_control(written(), toy_base).hint == contract("lineart")
+
+
+def test_settings_beside_a_control_are_read_from_its_own_folder(written, tmp_path, toy_base):
+    folder = written()
+    (tmp_path / "elsewhere.json").write_bytes((folder / "config.json").read_bytes())
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="leads out of its folder"):
+        load_control(folder, toy_base)
+    (folder / "config.json").unlink()
+    (folder / "own.json").write_bytes((tmp_path / "elsewhere.json").read_bytes())
+    (folder / "config.json").symlink_to(folder / "own.json")
+    load_control(folder, toy_base)
+
+
+def test_a_yaml_beside_a_control_is_read_from_its_own_folder(written, tmp_path, toy_base):
+    folder = written()
+    yaml = (folder / WEIGHTS).with_suffix(".yaml")
+    text = "model:\n  params:\n    global_average_pooling: true\n"
+    (tmp_path / "elsewhere.yaml").write_text(text)
+    yaml.symlink_to(tmp_path / "elsewhere.yaml")
+    assert not load_control(folder, toy_base).branch.pools
+    yaml.unlink()
+    yaml.write_text(text)
+    assert load_control(folder, toy_base).branch.pools

@@ -37,6 +37,8 @@ import test_load_base as stock  # the original layout, LoRAs and textual inversi
 
 KEYS = [key_of("a"), key_of("b")]
 """Of the entries in the shared store."""
+LIKE = {"latents": ((4, 8, 8), torch.float32), "hint": ((8, 8, 3), torch.uint8)}
+"""The shapes and types of each."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Kind:
     """A kind of input: what makes right ones in a folder, which of their files are mutated, and who reads them.
 
     ``make(folder, toy)`` writes right samples into ``folder``, a folder each, or several; ``main``: what readers are
-    given, by its path in a sample's folder; ``files``: patterns of the files that are mutated.
+    given, by its path in a sample's folder; ``files``: patterns of the files that are mutated; ``share``: of all cases;
+    ``is_linked``: whether its files may be links of the user's to anywhere.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Kind:
     files: tuple[str, ...]
     readers: tuple[str, ...]
     share: int = 1
+    is_linked: bool = False
 
 
 def _picture() -> np.ndarray:
@@ -470,9 +474,9 @@ KINDS = [
     Kind("prompt.json", _prompt_json, "set", ("set/prompt.json",), _SET),
     Kind("backends", _simpletuner, "set", ("set/multidatabackend.json",), _SET),
     Kind("captions", _captions, ".", ("images/*.txt", "images/*.caption"), (*_SET, "caption")),
-    Kind("tar", _tars, ".", ("*.tar",), _SET, 2),
-    Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET),
-    Kind("saved set", partial(_table, True), "set", ("set/*",), _SET),
+    Kind("tar", _tars, ".", ("*.tar",), _SET, 2, True),
+    Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET, is_linked=True),
+    Kind("saved set", partial(_table, True), "set", ("set/*",), _SET, is_linked=True),
     Kind("own sets", _own_sets, "set", ("set/*.json", "set/*.jsonl"), ("listing", "doctor", "draw on", "build on")),
     Kind(
         "run",
@@ -482,7 +486,7 @@ KINDS = [
         ("watch", "watch lines", "ending", "resume", "from step", "evaluate", "control", "start from"),
         2,
     ),
-    Kind("store", _store, "store", ("store/*.sqlite",), ("store",)),
+    Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
 ]
 
 

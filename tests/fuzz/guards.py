@@ -102,6 +102,7 @@ class Guards:
     given: tuple[Path, ...]
     outside: Path
     watching: bool = False
+    follows: bool = False
     seen: list[tuple[str, str]] = field(default_factory=list)
 
     def install(self) -> None:
@@ -159,7 +160,7 @@ class Guards:
             return  # folders that the interpreter looks for modules in; a measurement's own
         if writes and not (real + "/").startswith((*self._writable, "/dev/null")):
             self._block("foreign write", real)
-        inside = (real + "/").startswith(self._readable) and not real.startswith(self._forbidden)
+        inside = (real + "/").startswith(self._readable) and (self.follows or not real.startswith(self._forbidden))
         system = real.startswith(_SYSTEM) and not real.endswith(_SECRET) and "/fd/" not in real
         if not (inside or system):
             self._block("foreign file", real)
@@ -188,8 +189,9 @@ class Guards:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def read(self, reader: Callable[[], object]) -> Outcome:
-        """Run a reader; never raises."""
+    def read(self, reader: Callable[[], object], follows: bool = False) -> Outcome:
+        """Run a reader; never raises. ``follows``: whether it may read the files outside, which its input names."""
+        self.follows = follows
         self._forget_reads()
         before, memory, kind, where, detail = time.process_time(), watch_peak(), "value", "", ""
         said = io.StringIO()
@@ -219,7 +221,7 @@ class Guards:
             not words.replace("\n", "").isprintable() or len(words) > 4 * SENTENCE
         ):  # plain words of C code are let through
             kind, where, detail = "printed", words.strip()[:60], words
-        if opened := self._opened():
+        if (opened := self._opened()) and not follows:
             kind, where, detail = "foreign file (native)", opened.name, f"{opened}; {detail}"
         if self.seen:
             kind, detail = self.seen[0]

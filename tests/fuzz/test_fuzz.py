@@ -15,8 +15,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import corpus
 import cv2
+import guards
 import pytest
+import readers
+import workers
 
 from controlkit.errors import Invalid
 
@@ -24,8 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # what a reading warns of is looked at where it is read
     pytest.mark.skipif(sys.platform != "linux", reason="the guards read /proc"),
 ]
-guards = pytest.importorskip("guards")
-corpus, readers, workers = (__import__(name) for name in ("corpus", "readers", "workers"))
 KINDS, READERS = corpus.KINDS, readers.READERS
 
 SEED, FILES = int(os.environ.get("FUZZ_SEED", 1)), int(os.environ.get("FUZZ_FILES", 20_000))
@@ -64,8 +66,8 @@ def right(kinds):
 
 
 def test_some_mutated_files_of_every_quick_kind_are_read_or_refused(toy_folder, tmp_path):
-    kinds = [replace(kind, share=1) for kind in KINDS if kind.name in QUICK]
-    cases = [*right(kinds), *workers.shared(100, kinds)]
+    cases = [workers.Case(kind, number) for number in range(1, 12) for kind in QUICK]
+    cases += [workers.Case("recipe", -1), workers.Case("store", -1)]  # whose mutated files are all refused, as may be
     report, _ = run(toy_folder, tmp_path, cases, workers=1)
     assert not report.findings, report.words(SEED)
     assert sum(report.files.values()) == len(cases) > 100

@@ -5,7 +5,6 @@ import os
 import selectors
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -32,7 +31,7 @@ SHAPES = [
 ]
 """What a file may be instead of a file: a link there, a link to itself, a folder, nothing in it, nothing.
 
-Links to elsewhere are the user's own where the user named the file; and links to folders in a data set (``tree_of``).
+Links to elsewhere are the user's own where the user named the file, and in data sets (``tree_of``) but for texts.
 """
 
 
@@ -97,7 +96,7 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
             named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
-            _reshape(path, target, draw, SHAPES[-5:] if named else SHAPES[2:] if "listing" in kind.readers else SHAPES)
+            _reshape(path, target, draw, SHAPES[-5:] if named or kind.is_linked else SHAPES)
             continue
         data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
@@ -262,19 +261,14 @@ def _work(campaign: Campaign, cases: list[Case], folder: Path, tell: Callable[..
     for case in cases:
         kind, target = _kind(case.kind), folder / "case"
         for name in kind.readers:
-            if (case.reader and name != case.reader) or (
-                not case.reader and case.number > 0 and case.number % READERS[name].every
-            ):
+            due = name == case.reader if case.reader else case.number < 0 or case.number % READERS[name].every == 0
+            if not due:
                 continue
             make_case(kind, case.number, campaign.seed, campaign.samples(kind.name), target)  # anew: some write into it
-            main = (
-                next(iter(sorted(target.glob(kind.main))), target / kind.main)
-                if "*" in kind.main
-                else target / kind.main
-            )
+            main = target / kind.main if "*" not in kind.main else next(target.glob(kind.main), target / "gone")
             tell("begun", name)
             os.chdir(target)
-            outcome = guards.read(lambda main=main, name=name: READERS[name].read(main, setting))
+            outcome = guards.read(lambda main=main, name=name: READERS[name].read(main, setting), READERS[name].follows)
             os.chdir(folder)
             tell("read", name, asdict(outcome))
             _clear(target)
@@ -297,7 +291,3 @@ def shared(files: int, kinds: Sequence[Kind] = KINDS) -> list[Case]:
     counts = {kind.name: -(-files * kind.share // total) for kind in kinds}
     most = max(counts.values())
     return [Case(name, number) for number in range(most) for name, count in counts.items() if number < count]
-
-
-if sys.platform != "linux":  # the guards read /proc
-    raise ImportError("the campaign runs on Linux")

@@ -241,7 +241,9 @@ def test_pages_that_are_generated_are_up_to_date(name):
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run: make docs"
 
 
-OPENS = r"\b(torch\.load|safe_open|load_file|from_single_file|\w*pickle\.loads?|Unpickler|load_(lora|textual)\w*\(str)\("
+OPENS = (
+    r"\b(torch\.load|safe_open|load_file|from_single_file|\w*pickle\.loads?|Unpickler|load_(lora|textual)\w*\(str)\("
+)
 OPENED = {  # files of the package itself, and a worker's results
     "tensors/reader.py": ["safe_open"],
     "mini/stored.py": ["load_file"],
@@ -260,5 +262,5 @@ def test_nothing_tracked_is_a_pickle_and_the_tree_is_small():
     listed = tracked()
     assert not [p for p in listed if p.endswith((".pt", ".pth", ".ckpt", ".pkl", ".bin"))]
     sizes = {p: (ROOT / p).stat().st_size for p in listed}
-    assert sum(sizes.values()) <= 40e6
+    assert sum(sizes.values()) <= 50e6
     assert sum(size for p, size in sizes.items() if "/weights/" in p) <= 36e6

@@ -215,21 +215,32 @@ def test_what_is_in_the_way_of_a_run_is_named(name, run, recipe, toy_base):
     assert str(run / name) in in_words(lambda: list(train_control(recipe, run, toy_base)))
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "samples", ".lock"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "log.jsonl", "ending.json", "machine.json", ".lock"])
+def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(name, run, recipe, toy_base, tmp_path):
+    (run / ".lock").touch()
+    (run / name).rename(tmp_path / "away")
+    (run / name).symlink_to(tmp_path / "away")
+    held = (tmp_path / "away").read_bytes()
+    if name not in ("machine.json", ".lock"):
+        assert "leads out of its folder" in in_words(lambda: look(run))
+    assert "leads out of its folder" in in_words(lambda: list(train_control(recipe, run, toy_base)))
+    assert (tmp_path / "away").read_bytes() == held
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples"])
 def test_links_of_a_stranger_s_run_are_not_followed_and_one_s_own_are(
     name, begun, run, recipe, toy_base, tmp_path, monkeypatch
 ):
     """The run lies where it was not begun, as a copy from anywhere does; where it was, a link is its owner's."""
     away = tmp_path / "away"
-    (run / name).touch() if name == ".lock" else (run / name).mkdir(exist_ok=True)
+    (run / name).mkdir(exist_ok=True)
     (run / name).rename(away)
     (run / name).symlink_to(away)
     held = sorted(away.rglob("*"))
     assert "leads out of its folder" in in_words(lambda: list(train_control(recipe, run, toy_base)))
     assert sorted(away.rglob("*")) == held
-    if name != ".lock":
-        monkeypatch.setattr("controlkit.train.checkpoints.is_sealed", lambda word, place: place == str(run) and word)
-        list(train_control(recipe, run, toy_base))
+    monkeypatch.setattr("controlkit.train.checkpoints.is_sealed", lambda word, place: place == str(run) and word)
+    list(train_control(recipe, run, toy_base))
 
 
 def test_a_run_that_another_process_began_meanwhile_is_not_mixed_with_this_one(run, tiny_recipe, recipe, toy_base):

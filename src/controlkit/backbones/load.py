@@ -205,7 +205,8 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
 
     try:
         held = _parts_of(header, family)
-        vae, unet = network(AutoencoderKL, "vae", torch.float32), network(UNet2DConditionModel, "unet")
+        vae = network(AutoencoderKL, "vae", torch.float32 if family.vae_needs_float32 else dtype)
+        unet = network(UNet2DConditionModel, "unet")
         towers = [tower(part, row) for part, row in zip(("text_encoder", "text_encoder_2"), family.towers)]  # noqa: B905
     except UserError:
         raise
@@ -225,7 +226,7 @@ def _read_named(header: TensorFile, names: re.Pattern[str], most: int = _MOST_TE
     found = [name for name in header.shapes if names.match(name)]
     if len(found) > most:
         raise Invalid(f"{header.path} has {len(found):,} tensors where expected are at most {most:,}: it is none.")
-    return header.read(found)
+    return header.read(found, finite=most != _MOST_TENSORS)  # those of a whole base are many, and stay mapped
 
 
 def _parts_of(header: TensorFile, family: Family) -> dict[str, TensorFile]:

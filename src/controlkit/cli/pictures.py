@@ -1,6 +1,7 @@
 """Pictures from prompts and hints; hints from pictures."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -385,8 +386,8 @@ def annotate(
     if len({path.stem for path in images}) < len(images):
         raise Invalid("Two of the pictures have the same name, and one hint would overwrite the other: rename one.")
     targets = [out / f"{path.stem}.png" for path in images]
-    read = {path.resolve() for path in images}
-    if clash := next((target for target in targets if target.resolve() in read), None):
+    read = {os.path.realpath(path) for path in images}  # Path.resolve raises for links in a circle
+    if clash := next((target for target in targets if os.path.realpath(target) in read), None):
         raise Invalid(f"A hint would overwrite the picture {clash}: give another --out.")
     pictures = [read_picture(path) for path in images]
     for target, picture in zip(targets, pictures, strict=True):

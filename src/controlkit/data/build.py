@@ -106,7 +106,7 @@ def build_set(
 def _build(
     listing: Listing,
     folder: Path,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     contract: HintSpec,
     captioning: Captioning | None,
     workers: int,

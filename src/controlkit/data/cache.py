@@ -207,8 +207,8 @@ class _Builder:
 
     def _moments_shape(self, picture: np.ndarray) -> tuple[int, int, int]:
         height, width = picture.shape[:2]
-        channels, *places = self.base.latent_shape((height, width))
-        return (2 * channels, *places)
+        channels, high, wide = self.base.latent_shape((height, width))
+        return 2 * channels, high, wide
 
     def _hints(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """Each pair's hint; those made of pictures alone come from the store, or are made at once, kind by kind."""

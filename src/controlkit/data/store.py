@@ -126,6 +126,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(path.stem) for path in self.folder.glob("*.sqlite") if path.stem.isdigit()]
         self._number = max([self._number, *numbers])
+        while (self.folder / f"{self._number}.sqlite").is_symlink():  # it would be written into, wherever it leads
+            self._number += 1
         connection = sqlite3.connect(self.folder / f"{self._number}.sqlite", timeout=_PATIENCE)
         connection.execute("PRAGMA journal_mode = WAL")  # readers need not wait for a writer
         connection.execute("PRAGMA synchronous = NORMAL")  # an fsync now and then; what a power cut takes is made anew

@@ -10,7 +10,7 @@ from typing import Any
 
 from controlkit.backbones.rules import known_settings
 from controlkit.errors import Invalid, NotFound, one_line
-from controlkit.files import is_leftover, parse_json, read_bytes
+from controlkit.files import inside, is_leftover, parse_json, read_bytes
 from controlkit.tensors import PICKLES, TensorFile
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -116,7 +116,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     suffix = path.stem.removeprefix("diffusion_pytorch_model") if path.stem.startswith("diffusion_") else ""
     for beside in (path.with_name(f"config{suffix}.json"), path.with_name("config.json")):
         if beside.is_file():
-            config = json_object(read_bytes(beside, LONGEST_TEXT), beside.name)
+            config = json_object(read_bytes(inside(path.parent, beside), LONGEST_TEXT), beside.name)
             if path.name.startswith("diffusion_pytorch_model") or config.get("_class_name") in _CLASSES:
                 return config
     return {}

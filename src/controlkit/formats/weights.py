@@ -16,7 +16,7 @@ from torch import Tensor
 
 from controlkit.backbones import Backbone
 from controlkit.errors import Invalid, Mismatch, Unsupported, UserError
-from controlkit.files import parse_yaml, read_text
+from controlkit.files import inside, parse_yaml, read_text
 from controlkit.formats.configs import family_of_config
 from controlkit.formats.describe import Description, describe_tensors
 from controlkit.formats.metadata import json_object, stored_config, weights_file
@@ -79,7 +79,7 @@ def _pools(header: TensorFile, stored: Mapping[str, Any]) -> bool:
     if not beside.is_file() or beside.stat().st_size > 2**14:  # YAML takes its time; the original's have 2**11 letters
         return False
     try:
-        content = parse_yaml(read_text(beside), beside.name)
+        content = parse_yaml(read_text(inside(beside.parent, beside)), beside.name)
     except UserError:  # another program's: it says nothing
         return False
     for key in ("model", "params", "global_average_pooling"):

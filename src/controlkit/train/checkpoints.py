@@ -182,8 +182,10 @@ def _check_entries(out: Path) -> None:
         for path in (out / name for name in names):
             if (path.exists() or path.is_symlink()) and not of_kind(path):
                 raise Invalid(f"{path} is in the way: a run has {kind} of that name. Move it, or give another --out.")
+    for name in _FILES:
+        inside(out, out / name)
     if (out / "recipe.yaml").exists() and not is_sealed(_begun(out).get("seal"), str(out.resolve())):
-        for name in (".lock", *_FOLDERS):  # which a run writes into, or empties; links of one's own are welcome
+        for name in _FOLDERS:  # which a run writes into, or empties; links of one's own, to another disk, are welcome
             inside(out, out / name)
 
 

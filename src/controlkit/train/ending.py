@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from controlkit.errors import Invalid, first_fault, one_line
-from controlkit.files import read_json, write_atomic
+from controlkit.files import inside, read_json, write_atomic
 from controlkit.measure import Verdict
 from controlkit.train.recipe import Recipe
 
@@ -45,7 +45,7 @@ class Ending:
 def read_ending(out: Path) -> Ending | None:
     """The ending of the run in ``out``; None where it goes on, or was killed. ``Invalid`` for a damaged file."""
     path = out / ENDING
-    if not path.is_file():
+    if not inside(out, path).is_file():
         return None
     try:
         return TypeAdapter(Ending).validate_python(read_json(path))

@@ -196,7 +196,7 @@ def read_run(folder: Path) -> RunLog:
     recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
     if not recipe.is_file():
         raise NotFound(f"{folder} holds no run: expected the folder given to `controlkit train --out`.")
-    settings = parse_yaml(read_text(recipe), str(recipe))
+    settings = parse_yaml(read_text(inside(folder, recipe)), str(recipe))
     try:
         _Settings.model_validate(settings)
     except ValidationError as error:

@@ -26,7 +26,7 @@ from controlkit.data.layouts.rows import (
 from controlkit.data.layouts.tables import huggingface
 from controlkit.data.layouts.tree import NO_PICTURE, Tree, tree_of
 from controlkit.errors import Invalid, NotFound, Unsupported, one_line
-from controlkit.files import parse_json
+from controlkit.files import inside, parse_json
 from controlkit.hub import cache_dir, names_a_repository
 
 BUILT = "built.json"
@@ -166,9 +166,9 @@ def sound_listing(folder: Path, columns: Mapping[str, str] | None = None) -> Lis
 
 
 def own_facts(path: Path) -> dict[str, Any]:
-    """The values in a JSON file of ours; none in other tools' files of that name, which are ignored."""
+    """The values in a JSON file of ours; none in other tools' files of that name, and in links out of the folder."""
     try:
-        facts = parse_json(read_regular(path, MOST_TEXT), path.name) if path.is_file() else None
+        facts = parse_json(read_regular(inside(path.parent, path), MOST_TEXT), path.name) if path.is_file() else None
     except (Invalid, OSError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -83,7 +83,7 @@ def _sample(where: str, parts: Mapping[str, Held], problems: list[Problem], name
         text = next((held for part, held in parts.items() if part in ("txt", "text", "caption")), None)
         prompt = decode_text(text.read(most=MOST_TEXT), text.name).strip() if text else None
         if "json" in parts:
-            facts = parse_json(parts["json"].read(most=MOST_TEXT), parts["json"].name, halves=True)
+            facts = parse_json(parts["json"].read(most=MOST_TEXT), parts["json"].name, finite=False, halves=True)
     except (UserError, OSError) as error:
         problems.append(Problem("unreadable caption", where, one_line(error)))
     if prompt is None:
@@ -139,7 +139,7 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _further(kind: bytes, size: int, file: BinaryIO) -> dict[str, str]:
-    """What a header that stands before a member's own says of it: a pax record, or GNU's long name."""
+    """The facts in a header that stands before a member's own: of a pax record, or GNU's long name."""
     if size > _MOST_HEADER:
         raise ValueError(f"a header has {size:,} bytes: more than {_MOST_HEADER:,}")
     data = file.read(size)

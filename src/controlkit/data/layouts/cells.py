@@ -9,7 +9,8 @@ import struct
 import weakref
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +29,10 @@ _OVER = 1 << 27
 """Bytes that all of a file's pages together may be larger than that."""
 _HELD = 1 << 28
 """Bytes of decoded cells that are kept for the next question."""
-_PLAIN, _COUNTED, _LEVELS = 0, (2, 8), (3, 4)
-"""Parquet's encodings that are read, of values and of levels. In others a value may be the one before, and more."""
+_ENCODINGS = (0, 2, 3, 8)
+"""Parquet's encodings that are read: plain, by a dictionary, of truths. In others a value may be the one before."""
+_BYTES = 6
+"""Parquet's type of texts and bytes."""
 
 
 class Table:
@@ -41,9 +44,10 @@ class Table:
         self._name, self._files = name, [kind(path) for path in paths]
         try:
             self._firsts = [0, *accumulate(file.rows for file in self._files)]
-            self.schema = self._files[0].schema
-            if len(self.schema) > MOST_COLUMNS:
-                raise ValueError(f"it has {len(self.schema):,} columns: more than {MOST_COLUMNS:,}")
+            names = [file.schema.names for file in self._files]  # of each: a name may be no text
+            self.names = names[0]
+            if len(self.names) > MOST_COLUMNS:
+                raise ValueError(f"it has {len(self.names):,} columns: more than {MOST_COLUMNS:,}")
         except Exception as error:  # what pyarrow raises for a damaged file is of many kinds
             raise self._damaged(error) from error
 
@@ -51,9 +55,12 @@ class Table:
         return self._firsts[-1]
 
     def check(self, column: str) -> str:
-        """What a column holds: ``texts``, ``pictures`` (bytes or paths) or ``paths``; else what type it is of."""
-        fields = [field for file in self._files for field in file.schema if field.name == column]
-        kinds = {_kind(field.type) for field in fields}
+        """The kind of a column: ``texts``, ``pictures`` (bytes or paths) or ``paths``; else what type it is of."""
+        try:
+            fields = [field for file in self._files for field in file.schema if field.name == column]
+            kinds = {_kind(field.type) for field in fields}
+        except Exception as error:
+            raise self._damaged(error) from error
         if len(fields) != len(self._files) or len(kinds) > 1:
             raise Invalid(f"{self._name} has other columns {column} in other files: expected one, of one type.")
         return kinds.pop()
@@ -66,7 +73,7 @@ class Table:
         )
 
     def pictures(self, column: str) -> Iterator[str | bool | None]:
-        """What a column of pictures has in each row: a path, True for bytes, None for nothing."""
+        """Each row of a column of pictures: a path, True for bytes, None for nothing."""
         return self._whole(value for file in self._files for value in file.pictures(column))
 
     def _whole(self, values: Iterator[Any]) -> Iterator[Any]:
@@ -103,7 +110,7 @@ class Table:
 
 
 def _kind(kind: Any) -> str:
-    """What a column of this type holds, as ``Table.check`` says it."""
+    """The kind of a column of this type, as ``Table.check`` says it."""
     from pyarrow import types
 
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
@@ -150,7 +157,7 @@ def _texts(array: Any, same: dict[str, str]) -> Iterator[Any]:
 
 
 def _contents(nulls: Sequence[bool], bare: Sequence[bool], paths: Sequence[str | None]) -> Iterator[str | bool | None]:
-    """What cells have, of which these are null, these without bytes, and with these paths."""
+    """Cells as ``pictures`` gives them, of which these are null, these without bytes, and with these paths."""
     for null, without, path in zip(nulls, bare, paths, strict=True):
         yield None if null else path if without and path else True
 
@@ -238,13 +245,28 @@ def _is_compressed(message: bytes) -> bool:
     return bool(field(header + struct.unpack_from("<I", message, header)[0], 3))
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """The pages of a leaf of a column in a row group: where they lie, and what they say of themselves."""
+
+    leaf: str
+    kind: int
+    values: int
+    start: int
+    length: int
+    nulls: int | None
+
+
 class _Parquet:
-    """A parquet file: row groups, and in each a chunk of pages for every leaf of a column."""
+    """A parquet file: row groups, and in each a chunk of pages for every leaf of a column.
+
+    Its description is read here, as pyarrow ends the process at some that are damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._over = _OVER
-        self._checked: dict[tuple[int, str], tuple[int, int]] = {}
+        self._measures: dict[tuple[int, str], tuple[int, int]] = {}
         self._at_once: dict[tuple[int, Sequence[str]], int] = {}
         self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._size = 0
@@ -259,6 +281,27 @@ class _Parquet:
         weakref.finalize(self, file.close)
         return file
 
+    @cached_property
+    def _groups(self) -> list[tuple[int, dict[str, _Chunk]]]:
+        """Of each row group, how many rows it has, and its chunks by the names of their leaves."""
+        size = self._file.seek(0, 2)
+        self._file.seek(max(size - 8, 0))
+        end = self._file.read(8)
+        length = int.from_bytes(end[:4], "little")
+        if end[4:] != b"PAR1" or length > min(size - 8, _DESCRIPTION):
+            raise ValueError(f"it does not end as a parquet file whose description has at most {_DESCRIPTION:,} bytes")
+        self._file.seek(size - 8 - length)
+        facts, _ = _thrift(self._file.read(length) + b"\0")
+        groups = [(group[3], [_chunk(column[3]) for column in group[1]]) for group in facts[4]]
+        counts = [rows for rows, _ in groups]
+        if sum(counts) != facts[3] or 4 * facts[3] > size or min(counts, default=0) < 0:
+            raise ValueError(f"it says that it has {facts[3]:,} rows, in {size:,} bytes")
+        if sum(chunk.length for _, chunks in groups for chunk in chunks) > size:
+            raise ValueError("its columns are larger than the file")
+        if len(facts[2]) > 10 * MOST_COLUMNS:
+            raise ValueError(f"it has {len(facts[2]):,} columns, and parts of some: more than {10 * MOST_COLUMNS:,}")
+        return [(rows, {chunk.leaf: chunk for chunk in chunks}) for rows, chunks in groups]
+
     def _opened(self, **how: Any) -> Any:
         from pyarrow import parquet
 
@@ -267,71 +310,50 @@ class _Parquet:
 
     @cached_property
     def _reader(self) -> Any:
-        size = self._file.seek(0, 2)
-        self._file.seek(max(size - 8, 0))
-        end = self._file.read(8)
-        if end[4:] != b"PAR1" or int.from_bytes(end[:4], "little") > min(size, _DESCRIPTION):
-            raise ValueError(f"it does not end as a parquet file whose description has at most {_DESCRIPTION:,} bytes")
-        reader = self._opened()
-        facts = reader.metadata
-        groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
-        counts = [group.num_rows for group in groups]
-        if sum(counts) != facts.num_rows or 4 * facts.num_rows > size or min(counts, default=0) < 0:
-            raise ValueError(f"it says that it has {facts.num_rows:,} rows, in {size:,} bytes")
-        if facts.num_columns > 10 * MOST_COLUMNS:
-            raise ValueError(f"it has {facts.num_columns:,} leaves of columns: more than {10 * MOST_COLUMNS:,}")
-        chunks = (group.column(i) for group in groups for i in range(facts.num_columns))
-        if sum(max(chunk.total_compressed_size, 0) for chunk in chunks) > size:
-            raise ValueError("its columns are larger than the file")
-        return reader
+        return self._opened() if self._groups is not None else None
 
     @cached_property
     def _counting(self) -> Any:
         """A reader that gives texts and bytes by their places in a dictionary: nothing is written out many times."""
-        schema = self._reader.metadata.schema
-        leaves = [schema.column(i) for i in range(len(schema))]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        return self._opened(metadata=self._reader.metadata, read_dictionary=texts)
+        texts = {chunk.leaf for _, chunks in self._groups for chunk in chunks.values() if chunk.kind == _BYTES}
+        return self._opened(read_dictionary=sorted(texts))
 
     @property
     def schema(self) -> Any:
         return self._reader.schema_arrow
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        return self._reader.metadata.num_rows
+        return sum(rows for rows, _ in self._groups)
 
     def arrays(self, column: str) -> Iterator[Any]:
         """A column, in parts."""
-        for group in range(self._reader.metadata.num_row_groups):
+        for group in range(len(self._groups)):
             yield from self._group(group, column)
 
     def _group(self, group: int, column: str) -> Iterator[Any]:
         """A column of a row group, in parts of about ``_PAGE`` bytes."""
         total = sum(size for size, _ in self._pages(group, [column]))
-        rows = self._reader.metadata.row_group(group).num_rows
+        rows, _ = self._groups[group]
         at_once = min(max(rows * _PAGE // max(total, _PAGE), 1), 1 << 16)
         for batch in self._counting.iter_batches(at_once, [group], [column], use_threads=False):
             yield batch.column(0)
 
     def pictures(self, column: str) -> Iterator[str | bool | None]:
-        facts = self._reader.metadata
         kind = self.schema.field(column).type
         if _kind(kind) == "paths":
             for array in self.arrays(column):
                 yield from _texts(array, {})
             return
         leaf = f"{column}.bytes" if kind.num_fields else column
-        for group in range(facts.num_row_groups):
-            rows = facts.row_group(group).num_rows
+        for group, (rows, chunks) in enumerate(self._groups):
             nulls: list[bool] = []
             paths: list[str | None] = []
             if kind.num_fields:
                 for array in self._group(group, f"{column}.path"):
                     nulls += array.is_null().to_pylist()
                     paths += _texts(array.field(0), {})
-            [chunk] = self._chunks(group, [leaf]).values()
-            said = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else None
+            said = chunks[leaf].nulls
             if said == sum(nulls):  # of what has a cell at all, all have bytes
                 bare = nulls or [False] * rows
             elif said == rows:
@@ -375,39 +397,29 @@ class _Parquet:
 
     @cached_property
     def _firsts(self) -> list[int]:
-        facts = self._reader.metadata
-        return [0, *accumulate(facts.row_group(i).num_rows for i in range(facts.num_row_groups))]
-
-    def _chunks(self, group: int, columns: Sequence[str]) -> dict[str, Any]:
-        """The chunks of a row group that hold these columns, or leaves of columns, by the leaves' names."""
-        facts = self._reader.metadata.row_group(group)
-        chunks = [facts.column(i) for i in range(facts.num_columns)]
-        within = tuple(f"{column}." for column in columns)
-        return {c.path_in_schema: c for c in chunks if f"{c.path_in_schema}.".startswith(within)}
+        return [0, *accumulate(rows for rows, _ in self._groups)]
 
     def _pages(self, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
-        """(bytes that all pages stand for, bytes of the largest) of each chunk that holds these columns.
+        """(bytes that all pages stand for, bytes of the largest) of each chunk of these columns, or leaves of columns.
 
         ``ValueError`` for pages that stand for too much, or are written in a way in which values can.
         """
-        for leaf, chunk in self._chunks(group, columns).items():
-            if (group, leaf) not in self._checked:
-                self._checked[group, leaf] = self._measured(chunk)
-        return [self._checked[group, leaf] for leaf in self._chunks(group, columns)]
+        within = tuple(f"{column}." for column in columns)
+        chunks = [chunk for leaf, chunk in self._groups[group][1].items() if f"{leaf}.".startswith(within)]
+        for chunk in chunks:
+            if (group, chunk.leaf) not in self._measures:
+                self._measures[group, chunk.leaf] = self._measured(chunk)
+        return [self._measures[group, chunk.leaf] for chunk in chunks]
 
-    def _measured(self, chunk: Any) -> tuple[int, int]:
-        starts = [chunk.data_page_offset]
-        if chunk.has_dictionary_page:
-            starts.append(chunk.dictionary_page_offset)
-        at, total, largest, values = min(starts), 0, 1, 0
-        end = at + chunk.total_compressed_size
-        while at < end and values < chunk.num_values:
+    def _measured(self, chunk: _Chunk) -> tuple[int, int]:
+        at, end, total, largest, values = chunk.start, chunk.start + chunk.length, 0, 1, 0
+        while at < end and values < chunk.values:
             page, length = self._page_at(at)
             size, stored = page.get(2, -1), page.get(3, -1)
-            head: Mapping[int, Any] = page.get(5) or page.get(8) or {}
-            if page.get(1) in (0, 3):
-                values += head.get(1, 0)
-                if head.get(2 if page[1] == 0 else 4) not in (_PLAIN, *_COUNTED, *_LEVELS):
+            if page.get(1) in (0, 3):  # pages of data, of the first and the second version
+                head = page[5 if page[1] == 0 else 8]
+                values += head[1]
+                if head[2 if page[1] == 0 else 4] not in _ENCODINGS:
                     raise ValueError("its pages are encoded in a way that is not read: write plain or dictionary pages")
             at += length + stored
             if size < 0 or stored < 0 or at > end:
@@ -429,10 +441,19 @@ class _Parquet:
         raise ValueError("a page has no header")
 
 
-def _thrift(data: bytes, at: int = 0, depth: int = 4) -> tuple[dict[int, Any], int]:
-    """A struct of Thrift's compact protocol, by the numbers of its fields, and where it ends; texts are left out.
+def _chunk(facts: dict[int, Any]) -> _Chunk:
+    """A chunk as a file's description has it (parquet's ColumnMetaData)."""
+    start = min(facts[9], facts.get(11) or facts[9])
+    if min(start, facts[5], facts[7]) < 0:
+        raise ValueError("a column lies nowhere")
+    leaf = ".".join(part.decode() for part in facts[3])
+    return _Chunk(leaf, facts[1], facts[5], start, facts[7], facts.get(12, {}).get(3))
 
-    ``IndexError`` where the data end before it, ``ValueError`` for what no page's header has.
+
+def _thrift(data: bytes, at: int = 0, depth: int = 8) -> tuple[dict[int, Any], int]:
+    """A struct of Thrift's compact protocol, by the numbers of its fields, and where it ends.
+
+    ``IndexError`` where the data end before it, ``ValueError`` for what parquet has not.
     """
 
     def number() -> int:
@@ -444,24 +465,36 @@ def _thrift(data: bytes, at: int = 0, depth: int = 4) -> tuple[dict[int, Any], i
             if data[at - 1] < 128:
                 return value
             if shift > 63:
-                raise ValueError("a page's header has a number without end")
+                raise ValueError("a number has no end")
+
+    def value_of(kind: int) -> Any:
+        nonlocal at
+        if kind in (4, 5, 6):
+            value = number()
+            return value >> 1 ^ -(value & 1)
+        if kind == 8:
+            length = number()
+            at += length
+            return data[at - length : at]
+        if kind == 9:
+            head = data[at]
+            at += 1
+            count = head >> 4 if head >> 4 < 15 else number()
+            if count > len(data) - at:
+                raise IndexError("a list has no end")
+            return [value_of(head & 15) for _ in range(count)]
+        if kind == 12 and depth:
+            found, at = _thrift(data, at, depth - 1)
+            return found
+        if kind not in (1, 2, 3, 7):
+            raise ValueError("its description is damaged")
+        at += {3: 1, 7: 8}.get(kind, 0)
+        return None
 
     fields: dict[int, Any] = {}
     name = 0
     while kind := data[at]:
         at += 1
         name = name + (kind >> 4) if kind >> 4 else number() >> 1
-        kind &= 15
-        if kind in (4, 5, 6):
-            value = number()
-            fields[name] = value >> 1 ^ -(value & 1)
-        elif kind == 8:
-            length = number()
-            at += length
-        elif kind == 12 and depth:
-            fields[name], at = _thrift(data, at, depth - 1)
-        elif kind == 3:
-            at += 1
-        elif kind not in (1, 2):
-            raise ValueError("a page's header is damaged")
+        fields[name] = value_of(kind & 15)
     return fields, at + 1

@@ -127,7 +127,7 @@ def _json_list(
                 raise ValueError("a comma, or the end of the list, is missing")
             at = _blank(text, at + 1) if place else at
             _, end = decoder.raw_decode(text, at)
-            values = parse_json(text[at:end], where, halves=True)
+            values = parse_json(text[at:end], where, finite=False, halves=True)
         except (ValueError, RecursionError) as error:
             words = f"is no JSON ({one_line(error)}): expected a list of JSON objects, written whole"
             problems.append(Problem("unreadable file", where, words))
@@ -138,6 +138,8 @@ def _json_list(
         else:
             words = f"holds a {type(values).__name__}; expected a list of JSON objects"
             problems.append(Problem("unreadable line", where, words))
+            if too_many(problems, listing):
+                return
     if text:
         problems.append(Problem("unreadable file", str(listing), "is no JSON: the list has no end"))
 
@@ -175,6 +177,8 @@ def _csv_lines(
         if None in values:  # where the rest of a line goes
             words = "has more fields than the first line: a caption with commas stands in quotes"
             problems.append(Problem("unreadable line", f"{listing}, line {lines.line_num}", words))
+            if too_many(problems, listing):
+                return
         else:
             yield f"{listing}, line {lines.line_num}", values
 
@@ -185,7 +189,7 @@ def _json_lines(path: Path, lines: Iterator[str], problems: list[Problem]) -> It
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                values = parse_json(line, where, halves=True)
+                values = parse_json(line, where, finite=False, halves=True)
                 reason = f"holds a {type(values).__name__}"
             except Invalid as error:
                 values, reason = None, str(error).removeprefix(f"{where} ").partition(": expected")[0]
@@ -193,6 +197,8 @@ def _json_lines(path: Path, lines: Iterator[str], problems: list[Problem]) -> It
                 yield where, values
             else:
                 problems.append(Problem("unreadable line", where, f"{reason}; expected a JSON object a line"))
+                if too_many(problems, path):
+                    return
 
 
 def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] | None:
@@ -217,38 +223,21 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             problems += _left_out(str(path), one)
         pictures = [one for one in local if one.get("dataset_type", "image") == "image"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{path} cannot be read ({error!r}): expected a list of backends, each with an id.") from error
+        raise Invalid(
+            f"{path} cannot be read ({one_line(repr(error))}): expected a list of backends, each with an id."
+        ) from error
     trees: dict[Path, Tree] = {}
 
     def place(backend: Mapping[str, Any]) -> tuple[Tree, Path]:
-        root = Path(os.path.abspath(tree.root))  # noqa: PTH100  # "..", without following links
-        named = str(backend["instance_data_dir"])
-        if not is_there(root / named, folder=True):
-            named = named.replace("\\", "/")  # of a listing made on Windows
-        folder = Path(os.path.abspath(root / named))  # noqa: PTH100
-        if not folder.is_relative_to(root):
-            words = (
-                f"lies outside {tree.root}: files are read from inside alone. Move it there, or put a link to it there"
-            )
-            problems.append(Problem("path escapes", one_line(folder), words))
-            return Tree(folder), folder
-        folder = tree.root / folder.relative_to(root)
-        if folder not in trees and is_there(folder, folder=True):
-            trees[folder] = tree_of(folder)
-            tree.files += trees[folder].files
-            for reason, paths in trees[folder].left_out.items():
-                tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
-        elif folder not in trees:
-            where = one_line(folder)
-            problems.append(Problem("missing folder", where, "is named by the data set and is not there"))
-        return trees.get(folder) or Tree(folder), folder
+        return _place(tree, trees, str(backend["instance_data_dir"]), problems)
 
     rows: list[Row] = []
     for backend in pictures:
         strategy = str(backend.get("caption_strategy", "filename"))
         prompt_of = _prompts(backend, problems, tree.root)
         if strategy not in prompt_of:
-            raise Invalid(f'{path}: caption_strategy is "{strategy}": {nearest(strategy, prompt_of)}')
+            unread = one_line(strategy)
+            raise Invalid(f'{path}: caption_strategy is "{unread}": {nearest(unread, prompt_of)}')
         named_hints = backend.get("conditioning_data")
         others = [str(other) for other in (named_hints if isinstance(named_hints, list) else [named_hints])]
         if named_hints is None:
@@ -256,12 +245,34 @@ def simpletuner(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             said, named = prompt_of[strategy], strategy == "filename"
             rows += [Row(file_at(p), said(p) or "", named=named) for p in here.under(folder, SUFFIXES)]
         elif unknown := [other for other in others if "instance_data_dir" not in backends.get(other, {})]:
-            known = [name for name, one in backends.items() if "instance_data_dir" in one]
-            raise Invalid(f'{path}: conditioning_data is "{unknown[0]}": {nearest(unknown[0], known)}')
+            known = [one_line(name)[:20] for name, one in backends.items() if "instance_data_dir" in one]
+            unread = one_line(unknown[0])
+            raise Invalid(f'{path}: conditioning_data is "{unread}": {nearest(unread, known)}')
         else:
             hints = [place(backends[other]) for other in others]
             rows += paired(*place(backend), hints, prompt_of[strategy], problems)
     return rows
+
+
+def _place(tree: Tree, trees: dict[Path, Tree], name: str, problems: list[Problem]) -> tuple[Tree, Path]:
+    """The folder of a backend, which lies in the set's, and its files; those of ``trees`` are walked already."""
+    root = Path(os.path.abspath(tree.root))  # noqa: PTH100  # "..", without following links
+    if not is_there(root / name, folder=True):
+        name = name.replace("\\", "/")  # of a listing made on Windows
+    folder = Path(os.path.abspath(root / name))  # noqa: PTH100
+    if not folder.is_relative_to(root):
+        words = f"lies outside {tree.root}: files are read from inside alone. Move it there, or put a link to it there"
+        problems.append(Problem("path escapes", one_line(folder), words))
+        return Tree(folder), folder
+    folder = tree.root / folder.relative_to(root)
+    if folder not in trees and is_there(folder, folder=True):
+        trees[folder] = tree_of(folder)
+        tree.files += trees[folder].files
+        for reason, paths in trees[folder].left_out.items():
+            tree.left_out[reason] = sorted({*tree.left_out.get(reason, ()), *paths})
+    elif folder not in trees:
+        problems.append(Problem("missing folder", one_line(folder), "is named by the data set and is not there"))
+    return trees.get(folder) or Tree(folder), folder
 
 
 def _prompts(
@@ -277,11 +288,12 @@ def _prompts(
 
 def _left_out(where: str, backend: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings of a backend that are not read though they would change the training data."""
-    name = f"{where}, {backend['id']}"
+    name = f"{where}, {one_line(backend['id'])}"
     if backend.get("dataset_type", "image") not in ("image", "conditioning"):
         return  # caches of text and latents
     if "instance_data_dir" not in backend:
-        words = f"is of type {backend.get('type', 'unknown')} without instance_data_dir: its pictures are left out"
+        kind = one_line(backend.get("type", "unknown"))
+        words = f"is of type {kind} without instance_data_dir: its pictures are left out"
         yield Problem("other backend", name, words, fatal=False)
     instead = {
         "repeats": "its pictures come as often as others",

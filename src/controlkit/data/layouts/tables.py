@@ -38,7 +38,7 @@ def huggingface(tree: Tree, problems: list[Problem], names: Names) -> list[Row] 
             f"{folder} is a data set of the datasets library. Install it with: pip install 'controlkit[datasets]'"
         )
     table = Table(files, str(folder))
-    columns = table.schema.names
+    columns = table.names
     names.check(columns, str(folder))
     picture, caption = (next((n for n in likely if n in columns), None) for likely in (names.image, names.caption))
     if picture is None:
