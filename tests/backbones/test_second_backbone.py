@@ -123,6 +123,9 @@ class TransformerBase:
             rows.append(torch.stack([*vectors, *[torch.zeros(WIDTH)] * (self.window - len(vectors))]))
         return TextEmbedding(torch.stack(rows))
 
+    def text_shapes(self):
+        return {"tokens": (self.window, WIDTH)}
+
     def text_keys(self, prompts):
         return [prompt.encode() for prompt in prompts]
 

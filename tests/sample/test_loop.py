@@ -19,6 +19,7 @@ from controlkit.sample import (
     PreparedControl,
     Request,
     SamplingSettings,
+    Steering,
     Step,
     denoise,
     generate,
@@ -248,7 +249,7 @@ def run_table(base, branch, scales, steps=2):
     """The last latents of two guided pictures under one control of these scales."""
     x, _, text, hint = draw_inputs(base)
     four_rows = text[[0, 1, 0, 1]]
-    *_, last = denoise(base, x, four_rows, [(in_use(branch), hint)], SamplingSettings(steps), scales=scales)
+    *_, last = denoise(base, x, four_rows, [Steering(in_use(branch), hint, scales=scales[0])], SamplingSettings(steps))
     return last.latents
 
 
@@ -285,10 +286,10 @@ def test_the_default_table_is_each_controls_scale(toy_base, branches, injected):
     torch.manual_seed(0)
     mid = new_control(toy_base, ControlSpec(join="gaussian", taps="mid"))
     x, _, text, hint = draw_inputs(toy_base)
-    controls = [(in_use(branches[0], 0.3), hint), (in_use(mid, 2.0), hint)]
+    controls = [Steering(in_use(branches[0], 0.3), hint), Steering(in_use(mid, 2.0), hint)]
     list(denoise(toy_base, x, text, controls, SamplingSettings(1, guidance=1.0)))
     t = torch.tensor([999, 999])
-    both = [c.network(x, t, text, c.network.encode_hint(hint)) for c, _ in controls]
+    both = [c.network(x, t, text, c.network.encode_hint(hint)) for c, *_ in controls]
     for name, residual in injected[0].items():
         wanted = 0.3 * both[0][name] + (2.0 * both[1][name] if name == "middle" else 0)
         assert relative(residual, wanted) < 1e-5
@@ -309,7 +310,9 @@ def test_guidance_by_the_hint_moves_pictures_between_both_ways_of_the_paper(toy_
     x = torch.randn((1, *conditional.shape), generator=torch.Generator().manual_seed(request.seed))
     text = toy_base.encode_text([request.negative_prompt, request.prompt], (32, 32))
     hint = CONTRACT.tensor(request.controls[0].images[""], (32, 32))
-    *_, last = denoise(toy_base, x, text, [(in_use(branches[0]), hint)], SamplingSettings(STEPS), scales=plain)
+    *_, last = denoise(
+        toy_base, x, text, [Steering(in_use(branches[0]), hint, scales=plain[0])], SamplingSettings(STEPS)
+    )
     assert relative(conditional, last.latents[0]) < 1e-6
 
 
@@ -345,7 +348,11 @@ def test_plain_requests_are_prepared_and_their_notes_are_warnings(toy_base, tmp_
 @pytest.mark.parametrize("first", [1, 3])
 def test_steps_to_k_and_from_k_on_are_all_steps(toy_base, branches, calls, first):
     x, _, text, hint = draw_inputs(toy_base)
-    rows, controls, settings = text[[0, 1, 0, 1]], [(in_use(branches[0], start=0.25), hint)], SamplingSettings(5)
+    rows, controls, settings = (
+        text[[0, 1, 0, 1]],
+        [Steering(in_use(branches[0], start=0.25), hint)],
+        SamplingSettings(5),
+    )
     whole = list(denoise(toy_base, x, rows, controls, settings))
     runs = calls["branch"]
     parts = list(denoise(toy_base, x, rows, controls, settings, range(first)))

@@ -53,7 +53,7 @@ class _Reader:
         return tuple(parts)
 
     def words(self, at: int, bars: bool, depth: int) -> tuple[_Text, int]:
-        """What stands from ``at`` to the first sign that belongs to a bracket around it, and where that is.
+        """The words from ``at`` to the first sign that belongs to a bracket around it, and where that is.
 
         ``bars``: whether ``|`` is a letter as any other.
         """

@@ -1,6 +1,6 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
-from controlkit.sample.loop import Denoised, HintTensors, Maker, denoise, generate, maker, pictures
+from controlkit.sample.loop import Denoised, HintTensors, Maker, Steering, denoise, generate, maker, pictures
 from controlkit.sample.prepare import (
     Prepared,
     PreparedControl,
@@ -24,6 +24,7 @@ __all__ = [
     "PreparedControl",
     "Request",
     "SamplingSettings",
+    "Steering",
     "Step",
     "check_pictures",
     "denoise",

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,18 @@ class Denoised:
     timestep: Tensor
 
 
+class Steering(NamedTuple):
+    """One control of a batch of B pictures."""
+
+    control: PreparedControl
+    hints: HintTensors
+    """In its contracts' ranges."""
+    region: Tensor | None = None
+    """Where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere."""
+    scales: Tensor | None = None
+    """Broadcastable to (row, tap, step, h, w), taps as the base's; by default ``scale_table``'s."""
+
+
 def _for_rows(features: HintTensors, times: int) -> HintTensors:
     """Features of B pictures for ``times`` x B rows: read once, used for both halves of guidance."""
     if isinstance(features, Tensor):
@@ -74,11 +87,9 @@ def denoise(
     base: Backbone,
     latents: Tensor,
     text: TextEmbedding | Said,
-    controls: Sequence[tuple[PreparedControl, HintTensors]],
+    controls: Sequence[Steering],
     settings: SamplingSettings,
     span: range | None = None,
-    scales: Tensor | None = None,
-    regions: Sequence[Tensor | None] = (),
     noises: Noises = None,
 ) -> Iterator[Denoised]:
     """The sampling loop; yields after each step.
@@ -87,39 +98,19 @@ def denoise(
         latents: (B, C, h, w). Before step 0, standard normal noise; before a later one, noisy latents as they are
             there: an earlier run's after the step before, or a picture's with that much noise added.
         text: of B prompts for each of ``settings.weights``; with guidance, B unconditional ones before them.
-        controls: each with its hints, in their contracts' ranges.
         span: the steps to make, of 0 to ``settings.steps`` - 1; all by default.
-        scales: broadcastable to (control, row, tap, step, h, w), taps as the base's; by default ``scale_table``'s.
         noises: of each picture, what the scheduler draws noise from, if it draws any.
-        regions: of each control where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere.
     """
     count, rows = len(latents), len(text)
     sampler = base.noise.sampler(settings.steps, settings.scheduler, noises)
     span = range(len(sampler.timesteps)) if span is None else span
     x = latents if span.start else sampler.start(latents)
-    if scales is None:
-        unconditional = count if settings.is_guided else 0
-        scales = scale_table([control for control, _ in controls], base.taps, rows, unconditional, settings)
-    full = (len(controls), rows, len(base.taps), settings.steps)
-    scales = scales.expand(*full, *scales.shape[-2:]).to(x.device)
-    used = scales.ne(0).any(-1).any(-1).any(1).any(1).tolist()  # (control, step): one host sync, before the loop
-    with base.autocast():
-        features = [
-            _for_rows(_encoded(control, hints), rows // count) if any(used[i][k] for k in span) else {}
-            for i, (control, hints) in enumerate(controls)
-        ]
-    all_of_it = scales.new_ones(1)
-    where = [all_of_it if one is None else one.repeat(rows // count, 1, 1, 1).to(all_of_it) for one in regions]
-    where = where or [all_of_it] * len(controls)
+    active_at = _active(base, controls, settings, count, span)
     for step in span:
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
         t = timestep.to(x.device).expand(rows)
-        active = []
-        for i, (control, _) in enumerate(controls):
-            if used[i][step]:
-                at = {tap.name: scales[i, :, k, step][:, None] * where[i] for k, tap in enumerate(base.taps)}
-                active.append(ActiveControl(control.network, features[i], at))
+        active = active_at(step)
         with base.autocast():  # not around the yield: whoever iterates computes in his own number format
             both = read.repeat(rows // count, 1, 1, 1).to(base.dtype)
             prediction = base.predict(both, t, text.at(step), active).float()
@@ -127,6 +118,38 @@ def denoise(
                 prediction = _guided(prediction, settings)
             x = sampler.step(prediction, timestep, x)
         yield Denoised(step, x, read, prediction, timestep)
+
+
+def _active(
+    base: Backbone, controls: Sequence[Steering], settings: SamplingSettings, count: int, span: range
+) -> Callable[[int], list[ActiveControl]]:
+    """The controls that act at a step, each with its scales there; hints are read now, once for all steps."""
+    times = len(settings.weights) + settings.is_guided
+    unconditional = count if settings.is_guided else 0
+    table = scale_table([one.control for one in controls], base.taps, times * count, unconditional, settings)
+    full = (times * count, len(base.taps), settings.steps)
+    given = [own if one.scales is None else one.scales for one, own in zip(controls, table, strict=True)]
+    scales = [one.expand(*full, *one.shape[-2:]).to(base.device) for one in given]
+    used = [one.ne(0).any(-1).any(-1).any(0).any(0).tolist() for one in scales]  # by step: no host sync in the loop
+    with base.autocast():
+        features = [
+            _for_rows(_encoded(one.control, one.hints), times) if any(used[i][k] for k in span) else {}
+            for i, one in enumerate(controls)
+        ]
+    everywhere = torch.ones(1, device=base.device)
+    where = [
+        everywhere if one.region is None else one.region.to(base.device).repeat(times, 1, 1, 1) for one in controls
+    ]
+
+    def at(step: int) -> list[ActiveControl]:
+        found = []
+        for i, one in enumerate(controls):
+            if used[i][step]:
+                taps = {tap.name: scales[i][:, k, step][:, None] * where[i] for k, tap in enumerate(base.taps)}
+                found.append(ActiveControl(one.control.network, features[i], taps))
+        return found
+
+    return at
 
 
 def _hint_tensors(base: Backbone, controls: Sequence[PreparedControl], size: tuple[int, int]) -> HintTensors:
@@ -141,15 +164,13 @@ def _hint_tensors(base: Backbone, controls: Sequence[PreparedControl], size: tup
         return {kind: read(kind) for kind in first.hints} if first.network.hint_types else read("")
 
 
-def _regions(alike: Sequence[Prepared], size: tuple[int, int]) -> list[Tensor | None]:
-    """Where each control acts in each picture (B, 1, *size); None where it is everywhere in all of them."""
-    found: list[Tensor | None] = []
-    for column in zip(*(one.controls for one in alike), strict=True):
-        own = [control.region for control in column]
-        whole = np.ones(size, np.float32)
-        maps = np.stack([whole if region is None else region for region in own])[:, None]
-        found.append(None if all(region is None for region in own) else torch.from_numpy(maps))
-    return found
+def _region(column: Sequence[PreparedControl], size: tuple[int, int]) -> Tensor | None:
+    """Where a control acts in each picture (B, 1, *size); None where it is everywhere in all of them."""
+    if all(control.region is None for control in column):
+        return None
+    whole = np.ones(size, np.float32)
+    maps = [whole if control.region is None else control.region for control in column]
+    return torch.from_numpy(np.stack(maps)[:, None])
 
 
 def generate(
@@ -201,8 +222,8 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
     final = noise = final.to(base.device)
     text = Said(base, [one.script for one in alike], settings.is_guided, size)
     columns = zip(*(one.controls for one in alike), strict=True)
-    controls = [(column[0], _hint_tensors(base, column, size)) for column in columns]
-    for done in denoise(base, noise, text, controls, settings, regions=_regions(alike, size), noises=noises):
+    controls = [Steering(column[0], _hint_tensors(base, column, size), _region(column, size)) for column in columns]
+    for done in denoise(base, noise, text, controls, settings, noises=noises):
 
         def preview(done: Denoised = done) -> list:
             return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))

@@ -1,4 +1,4 @@
-"""What a base is told at each step: prompts as their dialect reads them, with the halves of guidance."""
+"""The texts that a base is told at each step: prompts as their dialect reads them, with the halves of guidance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
