@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-import pydantic_core
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from pydantic import TypeAdapter
@@ -75,10 +74,10 @@ class HintSpec:
     def from_json(cls, text: str) -> "HintSpec":
         """Read a contract that ``to_json`` wrote.
 
-        Raises ``ValueError`` for unknown or absent keys, wrong types, numbers that are not finite, and a name that
-        is too long or cannot be printed.
+        Raises ``ValueError`` for unknown or absent keys, wrong types, numbers out of range, and a name that is too
+        long or cannot be printed. The options' own ranges: ``annotators.contract_from_json``.
         """
-        given = pydantic_core.from_json(text)
+        given = parse_json(text, "the contract")
         keys = {_FILE_KEYS.get(one.name, one.name): one.name for one in fields(cls)}
         if not isinstance(given, dict) or given.keys() - keys:
             raise ValueError(f"expected keys out of {', '.join(keys)}")
@@ -86,10 +85,10 @@ class HintSpec:
         TypeAdapter(cls).validate_json(json.dumps(named), strict=True)  # else 1 would do for True, and 3 for a name
         spec = cls(**named)
         numbers = (spec.low, spec.high, spec.mask_value or 0.0, *spec.options.values())
-        if not all(map(math.isfinite, numbers)) or len(spec.annotator) > 100 or not spec.annotator.isprintable():
-            raise ValueError("its numbers are not finite, or its annotator's name is none")
-        if not 1 <= spec.channels <= 1024:
-            raise ValueError(f"it has {spec.channels} channels")
+        if not all(abs(number) <= 1e6 for number in numbers) or not 0 < spec.channels <= 1024:
+            raise ValueError("a number of it is beyond 1,000,000, or its channels are not 1 to 1,024")
+        if len(spec.annotator) > 100 or not spec.annotator.isprintable():
+            raise ValueError("its annotator's name is none")
         return spec
 
     def made_by(self, made: "HintSpec") -> "HintSpec":

@@ -402,7 +402,9 @@ def test_a_run_does_not_go_on_with_a_folder_that_has_changed(tiny_recipe, toy_ba
     ("losses", "step", "kept"), [([0.9, 0.8], 2, False), ([0.8, 0.9], 2, True), ([0.9, 0.8], 4, True)]
 )
 def test_the_best_of_later_steps_goes_with_them(losses, step, kept, tmp_path):
-    lines = [{"step": 2 * i, "loss": 1.0, "relative_loss": {"": [loss]}} for i, loss in enumerate(losses, 1)]
+    lines = [
+        {"step": 2 * i, "loss": 1.0, "seconds": 1.0, "relative_loss": {"": [loss]}} for i, loss in enumerate(losses, 1)
+    ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("best", "checkpoints/step-0000002", "checkpoints/step-0000004"):
         (tmp_path / name).mkdir(parents=True)

@@ -201,7 +201,7 @@ def test_without_a_terminal_lines_come_one_by_one_as_they_change(run, monkeypatc
     held, told = io.BytesIO(), []
 
     def between(seconds):
-        """What happens between two looks; told is what was flushed until then."""
+        """The run goes on between two looks; told is what was flushed until then."""
         told.append(held.getvalue().decode())
         if len(told) == 1:
             text = (run / "log.jsonl").read_text().splitlines()[:-1]

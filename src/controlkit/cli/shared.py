@@ -209,12 +209,12 @@ def check_folder(out: Path) -> None:
 
 def say(text: str) -> None:
     """A line of result, to stdout."""
-    print(printable(text))
+    print(printable(text), flush=True)  # a pipe shows each line as it comes
 
 
 def say_json(values: Mapping[str, Any]) -> None:
     """Figures for other programs, to stdout: letters beyond ASCII are written by their numbers."""
-    print(json.dumps(values, indent=2))
+    print(json.dumps(values, indent=2), flush=True)
 
 
 def say_beside(progress: "Progress", text: str) -> None:

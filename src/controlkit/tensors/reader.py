@@ -112,7 +112,11 @@ def _open(path: Path, is_shard: bool = False) -> TensorFile:
         raise Invalid(f"{path} is {words}. Expected weights, as safetensors or a torch pickle (.pth).")
     if text.startswith("{") and not is_shard:
         return _open_shards(path)
-    if _claimed(start) > LONGEST_HEADER and start.isascii() and (said := " ".join(text.split())).isprintable():
+    if (
+        _claimed(start) > LONGEST_HEADER
+        and start.isascii()
+        and (said := " ".join(start.decode("ascii").split())).isprintable()
+    ):
         raise unreadable(path, f'a text lies in its place, "{said}"')
     return _checked(_of_safetensors(path))
 
