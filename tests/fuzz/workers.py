@@ -96,7 +96,10 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
             named = path in target.glob(kind.main) if "*" in kind.main else path == target / kind.main
-            _reshape(path, target, draw, SHAPES[-5:] if named or kind.is_linked else SHAPES)
+            shapes = SHAPES[-5:] if named or kind.is_linked else SHAPES
+            if "listing" in kind.readers:  # links to folders in a data set are the user's, and followed
+                shapes = [shape for shape in shapes if shape not in ("base", "set")]
+            _reshape(path, target, draw, shapes)
             continue
         data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         linked = path.is_symlink() or not path.is_dir()  # most are: to the right sample
@@ -107,7 +110,7 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
 def _reshape(path: Path, target: Path, draw: Random, shapes: Sequence[str]) -> None:
     """Something else where a file was."""
     shape = draw.choice(shapes)
-    path.unlink()
+    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
     if shape == "folder":
         path.mkdir()
     elif shape == "empty":
