@@ -110,7 +110,7 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
 def _reshape(path: Path, target: Path, draw: Random, shapes: Sequence[str]) -> None:
     """Something else where a file was."""
     shape = draw.choice(shapes)
-    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+    path.unlink(missing_ok=True) if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
     if shape == "folder":
         path.mkdir()
     elif shape == "empty":
