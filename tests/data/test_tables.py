@@ -288,6 +288,7 @@ STATES = {
     "a long name": {"_data_files": [{"filename": "a" * 10_000}]},
     "no list": {"_data_files": 7},
     "nothing": {"_data_files": []},
+    "one file many times": {"_data_files": [{"filename": "data.arrow"}] * 3000},
     "a text": {"_data_files": "data.arrow"},
     "a list": [1],
     "levels": "levels",

@@ -167,3 +167,28 @@ def test_a_yaml_beside_a_control_is_read_from_its_own_folder(written, tmp_path, 
     yaml.unlink()
     yaml.write_text(text)
     assert load_control(folder, toy_base).branch.pools
+
+
+def test_weights_of_a_folder_are_no_link_out_of_it(written, tmp_path, toy_base):
+    folder = written()
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere.safetensors")
+    for read in (describe, lambda path: load_control(path, toy_base)):
+        with pytest.raises(UserError, match="leads out of its folder"):
+            read(folder)
+    (tmp_path / "named").symlink_to(tmp_path / "elsewhere.safetensors")  # which the user names
+    describe(tmp_path / "named")
+
+
+def test_shards_are_no_links_out_of_their_folder(written, tmp_path):
+    folder = written()
+    shard, index = "model-00001-of-00001.safetensors", folder / f"{WEIGHTS}.index.json"
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / WEIGHTS), shard)}))
+    (folder / WEIGHTS).rename(folder / shard)
+    describe(index)
+    (folder / shard).unlink()
+    (folder / shard).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UserError, match="leads out of its folder"):
+        describe(index)

@@ -54,12 +54,12 @@ def weights_in(folder: Path) -> Path | None:
 def weights_file(path: Path) -> Path:
     """The file of weights that a path means: itself, or the one in a diffusers folder or a training run.
 
-    Raises ``NotFound`` for a folder that holds none.
+    Raises ``NotFound`` for a folder that holds none, ``Invalid`` for one whose weights are a link out of it.
     """
     if not path.is_dir():
         return path
     if found := weights_in(path) or weights_in(path / "control"):
-        return found
+        return inside(found.parent, found)
     raise NotFound(f"{path} holds no weights: expected a diffusers folder with {WEIGHTS}, or a file.")
 
 

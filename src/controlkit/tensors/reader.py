@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from controlkit.errors import Invalid, NotFound, Unsupported, one_line
-from controlkit.files import parse_json
+from controlkit.files import inside, parse_json
 from controlkit.tensors.pickles import PICKLES, read_pickle, unreadable
 
 LONGEST_HEADER = 2**23
@@ -174,7 +174,7 @@ def _open_shards(path: Path) -> TensorFile:
         raise unreadable(path, "it lists what are no files of weights beside it")
     if absent := [place for place in places if not path.with_name(place).is_file()]:
         raise NotFound(f"{path} lists {len(places)} files of weights, and {absent[0]} is not there: get all of them.")
-    shards = {place: _open(path.with_name(place), is_shard=True) for place in places}
+    shards = {place: _open(inside(path.parent, path.with_name(place)), is_shard=True) for place in places}
     if lost := [name for name, place in homes.items() if name not in shards[place].shapes]:
         raise unreadable(path, f"{one_line(homes[lost[0]])} lacks {one_line(lost[0])}")
 

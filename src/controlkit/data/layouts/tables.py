@@ -84,6 +84,8 @@ def _saved(folder: Path) -> list[Path]:
         raise Invalid(f"{folder} cannot be read as a data set ({reason}): fetch or save it anew.") from error
     if not files:
         raise Invalid(f"{folder} cannot be read as a data set (it names no files): fetch or save it anew.")
+    if len({*files}) < len(files):  # which would make of a small file any number of rows
+        raise Invalid(f"{folder} cannot be read as a data set (it names a file twice): fetch or save it anew.")
     return files
 
 
