@@ -222,11 +222,16 @@ def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
             assert json.loads(picture.text["parameters"])["prompt"] == prompt
 
 
-def test_the_end_of_a_long_prompt_is_read_too(run, toy_folder, tmp_path):
+@pytest.mark.parametrize("dialect", ["plain", "a1111", "comfy"])
+def test_the_end_of_a_long_prompt_is_read_or_cut_with_a_note(run, toy_folder, tmp_path, dialect):
+    said = ""
     for last in ("zebra", "gold"):
-        prompt, out = "apple " * 60 + last, tmp_path / last
-        assert run("generate", prompt, "--base", toy_folder, "--steps", 1, "--out", out)[0] == 0
-    assert not np.array_equal(*(read_picture(tmp_path / last / "picture-0.png") for last in ("zebra", "gold")))
+        options = ("--dialect", dialect, "--base", toy_folder, "--steps", 1, "--out", tmp_path / last)
+        code, _, err = run("generate", "apple " * 60 + last, *options)
+        assert code == 0
+        said += err
+    same = np.array_equal(*(read_picture(tmp_path / last / "picture-0.png") for last in ("zebra", "gold")))
+    assert same == (dialect == "plain") == ("cut off" in said and "zebra" in said)
 
 
 def test_a_prompt_is_read_in_its_dialect_and_the_picture_says_so(run, toy_folder, tmp_path):

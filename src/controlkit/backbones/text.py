@@ -125,6 +125,8 @@ class TextTower:
             if [token for token, _ in part] == [comma]:
                 last_comma = len(windows[-1])
             windows[-1] += part
+        if dialect.is_cut:
+            return windows[:1]
         return windows[:-1] if len(windows) > 1 and not windows[-1] else windows
 
     def _parts(self, words: Words, room: int) -> Iterator[list[Weighted]]:

@@ -24,15 +24,17 @@ class Reading:
     """A full window ends at its last comma, if that is among so many last tokens."""
     whole_below: int
     """Words of one weight that are fewer tokens than this are never parted by the end of a window."""
+    is_cut: bool
+    """Whether only one window is read, as captions are in training; else as many as the words need."""
     layers_left_out: Callable[[int, bool], int]
     """How many of a text encoder's last layers a clip skip leaves out, where it ends before its last layer by itself
     (SDXL's) or does not."""
 
 
 DIALECTS: dict[Dialect, Reading] = {
-    "plain": Reading(lambda text: [Piece(text)], False, None, 0, 0, lambda skip, early: skip + early),
-    "a1111": Reading(a1111_pieces, True, "mean", 20, 0, lambda skip, early: max(skip - 1, int(early))),
-    "comfy": Reading(comfy_pieces, False, "empty", 0, 8, lambda skip, early: abs(skip) - 1),
+    "plain": Reading(lambda text: [Piece(text)], False, None, 0, 0, True, lambda skip, early: skip + early),
+    "a1111": Reading(a1111_pieces, True, "mean", 20, 0, False, lambda skip, early: max(skip - 1, int(early))),
+    "comfy": Reading(comfy_pieces, False, "empty", 0, 8, False, lambda skip, early: abs(skip) - 1),
 }
 """``plain``: as diffusers reads it, every letter a letter. Clip skip counts layers left out in ``plain`` (diffusers;
 beyond SDXL's own), the layer read from the end in ``a1111`` (1 is the last) and in ``comfy`` (-1 is the last)."""

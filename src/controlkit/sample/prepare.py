@@ -97,7 +97,7 @@ class Prepared:
     script: Script
     controls: tuple[PreparedControl, ...] = ()
     notes: tuple[str, ...] = ()
-    """Notes to the author: controls trained on other weights, hints that are empty."""
+    """Notes to the author: the end of a prompt that is cut off, controls trained on other weights, empty hints."""
     forms: tuple[tuple[tuple[int, int], ...], ...] = ()
     """``Script.forms``."""
 
@@ -176,13 +176,14 @@ class _Preparation:
         self.base, self.loaded = base, loaded
         self.controls: dict[tuple[str, str | None], tuple[SavedControl, list[str]]] = {}
         self.ready: dict[tuple[ControlRequest, tuple[int, int]], PreparedControl] = {}
+        self.cut: dict[str, str] = {}
 
     def prepared(self, request: Request) -> Prepared:
         most = self.base.noise.count
         if request.steps > most:
             raise Invalid(f'Sampling takes 1 to {most} steps on the base "{self.base.name}"; got {request.steps}.')
         size = picture_size(self.base, request.size)
-        notes: list[str] = []
+        notes = [] if request.dialect != "plain" else self._cut(request)
         controls = []
         for control in request.controls:
             if control.by_step and len(control.by_step) != request.steps:
@@ -203,6 +204,19 @@ class _Preparation:
         )
         notes = list(dict.fromkeys(notes))
         return Prepared(request, settings, script, tuple(controls), tuple(notes), script.forms(self.base))
+
+    def _cut(self, request: Request) -> list[str]:
+        """Notes on the ends of prompts that are not read."""
+        found = []
+        for prompt in (request.prompt, request.negative_prompt or ""):
+            if prompt not in self.cut:
+                self.cut[prompt] = self.base.cut_words(prompt)
+            if cut := self.cut[prompt]:
+                found.append(
+                    f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads at once; cut '
+                    f'off: "{cut}". The dialects a1111 and comfy read all of it'
+                )
+        return found
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):

@@ -235,7 +235,8 @@ class Request(_Checked):
     """Words for what the picture must not show; None is no prompt at all (for SDXL not the same as an empty one)."""
     dialect: Dialect = "plain"
     """How both are read: ``plain``, every letter as it is; ``a1111``, with its weights, schedules, ``AND`` and
-    ``BREAK``; ``comfy``, with its weights. Longer prompts than a window of the text encoder take several."""
+    ``BREAK``; ``comfy``, with its weights. Prompts longer than a window of the text encoder are cut in ``plain``, as
+    captions are in training, and take several windows in the others."""
     clip_skip: int | None = Field(None, ge=-12, le=12)
     """Layers of the text encoder that are left out, as the dialect counts them: ``plain`` from 0 (diffusers), ``a1111``
     from 1, ``comfy`` from -1. None is as the base was trained."""
