@@ -95,7 +95,8 @@ def make_case(kind: Kind, number: int, seed: int, samples: Sequence[Path], targe
     files = sorted({path for pattern in kind.files for path in target.glob(pattern) if path.is_file()})
     for path in [draw.choice(files) for _ in range(1 + (draw.random() < 0.15))] if number >= 0 else ():
         if draw.random() < 0.04:
-            named = bool(kind.main) and path.relative_to(target).match(kind.main)  # also one that is gone
+            own = path.relative_to(target)
+            named = own.match(kind.main) if "*" in kind.main else own == Path(kind.main)  # also one that is gone
             shapes = SHAPES[-5:] if named or kind.is_linked else SHAPES
             if "listing" in kind.readers:  # links to folders in a data set are the user's, and followed
                 shapes = [shape for shape in shapes if shape not in ("base", "set")]
