@@ -192,3 +192,10 @@ def test_shards_are_no_links_out_of_their_folder(written, tmp_path):
     (folder / shard).symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(UserError, match="leads out of its folder"):
         describe(index)
+
+
+def test_a_shard_s_name_that_no_file_can_have_is_refused(written):
+    index = written() / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a" * 300 + ".safetensors"}}))
+    with pytest.raises(UserError, match="no files of weights beside it"):
+        describe(index)

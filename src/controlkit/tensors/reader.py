@@ -43,6 +43,7 @@ _WRAPPED = ("module.", "controlnet.")
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names wherever they stand: of what was compiled, sharded, or computed anew in the backward pass."""
 _MOST_SHARDS = 100
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.(safetensors|bin|pth|pt)")
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _open_shards(path: Path) -> TensorFile:
     if not (homes and isinstance(homes, dict)):
         raise Invalid(f"{path} is a text of JSON and no weights: name the folder or the file of weights beside it.")
     places = sorted({str(home) for home in homes.values()})
-    if len(places) > _MOST_SHARDS or any(not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pth|pt)", one) for one in places):
+    if len(places) > _MOST_SHARDS or any(not _SHARD_NAME.fullmatch(one) for one in places):
         raise unreadable(path, "it lists what are no files of weights beside it")
     if absent := [place for place in places if not path.with_name(place).is_file()]:
         raise NotFound(f"{path} lists {len(places)} files of weights, and {absent[0]} is not there: get all of them.")
