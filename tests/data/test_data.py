@@ -123,6 +123,10 @@ def test_pairs_somebody_else_made_are_not_overwritten(tmp_path):
     (tmp_path / "other" / "drawn.json").write_text("[theirs]")
     with pytest.raises(UserError, match="was begun with size None"):
         next(make_fill50k(tmp_path / "other", 2, size=32))
+    (tmp_path / "other" / "drawn.json").write_text(json.dumps({"size": 32, "seed": "\u202eright\n" * 5000}))
+    with pytest.raises(UserError, match="was begun with size 32 and seed") as refused:
+        next(make_fill50k(tmp_path / "other", 2, size=32))
+    assert len(str(refused.value)) < 600 and str(refused.value).isprintable()
     (tmp_path / "prompt.json").write_text("theirs")
     with pytest.raises(UserError, match="not drawn here"):
         next(make_fill50k(tmp_path, 2, size=32))

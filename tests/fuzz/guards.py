@@ -141,7 +141,7 @@ class Guards:
         elif event in _READS:
             self._check(arguments[0], False)
         elif event in _WRITES:
-            self._check(arguments[0], True)
+            self._check(arguments[0], True, is_entry=event == "os.remove")
         elif event in _STARTS or event in _CONNECTS:
             self._block("process" if event in _STARTS else "network", f"{event} {str(arguments)[:200]}")
         elif event == "ctypes.dlopen" and "/" in str(arguments[0]):
@@ -149,11 +149,14 @@ class Guards:
         elif event == "pickle.find_class" and not str(arguments[0]).startswith(("torch", "collections", "numpy")):
             self._block("pickle", f"{event} {arguments}")
 
-    def _check(self, path: Any, writes: bool) -> None:
+    def _check(self, path: Any, writes: bool, is_entry: bool = False) -> None:
+        """``is_entry``: of a link it is itself that is meant, not where it leads: what is deleted."""
         if not isinstance(path, str | bytes | os.PathLike) or path in ("", ":memory:"):
             return  # the number of an open file
         try:
-            real = os.path.realpath(os.fsdecode(path))
+            named = os.fsdecode(path)
+            home, name = os.path.split(named)
+            real = f"{os.path.realpath(home)}/{name}" if is_entry else os.path.realpath(named)
         except ValueError:  # a zero byte: the system opens none such
             return
         if path in sys.path or real == f"/proc/{os.getpid()}/clear_refs":

@@ -12,7 +12,7 @@ from controlkit.annotators import all_kinds
 from controlkit.data.layouts import DRAWN, own_facts
 from controlkit.data.layouts.rows import json_lines
 from controlkit.data.pairs import CirclePairs
-from controlkit.errors import Mismatch, NotFound, nearest
+from controlkit.errors import Mismatch, NotFound, nearest, one_line
 from controlkit.files import mark_output, write_atomic
 from controlkit.images import write_png
 
@@ -91,7 +91,7 @@ def _begin_set(folder: Path, settings: Mapping[str, int]) -> None:
     if not drawn.is_file() and (folder / "prompt.json").is_file():
         raise Mismatch(f"{folder} holds a set that was not drawn here: give another folder.")
     if begun != settings:
-        ours, theirs = (" and ".join(f"{key} {of.get(key)}" for key in settings) for of in (settings, begun))
+        ours, theirs = (" and ".join(f"{key} {one_line(of.get(key))}" for key in settings) for of in (settings, begun))
         raise Mismatch(f"{folder} was begun with {theirs}, not {ours}: go on with those, or give another folder.")
     mark_output(folder, "data make")
     write_atomic(drawn, (json.dumps(settings) + "\n").encode())
