@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,6 +114,22 @@ def _is_plain(held: Any) -> bool:
     return type(step) is int and type(loss) is type(seconds) is float and 0 <= step <= 10**9 and 0 <= seconds <= 1e9
 
 
+def _values(lines: list[str]) -> Iterator[Any]:
+    """The values of lines of JSON, up to the first line that is none."""
+    try:
+        held = json.loads(f"[{','.join(lines)}]")  # all at once takes half the time
+    except (ValueError, RecursionError):
+        held = []
+    if len(held) == len(lines):
+        yield from held
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            return
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's log; none where there is no log. What a kill or a full disk cut short ends it.
 
@@ -122,11 +138,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not inside(path.parent, path).is_file():
         return []
     found = list[dict[str, Any]]()
-    for number, line in enumerate(read_bytes(path, _LONGEST).decode(errors="replace").splitlines(), 1):
-        try:
-            held = json.loads(line)
-        except (ValueError, RecursionError):
-            break
+    for number, held in enumerate(_values(read_bytes(path, _LONGEST).decode(errors="replace").splitlines()), 1):
         try:
             if not _is_plain(held):
                 _Line.model_validate(held)
