@@ -1,0 +1,147 @@
+"""The recipe of docs/generation.md: its figures at toy size, its table of sheets, and the page that shows both."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from controlkit.annotators import contract
+from controlkit.controls import new_control
+from controlkit.data import Pair
+from controlkit.errors import Invalid
+from controlkit.formats import SavedControl
+from controlkit.measure import EvaluationPlan
+from controlkit.mini.scenes import draw_scene
+from controlkit.sample import ControlRequest, Request, maker
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
+    return lambda name: importlib.import_module(f"generation_{name}")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Two pairs of scenes with a figure, at the toy base's size."""
+    drawn = (draw_scene(32, 9, index) for index in range(100))
+    people = (scene for scene in drawn if len(scene.keypoints))
+    return [Pair(scene.picture, scene.captions[0], truth=scene) for scene, _ in zip(people, range(2), strict=False)]
+
+
+class World:
+    """A world of few pairs, with a referee of random weights."""
+
+    def __init__(self, pairs, referee):
+        self.pairs, self.referee = pairs, lambda device: referee
+
+    def heldout(self, spec, size, num):
+        return self.pairs[:num], [pair.picture for pair in self.pairs]
+
+
+@pytest.fixture
+def lab(recipe, scenes, toy_base, referee, drawn_joins, monkeypatch):
+    """A lab at toy size, with controls of random weights in the place of those that are shipped."""
+    figures = recipe("figures")
+    monkeypatch.setattr(figures, "EMBEDDED", World(scenes, referee))
+    controls = {
+        name: SavedControl(drawn_joins(new_control(toy_base), seed), contract(name))
+        for seed, name in enumerate(("canny", "scribble", "depth", "pose"))
+    }
+    return figures.Lab(toy_base, num=2, steps=1, counts=(1, 2), _controls=controls)
+
+
+def test_every_figure_is_written_when_it_is_done_and_kept(recipe, lab, tmp_path):
+    figures, told = recipe("figures"), []
+    path = tmp_path / "generation.json"
+    first = figures.measure(lab, path, list(figures.FIGURES), told.append)
+    assert len(told) == sum(len(parts) for parts in figures.FIGURES.values())
+    assert json.loads(path.read_text()) == json.loads(json.dumps(first))
+    figures.measure(lab, path, list(figures.FIGURES), told.append)
+    assert len(told) == sum(len(parts) for parts in figures.FIGURES.values())
+    for line in ("| pose | both |", "| canny | cfg-weights |", "| depth | pose |", "| UniPC |"):
+        assert line in recipe("report").tables(first)
+    recipe("report").curve(first["by_steps"], tmp_path / "steps.svg")
+    assert all(name in (tmp_path / "steps.svg").read_text() for name in figures.SCHEDULERS)
+    lab.steps = 2
+    with pytest.raises(Invalid, match="other settings"):
+        figures.measure(lab, path, ["together"], told.append)
+
+
+def test_a_request_is_made_once_and_has_the_controls_of_all_plans(lab, scenes):
+    made = []
+    lab.on_step = made.append
+    pose, depth = (lab.plan(name, scenes) for name in ("pose", "depth"))
+    both = lab.pictures(pose, depth)
+    assert sum(made) == 2
+    again, other = lab.pictures(pose, depth), lab.pictures(pose, depth, way="shuffled")
+    assert sum(made) == 4 and all(a is b for a, b in zip(again, both, strict=True))
+    used = (pose.with_hint(pose.hints[1]), depth.with_hint(depth.hints[1]))
+    for seed, picture in ((1, both[1]), (0, other[0])):  # shuffled: each has the other's hints
+        asked = Request(prompt=scenes[seed].prompt, seed=seed, steps=1, controls=used)
+        [one] = maker(lab.base, lab._controls)([asked])
+        assert np.abs(one.pixels.astype(int) - picture).max() <= 1  # in a batch, and by itself
+
+
+def test_a_share_is_of_the_first_condition_and_a_part_is_measured_by_itself(recipe, scenes):
+    plan = EvaluationPlan(ControlRequest(name="canny"), contract("canny"), scenes)
+    true = [pair.picture for pair in scenes]
+    grey = [np.full_like(picture, 128) for picture in true]
+    right = [np.concatenate([picture[:, :16], grey[0][:, 16:]], 1) for picture in true]
+    conditions = recipe("figures").Conditions(
+        plan, {"true": true, "left alone": right, "none": grey}, grey, {"": grey}, true
+    )
+    whole, part = conditions.measured(), conditions.measured(np.s_[:, :14])  # two pixels off what is changed
+    assert [whole[name]["share"]["mean"] for name in ("true", "none")] == [1, 0]
+    assert 0 < whole["left alone"]["share"]["mean"] < 1 and part["left alone"]["share"]["mean"] == 1
+    assert part["true"]["fidelity"] == part["left alone"]["fidelity"]
+
+
+def test_a_silent_half_is_black_and_the_other_as_it_was(recipe, scenes):
+    hint = EvaluationPlan(ControlRequest(name="depth"), contract("depth"), scenes).hints
+    for pair, was in zip(recipe("figures").emptied(scenes, hint), hint, strict=True):
+        assert not pair.hint[:, :16].any() and was[:, :16].any()
+        assert np.array_equal(pair.hint[:, 16:], was[:, 16:])
+
+
+def test_a_cell_changes_what_it_names_alone(recipe):
+    sheets = recipe("sheets")
+    start = Request(prompt="a cat", controls=[ControlRequest(name="pose", scale=2), ControlRequest(name="depth")])
+    changed = sheets.Cell("", {"steps": 3}, [None, {"end": 0.5}]).of(start)
+    assert changed == Request(prompt="a cat", steps=3, controls=[ControlRequest(name="depth", end=0.5)])
+    assert sheets.Cell("").of(start) == start
+
+
+def test_a_sheet_has_a_row_for_each_seed_and_columns_for_hints_and_cells(recipe, lab, scenes):
+    sheets = recipe("sheets")
+    start = Request(prompt="", steps=1, controls=[ControlRequest(name="canny", images=scenes[0].picture)])
+    sheet = sheets.Sheet("", "", lambda: start, [sheets.used(scale=0), sheets.used(scale=1)], seeds=(3, 4, 5))
+    picture = sheets.drawn(sheet, lab.base, lab._controls)
+    assert picture.shape == (20 + 3 * (sheets.CELL + 4) + 4, 3 * (sheets.CELL + 4) + 4, 3)
+    cells = [[picture[24 + y * 116 :, 4 + x * 116 :][:112, :112] for x in range(3)] for y in range(3)]
+    assert (cells[1][0] == 255).all()  # the hint is shown once
+    assert not np.array_equal(cells[0][1], cells[0][2]) and not np.array_equal(cells[0][1], cells[1][1])
+
+
+def test_the_page_shows_every_sheet_with_its_line_and_none_is_large(recipe):
+    page = (DOCS / "generation.md").read_text()
+    names = [sheet.name for sheet in recipe("sheets").SHEETS]
+    assert len(set(names)) == len(names)
+    for sheet in recipe("sheets").SHEETS:
+        assert sheet.shows and f"![{sheet.name}](generation/{sheet.name}.webp)\n\n{sheet.shows}\n" in page
+    sizes = {path.stem: path.stat().st_size for path in (DOCS / "generation").glob("*.webp")}
+    assert sorted(sizes) == sorted(names)
+    assert max(sizes.values()) <= 40_000 and sum(sizes.values()) <= 500_000
+
+
+def test_the_page_states_the_figures_that_were_measured(recipe):
+    page, report = (DOCS / "generation.md").read_text(), json.loads((DOCS / "generation.json").read_text())
+    figures = recipe("figures").FIGURES
+    assert {name: list(parts) for name, parts in figures.items()} == {name: list(report[name]) for name in figures}
+    for table in recipe("report").tables(report).split("\n\n"):
+        assert table in page
+    assert "](generation/steps.svg)" in page and (DOCS / "generation" / "steps.svg").stat().st_size < 60_000
