@@ -159,7 +159,7 @@ class Conditions:
         mixed = {name: scores(pictures) for name, pictures in self.shuffled.items()}
         got = {name: scores(pictures) for name, pictures in self.made.items()}
         first, metric = next(iter(got)), metric_of(spec).name
-        floor = {name: mixed.get(name, mixed.get("")) for name in got}
+        floor = {name: mixed[name if name in mixed else ""] for name in got}
         report = {}
         for name, values in got.items():
             found = obedience(values, none, floor[name], ceiling, metric)
@@ -210,7 +210,8 @@ def unprompted(lab: Lab, name: str) -> Report:
     plain = next(iter(plans.values()))
     none = lab.pictures(plain, way="no_control")
     made = {way: lab.pictures(plan) for way, plan in plans.items()}
-    shuffled = {way: lab.pictures(plan, way="shuffled") for way, plan in plans.items()}
+    floors = {"": plain, "cfg-weights": plans["cfg-weights"]}
+    shuffled = {way: lab.pictures(plan, way="shuffled") for way, plan in floors.items()}
     measured = Conditions(plain, made, none, shuffled, lab.reconstructed(on)).measured()
     return merged(measured, judged(on, made, none))
 
@@ -232,7 +233,6 @@ def half_silent(lab: Lab, name: str, other: str, world: str) -> Report:
         "alone": (),
         "silent": (lab.plan(other, silent),),
         "silent, with a region": (lab.plan(other, silent, region=right),),
-        "silent, counted once": (lab.plan(other, silent, hint_cfg_scale=1.0),),
         "whole": (whole,),
     }
     made = {condition: lab.pictures(plan, *more) for condition, more in beside.items()}

@@ -91,154 +91,204 @@ def figure() -> Request:
     """A scene with a figure, for pose and depth together."""
     from controlkit.mini.scenes import draw_scene  # numba's import takes a second
 
-    scene = draw_scene(SIDE, SEED, 7)
+    scene = draw_scene(SIDE, SEED, 15)
     pair = Pair(scene.picture, scene.captions[0], truth=scene)
     hints = {name: hint_for_pair(pair, contract(name)) for name in ("pose", "depth")}
     used = tuple(ControlRequest(name=name, images=hint, ready=True) for name, hint in hints.items())
     return Request(prompt=pair.prompt, controls=used)
 
 
-def words(prompt: str = "", dialect: str = "a1111", **changes: Any) -> Callable[[], Request]:
-    """A start without control."""
-    return lambda: Request(prompt=prompt, dialect=dialect, **changes)
+def unlike() -> Request:
+    """The painted fish, with a prompt that asks for something else."""
+    return fish().model_copy(update={"prompt": "an owl, fluent style, on a blue background"})
 
 
-def over(name: str, values: Sequence[Any], label: str = "{}") -> list[Cell]:
-    """A cell for each value of a field of ``Request``."""
-    return [Cell(label.format(value), {name: value}) for value in values]
+def plainly() -> Request:
+    """The drawn cat, with a prompt that leaves style and ground open."""
+    return cat().model_copy(update={"prompt": "a cat face"})
 
 
-def used(**settings: Any) -> Cell:
+def unprompted() -> Request:
+    """The painted fish, without a prompt."""
+    return fish().model_copy(update={"prompt": ""})
+
+
+def words() -> Request:
+    """A start without control; each cell has a prompt of its own."""
+    return Request(dialect="a1111")
+
+
+def prompts(texts: Mapping[str, str]) -> list[Cell]:
+    """A cell for each prompt, by its label."""
+    return [Cell(label, {"prompt": text}) for label, text in texts.items()]
+
+
+def used(label: str, **settings: Any) -> Cell:
     """A cell with settings of the first control."""
-    label = ", ".join(f"{name} {value}" for name, value in settings.items())
     return Cell(label, controls=(settings,))
 
 
-TAPS = 7  # of the controls of mini: six skips, the middle block
-
-
-def steps_of(count: int, first: float, last: float) -> tuple[float, ...]:
-    """Factors for each of ``count`` steps, from ``first`` to ``last`` in equal parts."""
-    return tuple(float(value) for value in np.linspace(first, last, count).round(3))
+def steps_from(first: float, last: float) -> tuple[float, ...]:
+    """A factor for each of 20 steps, from ``first`` to ``last`` in equal parts."""
+    return tuple(float(value) for value in np.linspace(first, last, 20).round(3))
 
 
 SHEETS = (
-    Sheet("scale", "", fish, [used(scale=value) for value in (0, 0.25, 0.5, 1, 1.5, 2)]),
+    Sheet(
+        "scale",
+        "At 0 the base draws a fish of its own; the outline comes with the scale, and beyond 1 the stripes as well.",
+        fish,
+        [used(f"scale={value:g}", scale=value) for value in (0, 0.25, 0.5, 1, 1.5, 2)],
+    ),
     Sheet(
         "start-end",
-        "",
+        "The outline is settled in the middle of the run: its first or last fifth alone does next to nothing.",
         fish,
         [
-            Cell(f"{start:g} to {end:g}", controls=({"start": start, "end": end},))
+            used(f"start={start:g}, end={end:g}", start=start, end=end)
             for start, end in ((0, 1), (0, 0.2), (0, 0.5), (0.2, 1), (0.5, 1), (0.8, 1))
         ],
     ),
     Sheet(
         "by-step",
-        "",
+        "Factors that fall to 0 leave eye and stripes to the base; those that rise from 0 come too late for the fins.",
         fish,
         [
-            Cell(label, controls=({"by_step": factors},))
-            for label, factors in (
-                ("1 on all", ()),
-                ("1 to 0", steps_of(20, 1, 0)),
-                ("0 to 1", steps_of(20, 0, 1)),
-                ("2 to 0", steps_of(20, 2, 0)),
-                ("0 to 2", steps_of(20, 0, 2)),
-            )
+            used("1 on all steps"),
+            *(
+                used(f"from {first} to {last}", by_step=steps_from(first, last))
+                for first, last in ((1, 0), (0, 1), (2, 0), (0, 2))
+            ),
         ],
     ),
     Sheet(
         "by-tap",
-        "",
+        "Of the seven taps of `mini` the finest three hold most of the outline, the next three some, the last none.",
         fish,
         [
-            Cell(label, controls=({"by_tap": factors},))
-            for label, factors in (
-                ("1 on all", ()),
-                ("finest three", (1, 1, 1, 0, 0, 0, 0)),
-                ("next three", (0, 0, 0, 1, 1, 1, 0)),
-                ("middle", (0, 0, 0, 0, 0, 0, 1)),
-                ("without middle", (1, 1, 1, 1, 1, 1, 0)),
-            )
+            used("1 on all taps"),
+            used("1/1/1/0/0/0/0", by_tap=(1, 1, 1, 0, 0, 0, 0)),
+            used("0/0/0/1/1/1/0", by_tap=(0, 0, 0, 1, 1, 1, 0)),
+            used("0/0/0/0/0/0/1", by_tap=(0, 0, 0, 0, 0, 0, 1)),
+            used("1/1/1/1/1/1/0", by_tap=(1, 1, 1, 1, 1, 1, 0)),
         ],
     ),
-    Sheet("mode", "", cat, [used(mode=value) for value in ("balanced", "prompt", "control")]),
+    Sheet(
+        "mode",
+        "An owl is asked for under the outline of a fish: `balanced` fills the outline, `prompt` draws an owl.",
+        unlike,
+        [used(f"mode={value}", mode=value) for value in ("balanced", "prompt", "control")],
+    ),
     Sheet(
         "no-prompt",
-        "",
-        lambda: fish().model_copy(update={"prompt": ""}),
+        "Counted once, the hint gives pale pictures; the others strengthen it; `guess` keeps little but the outline.",
+        unprompted,
         [
-            Cell("hint-cfg 1", controls=({"hint_cfg_scale": 1},)),
-            Cell("as shipped: 2.25", {}),
-            Cell("cond-only", controls=({"cond_only": True},)),
-            Cell("guess", controls=({"guess": True},)),
-            Cell("cfg-weights", controls=({"cfg_weights": True},)),
+            used("hint-cfg=1", hint_cfg_scale=1),
+            used("2.25, as shipped"),
+            used("cond-only", cond_only=True),
+            used("guess", guess=True),
+            used("cfg-weights", cfg_weights=True),
         ],
     ),
-    Sheet("hint-cfg", "", fish, [Cell(f"hint-cfg {v:g}", controls=({"hint_cfg_scale": v},)) for v in (0, 1, 2, 3, 4)]),
+    Sheet(
+        "hint-cfg",
+        "The more often guidance counts the hint, the more exactly it is followed: eye, stripes and fins.",
+        fish,
+        [used(f"hint-cfg={value}", hint_cfg_scale=value) for value in range(5)],
+    ),
     Sheet(
         "region",
-        "",
+        "Where the mask is white the outline is followed; elsewhere the base draws its own fish.",
         fish,
-        [
-            Cell("everywhere", {}),
-            Cell("left", controls=({"region": half("left")},)),
-            Cell("right", controls=({"region": half("right")},)),
-        ],
-        lead=[("region left", half("left"))],
+        [used("everywhere"), used("region=left", region=half("left")), used("region=right", region=half("right"))],
+        lead=[("left.png", np.minimum(half("left"), 225))],
     ),
     Sheet(
         "together",
-        "",
+        "The pose places the figure alone, the depth map the cylinder, too; both together agree.",
         figure,
         [
             Cell("without", controls=(None, None)),
             Cell("pose alone", controls=({}, None)),
             Cell("depth alone", controls=(None, {})),
-            Cell("both", {}),
+            Cell("both"),
         ],
     ),
     Sheet(
         "weights",
-        "",
-        words(),
-        over("prompt", [f"a red apple, (3d style:{w}), on a teal background" for w in (0, 0.5, 1, 1.5)], "{}"),
+        "The more the style weighs, the smoother and redder the apple; at 2 its leaf goes and the ground breaks up.",
+        words,
+        prompts(
+            {
+                f"(3d style:{weight})": f"a red apple, (3d style:{weight}), on a teal background"
+                for weight in (0, 0.5, 1, 1.5, 2)
+            }
+        ),
     ),
     Sheet(
         "schedule",
-        "",
-        words(),
-        over(
-            "prompt",
-            [f"a [cat face:dog face:{w}], 3d style, on a teal background" for w in (0, 0.2, 0.5, 0.8, 1)],
-            "{}",
+        "A dog at once, after a fifth, half or four fifths of the steps, or never; after half, a cat has a dog's snout.",
+        words,
+        prompts(
+            {
+                f"[cat:dog:{when}]": f"a [cat face:dog face:{when}], 3d style, on a teal background"
+                for when in (0.0, 0.2, 0.5, 0.8, 1.0)
+            }
         ),
     ),
     Sheet(
         "joined",
-        "",
-        words(),
-        over(
-            "prompt",
-            ["a cat face", "an owl", "a [cat face|owl]", "a cat face AND an owl", "a cat face AND an owl :0.5"],
+        "In turns, or both at once, the two become one picture: the owl's face with the cat's ears.",
+        words,
+        prompts(
+            {
+                "cat face": "a cat face",
+                "owl": "an owl",
+                "[cat face|owl]": "a [cat face|owl]",
+                "cat face AND owl": "a cat face AND an owl",
+                "… AND owl :0.5": "a cat face AND an owl :0.5",
+            }
         ),
     ),
-    Sheet("clip-skip", "", cat, [Cell(f"clip-skip {n}", {"dialect": "a1111", "clip_skip": n}) for n in (1, 2, 3, 4)]),
+    Sheet(
+        "clip-skip",
+        "The text encoder of `mini` has two layers: without the last one seed 1 has other noses, eyes and flames.",
+        words,
+        [
+            Cell(f"{what}, clip skip {layers}", {"prompt": f"a {what}", "clip_skip": layers})
+            for what in ("rocket", "cat face", "panda")
+            for layers in (1, 2)
+        ],
+    ),
     Sheet(
         "schedulers",
-        "",
+        "Six steps each. Karras's spacing spends five of them where all is noise, as `mini` has zero terminal SNR.",
         cat,
-        [Cell(n, {"scheduler": n, "steps": 8}) for n in ("DDIM", "Euler a", "DPM++ 2M Karras", "UniPC", "LCM")],
+        [
+            Cell(name, {"scheduler": name, "steps": 6})
+            for name in ("DDIM", "Euler a", "DPM++ 2M", "DPM++ 2M Karras", "UniPC", "LCM")
+        ],
     ),
-    Sheet("guidance", "", cat, over("guidance", (1, 2, 4, 8, 16), "guidance {}")),
+    Sheet(
+        "guidance",
+        "More guidance, more contrast: at 8 the colours begin to glare, at 16 the face falls apart.",
+        cat,
+        [Cell(f"guidance {value}", {"guidance": value}) for value in (1, 2, 4, 8, 16)],
+    ),
     Sheet(
         "guidance-rescale",
-        "",
+        "Guidance 16: the glare goes as the spread of the conditional prediction comes back; what broke stays broken.",
         cat,
-        [Cell(f"rescale {v}", {"guidance": 16, "guidance_rescale": v}) for v in (0, 0.35, 0.7, 1)],
+        [Cell(f"rescale {value}", {"guidance": 16, "guidance_rescale": value}) for value in (0, 0.35, 0.7, 1)],
     ),
-    Sheet("seeds", "", cat, over("seed", range(6), "seed {}"), seeds=(0,)),
+    Sheet(
+        "seeds",
+        "The same lines under a prompt that names neither style nor ground: the seed chooses.",
+        plainly,
+        [Cell(f"seed {seed}", {"seed": seed}) for seed in range(6)],
+        seeds=(0,),
+    ),
 )
 
 

@@ -119,7 +119,7 @@ def test_a_cell_changes_what_it_names_alone(recipe):
 def test_a_sheet_has_a_row_for_each_seed_and_columns_for_hints_and_cells(recipe, lab, scenes):
     sheets = recipe("sheets")
     start = Request(prompt="", steps=1, controls=[ControlRequest(name="canny", images=scenes[0].picture)])
-    sheet = sheets.Sheet("", "", lambda: start, [sheets.used(scale=0), sheets.used(scale=1)], seeds=(3, 4, 5))
+    sheet = sheets.Sheet("", "", lambda: start, [sheets.used("without", scale=0), sheets.used("with")], seeds=(3, 4, 5))
     picture = sheets.drawn(sheet, lab.base, lab._controls)
     assert picture.shape == (20 + 3 * (sheets.CELL + 4) + 4, 3 * (sheets.CELL + 4) + 4, 3)
     cells = [[picture[24 + y * 116 :, 4 + x * 116 :][:112, :112] for x in range(3)] for y in range(3)]
