@@ -228,7 +228,7 @@ SHEETS = (
     ),
     Sheet(
         "schedule",
-        "A dog at once, after a fifth, half or four fifths of the steps, or never; after half, a cat has a dog's snout.",
+        "A dog at once, after a fifth, half or four fifths of the steps, or never; after half a cat has a dog's snout.",
         words,
         prompts(
             {
