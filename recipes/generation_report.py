@@ -17,13 +17,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def obeyed(one: Report) -> str:
-    """A condition's obedience with its interval."""
+    """A condition's obedience with its interval; "" without control."""
+    if "obedience" not in one:
+        return ""
     mean, low, high = (one["obedience"][end] for end in ("mean", "low", "high"))
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]" + ("" if one["is_meaningful"] else " (does not count)")
 
 
 def share(one: Report) -> str:
-    """A condition's share of the first condition's, in percent, with its interval."""
+    """A condition's share of the first condition's, in percent, with its interval; "" of the first itself."""
+    if "share" not in one or one["share"]["low"] == one["share"]["high"]:
+        return ""
     return "{mean:.0%} [{low:.0%}, {high:.0%}]".format(**one["share"])
 
 
@@ -35,7 +39,7 @@ def quality(one: Report) -> list[str]:
 
 def _together(report: Report) -> str:
     rows = [
-        [name, used, *([obeyed(one), share(one)] if "share" in one else ["", ""]), *quality(one)]
+        [name, used, obeyed(one), share(one), *quality(one)]
         for name, found in report["pose, depth"].items()
         for used, one in found.items()
     ]
@@ -44,7 +48,7 @@ def _together(report: Report) -> str:
 
 def _unprompted(report: Report) -> str:
     rows = [
-        [name, used, *([obeyed(one), share(one)] if "share" in one else ["", ""]), *quality(one)]
+        [name, used, obeyed(one), share(one), *quality(one)]
         for name, found in report.items()
         for used, one in found.items()
     ]

@@ -98,14 +98,15 @@ def test_a_share_is_of_the_first_condition_and_a_part_is_measured_by_itself(reci
     plan = EvaluationPlan(ControlRequest(name="canny"), contract("canny"), scenes)
     true = [pair.picture for pair in scenes]
     grey = [np.full_like(picture, 128) for picture in true]
-    right = [np.concatenate([picture[:, :16], grey[0][:, 16:]], 1) for picture in true]
-    conditions = recipe("figures").Conditions(
-        plan, {"true": true, "left alone": right, "none": grey}, grey, {"": grey}, true
-    )
+    left = [np.concatenate([picture[:, :16], grey[0][:, 16:]], 1) for picture in true]
+    made = {"left alone": left, "true": true, "none": grey}
+    conditions = recipe("figures").Conditions(plan, made, grey, {"": grey}, true)
     whole, part = conditions.measured(), conditions.measured(np.s_[:, :14])  # two pixels off what is changed
-    assert [whole[name]["share"]["mean"] for name in ("true", "none")] == [1, 0]
-    assert 0 < whole["left alone"]["share"]["mean"] < 1 and part["left alone"]["share"]["mean"] == 1
-    assert part["true"]["fidelity"] == part["left alone"]["fidelity"]
+    obeyed = whole["left alone"]["obedience"]["mean"]
+    assert 0 < obeyed < 1
+    assert [whole[name]["share"]["mean"] for name in made] == pytest.approx([1, 1 / obeyed, 0])
+    assert part["left alone"]["obedience"]["mean"] == 1
+    assert part["left alone"]["fidelity"] == part["true"]["fidelity"]
 
 
 def test_a_silent_half_is_black_and_the_other_as_it_was(recipe, scenes):
