@@ -86,6 +86,7 @@ class Lab:
             "guidance": self.guidance,
             "counts": list(self.counts),
             "scale": 1.0,
+            "hint_cfg_scale": self.control("canny").hint_cfg_scale,
             "seeds": f"0-{self.num - 1}",
             "base": self.base.name,
             "base_digest": self.base.digest,

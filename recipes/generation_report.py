@@ -66,11 +66,13 @@ def _half_silent(report: Report) -> str:
 
 def _by_steps(report: Report) -> str:
     steps = [name for name in next(iter(report.values())) if name.isdigit()]
-    rows = [
-        [scheduler, *(f"{found[n]['obedience']['mean']:.2f}, {found[n]['fid']['mean']:.1f}" for n in steps)]
-        for scheduler, found in report.items()
-    ]
-    return table(("obedience, FID", *(f"{n} steps" for n in steps)), rows)
+
+    def cell(one: Report) -> str:
+        fell = "" if one["quality_kept"] else " (fell)"
+        return f"{one['obedience']['mean']:.2f}, {one['fid']['mean']:.1f}{fell}"
+
+    rows = [[scheduler, *(cell(found[n]) for n in steps)] for scheduler, found in report.items()]
+    return table(("obedience, FID (quality)", *(f"{n} steps" for n in steps)), rows)
 
 
 TABLES: dict[str, Callable[[Report], str]] = {

