@@ -27,6 +27,8 @@ from controlkit.errors import Invalid
 from controlkit.files import parse_json, write_atomic
 
 Resize = Literal["area", "lines", "nearest"]
+Fitting = Literal["crop", "stretch", "fill"]
+"""Ways to bring a picture to another shape: ``fit``, ``stretch``, and ``surround`` at its ``inner_size``."""
 
 MOST_SIDE = 16_384
 """The longest side, in pixels, of a picture to be made."""
@@ -195,26 +197,66 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
     height, width = size
     if picture.shape[:2] == (height, width):
         return picture
-    if picture.shape[-1] > 4 and picture.ndim == 3:  # more than OpenCV takes at once
-        return np.concatenate([fit(picture[..., k : k + 4], size, how) for k in range(0, picture.shape[-1], 4)], 2)
     scale = max(height / picture.shape[0], width / picture.shape[1])
     if picture.shape[0] * scale * picture.shape[1] * scale > max(_MOST_SCALED, 4 * height * width):
         # Of a strip, nearly all would be made large only to be cut off: cut it first.
         keep = [math.ceil(side / scale) + 2 for side in size]
         top, left = (max((side - kept) // 2, 0) for side, kept in zip(picture.shape[:2], keep, strict=True))
         picture = picture[top : top + keep[0], left : left + keep[1]]
+    covering = (max(round(picture.shape[0] * scale), height), max(round(picture.shape[1] * scale), width))
+    resized = _scaled(picture, covering, how, (scale, scale))
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resized[top : top + height, left : left + width]
+
+
+def stretch(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
+    """Scale to ``size`` (height, width), whatever its shape ("Just Resize" elsewhere); pictures as for ``fit``."""
+    if picture.shape[:2] == size:
+        return picture
+    return _scaled(picture, size, how, (size[0] / picture.shape[0], size[1] / picture.shape[1]))
+
+
+def _scaled(picture: np.ndarray, size: tuple[int, int], how: Resize, scales: tuple[float, float]) -> np.ndarray:
+    """A picture scaled to ``size`` (height, width) by nearly these factors."""
+    if picture.ndim == 3 and picture.shape[-1] > 4:  # more than OpenCV takes at once
+        parts = [picture[..., k : k + 4] for k in range(0, picture.shape[-1], 4)]
+        return np.concatenate([_scaled(part, size, how, scales) for part in parts], 2)
     given = picture
-    scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
-    if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
-        span = math.ceil(1 / scale)
-        picture = cv2.dilate(picture, np.ones((span, span), np.uint8))
+    if how == "lines" and min(scales) < 1:  # the lightest value of each cell: the mean would turn a thin line grey
+        picture = cv2.dilate(picture, np.ones([math.ceil(max(1 / scale, 1)) for scale in scales], np.uint8))
     shrink, grow = (cv2.INTER_AREA, cv2.INTER_CUBIC) if how == "area" else (cv2.INTER_NEAREST,) * 2
-    resized = cv2.resize(picture, scaled, interpolation=shrink if scale < 1 else grow)
+    resized = cv2.resize(picture, size[::-1], interpolation=shrink if scales[0] * scales[1] < 1 else grow)
     resized = resized.reshape(*resized.shape[:2], *given.shape[2:])  # OpenCV drops a single channel
     if given.dtype.kind == "f":  # as whole numbers cannot go beyond their type's
         resized = resized.clip(given.min((0, 1)), given.max((0, 1)))
-    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
-    return resized[top : top + height, left : left + width]
+    return resized
+
+
+def inner_size(shape: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture of ``shape`` (H, W, ...) scaled to fit into ``size``, at least 1 pixel each."""
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    return max(round(shape[0] * scale), 1), max(round(shape[1] * scale), 1)
+
+
+def surround(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
+    """A picture (H, W, C) in the middle of ``size`` (height, width), which it fits in ("Resize and Fill" elsewhere).
+
+    The rest is what its border is mostly: the median of each channel, or the commonest value where values must not be
+    mixed (``how`` is not ``area``); around a picture with a mask, uint8 (H, W, 4), it is masked.
+    """
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    if picture.dtype == np.uint8 and picture.shape[-1] == 4:
+        value = np.zeros(4, np.uint8)
+    elif how == "area":
+        value = np.median(border, 0)
+    else:
+        values, counts = np.unique(border, axis=0, return_counts=True)
+        value = values[counts.argmax()]
+    whole = np.empty((*size, picture.shape[-1]), picture.dtype)
+    whole[:] = value.astype(picture.dtype)
+    top, left = ((outer - inner) // 2 for outer, inner in zip(size, picture.shape[:2], strict=True))
+    whole[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return whole
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:

@@ -68,7 +68,7 @@ class Setting:
         setting = cls(folder, toy, load_base(toy))
         for module in (cli.pictures, cli.runs, cli.data, cli.weights):
             module.loaded_base = setting.loaded
-        sample.pictures = _no_pictures
+        sample.generate = _black_pictures
         sys.modules["controlkit.data"].load_captioner = lambda name, device: _Captioner()
         return setting
 
@@ -88,9 +88,10 @@ class _Captioner:
         return ["a picture"] * len(pictures)
 
 
-def _no_pictures(steps: Any, *_: Any) -> Any:
-    """Black pictures of no request, in place of sampling."""
-    yield Picture(Request(), np.zeros((8, 8, 3), np.uint8))
+def _black_pictures(base: Any, prepared: Any, *_: Any) -> Any:
+    """Black pictures, in place of sampling."""
+    for one in prepared:
+        yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from controlkit.backbones.noise import Prediction
 from controlkit.backbones.parts import make_network, open_part, read_tokenizer
 from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.rules import (
+    channels_read,
     check_folder,
     check_signs,
     check_text,
@@ -188,6 +189,7 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     header = open_tensors(path)
     family = _family_of(header)
     check_signs(path, header.shapes, bool(family.pooled_width))
+    family = replace(family, inpaints=channels_read(header.shapes) > 4)
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
         family = replace(family, latent_size=64)

@@ -158,6 +158,15 @@ class Backbone(Protocol):
         """Channels of the latents."""
 
     @property
+    def inpaints(self) -> bool:
+        """Whether ``predict`` reads (B, 2 C + 1, h, w): noisy latents, the mask, and latents of the masked picture.
+
+        The mask is 1 where the picture is to be made anew; there the masked picture is grey. Given (B, C, h, w), it
+        takes the whole picture as masked.
+        """
+        return False
+
+    @property
     def signature(self) -> dict[str, Any]:
         """The facts that a control must match to run on this base; equal signatures mean equal shapes everywhere."""
 

@@ -1,6 +1,6 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
-from controlkit.sample.loop import Denoised, HintTensors, Maker, Steering, denoise, generate, maker, pictures
+from controlkit.sample.loop import Denoised, HintTensors, Maker, Start, Steering, denoise, generate, maker, pictures
 from controlkit.sample.prepare import (
     Prepared,
     PreparedControl,
@@ -10,20 +10,31 @@ from controlkit.sample.prepare import (
     picture_size,
     prepare,
 )
-from controlkit.sample.request import PLAIN_PROMPT, ControlRequest, Picture, Request, Step
+from controlkit.sample.request import (
+    PLAIN_PROMPT,
+    ControlRequest,
+    EditRequest,
+    HiresRequest,
+    Picture,
+    Request,
+    Step,
+)
 from controlkit.sample.scales import scale_table
 
 __all__ = [
     "PLAIN_PROMPT",
     "ControlRequest",
     "Denoised",
+    "EditRequest",
     "HintTensors",
+    "HiresRequest",
     "Maker",
     "Picture",
     "Prepared",
     "PreparedControl",
     "Request",
     "SamplingSettings",
+    "Start",
     "Steering",
     "Step",
     "check_pictures",
