@@ -19,7 +19,7 @@ from controlkit.backbones import UNetBase
 from controlkit.backbones.unet_families import FAMILIES, unet_config
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
-from controlkit.errors import UserError
+from controlkit.errors import Mismatch, UserError
 from controlkit.formats import (
     WEIGHTS,
     SavedControl,
