@@ -431,9 +431,12 @@ def test_a_file_that_lacks_something_is_refused(originals, single_file, kind, st
     assert f"is not a whole {kind} checkpoint" in sentence
 
 
-def test_a_file_of_an_inpainting_model_is_refused(single_file):
-    path = single_file("sd15", {"model.diffusion_model.input_blocks.0.0.weight": torch.randn(32, 9, 3, 3)})
-    assert "inpainting" in refusal(path)
+def test_a_file_of_an_inpainting_model_is_read_and_one_of_an_editing_model_is_refused(single_file):
+    weight = torch.randn(32, 9, 3, 3)
+    entry = "model.diffusion_model.input_blocks.0.0.weight"
+    base = load_base(single_file("sd15", {entry: weight}))
+    assert base.inpaints and torch.equal(base.unet.conv_in.weight, weight) and base.latent_channels == 4
+    assert "editing" in refusal(single_file("sd15", {entry: weight[:, :8]}))
 
 
 def test_a_file_of_no_known_family_is_refused_with_its_width(single_file):
@@ -876,11 +879,13 @@ def test_a_folder_s_index_that_is_none_is_refused(folders, tmp_path, text):
     assert "model_index.json" in refusal(tmp_path / "base")
 
 
-def test_a_folder_of_an_inpainting_model_is_refused(small, folders, tmp_path):
+def test_a_folder_of_an_inpainting_model_is_read_and_one_of_an_editing_model_is_refused(small, folders, tmp_path):
     shutil.copytree(folders("sd15"), tmp_path / "base")
     config = {name: value for name, value in small("sd15").unet.config.items() if not name.startswith("_")}
     UNet2DConditionModel(**config | {"in_channels": 9}).save_pretrained(tmp_path / "base" / "unet")
-    assert "inpainting" in refusal(tmp_path / "base")
+    assert load_base(tmp_path / "base").inpaints
+    UNet2DConditionModel(**config | {"in_channels": 8}).save_pretrained(tmp_path / "base" / "unet")
+    assert "editing" in refusal(tmp_path / "base")
 
 
 def test_a_folder_whose_weights_lack_a_tensor_is_refused(folders, tmp_path):

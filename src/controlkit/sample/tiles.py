@@ -42,7 +42,7 @@ class Tile:
         return self.of(scaled)
 
     def weight(self) -> Tensor:
-        """How much it counts, (height, width): more towards the middle, so that neighbours pass evenly into each other."""
+        """How much it counts, (height, width): more towards the middle, so that neighbours pass into each other."""
         tents = [torch.minimum(torch.arange(size) + 0.5, size - 0.5 - torch.arange(size)) for _, size in self._sides()]
         return tents[0][:, None] * tents[1]
 
