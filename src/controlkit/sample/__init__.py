@@ -10,6 +10,7 @@ from controlkit.sample.prepare import (
     picture_size,
     prepare,
 )
+from controlkit.sample.preview import LinearPreviewer, Previewer
 from controlkit.sample.request import PLAIN_PROMPT, ControlRequest, Picture, Request, Step
 from controlkit.sample.scales import scale_table
 
@@ -18,10 +19,12 @@ __all__ = [
     "ControlRequest",
     "Denoised",
     "HintTensors",
+    "LinearPreviewer",
     "Maker",
     "Picture",
     "Prepared",
     "PreparedControl",
+    "Previewer",
     "Request",
     "SamplingSettings",
     "Steering",
