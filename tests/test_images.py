@@ -21,8 +21,10 @@ from controlkit.images import (
     inner_size,
     read_hint,
     read_picture,
+    read_settings,
     stretch,
     surround,
+    thumbnail,
     to_pictures,
     to_tensor,
     write_png,
@@ -340,9 +342,10 @@ def test_a_write_makes_its_folders_and_replaces_the_file(tmp_path):
 
 def test_a_png_carries_its_settings(tmp_path):
     picture, settings = noise(4, 4), {"prompt": "a café, »3d«", "seed": 7, "scale": 0.5}
-    write_png(tmp_path / "made.png", picture, settings)
+    write_png(tmp_path / "made.png", picture, settings, infotext="a café\nSteps: 1")
     with Image.open(tmp_path / "made.png") as opened:
-        assert json.loads(opened.text["parameters"]) == settings
+        assert json.loads(opened.text["controlkit"]) == settings == read_settings(tmp_path / "made.png")
+        assert opened.text["parameters"] == "a café\nSteps: 1"
     assert np.array_equal(read_picture(tmp_path / "made.png"), picture)
 
 
@@ -356,6 +359,25 @@ def test_a_grid_lays_rows_and_columns_out_below_their_labels():
     assert np.array_equal(labelled[20:], plain)
     assert (labelled[:20, 4:20] < 128).any()
     assert (labelled[:20, 20:24] == 255).all(), "a label ran into its neighbour"
+
+
+def test_labels_of_rows_stand_left_of_them_and_are_broken_between_words():
+    rows = [[np.full((8, 8, 3), 30 * i, np.uint8)] * 2 for i in range(3)]
+    plain = grid(rows, ["a", "b"], cell=64)
+    sheet = grid(
+        rows, ["a", "b"], cell=64, row_labels=["one", "", "several words more than fit in the width of a cell"]
+    )
+    assert np.array_equal(sheet[:, 68:], plain), "the rest is as without them"
+    first, second, third = (sheet[24 + 68 * i : 24 + 68 * i + 64, :68] for i in range(3))
+    assert (first[:20] < 128).any() and not (first[24:] < 255).any(), "one line"
+    assert (second == 255).all()
+    assert (third[24:50] < 128).any() and (third[:, 66:] == 255).all(), "several lines, none wider than a cell"
+
+
+def test_a_thumbnail_is_as_large_as_a_grid_shows_it():
+    large, small = noise(300, 200), noise(20, 10)
+    assert thumbnail(small) is small and thumbnail(large).shape == (128, 85, 3)
+    assert np.array_equal(grid([[large, small]]), grid([[thumbnail(large), thumbnail(small)]]))
 
 
 def test_a_grid_keeps_each_picture_s_shape():

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from controlkit.annotators import contract
-from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, split_control
+from controlkit.cli.pictures import generate
+from controlkit.cli.requests import IN_REQUEST, control_requests, split_control
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
@@ -68,7 +69,7 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
         "picture-6.png",
     ]
     with Image.open(out / "picture-6.png") as picture:
-        facts = json.loads(picture.text["parameters"])
+        facts = json.loads(picture.text["controlkit"])
         assert picture.size == (32, 32)
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
     assert (facts["width"], facts["height"], facts["base"], facts["dtype"]) == (32, 32, str(toy_folder), "fp32")
@@ -82,22 +83,23 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
     assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
     code, _, err = run(*repeat, "--steps", 3)
     assert code == 2 and "leave out steps" in err
-    own = ["generate", "--request", out / "picture-5.png", "--base", toy_folder, "--out", tmp_path / "own"]
-    code, _, err = run(*own, "--num-images", 2)  # as many at once: a batch's size may change a last bit
-    assert code == 0, err
-    assert (tmp_path / "own" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
-    code, _, err = run("generate", "--request", drawing, "--base", toy_folder)
-    assert code == 2 and "drawing.png holds no settings" in err
+    code, _, err = run("generate", "--request", out / "picture-5.png", "--base", toy_folder)
+    assert code == 2 and "--like repeats it" in err
     (tmp_path / "request.json").write_text('{"steps": 0}')
     code, _, err = run(*repeat)
     assert code == 2 and "request.json" in err and '"steps" is 0' in err
 
 
 def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
-    """Or one given beside ``--request`` would be left unread without a word."""
+    """Or one given beside ``--request`` would be left unread without a word, and so in ``--like``."""
     beside = {
         "context",
         "request",
+        "like",
+        "prompts",
+        "grid",
+        "auto_prompt",
+        "captioner",
         "out",
         "base",
         "num_images",
@@ -106,6 +108,8 @@ def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
         "vae",
         "embedding",
         "follow",
+        "preview",
+        "taesd",
         "dtype",
         "device",
     }
@@ -219,7 +223,7 @@ def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
     for given, prompt in (([], "a high-quality, detailed, and professional image"), ([""], "")):
         assert run("generate", *given, "--base", toy_folder, "--steps", 1, "--out", tmp_path)[0] == 0
         with Image.open(tmp_path / "picture-0.png") as picture:
-            assert json.loads(picture.text["parameters"])["prompt"] == prompt
+            assert json.loads(picture.text["controlkit"])["prompt"] == prompt
 
 
 @pytest.mark.parametrize("dialect", ["plain", "a1111", "comfy"])
@@ -240,7 +244,7 @@ def test_a_prompt_is_read_in_its_dialect_and_the_picture_says_so(run, toy_folder
         options = ("--dialect", dialect, "--base", toy_folder, "--steps", 1, "--out", tmp_path / dialect)
         assert run("generate", prompt, *options)[0] == 0
         with Image.open(tmp_path / dialect / "picture-0.png") as picture:
-            settings = json.loads(picture.text["parameters"])
+            settings = json.loads(picture.text["controlkit"])
         assert (settings["dialect"], settings["prompt"]) == (dialect, prompt)
         made[dialect] = read_picture(tmp_path / dialect / "picture-0.png").tobytes()
     assert len({*made.values()}) == 3

@@ -27,7 +27,7 @@ from controlkit.data import make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
-from controlkit.sample import ControlRequest, Request
+from controlkit.sample import ControlRequest, Request, infotext
 from controlkit.tensors import open_tensors
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
@@ -84,7 +84,11 @@ def _pictures(suffix: str, folder: Path, toy: Path) -> None:
         except (OSError, ValueError, KeyError):  # not every format has every mode
             shutil.rmtree(target.parent)
     if suffix == ".png":
-        write_png(folder / "RGB" / "photo.png", _picture(), json.loads(Request(prompt="a red apple").to_json()))
+        request = Request(prompt="a red apple", negative_prompt="fog", scheduler="Euler a", size=(32, 32))
+        write_png(folder / "RGB" / "photo.png", _picture(), json.loads(request.to_json()))
+        facts = {"base": "mini", "lora": ["style"]}
+        (folder / "A1111").mkdir()
+        write_png(folder / "A1111" / "photo.png", _picture(), infotext=infotext.written(request, facts))
 
 
 def _arrays(folder: Path, toy: Path) -> None:
@@ -462,7 +466,7 @@ KINDS = [
     ),
     Kind("yaml beside", _beside, "control.safetensors", ("*.yaml",), _CONTROL),
     Kind("single file", _single_files, "base.*", ("*",), ("tensors", "describe", "inspect", "single file")),
-    Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae")),
+    Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae", "generate --taesd")),
     Kind("lora", _loras, "style.safetensors", ("*",), ("lora", "generate --lora")),
     Kind("embedding", _embeddings, "sparkle.*", ("*",), ("embedding", "generate --embedding")),
     Kind("base folder", _base, "base", ("base/*.json", "base/*/*.json", "base/*/*.txt"), ("base", "vae", "attach")),
@@ -473,7 +477,7 @@ KINDS = [
     Kind("metadata.csv", partial(_metadata, ".csv"), "set", ("set/metadata.csv",), _SET),
     Kind("prompt.json", _prompt_json, "set", ("set/prompt.json",), _SET),
     Kind("backends", _simpletuner, "set", ("set/multidatabackend.json",), _SET),
-    Kind("captions", _captions, ".", ("images/*.txt", "images/*.caption"), (*_SET, "caption")),
+    Kind("captions", _captions, ".", ("images/*.txt", "images/*.caption"), (*_SET, "caption", "generate --prompts")),
     Kind("tar", _tars, ".", ("*.tar",), _SET, 2, True),
     Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET, is_linked=True),
     Kind("saved set", partial(_table, True), "set", ("set/*",), _SET, is_linked=True),

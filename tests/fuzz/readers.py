@@ -19,7 +19,8 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -30,7 +31,9 @@ import controlkit
 from controlkit import cli, sample
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone, load_base
+from controlkit.backbones.taesd import load_taesd
 from controlkit.cli import shared
+from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
 from controlkit.errors import Invalid
@@ -219,6 +222,12 @@ def _generate(path: Path, setting: Setting, *options: object) -> None:
     )
 
 
+def _like(path: Path, setting: Setting) -> None:
+    """Repeat a picture, its base and size replaced: a mutated size may be one that takes minutes."""
+    out = setting.folder / "out" / "made"
+    command("generate", "--like", path, "--base", setting.toy, "--steps", 1, "--device", "cpu", "--out", out)
+
+
 def _photo(setting: Setting) -> Path:
     photo = setting.folder / "out" / "right.png"
     if not photo.is_file():
@@ -318,8 +327,14 @@ READERS: dict[str, Reader] = {
     ),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
     "request's PNG": Reader(
-        lambda path, setting: (read_settings(path), _generate(path, setting, "--request", path)),
-        ("images.read_settings", "decoding.pictures.settings_text"),
+        lambda path, setting: (read_settings(path), _like(path, setting)),
+        (
+            "images.read_settings",
+            "images.read_texts",
+            "images.settings_in",
+            "decoding.pictures.settings_texts",
+            "generate like",
+        ),
         2,
     ),
     "own hints": Reader(
@@ -382,6 +397,16 @@ READERS: dict[str, Reader] = {
         ("generate request",),
         2,
         True,
+    ),
+    "generate --taesd": Reader(
+        lambda path, setting: load_taesd(
+            path, cast(Backbone, SimpleNamespace(name="toy", latent_channels=4, stride=8))
+        ),
+        ("backbones.taesd.load_taesd", "generate taesd"),
+    ),
+    "generate --prompts": Reader(
+        lambda path, setting: [axes_of([], one, 1, Request()) for one in _folder(path).glob("images/*.txt")],
+        ("generate prompts",),
     ),
     "generate --vae": Reader(
         lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4
@@ -560,6 +585,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "evaluate annotator",
             "evaluate device",
             "generate annotator",
+            "generate grid",
             "generate device",
             "generate dialect",
             "generate lora_dir",
@@ -588,6 +614,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     ),
     "data build captioner": "a model of the transformers library, read by that alone: not promised (docs/safety.md)",
     "data caption captioner": "as data build's",
+    "generate captioner": "as data build's",
 }
 """Options of commands that take text or a path, and why no reader is theirs."""
 

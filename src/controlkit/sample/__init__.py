@@ -10,6 +10,7 @@ from controlkit.sample.prepare import (
     picture_size,
     prepare,
 )
+from controlkit.sample.preview import LinearPreviewer, Previewer
 from controlkit.sample.request import (
     PLAIN_PROMPT,
     ControlRequest,
@@ -28,10 +29,12 @@ __all__ = [
     "EditRequest",
     "HintTensors",
     "HiresRequest",
+    "LinearPreviewer",
     "Maker",
     "Picture",
     "Prepared",
     "PreparedControl",
+    "Previewer",
     "Request",
     "SamplingSettings",
     "Start",

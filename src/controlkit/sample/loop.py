@@ -21,7 +21,7 @@ from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import stretch, to_pictures, to_tensor
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
-from controlkit.sample.preview import Previewer, clean_latents
+from controlkit.sample.preview import LinearPreviewer, Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
 from controlkit.sample.scales import scale_table
 from controlkit.sample.texts import Said
@@ -235,13 +235,17 @@ def _region(column: Sequence[PreparedControl], size: tuple[int, int]) -> Tensor 
 
 
 def generate(
-    base: Backbone, requests: Sequence[Request] | Sequence[Prepared], batch: int = 16
+    base: Backbone,
+    requests: Sequence[Request] | Sequence[Prepared],
+    batch: int = 16,
+    previewer: Previewer | None = None,
 ) -> Generator[Step | Picture, None, None]:
     """Make pictures, in the order of the requests: a ``Step`` for each step of a batch, then its ``Picture`` records.
 
     Neighbours that share all but prompts, seeds and hints are made together, ``batch`` at most; where memory runs out,
-    half as many from then on. Close the iterator to cancel: nothing is computed after the step last yielded. Requests
-    are prepared here, their notes given as warnings; see ``prepare`` for what it raises.
+    half as many from then on. ``previewer`` shows unfinished latents, by default the linear map. Close the iterator to
+    cancel: nothing is computed after the step last yielded. Requests are prepared here, their notes given as warnings;
+    see ``prepare`` for what it raises.
     """
     plain = [one for one in requests if isinstance(one, Request)]
     prepared = [one for one in requests if isinstance(one, Prepared)]
@@ -252,11 +256,12 @@ def generate(
         prepared = prepare(base, plain)
         for note in dict.fromkeys(note for one in prepared for note in one.notes):
             warnings.warn(note, stacklevel=2)
-    return _generate(base, prepared, batch)
+    return _generate(base, prepared, batch, previewer or LinearPreviewer(base))
 
 
-def _generate(base: Backbone, prepared: list[Prepared], batch: int) -> Generator[Step | Picture, None, None]:
-    previewer = Previewer(base)
+def _generate(
+    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
+) -> Generator[Step | Picture, None, None]:
     while prepared:
         alike = list(takewhile(prepared[0].is_like, prepared[:batch]))
         try:

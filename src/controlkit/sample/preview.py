@@ -1,5 +1,6 @@
 """Rough pictures of unfinished latents, without the base's decoder."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -22,7 +23,11 @@ def clean_latents(noise: NoiseProcess, x: Tensor, prediction: Tensor, t: Tensor)
     return ((d * x - b * prediction) / (a * d - b * c)).nan_to_num()
 
 
-class Previewer:
+Previewer = Callable[[Tensor], Tensor]
+"""From a base's latents (B, C, h, w) to pictures (B, 3, H, W) in about [-1, 1], of any size."""
+
+
+class LinearPreviewer:
     """Latents to colours by the linear map that fits the base's own latents of simple pictures best."""
 
     def __init__(self, base: Backbone) -> None:
