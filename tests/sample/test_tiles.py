@@ -108,5 +108,5 @@ def test_a_region_of_another_size_is_scaled_before_it_is_cut():
 def test_the_second_pass_may_be_made_in_tiles(toy_base, monkeypatch):
     sizes, real = [], toy_base.predict
     monkeypatch.setattr(toy_base, "predict", lambda x, *more: sizes.append(x.shape[-1]) or real(x, *more))
-    request = Request(steps=2, hires={"factor": 2, "tile": 32, "strength": 0.5})
+    request = Request(steps=2, tile=32, hires={"factor": 2, "strength": 0.5})
     assert made(toy_base, request).pixels.shape == (64, 64, 3) and sizes == [8, 8] + [8] * 9

@@ -110,7 +110,7 @@ class _Following:
 
     def __init__(self, progress: "Progress", prepared: "Sequence[Prepared]", output: Output) -> None:
         self.progress, self.output, self.count = progress, output, len(prepared)
-        self.task = progress.add_task("generating", total=sum(one.settings.steps for one in prepared), figures="")
+        self.task = progress.add_task("generating", total=sum(one.steps for one in prepared), figures="")
         self.together = 1
         """How many pictures the last step advanced."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from controlkit.cli.requests import KEYS, changed_control, drawn_seed
+from controlkit.cli.requests import EDIT, HIRES, KEYS, changed_control, drawn_seed, edit_of, hires_of
 from controlkit.cli.shared import parse_size
 from controlkit.errors import Invalid, nearest, one_line
 from controlkit.files import read_text
@@ -62,10 +62,11 @@ def axes_of(grid: Sequence[str], prompts: Path | None, num_images: int, first: "
     axes = [Axis("prompt", _prompts(prompts))] if prompts else []
     axes += [_axis(text) for text in grid]
     if num_images > 1 or not axes:
-        if first.seed + num_images > 2**64:
+        key, begun = ("variation-seed", first.variation_seed) if first.variation else ("seed", first.seed)
+        if begun + num_images > 2**64:
             reach = f"{num_images} seeds from there go beyond the largest, {2**64 - 1}"
-            raise Invalid(f"--seed is {first.seed}, and {reach}.")
-        axes.append(Axis("seed", tuple(str(first.seed + i) for i in range(num_images))))
+            raise Invalid(f"--{key} is {begun}, and {reach}.")
+        axes.append(Axis(key, tuple(str(begun + i) for i in range(num_images))))
     keys = [axis.key for axis in axes]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise Invalid(f'"{twice}" is varied twice: give all its values once (--grid, --prompts, --num-images).')
@@ -116,9 +117,15 @@ def changed(request: "Request", key: str, text: str) -> "Request":
     """A request with another value of a key: a field of its own, a control's setting, or ``NAME.SETTING`` of one."""
     name, _, setting = key.rpartition(".")
     field = key.replace("-", "_")
-    if field in (plain := _plain_fields()):
+    from controlkit.sample import EditRequest, Request
+
+    if field in (plain := _plain_fields(Request)):
         value: Any = parse_size(text) if field == "size" else text
         return _with(request, {field: None if text == "" and plain[field] else value})
+    if request.edit and EDIT.get(field) in _plain_fields(EditRequest):
+        return _with(request, {"edit": edit_of({field: text}, request.edit)})
+    if request.hires and field in HIRES:
+        return _with(request, {"hires": hires_of({field: text}, request.hires)})
     if setting not in KEYS:
         raise Invalid(f'--grid has no key "{one_line(key)}": {nearest(setting, [*_keys(plain), *KEYS])}')
     if not request.controls:
@@ -138,12 +145,10 @@ def _with(request: "Request", changes: Mapping[str, Any]) -> "Request":
     return Request(**{name: getattr(request, name) for name in Request.model_fields} | dict(changes))
 
 
-def _plain_fields() -> dict[str, bool]:
-    """A request's fields whose value is a text, a number or a size -> whether it may be none."""
-    from controlkit.sample import Request
-
+def _plain_fields(model: Any) -> dict[str, bool]:
+    """The fields of a request whose value is a text, a number or a size -> whether it may be none."""
     found = {}
-    for name, field in Request.model_fields.items():
+    for name, field in model.model_fields.items():
         parts = [*_parts(field.annotation)]
         if all(part in (str, int, float, bool, type(None)) or isinstance(part, str) for part in parts):
             found[name] = type(None) in parts

@@ -39,6 +39,8 @@ app = typer.Typer()
     "--control union.safetensors:depth=b.png\n\n"
     "    controlkit generate --like out/picture-7.png --seed 8 --scale 0.7\n\n"
     '    controlkit generate "a castle" --control canny=cat.png --grid seed=1,2 --grid scale=0,0.5,1\n\n'
+    '    controlkit generate "a cat face, 3d style" --init-image cat.png --strength 0.6 --control canny\n\n'
+    '    controlkit generate "a red hat" --init-image cat.png --mask hat.png --margin 32\n\n'
     '    controlkit generate "a castle" --base sd15 --control control_v11p_sd15_canny.pth=photo.jpg,annotator=canny'
 )
 def generate(
@@ -52,9 +54,10 @@ def generate(
             metavar="NAME=IMAGE[,KEY=VALUE...]",
             help="A control (a shipped name, a file, a folder, a hub's name), its picture, and its own settings: "
             "`scale`, `start` and `end` (shares of the steps), `mode` (`balanced`, `prompt`, `control`), `by-step` and "
-            "`by-tap` (factors, as 1/0.5/0), `region` (a picture, light where it acts), `cfg-weights`, `cond-only`, "
-            "`guess`, `hint-cfg`, `annotator`, `ready`; repeatable. "
-            "Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of its own.",
+            "`by-tap` (factors, as 1/0.5/0), `region` (a picture, light where it acts), `resize` (`crop`, `stretch`, "
+            "`fill`), `passes` (`both`, `first`, `second`), `cfg-weights`, `cond-only`, `guess`, `hint-cfg`, "
+            "`annotator`, `ready`; repeatable. Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of "
+            "its own. NAME alone reads the picture of --init-image.",
         ),
     ] = None,
     request: Annotated[
@@ -147,6 +150,60 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on. -1 draws one.")] = 0,
     num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=MOST)] = 1,
     size: SizeOption = None,
+    init_image: Annotated[
+        Path | None, typer.Option(help="A picture to be changed; where it is transparent, it is made anew.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How far it is changed, 0 to 1: the share of the steps. By default 1 with a mask, else 0.75."
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A picture, light where the picture is made anew; all else stays as it is, to the pixel."),
+    ] = None,
+    mask_blur: Annotated[
+        int | None, typer.Option(help="Pixels outside the mask over which new passes into old; by default none.")
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIXELS", help="Pixels to be added above,right,below,left of the picture, or one number for all."
+        ),
+    ] = None,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill what is masked with the colours around it before it is changed.")
+    ] = False,
+    margin: Annotated[
+        int | None,
+        typer.Option(
+            help="Work only on what is masked and so many pixels around it, at --size, and paste it back into the "
+            "picture, which keeps its size."
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="How the picture comes to --size: `crop` (the default), `stretch`, or `fill`, whose rest is made anew."
+        ),
+    ] = None,
+    hires: Annotated[
+        float | None,
+        typer.Option(help="Make the picture so many times as large in a second pass, which changes the scaled one."),
+    ] = None,
+    hires_strength: Annotated[float | None, typer.Option(help="--strength of the second pass; by default 0.7.")] = None,
+    hires_steps: Annotated[int | None, typer.Option(help="--steps of the second pass; by default as many.")] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Make larger pictures in overlapping tiles of so many pixels, a size the base knows."),
+    ] = None,
+    variation: Annotated[
+        float, typer.Option(help="How far the noise is turned towards that of --variation-seed, 0 to 1.")
+    ] = 0.0,
+    variation_seed: Annotated[
+        int, typer.Option(help="Seed of the first variation; with --num-images the others count on from it.")
+    ] = 0,
     lora: LoraOption = None,
     lora_dir: Annotated[Path, typer.Option(help="Where LoRAs that a prompt names are looked for.")] = Path(),
     vae: VaeOption = None,
@@ -189,7 +246,8 @@ def generate(
         raise Invalid("--auto-prompt captions what a default prompt gives: leave out the prompt, --prompts and --grid.")
     if loads.dtype not in DTYPES:
         raise Invalid(f'--dtype is "{one_line(loads.dtype)}": {nearest(loads.dtype, DTYPES)}')
-    for one in dict.fromkeys(control for request in pictures.requests() for control in request.controls):
+    asked_ones = ((*request.controls, request.edit) for request in pictures.requests())
+    for one in dict.fromkeys(one for several in asked_ones for one in several if one):
         check_pictures(one)
     options: dict[str, Any] = {"dtype": DTYPES[loads.dtype], "vae": loads.vae}
     options["embeddings"] = [Path(one) for one in loads.embedding]

@@ -1,7 +1,7 @@
 """Requests of pictures: made of a command's options, read from a file, or an earlier picture's, with changes."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +14,29 @@ from controlkit.files import home_path
 from controlkit.hub import is_sealed, shipped_names
 
 if TYPE_CHECKING:
-    from controlkit.sample import ControlRequest, Request
+    from controlkit.sample import ControlRequest, EditRequest, HiresRequest, Request
 
 FIELDS = (
     "prompt", "negative_prompt", "dialect", "clip_skip", "scheduler", "guidance_rescale", "seed", "steps", "guidance",
+    "tile", "variation", "variation_seed",
 )  # fmt: skip
 """Options that are fields of a ``Request`` as they are."""
 SHARED = {"scale": "scale", "guess": "guess", "hint_ready": "ready", "hint_cfg": "hint_cfg_scale"}
 """Options for all controls -> ``ControlRequest``'s fields."""
-IN_REQUEST = (*FIELDS, "size", "control", "annotator", *SHARED)
+EDIT = {
+    "init_image": "image", "strength": "strength", "mask": "mask", "mask_blur": "blur", "fill": "fill",
+    "margin": "margin", "resize": "resize", "outpaint": "outpaint",
+}  # fmt: skip
+"""Options of a picture to be changed -> ``EditRequest``'s fields."""
+HIRES = {"hires": "factor", "hires_strength": "strength", "hires_steps": "steps"}
+"""Options of the second pass -> ``HiresRequest``'s fields."""
+IN_REQUEST = (*FIELDS, "size", "control", "annotator", *SHARED, *EDIT, *HIRES)
 """Options that make a request, which a request's file says instead."""
 KEYS = {"hint-cfg": "hint_cfg_scale"} | {
     key: key.replace("-", "_")
     for key in (
         "scale", "start", "end", "annotator", "guess", "ready", "mode", "by-step", "by-tap", "cond-only", "cfg-weights",
-        "region",
+        "region", "resize", "passes",
     )
 }  # fmt: skip
 """Settings of a control on the command line -> ``ControlRequest``'s."""
@@ -126,6 +134,7 @@ def request_of(options: Mapping[str, Any], first: "Request") -> "Request":
         changes["seed"] = drawn_seed()
     if "size" in options:
         changes["size"] = parse_size(options["size"])
+    changes |= {"edit": edit_of(options, first.edit), "hires": hires_of(options, first.hires)}
     shared = {field: options[name] for name, field in SHARED.items() if name in options}
     annotator = options.get("annotator")
     if options.get("control") or not first.controls:
@@ -134,6 +143,47 @@ def request_of(options: Mapping[str, Any], first: "Request") -> "Request":
         shared |= {"annotator": annotator} if annotator else {}
         changes["controls"] = tuple(changed_control(one, shared) for one in first.controls)
     return Request(**{name: getattr(first, name) for name in Request.model_fields} | changes)
+
+
+def edit_of(options: Mapping[str, Any], first: "EditRequest | None") -> "EditRequest | None":
+    """The picture to be changed by the options that are there; what none says is as in ``first``."""
+    from controlkit.sample import EditRequest
+
+    changes = {field: options[name] for name, field in EDIT.items() if options.get(name) not in (None, False)}
+    if "outpaint" in changes:
+        changes["outpaint"] = parse_sides(changes["outpaint"])
+    if first is None and "image" not in changes:
+        if changes:
+            named = next(name for name, field in EDIT.items() if field in changes)
+            raise Invalid(f"--{named.replace('_', '-')} is for a picture that is changed: give it by --init-image.")
+        return None
+    held = {name: getattr(first, name) for name in EditRequest.model_fields} if first else {}
+    return EditRequest(**held | changes)
+
+
+def parse_sides(text: str) -> tuple[int, int, int, int]:
+    """Pixels to be added above, right, below and left: four numbers, or one for each side."""
+    numbers = text.split(",")
+    if len(numbers) not in (1, 4) or not all(one.strip().isdecimal() and len(one) < 10 for one in numbers):
+        raise Invalid(
+            f'--outpaint is "{text}"; expected pixels above,right,below,left, such as 0,64,0,64, or one number.'
+        )
+    above, right, below, left = (int(one) for one in (numbers if len(numbers) == 4 else numbers * 4))
+    return above, right, below, left
+
+
+def hires_of(options: Mapping[str, Any], first: "HiresRequest | None") -> "HiresRequest | None":
+    """The second pass by the options that are there; what none says is as in ``first``."""
+    from controlkit.sample import HiresRequest
+
+    changes = {field: options[name] for name, field in HIRES.items() if options.get(name) is not None}
+    if first is None and "factor" not in changes:
+        if changes:
+            named = next(name for name, field in HIRES.items() if field in changes)
+            raise Invalid(f"--{named.replace('_', '-')} is of a second pass: give its factor by --hires, such as 2.")
+        return None
+    held = {name: getattr(first, name) for name in HiresRequest.model_fields} if first else {}
+    return HiresRequest(**held | changes)
 
 
 def drawn_seed() -> int:
@@ -233,12 +283,18 @@ def _beyond(request: "Request", given: Mapping[str, Any]) -> Iterator[str]:
             yield f'the control "{one_line(control.name)}"'
         sources = (*control.images.values(), control.region)
         yield from (f'the picture "{one_line(one)}"' for one in sources if isinstance(one, Path))
+    if request.edit:
+        both = (("init_image", request.edit.image), ("mask", request.edit.mask))
+        edited = (one for option, one in both if option not in given)
+        yield from (f'the picture "{one_line(one)}"' for one in edited if isinstance(one, Path))
     if "prompt" not in given and "a1111" in (request.dialect, given.get("dialect")):
         yield from (f'the LoRA "{one_line(name)}"' for name, _ in without_loras(request.prompt)[1])
-    if "size" not in given and max(request.size or (0,)) > _USUAL["side"]:
-        yield "{1} x {0} pixels".format(*request.size or ())
-    if "steps" not in given and request.steps > _USUAL["steps"]:
-        yield f"{request.steps} steps"
+    factor = request.hires.factor if request.hires else 1
+    if "size" not in given and max(request.size or (0,)) * factor > _USUAL["side"]:
+        yield "{1:g} x {0:g} pixels".format(*(factor * side for side in request.size or ()))
+    steps = max(request.steps, (request.hires.steps or 0) if request.hires else 0)
+    if "steps" not in given and steps > _USUAL["steps"]:
+        yield f"{steps} steps"
 
 
 def _beyond_loads(loads: Loads, given: Mapping[str, Any]) -> Iterator[str]:
@@ -267,6 +323,9 @@ def control_requests(
     found: list[tuple[str, dict[str, Path], dict[str, Any]]] = []
     for text in given:
         name, kind, path, own = split_control(text)
+        if path is None:
+            found.append((name, {}, own))
+            continue
         if kind and "scale" in own:
             own["scales"] = {kind: own.pop("scale")}
         same = next((one for one in found if kind and "" not in one[1] and one[0] == name), None)
@@ -281,17 +340,18 @@ def control_requests(
             raise Invalid(f'--control {name} has two values of "{twice[0]}": a Union\'s types share one.')
         images[kind] = path
         settings |= own
-    if annotator and all("" not in images for _, images, _ in found):
+    if annotator and all(images and "" not in images for _, images, _ in found):
         raise Invalid("--annotator says what makes a control's hints; none was given, or a Union's types say it.")
     return tuple(
-        ControlRequest(name=name, images=images, **{**shared, "annotator": annotator if "" in images else None, **own})
+        ControlRequest(name=name, images=images, **{**shared, "annotator": None if any(images) else annotator, **own})
         for name, images, own in found
     )
 
 
-def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
+def split_control(text: str) -> tuple[str, str, Path | None, dict[str, Any]]:
     """NAME[:TYPE]=IMAGE[,KEY=VALUE...] as (name, type, path, settings).
 
+    NAME[,KEY=VALUE...] without a picture has no path: it reads the picture that is changed.
     Settings are taken off the end as long as their keys are known, so that a path may hold commas and equals signs. The
     name ends at the first equals sign before which there is a control's name or a path that exists; else at the first.
     """
@@ -308,19 +368,13 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
         file, colon, kind = name.rpartition(":")
         return (file, kind) if colon and (kind in TYPES or not is_there(name)) else (name, "")
 
+    bare, settings = _without_settings(text, is_there)
+    if is_there(bare) and "" not in (bare, text):
+        return bare, "", None, settings
     ends = [place for place, letter in enumerate(text) if letter == "="]
     end = next((one for one in ends if is_there(text[:one]) or is_there(parted(text[:one])[0])), ends[0] if ends else 0)
-    name, path = text[:end], text[end + 1 :]
-    settings: dict[str, Any] = {}
-    while path and not home_path(path).exists():
-        head, _, last = path.rpartition(",")
-        key, equals, value = last.partition("=")
-        if not head or key not in KEYS or bool(equals) == (key in FLAGS):
-            break
-        if KEYS[key] in settings:
-            raise Invalid(f'--control {name} has "{key}" twice.')
-        settings[KEYS[key]] = value if equals else True
-        path = head
+    name = text[:end]
+    path, settings = _without_settings(text[end + 1 :], lambda one: home_path(one).exists())
     if not (name and path):
         raise Invalid(
             f'--control is "{text}"; expected NAME=IMAGE, such as canny=photo.png or canny=photo.png,scale=0.8.'
@@ -330,3 +384,18 @@ def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
     if "," in path and key.replace("-", "_").isidentifier() and not home_path(path).exists():
         raise Invalid(f'--control {name} has no setting "{last}": {nearest(key, KEYS)}')
     return *parted(name), home_path(path), settings
+
+
+def _without_settings(text: str, is_there: Callable[[str], bool]) -> tuple[str, dict[str, Any]]:
+    """(what stands before the settings at a text's end, these), up to what ``is_there`` knows as a name or a path."""
+    settings: dict[str, Any] = {}
+    while text and not is_there(text):
+        head, _, last = text.rpartition(",")
+        key, equals, value = last.partition("=")
+        if not head or key not in KEYS or bool(equals) == (key in FLAGS):
+            break
+        if KEYS[key] in settings:
+            raise Invalid(f'--control {text} has "{key}" twice.')
+        settings[KEYS[key]] = value if equals else True
+        text = head
+    return text, settings

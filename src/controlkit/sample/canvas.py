@@ -112,6 +112,11 @@ def canvas_of(edit: EditRequest, base: Backbone, size: tuple[int, int] | None) -
     return _masked(bring(pixels, size), bring(mask[..., None], size)[..., 0], edit)
 
 
+def check_edit(edit: EditRequest) -> None:
+    """Raise what ``canvas_of`` would of the files; needs no base."""
+    _with_mask(edit)
+
+
 def _with_mask(edit: EditRequest) -> tuple[np.ndarray, np.ndarray | None]:
     """The picture, uint8 (H, W, 3), and its mask, uint8 (H, W), light where it is made anew; None where it has none."""
     seen = read_source(edit.image, None, "the picture to be changed")

@@ -12,7 +12,7 @@ from typing import Any
 from controlkit import __version__
 from controlkit.backbones.schedulers import has_spacing, parted_name
 from controlkit.errors import Invalid, one_line
-from controlkit.sample.request import MODES, ControlRequest, Request
+from controlkit.sample.request import MODES, RESIZES, ControlRequest, Request
 
 LONGEST = 100_000
 """Letters of a text that is read."""
@@ -48,7 +48,7 @@ def written(request: Request, facts: Mapping[str, Any]) -> str:
         "CFG scale": _number(request.guidance),
         "Seed": request.seed,
         "Size": f"{width}x{height}",
-    }
+    } | _changes(request)
     units = [unit for i, one in enumerate(request.controls) for unit in _units(one, _annotators(facts, i))]
     settings |= {f"ControlNet {i}": unit for i, unit in enumerate(units)}
     settings["Model"] = _stem(str(facts.get("base", "")))  # after those of controls: sd-parsers takes the last
@@ -64,23 +64,41 @@ def written(request: Request, facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items())]).strip()
 
 
+def _changes(request: Request) -> dict[str, Any]:
+    """The settings of a picture that is changed, of a second pass and of a variation."""
+    found: dict[str, Any] = {}
+    if request.variation:
+        found |= {"Variation seed": request.variation_seed, "Variation seed strength": _number(request.variation)}
+    if (edit := request.edit) and edit.strength is not None:
+        found["Denoising strength"] = _number(edit.strength)
+    if request.edit and request.edit.mask is not None:
+        found["Mask blur"] = request.edit.blur
+    if hires := request.hires:
+        found |= {"Denoising strength": _number(hires.strength), "Hires upscale": _number(hires.factor)}
+        found |= {"Hires steps": hires.steps or request.steps, "Hires upscaler": "Bicubic"}
+    return found
+
+
 def _annotators(facts: Mapping[str, Any], place: int) -> Mapping[str, str]:
     return (list(facts.get("annotators") or ()) + [{}] * (place + 1))[place]
 
 
 def _units(control: ControlRequest, annotators: Mapping[str, str]) -> Iterator[str]:
     """A control as units of A1111's ControlNet extension, one for each of its types of hint."""
-    names = {ours: theirs for theirs, ours in reversed(MODES.items()) if isinstance(theirs, str)}
+    modes, resizes = (
+        {ours: theirs for theirs, ours in reversed(names.items()) if isinstance(theirs, str)}
+        for names in (MODES, RESIZES)
+    )
     for kind in control.images or [""]:
         unit = {
             "Module": "none" if control.ready else annotators.get(kind) or control.annotator or "none",
             "Model": _stem(control.name) + (f" {kind}" if kind else ""),
             "Weight": _number(control.scales.get(kind, control.scale)),
-            "Resize Mode": "Crop and Resize",
+            "Resize Mode": resizes[control.resize],
             "Guidance Start": _number(control.start),
             "Guidance End": _number(control.end),
             "Pixel Perfect": True,
-            "Control Mode": names[control.mode],
+            "Control Mode": modes[control.mode],
         }
         # The extension splits at commas and colons, and has no way to quote them.
         yield ", ".join(f"{key}: {_SPLITS.sub(' ', str(value))}" for key, value in unit.items())
@@ -136,6 +154,14 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
     if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", settings.get("Size", "")):
         values["size"] = (int(size[2]), int(size[1]))
         del settings["Size"]
+    if "Variation seed" in settings and "Variation seed strength" in settings:
+        values |= {
+            "variation_seed": settings.pop("Variation seed"),
+            "variation": settings.pop("Variation seed strength"),
+        }
+    if "Hires upscale" in settings:
+        keys = {"Hires upscale": "factor", "Denoising strength": "strength", "Hires steps": "steps"}
+        values["hires"] = {field: settings.pop(key) for key, field in keys.items() if key in settings}
     scheduler, notes = _scheduler(settings.pop("Sampler", ""), settings.pop("Schedule type", ""))
     return values | scheduler, [*notes, *_left(settings)]
 

@@ -27,7 +27,7 @@ from controlkit.images import (
     surround,
 )
 from controlkit.prompts import Span
-from controlkit.sample.canvas import Canvas, canvas_of, light_of
+from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
 from controlkit.sample.request import ControlRequest, EditRequest, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
@@ -163,8 +163,15 @@ def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int
     return height, width
 
 
-def check_pictures(control: ControlRequest) -> None:
-    """Raise what ``prepare`` would of a control's annotator and picture files; needs no base."""
+def check_pictures(asked: ControlRequest | EditRequest) -> None:
+    """Raise what ``prepare`` would of a control's annotator and pictures, or of a picture to be changed.
+
+    It needs no base.
+    """
+    if isinstance(asked, EditRequest):
+        check_edit(asked)
+        return
+    control = asked
     if control.annotator:
         contract(control.annotator)
     for source in control.images.values():
@@ -232,7 +239,7 @@ class _Preparation:
             )
         asked, multiple = request.hires, self.base.multiple
         height, width = (round(side * asked.factor / multiple) * multiple for side in size)
-        later = {"steps": asked.steps or request.steps, "tile": asked.tile or request.tile, "hires": None}
+        later = {"steps": asked.steps or request.steps, "hires": None}
         enlarged = Canvas(np.zeros((height, width, 3), np.uint8), asked.strength)
         second = self._pass(request.model_copy(update=later), enlarged, (height, width), canvas, first)
         notes = tuple(dict.fromkeys([*first.notes, *second.notes]))

@@ -291,8 +291,6 @@ class HiresRequest(_Checked):
     """As ``EditRequest.strength``."""
     steps: int | None = Field(None, ge=1)
     """As ``Request.steps``; None is as many."""
-    tile: Side | None = None
-    """As ``Request.tile``, of this pass."""
 
 
 _SKIPS: dict[Dialect, tuple[int, int, str]] = {
