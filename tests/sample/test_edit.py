@@ -12,6 +12,7 @@ from diffusers import (
 from diffusers.pipelines.controlnet import pipeline_controlnet_img2img, pipeline_controlnet_inpaint
 
 from conftest import asked, relative
+from controlkit.annotators import annotate
 from controlkit.backbones import UNetBase
 from controlkit.backbones.schedulers import scheduler_named
 from controlkit.branch import ControlSpec
@@ -346,6 +347,24 @@ def test_a_control_of_one_pass_is_not_run_in_the_other(toy_base, branch, monkeyp
         request, loaded = request_of(branch, {"passes": passes}, steps=2, hires=HiresRequest(strength=1.0))
         made(toy_base, request, loaded)
         assert set(ran) == sides
+
+
+def test_a_control_of_the_second_pass_alone_reads_what_the_first_one_made(toy_base, branch, monkeypatch):
+    loaded = {"0": SavedControl(branch, CONTRACT), "1": SavedControl(branch, HintSpec("tile", {"shrink": 2.0}))}
+    own = ControlRequest(name="0", images=noise_picture(3), ready=True)
+    request = Request(steps=2, controls=(own, ControlRequest(name="1", passes="second")), hires=HiresRequest())
+    read, real = [], branch.encode_hint
+    monkeypatch.setattr(branch, "encode_hint", lambda hints, *more: read.append(hints) or real(hints, *more))
+    first = made(toy_base, Request(steps=2, controls=(own,)), loaded)
+    read.clear()
+    made(toy_base, request, loaded)
+    tile = loaded["1"].hint
+    expected = tile.tensor(annotate(stretch(first.pixels, (64, 64)), tile, (64, 64)), (64, 64))
+    assert len(read) == 3 and torch.equal(read[-1], expected)
+    [one] = prepare(toy_base, [request], loaded)
+    assert one.controls[1].pictures() == {}, "there is none to look at yet"
+    with pytest.raises(Invalid, match="there is none: ask for one by hires"):
+        prepare(toy_base, [request.model_copy(update={"hires": None})], loaded)
 
 
 def test_words_change_on_in_the_second_pass(toy_base):

@@ -88,6 +88,8 @@ class PreparedControl:
     """Of a Union's types, each its own in the place of ``scale``."""
     hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
+    of_first_pass: bool = False
+    """Whether its hint is to be made of what the first pass makes, and ``hints`` hold its place."""
     region: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Where it acts, float32 (H, W) in [0, 1]; None is everywhere."""
 
@@ -109,7 +111,14 @@ class PreparedControl:
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Its hints as pictures to look at, uint8 (H, W, 3 or 4)."""
-        return {kind: self.specs[kind].picture(hint) for kind, hint in self.hints.items()}
+        hints = {} if self.of_first_pass else self.hints
+        return {kind: self.specs[kind].picture(hint) for kind, hint in hints.items()}
+
+    def reading(self, picture: np.ndarray) -> "PreparedControl":
+        """The same with the hint of what the first pass made, uint8 (H, W, 3), where it is to read that."""
+        if not self.of_first_pass:
+            return self
+        return replace(self, hints={"": annotate(picture, self.specs[""], picture.shape[:2])}, of_first_pass=False)
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,8 @@ class _Preparation:
         size = picture_size(self.base, canvas.pixels.shape[:2] if canvas else request.size)
         first = self._pass(request, canvas, size, canvas)
         if not request.hires:
+            if late := [one.name for one in request.controls if one.passes == "second"]:
+                raise Invalid(f'"{late[0]}" acts in the second pass, and there is none: ask for one by hires.')
             return first
         if canvas and canvas.mask is not None:
             raise Invalid(
@@ -277,7 +288,7 @@ class _Preparation:
             used = self.ready[key]
             is_silent = asked.passes == ("first" if first else "second")
             controls.append(replace(used, scale=0.0) if is_silent else used)
-            notes += _empty(asked, used)
+            notes += [] if used.of_first_pass else _empty(asked, used)
         settings = self._settings(request, canvas, size)
         script = Script.of(request, Span(settings.made, first.settings.made if first else 0, int(first is not None)))
         settings = replace(settings, weights=script.weights)
@@ -343,7 +354,8 @@ class _Preparation:
 
     def _control(self, asked: ControlRequest, size: tuple[int, int], shown: Canvas | None) -> PreparedControl:
         name, types = asked.name, [kind for kind in asked.images if kind]
-        if not asked.images and (not shown or asked.ready):
+        follows = not asked.images and not asked.ready and asked.passes == "second"
+        if not asked.images and not follows and (not shown or asked.ready):
             raise Invalid(f'The control "{name}" needs a picture: none was given.')
         if types and asked.annotator:
             raise Invalid(f'"{name}" has hints by type, and the types say what makes them: leave out annotator.')
@@ -358,11 +370,13 @@ class _Preparation:
         specs = {kind: saved.contract_of(kind) for kind in asked.images or [""]}
         if asked.images:
             hints = {kind: _hint(source, asked, specs[kind], size, shown) for kind, source in asked.images.items()}
+        elif follows:
+            hints = {"": np.zeros((*size, specs[""].channels), np.uint8)}
         else:
             assert shown is not None
             masks = specs[""].mask_value is not None
             hints = {"": annotate(shown.hint_picture() if masks else shown.pixels, specs[""], size)}
-        prepared = PreparedControl.of(saved, asked, hints)
+        prepared = replace(PreparedControl.of(saved, asked, hints), of_first_pass=follows)
         taps = len(network.taps)
         if asked.by_tap and len(asked.by_tap) != taps:
             raise Invalid(f'"{name}" has {taps} taps, and by_tap {len(asked.by_tap)} factors: expected one for each.')
