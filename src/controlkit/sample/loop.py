@@ -303,8 +303,8 @@ def _one_batch(
     for one, picture in zip(alike, made, strict=True):
         assert one.second is not None and one.second.canvas is not None
         enlarged = stretch(picture.pixels, one.second.canvas.pixels.shape[:2])
-        controls = tuple(control.reading(enlarged) for control in one.second.controls)
-        seconds.append(replace(one.second, canvas=replace(one.second.canvas, pixels=enlarged), controls=controls))
+        reading = tuple(control.reading(enlarged) for control in one.second.controls)
+        seconds.append(replace(one.second, canvas=replace(one.second.canvas, pixels=enlarged), controls=reading))
     larger = yield from _one_batch(base, seconds, previewer, before + settings.made)
     return [replace(picture, request=one.request) for one, picture in zip(alike, larger, strict=True)]
 

@@ -178,8 +178,8 @@ class ControlRequest(_Checked):
     """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
     images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
     """Its pictures: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
-    as that under "". Without any it reads the picture that is changed: what the first pass made, if it acts in the second
-    alone; else that of ``Request.edit``, with its mask where its hints have one. Where there is no such picture, it is a
+    as that under "". Without any it reads the picture that is changed: if it acts in the second pass alone, what the
+    first one made; else that of ``Request.edit``, with its mask where its hints have one. Where there is none, it is a
     template, for ``model_copy``, and ``prepare`` refuses it."""
     ready: bool = False
     """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
