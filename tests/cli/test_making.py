@@ -48,7 +48,9 @@ def test_a_picture_is_made_again_with_the_caption_of_a_first_one(run, toy_folder
         rows.append([thumbnail(read_picture(path)) for path in (first, second)])
     sheet = grid(rows, ["plain prompt", "its caption"], row_labels=["a thing of kind 1", "a thing of kind 2"])
     assert np.array_equal(read_picture(tmp_path / "out" / "grid.png"), sheet)
-    assert run("generate", "x", "--auto-prompt", "--base", toy_folder)[0] == 2
+    for more in (["x"], ["--grid", "seed=1"], ["--like", tmp_path / "out" / "picture-0.png"]):
+        code, _, err = run("generate", "--auto-prompt", "--base", toy_folder, *more)
+        assert code == 2 and "leave out the prompt" in err
 
 
 def test_a_base_of_no_world_is_captioned_by_blip(toy_base, monkeypatch):

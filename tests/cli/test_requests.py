@@ -145,6 +145,9 @@ def test_what_was_loaded_is_under_the_seal(run, made, tmp_path):
         other = saved_as(tmp_path / "other.png", controlkit=json.dumps(settings | change))
         code, _, err = run("generate", "--like", other, "--out", tmp_path / "out")
         assert code == 2 and '"/other"' in err and "--follow" in err
+    other = saved_as(tmp_path / "other.png", controlkit=json.dumps(settings | {"seal": "", "batch": 16}))
+    assert run("generate", "--like", other, "--follow", "--out", tmp_path / "out")[0] == 0
+    assert read_settings(tmp_path / "out" / "picture-6.png")["batch"] == 1, "nobody else says how much is made"
 
 
 @pytest.mark.parametrize(

@@ -242,13 +242,16 @@ def generate(
         raise Invalid("--taesd shows previews: give --preview N, too.")
     asked = asked_for(context)
     loads, pictures = asked.loads, matrix(asked.request, axes_of(grid or [], prompts, num_images, asked.request))
-    if auto_prompt and (prompts or grid or prompt is not None):
-        raise Invalid("--auto-prompt captions what a default prompt gives: leave out the prompt, --prompts and --grid.")
+    if auto_prompt and (prompts or grid or request or like or prompt is not None):
+        others = "the prompt, --prompts, --grid, --request and --like"
+        raise Invalid(f"--auto-prompt captions what the default prompt gives: leave out {others}.")
     if loads.dtype not in DTYPES:
         raise Invalid(f'--dtype is "{one_line(loads.dtype)}": {nearest(loads.dtype, DTYPES)}')
-    asked_ones = ((*request.controls, request.edit) for request in pictures.requests())
-    for one in dict.fromkeys(one for several in asked_ones for one in several if one):
-        check_pictures(one)
+    controls = [control for one in pictures.requests() for control in one.controls]
+    for control_asked in {(one.annotator, one.ready, str(one.images)): one for one in controls}.values():
+        check_pictures(control_asked)
+    for edited in dict.fromkeys(one.edit for one in pictures.requests() if one.edit):
+        check_pictures(edited)
     options: dict[str, Any] = {"dtype": DTYPES[loads.dtype], "vae": loads.vae}
     options["embeddings"] = [Path(one) for one in loads.embedding]
     model = loaded_base(loads.base, device, loras=[split_lora(text) for text in loads.lora], **options)

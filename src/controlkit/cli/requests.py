@@ -259,7 +259,7 @@ def _like(file: Path, given: Mapping[str, Any], follow: bool, lora_dir: Path) ->
     return replace(
         asked,
         threads=_count(held.get("threads"), 1024),
-        batch=_count(held.get("batch"), 16),
+        batch=_count(held.get("batch"), 16) if own else 0,  # it costs as many pictures
         format=str(held.get("format") or ""),
     )
 

@@ -1,7 +1,7 @@
 """Requests: what to make, checked, saved as JSON; and the results, steps and pictures.
 
 A new option of sampling goes from ``Request`` through ``prepare`` (``SamplingSettings``) to ``loop.denoise``. It is an
-option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.EvaluationPlan`` may need it.
+option of ``cli/pictures.py`` too, which ``cli/requests.py`` reads (``FIELDS``); ``measure.EvaluationPlan`` may need it.
 """
 
 import base64
