@@ -1,14 +1,15 @@
 """Pictures from prompts and hints; hints from pictures."""
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from controlkit.cli.jobs import run_jobs, with_places
 from controlkit.cli.shared import (
     BaseOption,
     DeviceOption,
@@ -30,7 +31,7 @@ from controlkit.cli.shared import (
 )
 from controlkit.errors import Invalid, NotFound, nearest, one_line
 from controlkit.files import home_path
-from controlkit.hub import is_sealed, seal
+from controlkit.hub import is_sealed
 
 if TYPE_CHECKING:
     from controlkit.backbones import Backbone
@@ -70,6 +71,16 @@ def generate(
             "this command wrote, whose request is repeated (its base, LoRAs and VAE are options still)."
         ),
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many pictures: a file with a request as JSON on each line, whose keys go before the options; or a "
+            "folder, each of whose pictures goes into the --control that has none. Started again, goes on."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Of --jobs: processes, each with a base; several need Ray (the extra `scale`).", min=1)
+    ] = 1,
     out: OutOption = Path("out"),
     base: BaseOption = "mini",
     hint_ready: Annotated[
@@ -142,6 +153,10 @@ def generate(
     check_folder(out)
     if dtype not in DTYPES:
         raise Invalid(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
+    if (workers if jobs is None else num_images) > 1:
+        raise Invalid("--workers goes with --jobs alone, and --num-images without it alone: leave it out.")
+    if jobs and home_path(jobs).is_dir():
+        control = with_places(control or [], KEYS)
     if request:
         first = _read_request(context, request, follow)
     else:
@@ -164,14 +179,20 @@ def generate(
         )
     if first.seed + num_images > 2**64:
         raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
+    load: Callable[[str], Backbone] = partial(
+        loaded_base, base, loras=[split_lora(text) for text in lora or []], **options
+    )
+    facts = {"base": base, "dtype": dtype, "lora": lora or [], "vae": vae}
+    facts |= {"embedding": [path.stem for path in embedding or []]}
+    if jobs:
+        return run_jobs(home_path(jobs), first, out, facts, load, device, workers)
     for one in first.controls:
         sample.check_pictures(one)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
-    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], **options)
+    model = load(device)
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
-    facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
-    _make(model, prepared, out, facts | {"embedding": [path.stem for path in embedding or []]})
+    _make(model, prepared, out, facts | {"format": number_format(model.device.type)})
 
 
 def lora_named(name: str, folder: Path) -> Path:
@@ -192,13 +213,12 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
     from controlkit.images import grid, write_png
     from controlkit.precision import settle_threads
     from controlkit.sample import generate, pictures
+    from controlkit.sample.embedded import embedded
 
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         warn(note)
-    settled = {one.request.seed: json.loads(one.settled().to_json()) for one in prepared}
-    settled = {number: asked | {"seal": seal(asked)} for number, asked in settled.items()}
-    height, width = prepared[0].settings.size or (base.size, base.size)
-    facts = {**facts, "width": width, "height": height, "threads": settle_threads(base.networks().values())}
+    settled = {one.request.seed: one.settled() for one in prepared}
+    facts = {**facts, "threads": settle_threads(base.networks().values())}
     made = []
     with progress_bars() as progress:
         total = sum(one.settings.steps for one in prepared)
@@ -206,7 +226,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
         for picture in pictures(generate(base, prepared), lambda count: progress.advance(task, count)):
             seed = picture.request.seed
             mark_output(out, "generate")
-            write_png(out / f"picture-{seed}.png", picture.pixels, settled[seed] | facts)
+            write_png(out / f"picture-{seed}.png", picture.pixels, embedded(settled[seed], facts, picture.pixels))
             made.append(picture.pixels)
     shown = [
         (f"{Path(asked.name).name}{f':{kind}' if kind else ''}", hint)
@@ -218,7 +238,7 @@ def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Ma
         write_png(out / f"hint-{i}-{name}.png", hint)
     columns = [f"hint: {one_line(label)}" for label, _ in shown] + [f"seed {seed}" for seed in settled]
     row = [*(hint for _, hint in shown), *made]
-    write_png(out / "grid.png", grid([row], columns), next(iter(settled.values())) | facts)
+    write_png(out / "grid.png", grid([row], columns), embedded(prepared[0].settled(), facts, made[0]))
     say(f"{len(made)} picture{'s' if len(made) > 1 else ''} in {out}; side by side in {out / 'grid.png'}")
 
 

@@ -220,7 +220,7 @@ class _Preparation:
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):
-            if asked.annotator not in (None, saved.hint.annotator):
+            if asked.annotator and kind_or_bare(asked.annotator).name != saved.hint.annotator:
                 raise Invalid(
                     f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
                 )
