@@ -13,7 +13,7 @@ from controlkit.cli.pictures import KEYS
 from controlkit.controls import new_control
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec, read_picture, read_settings, write_png
-from controlkit.sample import loop
+from controlkit.sample import Request, loop
 from controlkit.sample.jobs import EACH
 from controlkit.sample.journal import JOURNAL
 
@@ -121,12 +121,26 @@ def test_what_only_the_base_knows_is_said_before_the_first_picture(jobs, tmp_pat
     [
         (["--num-images", 2], "--num-images without it alone"),
         (["--jobs", "nowhere.jsonl"], "There are no jobs at nowhere.jsonl"),
-        (["--scale", "nan"], "nan"),
     ],
 )
 def test_what_does_not_go_with_jobs_is_said(options, words, jobs, tmp_path):
     code, _, err = jobs([{}], *options)
     assert code == 2 and words in err and not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_is_read_is_not_written(jobs, edges, tmp_path):
+    write_png(tmp_path / "in" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    code, _, err = jobs(tmp_path / "in", "--control", edges, "--out", tmp_path / "edges" / ".." / "in")
+    assert code == 2 and "--out is the folder of --jobs" in err
+
+
+def test_a_request_s_file_is_a_template_for_jobs(run, toy_folder, tmp_path):
+    (tmp_path / "request.json").write_text(Request(prompt="a cat", steps=1, seed=5).to_json())
+    (tmp_path / "jobs.jsonl").write_text('{"seed": 6}')
+    given = ("--request", tmp_path / "request.json", "--jobs", tmp_path / "jobs.jsonl", "--out", tmp_path / "out")
+    assert run("generate", *given, "--base", toy_folder, "--device", "cpu")[0] == 0
+    settings = read_settings(tmp_path / "out" / "00001.png")
+    assert (settings["prompt"], settings["steps"], settings["seed"]) == ("a cat", 1, 6)
 
 
 def test_workers_are_of_jobs_alone(run, toy_folder):

@@ -1,5 +1,6 @@
 """Many pictures by one command: ``generate --jobs``."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ import typer
 
 from controlkit.cli.shared import progress_bars, say, say_beside, warn
 from controlkit.cli.stopping import Stopping
+from controlkit.errors import Invalid
 from controlkit.files import held, home_path
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def run_jobs(
     from controlkit.sample.jobs import BATCH, read_jobs
     from controlkit.sample.journal import begin
 
+    if os.path.realpath(jobs) == os.path.realpath(out):
+        raise Invalid(f"--out is the folder of --jobs, {jobs}, whose pictures are read: give another.")
     found = read_jobs(jobs, template)
     most = max(min(BATCH, len(found) // (4 * workers)), 1) if workers > 1 else BATCH
     out.mkdir(parents=True, exist_ok=True)
