@@ -106,6 +106,14 @@ def test_what_is_finished_is_not_made_again(whole, toy_base):
     assert make(seven(), whole, toy_base) == ["e"], "back again"
 
 
+def test_groups_after_a_stop_are_those_of_all_jobs(whole):
+    """Or pictures would be rounded otherwise than in an unbroken run."""
+    for name in "defg":
+        (whole / f"{name}.png").unlink()
+    groups = [[job.name for job in group] for group in begin(whole, seven(), FACTS, 2).groups]
+    assert groups == [["d"], ["e", "f"], ["g"]]
+
+
 def test_another_base_or_dtype_makes_all_anew(whole, toy_base):
     assert len(make(seven(), whole, toy_base, FACTS | {"dtype": "bf16"})) == 7
 

@@ -65,7 +65,8 @@ def run_jobs(
     most = max(min(BATCH, len(found) // (4 * workers)), 1) if workers > 1 else BATCH
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
-        plan = begin(out, found, facts, most)
+        with Stopping("", _STOPPED):  # thousands of pictures take their time to be looked at
+            plan = begin(out, found, facts, most)
         if plan.done:
             say(f"{plan.done} of {len(found)} pictures are in {out} already.")
         if plan.left:
