@@ -103,6 +103,8 @@ def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
         "out",
         "base",
         "num_images",
+        "jobs",
+        "workers",
         "lora",
         "lora_dir",
         "vae",

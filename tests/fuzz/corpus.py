@@ -28,6 +28,7 @@ from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
 from controlkit.sample import ControlRequest, Request, infotext
+from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
@@ -297,7 +298,13 @@ def _requests(folder: Path, toy: Path) -> None:
         ControlRequest(name="control", images=Path("photo.png"), scale=0.5),
         ControlRequest(name="control", images=_picture(), ready=True),
     ]
-    (folder / "file" / "request.json").write_text(Request(prompt="a cat", controls=asked, size=(32, 32)).to_json())
+    whole = Request(prompt="a cat", controls=asked, size=(32, 32)).to_json()
+    (folder / "file" / "request.json").write_text(whole)
+    own = {"name": "a", "seed": 3, "controls": [{"name": "control", "images": "photo.png"}]}
+    (folder / "file" / "jobs.jsonl").write_text(f"{whole}\n{json.dumps(own)}\n{{}}\n")
+    (folder / "file" / "photo.txt").write_text("a cat")
+    lines = [{"name": name, "key": "0" * 32, "seconds": 1.5} for name in ("a", "00001")]
+    (folder / "file" / JOURNAL).write_text("".join(f"{json.dumps(one)}\n" for one in lines))
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------
@@ -472,7 +479,13 @@ KINDS = [
     Kind("base folder", _base, "base", ("base/*.json", "base/*/*.json", "base/*/*.txt"), ("base", "vae", "attach")),
     Kind("base weights", _base, "base", ("base/*/*.safetensors",), ("base", "vae")),
     Kind("recipe", _recipes, "recipe.yaml", ("*",), ("recipe", "train recipe"), 2),
-    Kind("request", _requests, "request.json", ("request.json",), ("request", "generate --request")),
+    Kind(
+        "request",
+        _requests,
+        "request.json",
+        ("request.json", "jobs.jsonl", "photo.txt", JOURNAL),
+        ("request", "generate --request", "jobs", "jobs of a folder"),
+    ),
     Kind("metadata.jsonl", partial(_metadata, ".jsonl"), "set", ("set/metadata.jsonl",), _SET),
     Kind("metadata.csv", partial(_metadata, ".csv"), "set", ("set/metadata.csv",), _SET),
     Kind("prompt.json", _prompt_json, "set", ("set/prompt.json",), _SET),

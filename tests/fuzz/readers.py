@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import sys
 import tempfile
 import typing
@@ -40,7 +41,8 @@ from controlkit.errors import Invalid
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
-from controlkit.sample import ControlRequest, Picture, Request, check_pictures
+from controlkit.sample import ControlRequest, Picture, Request, Step, check_pictures, makers
+from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
 from controlkit.train.checkpoints import go_back
@@ -72,6 +74,7 @@ class Setting:
         for module in (cli.pictures, cli.runs, cli.data, cli.weights):
             module.loaded_base = setting.loaded
         sample.generate = _black_pictures
+        makers.generate = _no_batch
         sys.modules["controlkit.data"].load_captioner = lambda name, device: _Captioner()
         return setting
 
@@ -93,6 +96,13 @@ class _Captioner:
 
 def _black_pictures(base: Any, prepared: Any, *_: Any) -> Any:
     """Black pictures, in place of sampling."""
+    for one in prepared:
+        yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
+
+
+def _no_batch(base: Any, prepared: Any, batch: int) -> Any:
+    """As ``_black_pictures``, for jobs."""
+    yield Step(1, 1, len(prepared), list)
     for one in prepared:
         yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
 
@@ -163,6 +173,16 @@ def _hint(path: Path, setting: Setting) -> None:
 def _request(path: Path, setting: Setting) -> None:
     if path.is_file():
         Request.from_json(path.read_bytes())
+
+
+def _jobs(path: Path, setting: Setting, jobs: Path, *options: object) -> None:
+    """Jobs, in a folder with a journal that lies beside them."""
+    out = setting.folder / "out" / "jobs"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if (journal := path.with_name(JOURNAL)).is_file() and not journal.is_symlink():
+        shutil.copyfile(journal, out / JOURNAL)
+    command("generate", "--jobs", jobs, "--base", setting.toy, "--device", "cpu", "--out", out, *options)
 
 
 def _folder(path: Path) -> Path:
@@ -407,6 +427,15 @@ READERS: dict[str, Reader] = {
     "generate --prompts": Reader(
         lambda path, setting: [axes_of([], one, 1, Request()) for one in _folder(path).glob("images/*.txt")],
         ("generate prompts",),
+    ),
+    "jobs": Reader(
+        lambda path, setting: _jobs(path, setting, path.with_name("jobs.jsonl")),
+        ("generate jobs", "sample.jobs.read_jobs", "sample.journal.begin"),
+        2,
+        True,
+    ),
+    "jobs of a folder": Reader(
+        lambda path, setting: _jobs(path, setting, path.parent, "--control", path.parent / "control"), (), 2
     ),
     "generate --vae": Reader(
         lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4

@@ -1,6 +1,5 @@
 """Pictures made and written: one PNG each with its request, the hints, previews, and one sheet of all."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from controlkit.cli.matrix import Matrix
 from controlkit.cli.requests import Asked, Loads
 from controlkit.cli.shared import progress_bars, say, warn
 from controlkit.errors import one_line
-from controlkit.hub import seal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +89,7 @@ def written(
     from controlkit.files import mark_output
     from controlkit.images import write_png
     from controlkit.sample import generate, pictures
+    from controlkit.sample.embedded import embedded
 
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         warn(note)
@@ -99,7 +98,8 @@ def written(
         found = pictures(following.seen(generate(base, prepared, previewer=output.previewer)))
         for i, (name, picture) in enumerate(zip(names, found, strict=False)):
             own = dict(more[i]) if more else {}
-            texts = _texts(prepared[i], output, own | {"batch": following.together})
+            facts = {**output.facts, **output.loads.facts(), **own, "batch": following.together}
+            texts = embedded(prepared[i].settled(), facts | {"annotators": prepared[i].annotators()}, picture.pixels)
             mark_output(output.folder, "generate")
             write_png(output.folder / f"{stem}-{name}.png", picture.pixels, **texts)
             yield picture.pixels, texts
@@ -139,19 +139,6 @@ class _Following:
 
         mark_output(self.output.folder, "generate")
         write_png(self.output.folder / "preview.png", grid([step.preview()], cell=256))
-
-
-def _texts(one: "Prepared", output: Output, own: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` and ``infotext`` of a picture's file."""
-    from controlkit.sample import infotext
-
-    request = one.settled()
-    asked, loads = json.loads(request.to_json()), output.loads.facts()
-    height, width = one.settings.size or (0, 0)
-    annotators = [{kind: spec.annotator for kind, spec in control.specs.items()} for control in one.controls]
-    facts = {**output.facts, **loads, **own, "width": width, "height": height, "annotators": annotators}
-    settings = asked | facts | {"seal": seal(asked, loads)}
-    return {"settings": settings, "infotext": infotext.written(request, facts)}
 
 
 def write_hints(one: "Prepared", folder: Path) -> "list[tuple[str, np.ndarray]]":

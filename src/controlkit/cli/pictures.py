@@ -1,13 +1,16 @@
 """Pictures from prompts and hints; hints from pictures."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from controlkit.cli.jobs import run_jobs, with_places
 from controlkit.cli.matrix import MOST, axes_of, matrix
-from controlkit.cli.requests import asked_for
+from controlkit.cli.requests import KEYS, asked_for
 from controlkit.cli.shared import (
     BaseOption,
     DeviceOption,
@@ -27,8 +30,15 @@ from controlkit.cli.shared import (
     warn,
 )
 from controlkit.errors import Invalid, nearest, one_line
+from controlkit.files import home_path
+
+if TYPE_CHECKING:
+    from controlkit.backbones import Backbone
 
 app = typer.Typer()
+
+_ALONE = ("prompts", "grid", "like", "auto_prompt", "preview")
+"""Options of ``generate`` that are not for ``--jobs``."""
 
 
 @app.command(
@@ -103,6 +113,16 @@ def generate(
             "referee chooses a caption; else Salesforce/blip-image-captioning-base."
         ),
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many pictures: a file with a request as JSON on each line, whose keys go before the options; or a "
+            "folder, each of whose pictures goes into the --control that has none. Started again, goes on."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Of --jobs: processes, each with a base; several need Ray (the extra `scale`).", min=1)
+    ] = 1,
     out: OutOption = Path("out"),
     base: BaseOption = "mini",
     hint_ready: Annotated[
@@ -240,6 +260,12 @@ def generate(
     check_folder(out)
     if taesd and not preview:
         raise Invalid("--taesd shows previews: give --preview N, too.")
+    if (workers if jobs is None else num_images) > 1:
+        raise Invalid("--workers goes with --jobs alone, and --num-images without it alone: leave it out.")
+    if jobs and (clash := [name for name in _ALONE if context.params[name]]):
+        raise Invalid(f"--jobs says which pictures are made: leave out --{clash[0].replace('_', '-')}.")
+    if jobs and home_path(jobs).is_dir():
+        context.params["control"] = with_places(control or [], KEYS)
     asked = asked_for(context)
     loads, pictures = asked.loads, matrix(asked.request, axes_of(grid or [], prompts, num_images, asked.request))
     if auto_prompt and (prompts or grid or request or like or prompt is not None):
@@ -247,14 +273,19 @@ def generate(
         raise Invalid(f"--auto-prompt captions what the default prompt gives: leave out {others}.")
     if loads.dtype not in DTYPES:
         raise Invalid(f'--dtype is "{one_line(loads.dtype)}": {nearest(loads.dtype, DTYPES)}')
+    options: dict[str, Any] = {"dtype": DTYPES[loads.dtype], "vae": loads.vae}
+    options["embeddings"] = [Path(one) for one in loads.embedding]
+    load: Callable[[str], Backbone] = partial(
+        loaded_base, loads.base, loras=[split_lora(text) for text in loads.lora], **options
+    )
+    if jobs:
+        return run_jobs(home_path(jobs), asked.request, out, loads.facts(), load, device, workers)
     controls = [control for one in pictures.requests() for control in one.controls]
     for control_asked in {(one.annotator, one.ready, str(one.images)): one for one in controls}.values():
         check_pictures(control_asked)
     for edited in dict.fromkeys(one.edit for one in pictures.requests() if one.edit):
         check_pictures(edited)
-    options: dict[str, Any] = {"dtype": DTYPES[loads.dtype], "vae": loads.vae}
-    options["embeddings"] = [Path(one) for one in loads.embedding]
-    model = loaded_base(loads.base, device, loras=[split_lora(text) for text in loads.lora], **options)
+    model = load(device)
     previewer = load_taesd(taesd, model) if taesd else None
     prepared = prepare(model, pictures.requests())
     output = making.Output(out, loads, making.facts_of(model, asked), preview, previewer)

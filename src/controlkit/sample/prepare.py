@@ -144,6 +144,10 @@ class Prepared:
         """How many steps are made in all."""
         return self.settings.made + (self.second.steps if self.second else 0)
 
+    def annotators(self) -> list[dict[str, str]]:
+        """Of each control, by type of hint, what makes such hints."""
+        return [{kind: spec.annotator for kind, spec in control.specs.items()} for control in self.controls]
+
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
         used = zip(self.request.controls, self.controls, strict=True)
@@ -342,7 +346,7 @@ class _Preparation:
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):
-            if asked.annotator not in (None, saved.hint.annotator):
+            if asked.annotator and kind_or_bare(asked.annotator).name != saved.hint.annotator:
                 raise Invalid(
                     f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
                 )
