@@ -74,7 +74,7 @@ class Setting:
 
     def loaded(self, name: str, device: str, compiles: bool = False, **options: Any) -> Backbone:
         """The right base as it is in memory, where nothing is to be added to it."""
-        if name == str(self.toy) and not any(value for key, value in options.items() if key != "dtype"):
+        if name == str(self.toy) and not any(value for key, value in options.items() if key not in ("dtype", "waits")):
             return self.base
         return load_base(name, device, **options)
 

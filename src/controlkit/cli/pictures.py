@@ -127,7 +127,20 @@ def generate(
         bool,
         typer.Option("--follow", help="Open, fetch and spend what the request in another's PNG asks for."),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the base's weights: `fp32`, `bf16`, `fp16`; or `auto`: half precision on a GPU, and on a CPU "
+            "where that is faster."
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="`fast`: everything on the GPU; `balanced`: one part at a time, large pictures decoded in tiles; "
+            "`low`: one layer at a time, tiles of 512 pixels; `auto`: the first that fits."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures from a prompt, steered by pictures.
@@ -140,8 +153,10 @@ def generate(
     from controlkit.prompts import without_loras
 
     check_folder(out)
-    if dtype not in DTYPES:
-        raise Invalid(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
+    if dtype not in ("auto", *DTYPES):
+        raise Invalid(f'--dtype is "{dtype}": {nearest(dtype, ("auto", *DTYPES))}')
+    if memory not in sample.MEMORY:
+        raise Invalid(f'--memory is "{memory}": {nearest(memory, sample.MEMORY)}')
     if request:
         first = _read_request(context, request, follow)
     else:
@@ -166,11 +181,15 @@ def generate(
         raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
     for one in first.controls:
         sample.check_pictures(one)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "embeddings": embedding or [], "vae": vae}
+    options["waits"] = True
     model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], **options)
     requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
     prepared = sample.prepare(model, requests)
-    facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
+    for line in plan.lines() if (plan := sample.plan_memory(model, prepared, memory)) else ():
+        say(line)
+    used = next(name for name, one in DTYPES.items() if one == model.dtype)
+    facts = {"base": base, "format": number_format(model.device.type), "dtype": used, "lora": lora or [], "vae": vae}
     _make(model, prepared, out, facts | {"embedding": [path.stem for path in embedding or []]})
 
 

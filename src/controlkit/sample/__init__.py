@@ -1,6 +1,7 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
 from controlkit.sample.loop import Denoised, HintTensors, Maker, Steering, denoise, generate, maker, pictures
+from controlkit.sample.memory import MEMORY, Memory, plan_memory
 from controlkit.sample.prepare import (
     Prepared,
     PreparedControl,
@@ -14,11 +15,13 @@ from controlkit.sample.request import PLAIN_PROMPT, ControlRequest, Picture, Req
 from controlkit.sample.scales import scale_table
 
 __all__ = [
+    "MEMORY",
     "PLAIN_PROMPT",
     "ControlRequest",
     "Denoised",
     "HintTensors",
     "Maker",
+    "Memory",
     "Picture",
     "Prepared",
     "PreparedControl",
@@ -33,6 +36,7 @@ __all__ = [
     "maker",
     "picture_size",
     "pictures",
+    "plan_memory",
     "prepare",
     "scale_table",
 ]

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.backbones import Backbone, load_base, recomputed, save_difference
+from controlkit.backbones.memory import Meter
 from controlkit.branch import ControlNetwork
 from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
@@ -40,7 +41,7 @@ from controlkit.train.evaluation import CONTROL, Evaluator, own_hints
 from controlkit.train.gradients import Gradients
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.parts import Resolved
-from controlkit.train.plan import Meter, estimate, format_bytes
+from controlkit.train.plan import estimate, format_bytes
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import Recipe
 from controlkit.train.records import (
