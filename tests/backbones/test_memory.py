@@ -11,7 +11,18 @@ from torch.utils._pytree import tree_map
 
 from conftest import draw_inputs, randomised
 from controlkit.backbones import ActiveControl, load_base, memory
-from controlkit.backbones.memory import Estimate, Held, Meter, Work, bytes_of, estimate, fastest, fitting, is_roomy
+from controlkit.backbones.memory import (
+    Estimate,
+    Held,
+    Meter,
+    Work,
+    bytes_of,
+    estimate,
+    fastest,
+    fitting,
+    is_roomy,
+    narrowed,
+)
 from controlkit.backbones.placement import MODES
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control, new_union
@@ -193,3 +204,21 @@ def test_a_plan_in_words():
         "That may not fit."
     )
     assert moved.lines()[-1] == "  beside weights, in a step   1.00 GiB"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["toy", "xl"])
+def test_a_narrow_base_computes_the_same_under_autocast_and_holds_half(kind, toy_folder, xl_folder):
+    base = load_base(toy_folder if kind == "toy" else xl_folder)
+    torch.manual_seed(5)
+    for value in base.unet.parameters():  # no number of a half format
+        value.mul_(1 + 0.01 * torch.rand(value.shape))
+    held, digest = bytes_of([base.unet]), base.digest
+    narrow = narrowed(base, torch.bfloat16)
+    inputs = draw_inputs(base)[:3]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert narrow.predict(*inputs).equal(base.predict(*inputs))
+    assert bytes_of([narrow.unet]) < 0.52 * held and bytes_of([base.unet]) == held, "a copy"
+    assert narrow.digest == digest and narrow.dtype == torch.float32
+    assert narrow.vae.encoder.conv_in.weight.data_ptr() == base.vae.encoder.conv_in.weight.data_ptr(), "shared"
+    assert narrow.encoder.conv_in is narrow.unet.conv_in

@@ -6,7 +6,7 @@ it goes through each part's work once, and nothing is computed.
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -232,13 +232,29 @@ class _Trial:
 
 def shapes_only(base: Backbone, controls: Sequence[nn.Module] = ()) -> tuple[Backbone, list[nn.Module]]:
     """A copy of a base and of controls whose weights have shapes and no values (torch's ``meta`` device)."""
-    memo: dict[int, Any] = {}
+    return _copied(base, controls, lambda value: torch.empty_like(value, device="meta"))
+
+
+def narrowed(base: Backbone, dtype: torch.dtype) -> Backbone:
+    """The same locked base with its denoiser's matrices and convolutions in half precision, all else shared.
+
+    Under autocast to that format its results are the same to the bit, as autocast casts just these for each operation.
+    ``Backbone.digest`` stays that of the whole weights.
+    """
+    _ = base.digest  # kept from now on, and copied
+    layers = [layer for layer in base.denoiser.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
+    matrices = {id(value) for layer in layers for value in layer.parameters()}
+    return _copied(base, (), lambda value: value.detach().to(dtype) if id(value) in matrices else value)[0]
+
+
+def _copied(
+    base: Backbone, controls: Sequence[nn.Module], other: Callable[[Tensor], Tensor]
+) -> tuple[Backbone, list[nn.Module]]:
+    """A copy of a base and of controls, not placed, that has ``other(value)`` in the place of each locked weight."""
+    memo: dict[int, Any] = {id(base.placement): None} if base.placement else {}
     for module in [*base.networks().values(), *controls]:
-        for value in module.parameters():
-            memo[id(value)] = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
-        memo |= {id(value): torch.empty_like(value, device="meta") for value in module.buffers()}
-    if base.placement:
-        memo[id(base.placement)] = None
+        memo |= {id(value): other(value) for value in module.buffers()}
+        memo |= {id(value): nn.Parameter(other(value), requires_grad=False) for value in module.parameters()}
     return copy.deepcopy((base, list(controls)), memo)
 
 

@@ -277,8 +277,9 @@ class Backbone(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the denoiser's weights and inputs."""
-        return next(self.denoiser.parameters()).dtype
+        """The type of the denoiser's weights and inputs; float32 where any weights are (``memory.narrowed``)."""
+        types = [value.dtype for value in self.denoiser.parameters()]
+        return torch.float32 if torch.float32 in types else types[0]
 
     def autocast(self) -> AbstractContextManager[object]:
         """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
