@@ -101,7 +101,7 @@ def test_controls_without_a_picture_have_a_place_for_it(tmp_path, monkeypatch):
 
 
 def test_nothing_is_loaded_or_made_before_all_lines_are_right(jobs, tmp_path, monkeypatch):
-    monkeypatch.setattr("controlkit.cli.pictures.loaded_base", lambda *given, **more: pytest.fail("the base is loaded"))
+    monkeypatch.setattr("controlkit.cli.making.loaded_base", lambda *given, **more: pytest.fail("the base is loaded"))
     lines = [{}, {"controls": [{"name": "canny", "images": "nowhere.png"}]}, {"sede": 1}]
     code, _, err = jobs(lines)
     assert (code, err.count("\n")) == (2, 1) and 'line 3: Request has no "sede": did you mean "seed"?' in err
@@ -175,6 +175,6 @@ def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, c
 
 def test_what_is_stopped_while_the_base_loads_says_so(jobs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("controlkit.cli.pictures.loaded_base", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("controlkit.cli.making.loaded_base", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         assert jobs([{}])[::2] == (130, "note: stopped: run again to go on\n")
     assert jobs([{}])[0] == 0

@@ -290,7 +290,7 @@ def png_with(path, settings):
     ],
 )
 def test_a_stranger_s_png_is_asked_before_it_is_followed(asked, words, run, toy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("controlkit.cli.pictures.loaded_base", lambda *a, **b: pytest.fail("it was followed"))
+    monkeypatch.setattr("controlkit.cli.making.loaded_base", lambda *a, **b: pytest.fail("it was followed"))
     file = png_with(tmp_path / "p.png", {"prompt": "x", "seal": "0" * 32} | asked)
     code, out, err = run("generate", "--like", file)
     assert code == 2 and "--follow" in err and shows(out + err, words)

@@ -33,7 +33,7 @@ from controlkit import cli, sample
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone, load_base
 from controlkit.backbones.taesd import load_taesd
-from controlkit.cli import shared
+from controlkit.cli import making, shared
 from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
@@ -71,7 +71,7 @@ class Setting:
         datasets.disable_progress_bars()
         narrow_families()
         setting = cls(folder, toy, load_base(toy))
-        for module in (cli.pictures, cli.runs, cli.data, cli.weights):
+        for module in (making, cli.runs, cli.data, cli.weights):
             module.loaded_base = setting.loaded
         sample.generate = _black_pictures
         makers.generate = _no_batch
@@ -80,7 +80,7 @@ class Setting:
 
     def loaded(self, name: str, device: str, compiles: bool = False, **options: Any) -> Backbone:
         """The right base as it is in memory, where nothing is to be added to it."""
-        if name == str(self.toy) and not any(value for key, value in options.items() if key != "dtype"):
+        if name == str(self.toy) and not any(value for key, value in options.items() if key not in ("dtype", "waits")):
             return self.base
         return load_base(name, device, **options)
 

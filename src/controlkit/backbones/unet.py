@@ -261,6 +261,7 @@ class UNetBase(Backbone):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:
+        self.bring("text")
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
         rows = [torch.cat([one for one, _ in towers], -1) for towers in zip(*read, strict=True)]
         longest = math.lcm(*(len(row) for row in rows))
@@ -312,8 +313,9 @@ class UNetBase(Backbone):
 
         A VAE that float16 overflows (SDXL's) computes in its weights' own format under autocast to it.
         """
+        self.bring("vae")
         kind = self.device.type
-        halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        halves = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         upcast = halves and self.vae.config.get("force_upcast")
         while True:
             try:
@@ -342,6 +344,7 @@ class UNetBase(Backbone):
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
+        self.bring("denoiser")
         inject, beside = self._split(x, t, text, controls)
         return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
 
@@ -366,6 +369,7 @@ class UNetBase(Backbone):
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        self.bring("denoiser")
         inject, beside = self._split(x, t, text, [control])
         plain = self.encode_noise(x, t, text)
         walked = self.encode_noise(x, t, text, inject, beside)

@@ -2,15 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.cli.matrix import Matrix
 from controlkit.cli.requests import Asked, Loads
-from controlkit.cli.shared import progress_bars, say, warn
-from controlkit.errors import one_line
+from controlkit.cli.shared import loaded_base, progress_bars, say, split_lora, warn
+from controlkit.errors import Invalid, nearest, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,26 @@ class Output:
     """Every so many steps ``preview.png`` is written; 0 is never."""
     previewer: "Previewer | None" = None
     """None is the linear map."""
+
+
+def loader(loads: Loads, memory: str) -> "Callable[[str], Backbone]":
+    """A function that loads the base on a device; ``Invalid`` for a number format or a memory that are none."""
+    from controlkit.formats.convert import DTYPES
+    from controlkit.sample import MEMORY
+
+    for option, value, known in (("dtype", loads.dtype, ("auto", *DTYPES)), ("memory", memory, MEMORY)):
+        if value not in known:
+            raise Invalid(f'--{option} is "{one_line(value)}": {nearest(value, known)}')
+    options: dict[str, Any] = {"dtype": DTYPES.get(loads.dtype, "auto"), "vae": loads.vae, "waits": True}
+    options["embeddings"] = [Path(one) for one in loads.embedding]
+    return partial(loaded_base, loads.base, loras=[split_lora(text) for text in loads.lora], **options)
+
+
+def as_loaded(loads: Loads, base: "Backbone") -> Loads:
+    """The same with the number format that ``auto`` came to."""
+    from controlkit.formats.convert import DTYPES
+
+    return replace(loads, dtype=next(name for name, one in DTYPES.items() if one == base.dtype))
 
 
 def facts_of(base: "Backbone", asked: Asked) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Pictures from prompts and hints; hints from pictures."""
 
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,17 +21,15 @@ from controlkit.cli.shared import (
     VaeOption,
     check_folder,
     key_values,
-    loaded_base,
     parse_size,
     say,
-    split_lora,
     warn,
 )
-from controlkit.errors import Invalid, nearest, one_line
+from controlkit.errors import Invalid
 from controlkit.files import home_path
 
 if TYPE_CHECKING:
-    from controlkit.backbones import Backbone
+    from controlkit.sample import Memory
 
 app = typer.Typer()
 
@@ -244,7 +240,20 @@ def generate(
             "guessed from the latents, at their size."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the base's weights: `fp32`, `bf16`, `fp16`; or `auto`: half precision on a GPU, and on a CPU "
+            "where that is faster."
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="`fast`: everything on the GPU; `balanced`: one part at a time, large pictures decoded in tiles; "
+            "`low`: one layer at a time, tiles of 512 pixels; `auto`: the first that fits."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures from a prompt, steered by pictures.
@@ -254,8 +263,7 @@ def generate(
     """
     from controlkit.backbones.taesd import load_taesd
     from controlkit.cli import making
-    from controlkit.formats.convert import DTYPES
-    from controlkit.sample import check_pictures, prepare
+    from controlkit.sample import check_pictures, plan_memory, prepare
 
     check_folder(out)
     if taesd and not preview:
@@ -271,13 +279,7 @@ def generate(
     if auto_prompt and (prompts or grid or request or like or prompt is not None):
         others = "the prompt, --prompts, --grid, --request and --like"
         raise Invalid(f"--auto-prompt captions what the default prompt gives: leave out {others}.")
-    if loads.dtype not in DTYPES:
-        raise Invalid(f'--dtype is "{one_line(loads.dtype)}": {nearest(loads.dtype, DTYPES)}')
-    options: dict[str, Any] = {"dtype": DTYPES[loads.dtype], "vae": loads.vae}
-    options["embeddings"] = [Path(one) for one in loads.embedding]
-    load: Callable[[str], Backbone] = partial(
-        loaded_base, loads.base, loras=[split_lora(text) for text in loads.lora], **options
-    )
+    load = making.loader(loads, memory)
     if jobs:
         return run_jobs(home_path(jobs), asked.request, out, loads.facts(), load, device, workers)
     controls = [control for one in pictures.requests() for control in one.controls]
@@ -288,7 +290,9 @@ def generate(
     model = load(device)
     previewer = load_taesd(taesd, model) if taesd else None
     prepared = prepare(model, pictures.requests())
-    output = making.Output(out, loads, making.facts_of(model, asked), preview, previewer)
+    for line in plan.lines() if (plan := plan_memory(model, prepared, cast("Memory", memory))) else ():
+        say(line)
+    output = making.Output(out, making.as_loaded(loads, model), making.facts_of(model, asked), preview, previewer)
     if auto_prompt:
         count = making.write_captioned(model, prepared, pictures, output, captioner)
     else:

@@ -53,7 +53,7 @@ class Loads:
     """FILE or FILE=WEIGHT each."""
     vae: str | None = None
     embedding: tuple[str, ...] = ()
-    dtype: str = "fp32"
+    dtype: str = "auto"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Loads":

@@ -100,6 +100,7 @@ def train(
 
         mean = 0.0
         run = train_control(settings, out, base, stage, partial(progress.advance, side), True, stopping.is_asked)
+        del base  # the run keeps what it needs of it
         for record in run:
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds

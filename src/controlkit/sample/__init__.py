@@ -1,6 +1,7 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
 from controlkit.sample.loop import Denoised, HintTensors, Maker, Start, Steering, denoise, generate, maker, pictures
+from controlkit.sample.memory import MEMORY, Memory, plan_memory
 from controlkit.sample.prepare import (
     Prepared,
     PreparedControl,
@@ -23,6 +24,7 @@ from controlkit.sample.request import (
 from controlkit.sample.scales import scale_table
 
 __all__ = [
+    "MEMORY",
     "PLAIN_PROMPT",
     "ControlRequest",
     "Denoised",
@@ -31,6 +33,7 @@ __all__ = [
     "HiresRequest",
     "LinearPreviewer",
     "Maker",
+    "Memory",
     "Picture",
     "Prepared",
     "PreparedControl",
@@ -47,6 +50,7 @@ __all__ = [
     "maker",
     "picture_size",
     "pictures",
+    "plan_memory",
     "prepare",
     "scale_table",
 ]

@@ -20,6 +20,7 @@ from controlkit.backbones.noise import Noises, Sampler
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import stretch, to_pictures, to_tensor
+from controlkit.sample.memory import settle, settle_lower
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
 from controlkit.sample.preview import LinearPreviewer, Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
@@ -192,6 +193,7 @@ def _active(
     given = [own if one.scales is None else one.scales for one, own in zip(controls, table, strict=True)]
     scales = [one.expand(*full, *one.shape[-2:]).to(base.device) for one in given]
     used = [one.ne(0).any(-1).any(-1).any(0).any(0).tolist() for one in scales]  # by step: no host sync in the loop
+    base.bring("denoiser")  # and the controls with it
     with base.autocast():
         features = [
             _for_rows(_encoded(one.control, one.hints), times) if any(used[i][k] for k in span) else {}
@@ -262,11 +264,14 @@ def generate(
 def _generate(
     base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
 ) -> Generator[Step | Picture, None, None]:
+    batch = settle(base, prepared, batch)
     while prepared:
         alike = list(takewhile(prepared[0].is_like, prepared[:batch]))
         try:
             made = yield from _one_batch(base, alike, previewer)
         except torch.OutOfMemoryError as error:
+            if len(alike) == 1 and settle_lower(base, prepared):
+                continue
             if len(alike) == 1:
                 raise OutOfRoom(
                     f"The device's memory does not hold one picture of this size ({str(error).splitlines()[0]}). "
