@@ -25,6 +25,8 @@ _MOST_JOBS = 100_000
 _LONGEST_LINE = 2**24
 _LONGEST_PROMPT = 2**17
 _LONGEST_NAME = 200
+_OWN = {"prompt": "", "negative_prompt": None, "seed": 0, "variation": 0.0, "variation_seed": 0}
+"""What pictures that are made together may each have of their own, beside their files."""
 _FORBIDDEN = set('/\\:*?"<>|')
 """Letters that some system's names of files cannot have."""
 
@@ -185,7 +187,7 @@ def groups_of(jobs: Sequence[Job], most: int = BATCH) -> list[list[Job]]:
         request = job.request
         loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
         plain = with_sources(request, lambda source: EACH)
-        shared = plain.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0}).to_json()
+        shared = plain.model_copy(update=_OWN).to_json()
         alike.setdefault(loaded, {}).setdefault(shared, []).append(job)
     rows = [row for same in alike.values() for row in same.values()]
     return [row[first : first + most] for row in rows for first in range(0, len(row), most)]
