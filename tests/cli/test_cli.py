@@ -113,6 +113,7 @@ def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
         "preview",
         "taesd",
         "dtype",
+        "memory",
         "device",
     }
     assert set(inspect.signature(generate).parameters) == {*IN_REQUEST} | beside and not {*IN_REQUEST} & beside
@@ -431,7 +432,12 @@ BAD = {
     "an unknown base": (["--base", "sd9"], 'no base "sd9"'),
     "a size that is no multiple": (["--size", "50x50"], "48x48"),
     "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
-    "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
+    "a control without a picture": (["--control", "canny"], "needs a picture"),
+    "a control that is none, without a picture": (["--control", "cannny"], "NAME=IMAGE"),
+    "a mask without a picture": (["--mask", "m.png"], "give it by --init-image"),
+    "the strength of no second pass": (["--hires-strength", "0.5"], "give its factor by --hires"),
+    "sides that are none": (["--init-image", "m.png", "--outpaint", "1,2"], "above,right,below,left"),
+    "a picture to be changed that is not there": (["--init-image", "nowhere.png"], "nowhere.png"),
     "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
     "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
     "a seed torch cannot take": (["--seed", "99999999999999999999"], '"seed" is 99999999999999999999; expected less'),
