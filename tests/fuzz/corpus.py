@@ -444,7 +444,7 @@ def _store(folder: Path, toy: Path) -> None:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-_PICTURE = ("picture", "hint", "request's picture", "annotate", "doctor")
+_PICTURE = ("picture", "hint", "request's picture", "picture to be changed", "annotate", "doctor")
 _CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate")
 _SET = ("listing", "doctor", "build", "training pairs", "train")
 
@@ -459,7 +459,14 @@ KINDS = [
         )
         for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".gif", ".avif", ".jp2")
     ),
-    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 2),
+    Kind(
+        "npy",
+        _arrays,
+        "canny/0.npy",
+        ("canny/0.npy",),
+        ("hint", "request's picture", "picture to be changed", "own hints", "doctor"),
+        2,
+    ),
     Kind("control folder", _control_folders, "control", ("control/*",), _CONTROL),
     Kind("index.json", _sharded, "control", ("control/*.json",), _CONTROL),
     Kind("safetensors", _control_files, "control.safetensors", ("*",), _CONTROL, 2),

@@ -41,7 +41,7 @@ from controlkit.errors import Invalid
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
-from controlkit.sample import ControlRequest, Picture, Request, Step, check_pictures, makers
+from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
@@ -94,7 +94,7 @@ class _Captioner:
         return ["a picture"] * len(pictures)
 
 
-def _black_pictures(base: Any, prepared: Any, *_: Any) -> Any:
+def _black_pictures(base: Any, prepared: Any, *_: Any, **__: Any) -> Any:
     """Black pictures, in place of sampling."""
     for one in prepared:
         yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
@@ -346,6 +346,11 @@ READERS: dict[str, Reader] = {
         _hint, ("images.read_hint", "images.decode_hint", "decoding.arrays.array_of", "decoding.arrays.is_array")
     ),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
+    "picture to be changed": Reader(
+        lambda path, setting: check_pictures(EditRequest(image=path, mask=path)),
+        ("sample.canvas.read_source", "sample.canvas.light_of", "generate init_image", "generate mask"),
+        2,
+    ),
     "request's PNG": Reader(
         lambda path, setting: (read_settings(path), _like(path, setting)),
         (
@@ -620,6 +625,9 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate lora_dir",
             "generate scheduler",
             "generate dtype",
+            "generate memory",
+            "generate outpaint",
+            "generate resize",
             "generate negative_prompt",
             "generate prompt",
             "generate size",

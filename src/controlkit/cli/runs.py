@@ -75,9 +75,10 @@ def train(
     from controlkit.train.checkpoints import go_back
     from controlkit.train.ranks import connect_ranks
 
-    given = [*([str(recipe)] if recipe else []), *context.args]
     ranks = connect_ranks(cpu=not on_cuda(device))
-    settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
+    settings, out, notes = _asked_for(
+        [*map(str, filter(None, [recipe])), *context.args], changes or [], out, ranks.count
+    )
     for note in notes if ranks.first else []:
         warn(note)
     if from_step is not None and ranks.first:
@@ -98,14 +99,14 @@ def train(
             elif ranks.first:
                 progress.reset(side, total=total, description=name, visible=True)
 
-        mean = 0.0
-        run = train_control(settings, out, base, stage, partial(progress.advance, side), True, stopping.is_asked)
+        mean, advance = 0.0, partial(progress.advance, side)
+        run = train_control(settings, out, base, stage, advance, True, stopping.is_asked)
         del base  # the run keeps what it needs of it
         for record in run:
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
-            rate = settings.batch / record.seconds
             progress.update(side, visible=False)
-            progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
+            figures = f"loss {mean:.4f}  {settings.batch / record.seconds:.0f} pictures/s"
+            progress.update(main_task, completed=record.step, figures=figures)
             for line in _describe_record(record) if ranks.first else ():
                 say_beside(progress, f"step {record.step}: {line}")
     if (ending := read_ending(out)) and ranks.first:
