@@ -75,10 +75,9 @@ def train(
     from controlkit.train.checkpoints import go_back
     from controlkit.train.ranks import connect_ranks
 
+    given = [*([str(recipe)] if recipe else []), *context.args]
     ranks = connect_ranks(cpu=not on_cuda(device))
-    settings, out, notes = _asked_for(
-        [*map(str, filter(None, [recipe])), *context.args], changes or [], out, ranks.count
-    )
+    settings, out, notes = _asked_for(given, changes or [], out, ranks.count)
     for note in notes if ranks.first else []:
         warn(note)
     if from_step is not None and ranks.first:
@@ -86,8 +85,7 @@ def train(
     ranks.wait()
     with Stopping("", stopped := "stopped: run again to go on"):
         base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
-    if settings.size == base.size:  # flags always give it
-        settings = settings.model_copy(update={"size": None})
+    settings = settings.model_copy(update={"size": None} if settings.size == base.size else {})  # flags always give it
     stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
         main_task = progress.add_task("training", total=settings.steps, figures="")
