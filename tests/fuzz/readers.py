@@ -625,6 +625,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate lora_dir",
             "generate scheduler",
             "generate dtype",
+            "generate guider",
             "generate memory",
             "generate outpaint",
             "generate resize",

@@ -134,6 +134,9 @@ def generate(
     guidance_rescale: Annotated[
         float, typer.Option(help="How far guidance keeps the spread of the prediction, 0 to 1.")
     ] = 0.0,
+    guider: Annotated[
+        str, typer.Option(help="`cfg`; or `apg`, which keeps colours from glaring at high guidance.")
+    ] = "cfg",
     scheduler: Annotated[
         str | None,
         typer.Option(

@@ -20,6 +20,7 @@ from controlkit.backbones.noise import Noises, Sampler
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import stretch, to_pictures, to_tensor
+from controlkit.sample.guidance import Guide
 from controlkit.sample.memory import settle, settle_lower
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
 from controlkit.sample.preview import LinearPreviewer, Previewer, clean_latents
@@ -108,18 +109,6 @@ def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
     return control.network.encode_hint(hints, *([control.strengths] if control.strengths else []))
 
 
-def _guided(prediction: Tensor, settings: SamplingSettings) -> Tensor:
-    """The prediction (B, C, h, w) of guidance, given the unconditional ones, then of each prompt that is joined."""
-    unconditional, *parts = prediction.chunk(1 + len(settings.weights))
-    away = [weight * (part - unconditional) for weight, part in zip(settings.weights, parts, strict=True)]
-    together = sum(away[1:], away[0])
-    guided = unconditional + settings.guidance * together
-    if not settings.guidance_rescale:
-        return guided
-    spread = [one.std((1, 2, 3), keepdim=True) for one in (unconditional + together, guided)]
-    return torch.lerp(guided, guided * (spread[0] / spread[1]), settings.guidance_rescale)
-
-
 @torch.no_grad()
 def denoise(
     base: Backbone,
@@ -141,6 +130,7 @@ def denoise(
     sampler = base.noise.sampler(settings.steps, settings.scheduler, start.noises)
     span = range(settings.skipped, len(sampler.timesteps)) if span is None else span
     x = start.begun(sampler, span.start)
+    guide = Guide(settings, base.noise)
     predict = _predictor(base, controls, settings, count, span, (x.shape[-2], x.shape[-1]))
     for step in span:
         timestep = sampler.timesteps[step]
@@ -150,8 +140,7 @@ def denoise(
             whole = read if start.beside is None else torch.cat([read, start.beside], 1)
             both = whole.repeat(rows // count, 1, 1, 1).to(base.dtype)
             prediction = predict(both, t, text.at(step), step)
-            if settings.is_guided:
-                prediction = _guided(prediction, settings)
+            prediction = guide(prediction, read, timestep)
             x = start.kept(sampler, sampler.step(prediction, timestep, x), step + 1)
         yield Denoised(step, x, read, prediction, timestep)
 

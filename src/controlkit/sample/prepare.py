@@ -28,7 +28,7 @@ from controlkit.images import (
 )
 from controlkit.prompts import Span
 from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
-from controlkit.sample.request import ControlRequest, EditRequest, HintSource, Mode, Request
+from controlkit.sample.request import ControlRequest, EditRequest, Guider, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
 
@@ -43,6 +43,7 @@ class SamplingSettings:
     """Of the prompts that ``AND`` joins."""
     scheduler: str | None = None
     guidance_rescale: float = 0.0
+    guider: Guider = "cfg"
     skipped: int = 0
     """How many of the first steps are not made, as a picture with the noise of there is changed."""
     changes: Literal["nothing", "picture", "masked"] = "nothing"
@@ -326,6 +327,7 @@ class _Preparation:
             size,
             scheduler=request.scheduler,
             guidance_rescale=request.guidance_rescale,
+            guider=request.guider,
             skipped=skipped,
             changes=changes,
             tile=tile if tile and tile < max(size) else None,

@@ -34,6 +34,7 @@ PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 
 ARRAY_TYPES = ("uint8", "uint16", "float32")
 Mode = Literal["balanced", "prompt", "control"]
+Guider = Literal["cfg", "apg"]
 MODES: dict[str | int, Mode] = {
     "Balanced": "balanced",
     "My prompt is more important": "prompt",
@@ -329,6 +330,9 @@ class Request(_Checked):
     guidance_rescale: Share = 0.0
     """How far the guided prediction is brought back to the spread of the conditional one, 0 to 1 (Lin et al., 2023,
     Section 3.4): against glaring pictures of bases with zero terminal SNR."""
+    guider: Guider = "cfg"
+    """``cfg``, classifier-free guidance; ``apg``, adaptive projected guidance (Sadat et al., ICLR 2025), which keeps
+    colours from glaring at high guidance."""
     scheduler: Text | None = None
     """Its usual name, such as ``Euler a`` or ``DPM++ 2M Karras``; None is the base's own."""
     controls: tuple[ControlRequest, ...] = ()
