@@ -564,6 +564,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate lora_dir",
             "generate scheduler",
             "generate dtype",
+            "generate memory",
             "generate negative_prompt",
             "generate prompt",
             "generate size",
