@@ -1,18 +1,20 @@
 """The memory that pictures take on full-size bases of random weights: estimated before, measured after.
 
     python recipes/memory.py sd15 --size 512
-    python recipes/memory.py sdxl --size 1024 --memory low
+    python recipes/memory.py sdxl --size 1024 --memory low --products skip
 
 One base a process, so that nothing else counts. Weights are drawn in place, in bfloat16; a ControlNet of the base's
 size steers one picture with guidance. Where a CPU has no instructions for bfloat16, its products are emulated, some
 hundred times slower than float32's, with buffers that no other machine needs. There convolutions, products and
-attention are computed in float32, a strip of a few megabytes at a time, and give bfloat16 back (``--strips``). What is
-held between the operations is the same; convolutions copy their input, weights and output into a layout of their own,
-as oneDNN does.
+attention are computed in float32, a strip of a few megabytes at a time, and give bfloat16 back (``--products strips``).
+What is held between the operations is the same; convolutions copy their input, weights and output into a layout of
+their own, as oneDNN does. ``--products skip`` does all of that but the arithmetic, and gives zeros: a picture of SDXL
+at 1024 pixels then takes a minute instead of an hour.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import numpy as np
@@ -65,7 +67,7 @@ def drawn(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     network.to_empty(device="cpu")
     for name, value in network.named_parameters():
         if value.ndim > 1:
-            value.normal_(0, 0.5 / value[0].numel() ** 0.5)
+            value.uniform_(-1 / value[0].numel() ** 0.5, 1 / value[0].numel() ** 0.5)
         else:
             value.fill_(float("norm" in name and name.endswith("weight")))
     for module in network.modules():  # positions, which no file has either
@@ -75,7 +77,11 @@ def drawn(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 class Strips(TorchFunctionMode):
-    """Products of bfloat16 in float32, a strip at a time; the results are bfloat16 again."""
+    """Products of bfloat16 in float32, a strip at a time, and bfloat16 again; or zeros in their place (``skip``)."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,21 +89,21 @@ class Strips(TorchFunctionMode):
         if strips is None or args[0].is_meta or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return strips(*args, **kwargs)
+            return strips(*args, **kwargs, skip=self.skip)
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *grouping: Any, skip: bool
 ) -> Tensor:
     """A convolution, some rows of the output at a time, and some channels of it."""
     (down, _), (above, beside), kernel = stride, padding, weight.shape[2]
     height = (x.shape[2] + 2 * above - kernel) // down + 1
     width = (x.shape[3] + 2 * beside - weight.shape[3]) // stride[1] + 1
     x, weight = (one.contiguous(memory_format=torch.channels_last) for one in (x, weight))
-    out = x.new_empty(len(x), len(weight), height, width).contiguous(memory_format=torch.channels_last)
+    out = torch.zeros(len(x), len(weight), height, width, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
     rows = max(STRIP // (x[:, :, 0].numel() * down), 1)
     channels = max(STRIP // weight[0].numel(), 1)
-    for first in range(0, len(weight), channels):
+    for first in range(0, 0 if skip else len(weight), channels):
         some = slice(first, first + channels)
         kernels, shift = weight[some].float(), None if bias is None else bias[some].float()
         for top in range(0, height, rows):
@@ -105,16 +111,16 @@ def conv2d(
             begin, end = top * down - above, (last - 1) * down + kernel - above
             strip = x[:, :, max(begin, 0) : end].float()
             strip = F.pad(strip, (beside, beside, max(-begin, 0), max(end - x.shape[2], 0)))
-            out[:, some, top:last] = F.conv2d(strip, kernels, shift, stride, 0, dilation, groups)
+            out[:, some, top:last] = F.conv2d(strip, kernels, shift, stride, 0, *grouping)
     return out.contiguous()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, skip: bool) -> Tensor:
     """A matrix's product, some rows of both at a time."""
     rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty(len(rows), len(weight))
+    out = x.new_zeros(len(rows), len(weight))
     few, some = (max(STRIP // x.shape[-1], 1) for _ in range(2))
-    for left in range(0, len(weight), some):
+    for left in range(0, 0 if skip else len(weight), some):
         part = slice(left, left + some)
         kernel, shift = weight[part].float(), None if bias is None else bias[part].float()
         for top in range(0, len(rows), few):
@@ -122,11 +128,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, skip: bool, **options: Any
+) -> Tensor:
     """Attention, one head of one row at a time."""
     options.pop("dropout_p", None)
-    out = torch.empty_like(query)
-    for row, head in np.ndindex(*query.shape[:2]):
+    out = torch.zeros_like(query)
+    for row, head in () if skip else np.ndindex(*query.shape[:2]):
         one = (part[row : row + 1, head : head + 1].float() for part in (query, key, value))
         mask = None if attn_mask is None else attn_mask[row : row + 1].float()
         out[row : row + 1, head : head + 1] = F.scaled_dot_product_attention(*one, mask, **options)
@@ -139,8 +147,8 @@ def main(
     memory: Annotated[str, typer.Option(help="`fast`, `balanced`, `low` or `auto`.")] = "fast",
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 1,
     control: Annotated[bool, typer.Option(help="Steer by a ControlNet of random weights.")] = True,
-    strips: Annotated[
-        bool | None, typer.Option(help="Products in float32, in strips; by default where they pay.")
+    products: Annotated[
+        str | None, typer.Option(help="`own`, `strips` or `skip`; by default `strips` where bfloat16 is emulated.")
     ] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
 ) -> None:
@@ -161,15 +169,15 @@ def main(
     for line in plan.lines():
         print(line, flush=True)
     meter, started = Meter(model), time.perf_counter()
-    own = not bf16_pays(device) if strips is None else strips
-    with Strips() if own else torch.no_grad():
+    products = products or ("own" if bf16_pays(device) else "strips")
+    with nullcontext() if products == "own" else Strips(products == "skip"):
         for _ in generate(model, prepared):
             pass
     beside = bytes_of(one.branch for one in loaded.values()) if device == "cpu" else 0
     found = meter.peak() + beside
     print(
         f"measured: at most {found / GIB:.2f} GiB, the estimate is {plan.peak / found - 1:+.1%} from it; "
-        f"{time.perf_counter() - started:.0f} s{', products in float32 by strips' if own else ''}"
+        f"{time.perf_counter() - started:.0f} s, products: {products}"
     )
 
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from conftest import draw_inputs, relative, stock_inputs
+from controlkit import precision
 from controlkit.backbones import FAMILIES, load_base, unet_families
 from controlkit.backbones.unet_families import clip_tokenizer, part_configs, unet_config
 from controlkit.errors import UserError
@@ -484,6 +485,14 @@ def test_in_half_precision_only_a_vae_that_overflows_stays_whole(stock, single_f
         part: {vae if part == "vae" else torch.float16} for part in networks(base)
     }
     assert_same_weights(base, stock(kind))
+
+
+@pytest.mark.parametrize(("pays", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_type_of_weights_may_be_left_to_the_machine(toy_folder, pays, expected, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_pays", lambda device: pays)
+    base = load_base(toy_folder, dtype="auto")
+    assert {p.dtype for module in networks(base).values() for p in module.parameters()} == {expected}
+    assert load_base(toy_folder).dtype == torch.float32, "training wants whole weights"
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
 from controlkit.files import OUTPUT, is_output
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.images import HintSpec, read_picture, write_png
+from controlkit.images import HintSpec, read_picture, read_settings, write_png
 from controlkit.sample import ControlRequest, Request
 from controlkit.train import recipe
 
@@ -220,6 +220,20 @@ def test_what_is_no_utf_8_is_refused_in_a_sentence(place, run, toy_folder, contr
     command = ["generate", *([] if place == "request" else [prompt]), "--base", toy_folder, "--out", tmp_path / "out"]
     code, _, err = run(*command, *more)
     assert code == 2 and "Traceback" not in err and "\n" not in err.strip() and "UTF-8" in err
+
+
+def test_generate_tells_the_memory_it_takes_and_the_type_it_took(run, toy_folder, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path]
+    code, out, _ = run(*command, "--memory", "low")
+    plan = out.splitlines()
+    assert code == 0 and plan[0].startswith("memory low: at most 0.00 GiB of ")
+    assert [line.split()[0] for line in plan[1:5]] == ["vae", "text_encoder", "unet", "beside"]
+    code, out, _ = run(*command)
+    assert code == 0 and len(out.splitlines()) == 1, "auto, and there is room"
+    assert read_settings(tmp_path / "picture-0.png")["dtype"] == "fp32"
+    for option in ("--memory", "--dtype"):
+        code, _, err = run(*command, option, "lwo")
+        assert code == 2 and f'{option} is "lwo"' in err and "auto" in err
 
 
 def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):

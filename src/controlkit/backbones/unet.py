@@ -344,6 +344,7 @@ class UNetBase(Backbone):
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
+        x = self._with_mask(x)  # which may need the VAE
         self.bring("denoiser")
         inject, beside = self._split(x, t, text, controls)
         return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
@@ -369,6 +370,7 @@ class UNetBase(Backbone):
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        x = self._with_mask(x)  # which may need the VAE
         self.bring("denoiser")
         inject, beside = self._split(x, t, text, [control])
         plain = self.encode_noise(x, t, text)
@@ -391,7 +393,7 @@ class UNetBase(Backbone):
 
         Shapes and arguments are ``UNetEncoder.encode``'s. Without either, and with locked weights, no graph is built.
         """
-        return self.encoder.encode(self._with_mask(x), t, text, inject=inject, beside=beside)
+        return self.encoder.encode(x, t, text, inject=inject, beside=beside)
 
     def _with_mask(self, x: Tensor) -> Tensor:
         """All that the U-Net reads: where it inpaints and only latents (B, C, h, w) came, all of it masked."""

@@ -85,10 +85,11 @@ def train(
     ranks.wait()
     with Stopping("", stopped := "stopped: run again to go on"):
         base = loaded_base(settings.base, device, compiles=True, vae=settings.vae)
-    settings = settings.model_copy(update={"size": None} if settings.size == base.size else {})  # flags always give it
+    if settings.size == base.size:  # flags always give it
+        settings = settings.model_copy(update={"size": None})
     stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
-        main_task = progress.add_task("training", total=settings.steps, figures="")
+        main_task, mean = progress.add_task("training", total=settings.steps, figures=""), 0.0
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
@@ -97,14 +98,13 @@ def train(
             elif ranks.first:
                 progress.reset(side, total=total, description=name, visible=True)
 
-        mean, advance = 0.0, partial(progress.advance, side)
-        run = train_control(settings, out, base, stage, advance, True, stopping.is_asked)
+        run = train_control(settings, out, base, stage, partial(progress.advance, side), True, stopping.is_asked)
         del base  # the run keeps what it needs of it
         for record in run:
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
+            rate = settings.batch / record.seconds
             progress.update(side, visible=False)
-            figures = f"loss {mean:.4f}  {settings.batch / record.seconds:.0f} pictures/s"
-            progress.update(main_task, completed=record.step, figures=figures)
+            progress.update(main_task, completed=record.step, figures=f"loss {mean:.4f}  {rate:.0f} pictures/s")
             for line in _describe_record(record) if ranks.first else ():
                 say_beside(progress, f"step {record.step}: {line}")
     if (ending := read_ending(out)) and ranks.first:
