@@ -15,11 +15,11 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from controlkit.annotators import annotate, drawn_hint
+from controlkit.annotators import annotate, light_lines
 from controlkit.backbones import Backbone, load_base
 from controlkit.data import Pair, hint_for_pair
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import grid, read_picture, write_png
+from controlkit.images import fit, grid, read_picture, write_png
 from controlkit.mini import world
 from controlkit.mini.scenes import Scene, draw_scene
 from controlkit.sample import ControlRequest, Request, maker
@@ -107,7 +107,8 @@ def main(
             "One drawing, five styles", [("drawing", drawing), ("canny", edges), *zip(world.STYLES, made, strict=True)]
         )
 
-        cat = drawn_hint(read_picture(DRAWINGS / "cat_face.png"), studio.controls["scribble"].hint, sides)
+        spec = studio.controls["scribble"].hint
+        cat = fit(light_lines(read_picture(DRAWINGS / "cat_face.png"), spec), sides, spec.resize)
         prompts = [world.caption("cat-face", s, g) for s, g in zip(world.STYLES, CAT_GROUNDS, strict=True)]
         made = studio.make({"scribble": cat}, prompts, range(5))
         section("A scribble of a cat, five cats", [("scribble", cat), *zip(world.STYLES, made, strict=True)])

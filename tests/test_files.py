@@ -38,6 +38,13 @@ from limits import limited
     ["a café".encode(), codecs.BOM_UTF8 + "a café".encode(), "a café".encode("utf-16"),
      codecs.BOM_UTF16_BE + "a café".encode("utf-16-be")],
 )  # fmt: skip
+def test_where_a_folder_is_no_file_is_written(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(Invalid, match="is a folder"):
+        write_atomic(tmp_path / "a", b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_one_text_whatever_its_byte_order_mark(data, tmp_path):
     (tmp_path / "a.txt").write_bytes(data)
     assert read_text(tmp_path / "a.txt") == "a café"

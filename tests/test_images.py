@@ -14,7 +14,21 @@ from safetensors import SafetensorError, safe_open
 from controlkit.errors import UserError
 from controlkit.files import write_atomic
 from controlkit.hub import shipped_path
-from controlkit.images import HintSpec, fit, grid, read_hint, read_picture, to_pictures, to_tensor, write_png
+from controlkit.images import (
+    HintSpec,
+    fit,
+    grid,
+    inner_size,
+    read_hint,
+    read_picture,
+    read_settings,
+    stretch,
+    surround,
+    thumbnail,
+    to_pictures,
+    to_tensor,
+    write_png,
+)
 
 
 def noise(height, width, seed=0):
@@ -45,6 +59,34 @@ def test_values_beyond_the_range_are_clipped_and_not_wrapped():
 @pytest.mark.parametrize("how", ["area", "lines", "nearest"])
 def test_fit_gives_exactly_the_size_asked_for(shape, size, how):
     assert fit(noise(*shape), size, how).shape == (*size, 3)
+
+
+def test_stretching_and_filling_by_hand():
+    """A picture of 2 x 4: the left half black, the right half white, its first row red at the left."""
+    picture = np.zeros((2, 4, 3), np.uint8)
+    picture[:, 2:] = 255
+    picture[0, 0] = (255, 0, 0)
+    assert stretch(picture, (4, 4), "nearest").tolist() == np.repeat(picture, 2, 0).tolist()
+    assert stretch(picture, (1, 2), "area").tolist() == [[[64, 0, 0], [255, 255, 255]]]
+    assert inner_size((2, 4), (4, 4)) == (2, 4) and inner_size((2, 4), (8, 4)) == (2, 4)
+    assert inner_size((20, 40), (8, 4)) == (2, 4) and inner_size((1, 1000), (4, 4)) == (1, 4)
+    filled = surround(picture, (4, 4), "nearest")
+    assert filled[1:3].tolist() == picture.tolist()
+    assert (filled[[0, 3]] == 255).all(), "the commonest of its border: 4 white ones, 3 black, 1 red, each corner twice"
+    grey = np.array([[[10.0], [20.0], [60.0]]], np.float32)
+    assert surround(grey, (3, 3))[0].tolist() == [[20.0]] * 3, "the median of its border"
+
+
+def test_around_a_picture_with_a_mask_all_is_masked():
+    filled = surround(np.full((2, 4, 4), 255, np.uint8), (4, 4))
+    assert (filled[[0, 3]] == 0).all() and (filled[1:3] == 255).all()
+
+
+def test_thin_lines_stay_when_one_side_alone_shrinks():
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[:, 31] = 255
+    assert stretch(lines, (64, 8), "lines").max() == 255 and stretch(lines, (64, 8), "lines").max(0).any()
+    assert stretch(lines, (8, 64), "lines")[:, 31].min() == 255 and stretch(lines, (8, 64), "lines")[:, 30].max() == 0
 
 
 def test_fit_leaves_a_picture_of_the_right_size_alone():
@@ -300,9 +342,10 @@ def test_a_write_makes_its_folders_and_replaces_the_file(tmp_path):
 
 def test_a_png_carries_its_settings(tmp_path):
     picture, settings = noise(4, 4), {"prompt": "a café, »3d«", "seed": 7, "scale": 0.5}
-    write_png(tmp_path / "made.png", picture, settings)
+    write_png(tmp_path / "made.png", picture, settings, infotext="a café\nSteps: 1")
     with Image.open(tmp_path / "made.png") as opened:
-        assert json.loads(opened.text["parameters"]) == settings
+        assert json.loads(opened.text["controlkit"]) == settings == read_settings(tmp_path / "made.png")
+        assert opened.text["parameters"] == "a café\nSteps: 1"
     assert np.array_equal(read_picture(tmp_path / "made.png"), picture)
 
 
@@ -316,6 +359,25 @@ def test_a_grid_lays_rows_and_columns_out_below_their_labels():
     assert np.array_equal(labelled[20:], plain)
     assert (labelled[:20, 4:20] < 128).any()
     assert (labelled[:20, 20:24] == 255).all(), "a label ran into its neighbour"
+
+
+def test_labels_of_rows_stand_left_of_them_and_are_broken_between_words():
+    rows = [[np.full((8, 8, 3), 30 * i, np.uint8)] * 2 for i in range(3)]
+    plain = grid(rows, ["a", "b"], cell=64)
+    sheet = grid(
+        rows, ["a", "b"], cell=64, row_labels=["one", "", "several words more than fit in the width of a cell"]
+    )
+    assert np.array_equal(sheet[:, 68:], plain), "the rest is as without them"
+    first, second, third = (sheet[24 + 68 * i : 24 + 68 * i + 64, :68] for i in range(3))
+    assert (first[:20] < 128).any() and not (first[24:] < 255).any(), "one line"
+    assert (second == 255).all()
+    assert (third[24:50] < 128).any() and (third[:, 66:] == 255).all(), "several lines, none wider than a cell"
+
+
+def test_a_thumbnail_is_as_large_as_a_grid_shows_it():
+    large, small = noise(300, 200), noise(20, 10)
+    assert thumbnail(small) is small and thumbnail(large).shape == (128, 85, 3)
+    assert np.array_equal(grid([[large, small]]), grid([[thumbnail(large), thumbnail(small)]]))
 
 
 def test_a_grid_keeps_each_picture_s_shape():

@@ -68,3 +68,17 @@ def test_a_busy_machine_is_not_probed_for_long(machine, monkeypatch):
     machine(2, lambda threads, turn: asked.append(threads) or 0.1)
     precision.settle_threads(SMALL)
     assert len(asked) == 4 * 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("device", "pays", "expected"),
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+    ],
+)
+def test_pictures_are_made_with_the_fastest_type_of_weights(device, pays, expected, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_pays", lambda asked: pays and asked == device)
+    assert precision.weights_type(device) == expected

@@ -364,10 +364,12 @@ def write_atomic(path: Path, data: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all: to a neighbour first, then renamed over the target.
 
     ``data``: the bytes, or, where they are too many to be held twice, a function that writes them to a path. Raises
-    ``OSError`` as writing does.
+    ``Invalid`` where a folder is in its place, ``OSError`` as writing does.
     """
     from safetensors import SafetensorError
 
+    if path.is_dir() and not path.is_symlink():
+        raise Invalid(f"{path} is a folder, where a file is to be written: move it away, or choose another place.")
     with scratch_folder(path.parent) as folder:
         scratch = folder / path.name
         if callable(data):

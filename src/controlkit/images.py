@@ -22,11 +22,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from controlkit.decoding import Ground, is_array, open_array, open_picture, read_bytes, settings_text
+from controlkit.decoding import Ground, is_array, open_array, open_picture, read_bytes, settings_texts
 from controlkit.errors import Invalid
 from controlkit.files import parse_json, write_atomic
 
 Resize = Literal["area", "lines", "nearest"]
+Fitting = Literal["crop", "stretch", "fill"]
+"""Ways to bring a picture to another shape: ``fit``, ``stretch``, and ``surround`` at its ``inner_size``."""
 
 MOST_SIDE = 16_384
 """The longest side, in pixels, of a picture to be made."""
@@ -195,26 +197,66 @@ def fit(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.
     height, width = size
     if picture.shape[:2] == (height, width):
         return picture
-    if picture.shape[-1] > 4 and picture.ndim == 3:  # more than OpenCV takes at once
-        return np.concatenate([fit(picture[..., k : k + 4], size, how) for k in range(0, picture.shape[-1], 4)], 2)
     scale = max(height / picture.shape[0], width / picture.shape[1])
     if picture.shape[0] * scale * picture.shape[1] * scale > max(_MOST_SCALED, 4 * height * width):
         # Of a strip, nearly all would be made large only to be cut off: cut it first.
         keep = [math.ceil(side / scale) + 2 for side in size]
         top, left = (max((side - kept) // 2, 0) for side, kept in zip(picture.shape[:2], keep, strict=True))
         picture = picture[top : top + keep[0], left : left + keep[1]]
+    covering = (max(round(picture.shape[0] * scale), height), max(round(picture.shape[1] * scale), width))
+    resized = _scaled(picture, covering, how, (scale, scale))
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resized[top : top + height, left : left + width]
+
+
+def stretch(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
+    """Scale to ``size`` (height, width), whatever its shape ("Just Resize" elsewhere); pictures as for ``fit``."""
+    if picture.shape[:2] == size:
+        return picture
+    return _scaled(picture, size, how, (size[0] / picture.shape[0], size[1] / picture.shape[1]))
+
+
+def _scaled(picture: np.ndarray, size: tuple[int, int], how: Resize, scales: tuple[float, float]) -> np.ndarray:
+    """A picture scaled to ``size`` (height, width) by nearly these factors."""
+    if picture.ndim == 3 and picture.shape[-1] > 4:  # more than OpenCV takes at once
+        parts = [picture[..., k : k + 4] for k in range(0, picture.shape[-1], 4)]
+        return np.concatenate([_scaled(part, size, how, scales) for part in parts], 2)
     given = picture
-    scaled = (max(round(picture.shape[1] * scale), width), max(round(picture.shape[0] * scale), height))
-    if how == "lines" and scale < 1:  # the lightest value of each cell: the mean would turn a thin line grey
-        span = math.ceil(1 / scale)
-        picture = cv2.dilate(picture, np.ones((span, span), np.uint8))
+    if how == "lines" and min(scales) < 1:  # the lightest value of each cell: the mean would turn a thin line grey
+        picture = cv2.dilate(picture, np.ones([math.ceil(max(1 / scale, 1)) for scale in scales], np.uint8))
     shrink, grow = (cv2.INTER_AREA, cv2.INTER_CUBIC) if how == "area" else (cv2.INTER_NEAREST,) * 2
-    resized = cv2.resize(picture, scaled, interpolation=shrink if scale < 1 else grow)
+    resized = cv2.resize(picture, size[::-1], interpolation=shrink if scales[0] * scales[1] < 1 else grow)
     resized = resized.reshape(*resized.shape[:2], *given.shape[2:])  # OpenCV drops a single channel
     if given.dtype.kind == "f":  # as whole numbers cannot go beyond their type's
         resized = resized.clip(given.min((0, 1)), given.max((0, 1)))
-    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
-    return resized[top : top + height, left : left + width]
+    return resized
+
+
+def inner_size(shape: Sequence[int], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture of ``shape`` (H, W, ...) scaled to fit into ``size``, at least 1 pixel each."""
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    return max(round(shape[0] * scale), 1), max(round(shape[1] * scale), 1)
+
+
+def surround(picture: np.ndarray, size: tuple[int, int], how: Resize = "area") -> np.ndarray:
+    """A picture (H, W, C) in the middle of ``size`` (height, width), which it fits in ("Resize and Fill" elsewhere).
+
+    The rest is what its border is mostly: the median of each channel, or the commonest value where values must not be
+    mixed (``how`` is not ``area``); around a picture with a mask, uint8 (H, W, 4), it is masked.
+    """
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    if picture.dtype == np.uint8 and picture.shape[-1] == 4:
+        value = np.zeros(4, np.uint8)
+    elif how == "area":
+        value = np.median(border, 0)
+    else:
+        values, counts = np.unique(border, axis=0, return_counts=True)
+        value = values[counts.argmax()]
+    whole = np.empty((*size, picture.shape[-1]), picture.dtype)
+    whole[:] = value.astype(picture.dtype)
+    top, left = ((outer - inner) // 2 for outer, inner in zip(size, picture.shape[:2], strict=True))
+    whole[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return whole
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -229,25 +271,42 @@ def to_pictures(tensor: Tensor) -> list[np.ndarray]:
 
 
 def write_png(
-    path: Path, picture: np.ndarray, settings: Mapping[str, Any] | None = None, colours: int | None = None
+    path: Path,
+    picture: np.ndarray,
+    settings: Mapping[str, Any] | None = None,
+    colours: int | None = None,
+    infotext: str = "",
 ) -> None:
     """Write a picture, uint8 (H, W, 3) or (H, W, 4), as a PNG file, whole or not at all.
 
-    ``settings``: written as JSON to the text field ``parameters``, where other tools look for them. ``colours``: the
-    size of a palette (2 to 256), which makes a third of the bytes: for contact sheets in documents.
+    ``settings``: written as JSON to the text field ``controlkit``; ``infotext``: the same for people and other tools,
+    which look for it in ``parameters``. ``colours``: the size of a palette (2 to 256), which makes a third of the
+    bytes: for contact sheets in documents.
     """
     info = PngImagePlugin.PngInfo()
+    if infotext:
+        info.add_text("parameters", infotext)
     if settings:
-        info.add_text("parameters", json.dumps(settings))
+        info.add_text("controlkit", json.dumps(settings))
     write_atomic(path, png_bytes(picture, info, colours))
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The texts of settings in a PNG, by field: ``controlkit``, ``parameters``; ``Invalid`` where it has neither."""
+    texts = settings_texts(read_bytes(path, f"picture at {path}: expected a PNG"), str(path))
+    if not texts:
+        raise Invalid(f"{path} holds no settings: expected a PNG as `generate` writes it.")
+    return texts
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a PNG that ``write_png`` wrote; ``Invalid`` where it has none."""
-    text = settings_text(read_bytes(path, f"picture at {path}: expected a PNG"), str(path))
-    if not text:
-        raise Invalid(f"{path} holds no settings: expected a PNG as `generate` writes it.")
-    settings = parse_json(text, f"the text in {path}")
+    return settings_in(read_texts(path), path)
+
+
+def settings_in(texts: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The settings in the ``read_texts`` of a PNG; older ones of ours are in ``parameters``. Raises ``Invalid``."""
+    settings = parse_json(texts.get("controlkit") or texts["parameters"], f"the text in {path}")
     if not isinstance(settings, dict):
         raise Invalid(f"{path} holds a {type(settings).__name__} as settings: expected keys and values.")
     return settings
@@ -270,28 +329,67 @@ def hint_bytes(hint: np.ndarray) -> tuple[str, bytes]:
     return ".npy", buffer.getvalue()
 
 
-def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = (), cell: int = 128) -> np.ndarray:
+def grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str] = (),
+    cell: int = 128,
+    row_labels: Sequence[str] = (),
+) -> np.ndarray:
     """Lay out pictures in rows and columns, each scaled to fit a square of ``cell`` pixels, on white.
 
     Args:
         rows: uint8 pictures (H, W, 3) of any sizes; rows may have different lengths.
         labels: one above each column, cut where it is wider than the column; none by default.
+        row_labels: one left of each row, in as many lines as there is room for, then cut; none by default.
 
     Returns:
-        uint8 (R (cell + 4) + 4, C (cell + 4) + 4, 3) for R rows of at most C pictures; 20 pixels higher with labels.
+        uint8 (R (cell + 4) + 4, C (cell + 4) + 4, 3) for R rows of at most C pictures; 20 pixels higher with labels,
+        ``cell`` + 4 wider with those of rows.
     """
     columns = max(len(row) for row in rows)
-    gap, head = 4, 20 if labels else 0
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + head), "white")
+    gap, head, left = 4, 20 if labels else 0, cell + 4 if row_labels else 0
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap + left, len(rows) * (cell + gap) + gap + head), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
     for column, label in enumerate(labels):
-        while label and draw.textlength(label, font) > cell:
-            label = label[:-2] + "…" if not label.endswith("…") else label[:-2].rstrip() + "…"
-        draw.text((gap + column * (cell + gap), 4), label, "black", font)
+        draw.text((left + gap + column * (cell + gap), 4), _cut(label, cell, draw, font), "black", font)
+    for y, label in enumerate(row_labels):
+        lines = _broken(label, cell, cell // 16, draw, font)
+        draw.multiline_text((gap, head + gap + y * (cell + gap)), "\n".join(lines), "black", font, spacing=2)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             how = Image.Resampling.NEAREST if max(picture.shape[:2]) < cell else Image.Resampling.LANCZOS
             scaled = ImageOps.pad(Image.fromarray(picture), (cell, cell), how, color="white")
-            sheet.paste(scaled, (gap + x * (cell + gap), head + gap + y * (cell + gap)))
+            sheet.paste(scaled, (left + gap + x * (cell + gap), head + gap + y * (cell + gap)))
     return np.asarray(sheet)
+
+
+def thumbnail(picture: np.ndarray, cell: int = 128) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), no larger than ``grid`` shows it: to be kept in the place of a large one."""
+    if max(picture.shape[:2]) <= cell:
+        return picture
+    return np.asarray(ImageOps.contain(Image.fromarray(picture), (cell, cell), Image.Resampling.LANCZOS))
+
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _cut(label: str, width: int, draw: ImageDraw.ImageDraw, font: _Font) -> str:
+    """A label of one line, cut to so many pixels."""
+    while label and draw.textlength(label, font) > width:
+        label = label[:-2] + "…" if not label.endswith("…") else label[:-2].rstrip() + "…"
+    return label
+
+
+def _broken(label: str, width: int, most: int, draw: ImageDraw.ImageDraw, font: _Font) -> list[str]:
+    """A label broken between words into at most ``most`` lines of so many pixels; what is left is cut."""
+    lines: list[str] = []
+    words = label.split()
+    while words and len(lines) < most:
+        count = 1
+        while count < len(words) and draw.textlength(" ".join(words[: count + 1]), font) <= width:
+            count += 1
+        count = len(words) if len(lines) == most - 1 else count
+        lines.append(_cut(" ".join(words[:count]), width, draw, font))
+        words = words[count:]
+    return lines

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from conftest import draw_inputs, relative, stock_inputs
+from controlkit import precision
 from controlkit.backbones import FAMILIES, load_base, unet_families
 from controlkit.backbones.unet_families import clip_tokenizer, part_configs, unet_config
 from controlkit.errors import UserError
@@ -431,9 +432,12 @@ def test_a_file_that_lacks_something_is_refused(originals, single_file, kind, st
     assert f"is not a whole {kind} checkpoint" in sentence
 
 
-def test_a_file_of_an_inpainting_model_is_refused(single_file):
-    path = single_file("sd15", {"model.diffusion_model.input_blocks.0.0.weight": torch.randn(32, 9, 3, 3)})
-    assert "inpainting" in refusal(path)
+def test_a_file_of_an_inpainting_model_is_read_and_one_of_an_editing_model_is_refused(single_file):
+    weight = torch.randn(32, 9, 3, 3)
+    entry = "model.diffusion_model.input_blocks.0.0.weight"
+    base = load_base(single_file("sd15", {entry: weight}))
+    assert base.inpaints and torch.equal(base.unet.conv_in.weight, weight) and base.latent_channels == 4
+    assert "editing" in refusal(single_file("sd15", {entry: weight[:, :8].contiguous()}))
 
 
 def test_a_file_of_no_known_family_is_refused_with_its_width(single_file):
@@ -481,6 +485,14 @@ def test_in_half_precision_only_a_vae_that_overflows_stays_whole(stock, single_f
         part: {vae if part == "vae" else torch.float16} for part in networks(base)
     }
     assert_same_weights(base, stock(kind))
+
+
+@pytest.mark.parametrize(("pays", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_type_of_weights_may_be_left_to_the_machine(toy_folder, pays, expected, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_pays", lambda device: pays)
+    base = load_base(toy_folder, dtype="auto")
+    assert {p.dtype for module in networks(base).values() for p in module.parameters()} == {expected}
+    assert load_base(toy_folder).dtype == torch.float32, "training wants whole weights"
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -876,11 +888,13 @@ def test_a_folder_s_index_that_is_none_is_refused(folders, tmp_path, text):
     assert "model_index.json" in refusal(tmp_path / "base")
 
 
-def test_a_folder_of_an_inpainting_model_is_refused(small, folders, tmp_path):
+def test_a_folder_of_an_inpainting_model_is_read_and_one_of_an_editing_model_is_refused(small, folders, tmp_path):
     shutil.copytree(folders("sd15"), tmp_path / "base")
     config = {name: value for name, value in small("sd15").unet.config.items() if not name.startswith("_")}
     UNet2DConditionModel(**config | {"in_channels": 9}).save_pretrained(tmp_path / "base" / "unet")
-    assert "inpainting" in refusal(tmp_path / "base")
+    assert load_base(tmp_path / "base").inpaints
+    UNet2DConditionModel(**config | {"in_channels": 8}).save_pretrained(tmp_path / "base" / "unet")
+    assert "editing" in refusal(tmp_path / "base")
 
 
 def test_a_folder_whose_weights_lack_a_tensor_is_refused(folders, tmp_path):

@@ -85,7 +85,7 @@ class TransformerBase:
 
     name, size, stride, window = "transformer", 32, 4, 8
     device, dtype, multiple, latent_channels = torch.device("cpu"), torch.float32, 4, 48
-    network_config = None
+    network_config, placement = None, None
 
     def __init__(self):
         torch.manual_seed(0)
@@ -171,6 +171,9 @@ class TransformerBase:
 
     def conv_body(self):
         raise Unsupported("A body of convolutions adds to maps, and this base takes tokens.")
+
+    def bring(self, part):
+        """All of it stays where it is."""
 
     def networks(self):
         return {"transformer": self.denoiser}

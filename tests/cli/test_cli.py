@@ -14,13 +14,14 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from controlkit.annotators import contract
-from controlkit.cli.pictures import IN_REQUEST, control_requests, generate, split_control
+from controlkit.cli.pictures import generate
+from controlkit.cli.requests import IN_REQUEST, control_requests, split_control
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
 from controlkit.errors import Invalid
 from controlkit.files import OUTPUT, is_output
 from controlkit.formats import SavedControl, load_control, save_control
-from controlkit.images import HintSpec, read_picture, write_png
+from controlkit.images import HintSpec, read_picture, read_settings, write_png
 from controlkit.sample import ControlRequest, Request
 from controlkit.train import recipe
 
@@ -68,7 +69,7 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
         "picture-6.png",
     ]
     with Image.open(out / "picture-6.png") as picture:
-        facts = json.loads(picture.text["parameters"])
+        facts = json.loads(picture.text["controlkit"])
         assert picture.size == (32, 32)
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a red square", 6, 2)
     assert (facts["width"], facts["height"], facts["base"], facts["dtype"]) == (32, 32, str(toy_folder), "fp32")
@@ -82,31 +83,37 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
     assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
     code, _, err = run(*repeat, "--steps", 3)
     assert code == 2 and "leave out steps" in err
-    own = ["generate", "--request", out / "picture-5.png", "--base", toy_folder, "--out", tmp_path / "own"]
-    code, _, err = run(*own, "--num-images", 2)  # as many at once: a batch's size may change a last bit
-    assert code == 0, err
-    assert (tmp_path / "own" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
-    code, _, err = run("generate", "--request", drawing, "--base", toy_folder)
-    assert code == 2 and "drawing.png holds no settings" in err
+    code, _, err = run("generate", "--request", out / "picture-5.png", "--base", toy_folder)
+    assert code == 2 and "--like repeats it" in err
     (tmp_path / "request.json").write_text('{"steps": 0}')
     code, _, err = run(*repeat)
     assert code == 2 and "request.json" in err and '"steps" is 0' in err
 
 
 def test_every_option_of_generate_is_the_request_s_or_stands_beside_it():
-    """Or one given beside ``--request`` would be left unread without a word."""
+    """Or one given beside ``--request`` would be left unread without a word, and so in ``--like``."""
     beside = {
         "context",
         "request",
+        "like",
+        "prompts",
+        "grid",
+        "auto_prompt",
+        "captioner",
         "out",
         "base",
         "num_images",
+        "jobs",
+        "workers",
         "lora",
         "lora_dir",
         "vae",
         "embedding",
         "follow",
+        "preview",
+        "taesd",
         "dtype",
+        "memory",
         "device",
     }
     assert set(inspect.signature(generate).parameters) == {*IN_REQUEST} | beside and not {*IN_REQUEST} & beside
@@ -215,11 +222,25 @@ def test_what_is_no_utf_8_is_refused_in_a_sentence(place, run, toy_folder, contr
     assert code == 2 and "Traceback" not in err and "\n" not in err.strip() and "UTF-8" in err
 
 
+def test_generate_tells_the_memory_it_takes_and_the_type_it_took(run, toy_folder, tmp_path):
+    command = ["generate", "x", "--base", toy_folder, "--steps", 1, "--out", tmp_path]
+    code, out, _ = run(*command, "--memory", "low")
+    plan = out.splitlines()
+    assert code == 0 and plan[0].startswith("memory low: at most 0.00 GiB of ")
+    assert [line.split()[0] for line in plan[1:5]] == ["vae", "text_encoder", "unet", "beside"]
+    code, out, _ = run(*command)
+    assert code == 0 and len(out.splitlines()) == 1, "auto, and there is room"
+    assert read_settings(tmp_path / "picture-0.png")["dtype"] == "fp32"
+    for option in ("--memory", "--dtype"):
+        code, _, err = run(*command, option, "lwo")
+        assert code == 2 and f'{option} is "lwo"' in err and "auto" in err
+
+
 def test_generate_without_a_prompt_uses_the_paper_s(run, toy_folder, tmp_path):
     for given, prompt in (([], "a high-quality, detailed, and professional image"), ([""], "")):
         assert run("generate", *given, "--base", toy_folder, "--steps", 1, "--out", tmp_path)[0] == 0
         with Image.open(tmp_path / "picture-0.png") as picture:
-            assert json.loads(picture.text["parameters"])["prompt"] == prompt
+            assert json.loads(picture.text["controlkit"])["prompt"] == prompt
 
 
 @pytest.mark.parametrize("dialect", ["plain", "a1111", "comfy"])
@@ -240,7 +261,7 @@ def test_a_prompt_is_read_in_its_dialect_and_the_picture_says_so(run, toy_folder
         options = ("--dialect", dialect, "--base", toy_folder, "--steps", 1, "--out", tmp_path / dialect)
         assert run("generate", prompt, *options)[0] == 0
         with Image.open(tmp_path / dialect / "picture-0.png") as picture:
-            settings = json.loads(picture.text["parameters"])
+            settings = json.loads(picture.text["controlkit"])
         assert (settings["dialect"], settings["prompt"]) == (dialect, prompt)
         made[dialect] = read_picture(tmp_path / dialect / "picture-0.png").tobytes()
     assert len({*made.values()}) == 3
@@ -425,7 +446,12 @@ BAD = {
     "an unknown base": (["--base", "sd9"], 'no base "sd9"'),
     "a size that is no multiple": (["--size", "50x50"], "48x48"),
     "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
-    "a control without a picture": (["--control", "canny"], "NAME=IMAGE"),
+    "a control without a picture": (["--control", "canny"], "needs a picture"),
+    "a control that is none, without a picture": (["--control", "cannny"], "NAME=IMAGE"),
+    "a mask without a picture": (["--mask", "m.png"], "give it by --init-image"),
+    "the strength of no second pass": (["--hires-strength", "0.5"], "give its factor by --hires"),
+    "sides that are none": (["--init-image", "m.png", "--outpaint", "1,2"], "above,right,below,left"),
+    "a picture to be changed that is not there": (["--init-image", "nowhere.png"], "nowhere.png"),
     "an unknown device": (["--device", "gpu"], "expected cpu, cuda or auto"),
     "more steps than the schedule has": (["--steps", "2000"], "1 to 1000 steps"),
     "a seed torch cannot take": (["--seed", "99999999999999999999"], '"seed" is 99999999999999999999; expected less'),

@@ -282,23 +282,30 @@ def png_with(path, settings):
         ({"controls": [{"name": HOSTILE, "images": "a"}]}, "[link=file"),
         ({"size": [16000, 16000]}, "16000 x 16000 pixels"),
         ({"steps": 1000}, "1000 steps"),
+        ({"controls": [{"name": "canny", "images": {}, "region": "private.png"}]}, 'the picture "private.png"'),
+        ({"prompt": "x <lora:/a/b:1>", "dialect": "a1111"}, 'the LoRA "/a/b"'),
+        ({"base": "owner/base"}, 'the base "owner/base"'),
+        ({"vae": "/etc", "lora": ["a.pt", "b=0.5"]}, 'the VAE "/etc", the LoRA "a.pt", the LoRA "b=0.5"'),
+        ({"embedding": [HOSTILE]}, "the embedding"),
     ],
 )
 def test_a_stranger_s_png_is_asked_before_it_is_followed(asked, words, run, toy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("controlkit.cli.pictures.loaded_base", lambda *a, **b: pytest.fail("it was followed"))
+    monkeypatch.setattr("controlkit.cli.making.loaded_base", lambda *a, **b: pytest.fail("it was followed"))
     file = png_with(tmp_path / "p.png", {"prompt": "x", "seal": "0" * 32} | asked)
-    code, out, err = run("generate", "--request", file, "--base", toy_folder)
+    code, out, err = run("generate", "--like", file)
     assert code == 2 and "--follow" in err and shows(out + err, words)
 
 
 def test_a_stranger_s_png_of_words_alone_is_repeated_and_one_that_is_followed(run, toy_folder, tmp_path, edges):
-    words = png_with(tmp_path / "w.png", {"prompt": "x", "steps": 1, "seed": 3, "vae": "/etc", "lora": ["/etc"]})
+    words = png_with(tmp_path / "w.png", {"prompt": "x", "steps": 1, "seed": 3})
     command = ["--base", toy_folder, "--out", tmp_path / "out"]
-    assert run("generate", "--request", words, *command)[0] == 0
+    assert run("generate", "--like", words, *command)[0] == 0
     control = {"name": str(edges), "images": str(words)}
     more = png_with(tmp_path / "m.png", {"prompt": "x", "steps": 1, "controls": [control]})
-    assert run("generate", "--request", more, *command)[0] == 2
-    assert run("generate", "--request", more, "--follow", *command)[0] == 0
+    assert run("generate", "--like", more, *command)[0] == 2
+    assert run("generate", "--like", more, "--follow", *command)[0] == 0
+    own = ["--control", f"{edges}={words}"]
+    assert run("generate", "--like", more, *own, *command)[0] == 0, "whoever says it himself is not asked"
 
 
 # --- places and terminals -----------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def test_settings_are_read_without_the_pixels_and_refused_in_words(tmp_path):
             read_settings(saved_as(extra))
     for text in (b"[" * 100_000, b"{", b"3"):
         with limited(), pytest.raises(Invalid, match=r"a\.png"):
-            read_settings(saved_as(chunk(b"tEXt", b"parameters\0" + text)))
+            read_settings(saved_as(chunk(b"tEXt", b"controlkit\0" + text)))
     with limited(2, 1 << 25), pytest.raises(Invalid, match=r"cannot be read|holds no settings"):
         read_settings(saved_as(inflating(b"zTXt", 4 << 20).replace(b"zTXta", b"zTXtparameters")))
 

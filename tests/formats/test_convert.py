@@ -19,7 +19,7 @@ from controlkit.backbones import UNetBase
 from controlkit.backbones.unet_families import FAMILIES, unet_config
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
-from controlkit.errors import UserError
+from controlkit.errors import Mismatch, UserError
 from controlkit.formats import (
     WEIGHTS,
     SavedControl,
@@ -466,6 +466,13 @@ def test_an_adapter_in_the_original_s_names_is_read_and_written_as_diffusers(
     convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers")
     assert same(dict(T2IAdapter.from_pretrained(tmp_path / "b").state_dict()), dict(stock.state_dict()))
     assert same(dict(saved.branch.network.state_dict()), dict(stock.state_dict()))
+
+
+def test_an_adapter_whose_features_have_other_sizes_than_the_base_takes_is_refused(xl_base, tmp_path):
+    """As many channels are not enough: SDXL's halve their size once, Stable Diffusion's at each level."""
+    T2IAdapter(3, [8, 16, 24, 24], 2, 16, "full_adapter").save_pretrained(tmp_path / "a")
+    with pytest.raises(Mismatch, match=r"at 1/\[16, 32, 64, 128\] of the picture; .* at 1/\[16, 16, 32, 32\]"):
+        load_control(tmp_path / "a", xl_base, "depth")
 
 
 # --- the original's two tools -------------------------------------------------------------------------------

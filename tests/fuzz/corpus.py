@@ -27,7 +27,8 @@ from controlkit.data import make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
-from controlkit.sample import ControlRequest, Request
+from controlkit.sample import ControlRequest, Request, infotext
+from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import train_control
 from controlkit.train.recipe import parse_recipe
@@ -84,7 +85,11 @@ def _pictures(suffix: str, folder: Path, toy: Path) -> None:
         except (OSError, ValueError, KeyError):  # not every format has every mode
             shutil.rmtree(target.parent)
     if suffix == ".png":
-        write_png(folder / "RGB" / "photo.png", _picture(), json.loads(Request(prompt="a red apple").to_json()))
+        request = Request(prompt="a red apple", negative_prompt="fog", scheduler="Euler a", size=(32, 32))
+        write_png(folder / "RGB" / "photo.png", _picture(), json.loads(request.to_json()))
+        facts = {"base": "mini", "lora": ["style"]}
+        (folder / "A1111").mkdir()
+        write_png(folder / "A1111" / "photo.png", _picture(), infotext=infotext.written(request, facts))
 
 
 def _arrays(folder: Path, toy: Path) -> None:
@@ -293,7 +298,13 @@ def _requests(folder: Path, toy: Path) -> None:
         ControlRequest(name="control", images=Path("photo.png"), scale=0.5),
         ControlRequest(name="control", images=_picture(), ready=True),
     ]
-    (folder / "file" / "request.json").write_text(Request(prompt="a cat", controls=asked, size=(32, 32)).to_json())
+    whole = Request(prompt="a cat", controls=asked, size=(32, 32)).to_json()
+    (folder / "file" / "request.json").write_text(whole)
+    own = {"name": "a", "seed": 3, "controls": [{"name": "control", "images": "photo.png"}]}
+    (folder / "file" / "jobs.jsonl").write_text(f"{whole}\n{json.dumps(own)}\n{{}}\n")
+    (folder / "file" / "photo.txt").write_text("a cat")
+    lines = [{"name": name, "key": "0" * 32, "seconds": 1.5} for name in ("a", "00001")]
+    (folder / "file" / JOURNAL).write_text("".join(f"{json.dumps(one)}\n" for one in lines))
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------
@@ -433,7 +444,7 @@ def _store(folder: Path, toy: Path) -> None:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-_PICTURE = ("picture", "hint", "request's picture", "annotate", "doctor")
+_PICTURE = ("picture", "hint", "request's picture", "picture to be changed", "annotate", "doctor")
 _CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate")
 _SET = ("listing", "doctor", "build", "training pairs", "train")
 
@@ -448,7 +459,14 @@ KINDS = [
         )
         for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".gif", ".avif", ".jp2")
     ),
-    Kind("npy", _arrays, "canny/0.npy", ("canny/0.npy",), ("hint", "request's picture", "own hints", "doctor"), 2),
+    Kind(
+        "npy",
+        _arrays,
+        "canny/0.npy",
+        ("canny/0.npy",),
+        ("hint", "request's picture", "picture to be changed", "own hints", "doctor"),
+        2,
+    ),
     Kind("control folder", _control_folders, "control", ("control/*",), _CONTROL),
     Kind("index.json", _sharded, "control", ("control/*.json",), _CONTROL),
     Kind("safetensors", _control_files, "control.safetensors", ("*",), _CONTROL, 2),
@@ -462,18 +480,24 @@ KINDS = [
     ),
     Kind("yaml beside", _beside, "control.safetensors", ("*.yaml",), _CONTROL),
     Kind("single file", _single_files, "base.*", ("*",), ("tensors", "describe", "inspect", "single file")),
-    Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae")),
+    Kind("vae file", _vae_files, "vae.*", ("*",), ("tensors", "describe", "vae", "generate --vae", "generate --taesd")),
     Kind("lora", _loras, "style.safetensors", ("*",), ("lora", "generate --lora")),
     Kind("embedding", _embeddings, "sparkle.*", ("*",), ("embedding", "generate --embedding")),
     Kind("base folder", _base, "base", ("base/*.json", "base/*/*.json", "base/*/*.txt"), ("base", "vae", "attach")),
     Kind("base weights", _base, "base", ("base/*/*.safetensors",), ("base", "vae")),
     Kind("recipe", _recipes, "recipe.yaml", ("*",), ("recipe", "train recipe"), 2),
-    Kind("request", _requests, "request.json", ("request.json",), ("request", "generate --request")),
+    Kind(
+        "request",
+        _requests,
+        "request.json",
+        ("request.json", "jobs.jsonl", "photo.txt", JOURNAL),
+        ("request", "generate --request", "jobs", "jobs of a folder"),
+    ),
     Kind("metadata.jsonl", partial(_metadata, ".jsonl"), "set", ("set/metadata.jsonl",), _SET),
     Kind("metadata.csv", partial(_metadata, ".csv"), "set", ("set/metadata.csv",), _SET),
     Kind("prompt.json", _prompt_json, "set", ("set/prompt.json",), _SET),
     Kind("backends", _simpletuner, "set", ("set/multidatabackend.json",), _SET),
-    Kind("captions", _captions, ".", ("images/*.txt", "images/*.caption"), (*_SET, "caption")),
+    Kind("captions", _captions, ".", ("images/*.txt", "images/*.caption"), (*_SET, "caption", "generate --prompts")),
     Kind("tar", _tars, ".", ("*.tar",), _SET, 2, True),
     Kind("parquet", partial(_table, False), "set", ("set/data/*",), _SET, is_linked=True),
     Kind("saved set", partial(_table, True), "set", ("set/*",), _SET, is_linked=True),

@@ -13,13 +13,15 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import sys
 import tempfile
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -30,14 +32,17 @@ import controlkit
 from controlkit import cli, sample
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone, load_base
-from controlkit.cli import shared
+from controlkit.backbones.taesd import load_taesd
+from controlkit.cli import making, shared
+from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
 from controlkit.errors import Invalid
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
-from controlkit.sample import ControlRequest, Picture, Request, check_pictures
+from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
+from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
 from controlkit.train.checkpoints import go_back
@@ -66,15 +71,16 @@ class Setting:
         datasets.disable_progress_bars()
         narrow_families()
         setting = cls(folder, toy, load_base(toy))
-        for module in (cli.pictures, cli.runs, cli.data, cli.weights):
+        for module in (making, cli.runs, cli.data, cli.weights):
             module.loaded_base = setting.loaded
-        sample.pictures = _no_pictures
+        sample.generate = _black_pictures
+        makers.generate = _no_batch
         sys.modules["controlkit.data"].load_captioner = lambda name, device: _Captioner()
         return setting
 
     def loaded(self, name: str, device: str, compiles: bool = False, **options: Any) -> Backbone:
         """The right base as it is in memory, where nothing is to be added to it."""
-        if name == str(self.toy) and not any(value for key, value in options.items() if key != "dtype"):
+        if name == str(self.toy) and not any(value for key, value in options.items() if key not in ("dtype", "waits")):
             return self.base
         return load_base(name, device, **options)
 
@@ -88,9 +94,17 @@ class _Captioner:
         return ["a picture"] * len(pictures)
 
 
-def _no_pictures(steps: Any, *_: Any) -> Any:
-    """Black pictures of no request, in place of sampling."""
-    yield Picture(Request(), np.zeros((8, 8, 3), np.uint8))
+def _black_pictures(base: Any, prepared: Any, *_: Any, **__: Any) -> Any:
+    """Black pictures, in place of sampling."""
+    for one in prepared:
+        yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
+
+
+def _no_batch(base: Any, prepared: Any, batch: int) -> Any:
+    """As ``_black_pictures``, for jobs."""
+    yield Step(1, 1, len(prepared), list)
+    for one in prepared:
+        yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,16 @@ def _request(path: Path, setting: Setting) -> None:
         Request.from_json(path.read_bytes())
 
 
+def _jobs(path: Path, setting: Setting, jobs: Path, *options: object) -> None:
+    """Jobs, in a folder with a journal that lies beside them."""
+    out = setting.folder / "out" / "jobs"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if (journal := path.with_name(JOURNAL)).is_file() and not journal.is_symlink():
+        shutil.copyfile(journal, out / JOURNAL)
+    command("generate", "--jobs", jobs, "--base", setting.toy, "--device", "cpu", "--out", out, *options)
+
+
 def _folder(path: Path) -> Path:
     """The data set that a picture alone, or a folder, is."""
     return path.parents[1] if path.suffix == ".npy" else path.parent if path.suffix else path
@@ -216,6 +240,12 @@ def _generate(path: Path, setting: Setting, *options: object) -> None:
         setting.folder / "out" / "made",
         *options,
     )
+
+
+def _like(path: Path, setting: Setting) -> None:
+    """Repeat a picture, its base and size replaced: a mutated size may be one that takes minutes."""
+    out = setting.folder / "out" / "made"
+    command("generate", "--like", path, "--base", setting.toy, "--steps", 1, "--device", "cpu", "--out", out)
 
 
 def _photo(setting: Setting) -> Path:
@@ -316,9 +346,20 @@ READERS: dict[str, Reader] = {
         _hint, ("images.read_hint", "images.decode_hint", "decoding.arrays.array_of", "decoding.arrays.is_array")
     ),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
+    "picture to be changed": Reader(
+        lambda path, setting: check_pictures(EditRequest(image=path, mask=path)),
+        ("sample.canvas.read_source", "sample.canvas.light_of", "generate init_image", "generate mask"),
+        2,
+    ),
     "request's PNG": Reader(
-        lambda path, setting: (read_settings(path), _generate(path, setting, "--request", path)),
-        ("images.read_settings", "decoding.pictures.settings_text"),
+        lambda path, setting: (read_settings(path), _like(path, setting)),
+        (
+            "images.read_settings",
+            "images.read_texts",
+            "images.settings_in",
+            "decoding.pictures.settings_texts",
+            "generate like",
+        ),
         2,
     ),
     "own hints": Reader(
@@ -381,6 +422,25 @@ READERS: dict[str, Reader] = {
         ("generate request",),
         2,
         True,
+    ),
+    "generate --taesd": Reader(
+        lambda path, setting: load_taesd(
+            path, cast(Backbone, SimpleNamespace(name="toy", latent_channels=4, stride=8))
+        ),
+        ("backbones.taesd.load_taesd", "generate taesd"),
+    ),
+    "generate --prompts": Reader(
+        lambda path, setting: [axes_of([], one, 1, Request()) for one in _folder(path).glob("images/*.txt")],
+        ("generate prompts",),
+    ),
+    "jobs": Reader(
+        lambda path, setting: _jobs(path, setting, path.with_name("jobs.jsonl")),
+        ("generate jobs", "sample.jobs.read_jobs", "sample.journal.begin"),
+        2,
+        True,
+    ),
+    "jobs of a folder": Reader(
+        lambda path, setting: _jobs(path, setting, path.parent, "--control", path.parent / "control"), (), 2
     ),
     "generate --vae": Reader(
         lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4
@@ -559,11 +619,16 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "evaluate annotator",
             "evaluate device",
             "generate annotator",
+            "generate grid",
             "generate device",
             "generate dialect",
             "generate lora_dir",
             "generate scheduler",
             "generate dtype",
+            "generate guider",
+            "generate memory",
+            "generate outpaint",
+            "generate resize",
             "generate negative_prompt",
             "generate prompt",
             "generate size",
@@ -587,6 +652,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     ),
     "data build captioner": "a model of the transformers library, read by that alone: not promised (docs/safety.md)",
     "data caption captioner": "as data build's",
+    "generate captioner": "as data build's",
 }
 """Options of commands that take text or a path, and why no reader is theirs."""
 

@@ -174,11 +174,11 @@ def test_where_memory_runs_out_fewer_pictures_are_made_at_once(toy_base, prepare
     alone = latents_of(toy_base, ready, batch=1)
     real, given = loop.denoise, []
 
-    def denoise(base, noise, *more, **settings):
-        given.append(len(noise))
-        if len(noise) > most:
+    def denoise(base, start, *more):
+        given.append(len(start.latents))
+        if len(start.latents) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return real(base, noise, *more, **settings)
+        return real(base, start, *more)
 
     monkeypatch.setattr(loop, "denoise", denoise)
     most = 1

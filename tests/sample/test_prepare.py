@@ -12,7 +12,7 @@ from controlkit.annotators import annotate, contract, white_on_black
 from controlkit.controls import new_control, new_union
 from controlkit.errors import Invalid, Mismatch, UserError
 from controlkit.formats import SavedControl, save_control
-from controlkit.images import HintSpec, fit, read_picture, write_png
+from controlkit.images import HintSpec, fit, read_picture, stretch, write_png
 from controlkit.sample import ControlRequest, Request, check_pictures, maker, picture_size, prepare
 
 
@@ -55,6 +55,29 @@ def test_a_drawing_in_a_file_is_inverted_and_an_array_is_taken_as_it_is(toy_base
     )
     assert np.array_equal(by_file, fit(white_on_black(pixels), (32, 32), "lines")) and by_file[0, 0, 0] < 10
     assert np.array_equal(in_memory, fit(pixels, (32, 32), "lines"))
+
+
+def test_pictures_of_another_shape_come_to_the_size_as_asked(toy_base, saved):
+    """A picture of 32 x 64, its left half white: two edges in the middle of it."""
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, :32] = 255
+    crop, stretched, filled = (
+        prepared(toy_base, saved, images=wide, resize=how).controls[0].hints[""] for how in ("crop", "stretch", "fill")
+    )
+    assert np.array_equal(crop, annotate(wide[:, 16:48], saved.hint))
+    assert np.array_equal(stretched, annotate(stretch(wide, (32, 32)), saved.hint))
+    assert np.array_equal(filled[8:24], annotate(stretch(wide, (16, 32)), saved.hint))
+    assert filled[8:24].any() and not filled[:8].any() and not filled[24:].any(), "nothing is said around it"
+    for name, ours in {"Just Resize": stretched, "Resize and Fill": filled, 1: crop, "pixel-perfect": crop}.items():
+        assert np.array_equal(prepared(toy_base, saved, images=wide, resize=name).controls[0].hints[""], ours)
+    lines = np.zeros((32, 64, 3), np.uint8)
+    lines[:, 7] = 255
+    ready = {"ready": True, "images": lines}
+    found = [
+        prepared(toy_base, saved, resize=how, **ready).controls[0].hints[""] for how in ("crop", "stretch", "fill")
+    ]
+    assert not found[0].any() and np.array_equal(found[1], stretch(lines, (32, 32), "lines"))
+    assert np.array_equal(found[2][8:24], stretch(lines, (16, 32), "lines")) and not found[2][:8].any()
 
 
 def test_a_picture_with_a_mask_means_the_same_from_a_file_and_from_memory(toy_base, saved, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from conftest import make
 from controlkit.errors import Invalid
-from controlkit.prompts import Words
+from controlkit.prompts import Span, Words
 from controlkit.sample import Request, SamplingSettings, denoise, generate, prepare
 from controlkit.sample.texts import Said, Script
 
@@ -70,11 +70,11 @@ def test_without_guidance_one_prompt_has_no_unconditional_half(toy_base):
 
 
 def test_a_negative_prompt_is_read_in_the_same_dialect_and_never_joined():
-    script = Script.of(Request(prompt="a", negative_prompt="(b:1.2) AND c", dialect="a1111", clip_skip=2))
+    script = Script.of(Request(prompt="a", negative_prompt="(b:1.2) AND c", dialect="a1111", clip_skip=2), Span(20))
     [(end, words)] = script.negative
     assert end == 20 and [piece.text for piece in words.pieces] == ["b", " AND c"] and words.clip_skip == 2
-    assert Script.of(Request()).negative == ((20, None),)
-    assert Script.of(Request(prompt="(a)")).parts == (((20, Words.of("(a)")),),)
+    assert Script.of(Request(), Span(20)).negative == ((20, None),)
+    assert Script.of(Request(prompt="(a)"), Span(20)).parts == (((20, Words.of("(a)")),),)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,20 @@
 """What is said before a run starts: memory by part, time, and what it was begun from."""
 
 import dataclasses
-import sys
 from functools import partial
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from controlkit.backbones.memory import Meter
 from controlkit.controls import new_control
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec
 from controlkit.train import plan as plans
 from controlkit.train import resolve, train_control
-from controlkit.train.plan import Meter, Plan, estimate, peak_of
+from controlkit.train.plan import Plan, estimate, peak_of
 from controlkit.train.ranks import Ranks
 from controlkit.train.recipe import parse_recipe
 from controlkit.train.setup import new_branch
@@ -47,32 +45,6 @@ def estimated(toy_base):
         return estimate(resolve(recipe), toy_base, state, 4, meter), state
 
     return estimate_of
-
-
-def test_a_meter_measures_growth_since_it_was_made_or_reset_and_the_base_s_weights(toy_base, monkeypatch):
-    held, most = 1_000, 1_000
-    monkeypatch.setattr(plans.psutil.Process, "memory_info", lambda process: SimpleNamespace(rss=held))
-    monkeypatch.setattr(plans, "_high_water", lambda: most)
-    meter = Meter(toy_base)
-    base = sum(v.numel() * v.element_size() for m in toy_base.networks().values() for v in m.state_dict().values())
-    assert meter.peak() == base
-    most = 5_000  # the process grew
-    assert meter.peak() == base + 4_000
-    meter.reset()
-    most = 2_000  # it fell since
-    assert meter.peak() == base + 1_000
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the high water mark is reset on Linux alone")
-def test_the_high_water_mark_of_a_process_is_reset(toy_base):
-    """Half a large block is the bound: whatever else this process takes or gives back meanwhile is far less."""
-    meter = Meter(toy_base)
-    before = meter.peak()
-    block = np.ones(125_000_000)  # 1 GB, given back to the system at once
-    assert meter.peak() - before > 5e8
-    del block
-    meter.reset()
-    assert meter.peak() - before < 5e8
 
 
 def test_what_is_held_for_the_backward_pass_is_counted_to_the_byte():

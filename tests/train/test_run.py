@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import CANNY, ended, equal, leftovers, log_of
+from tiny_runs import CANNY, assert_like, ended, equal, leftovers, log_of
 
 from conftest import TINY
 from controlkit.branch import ControlSpec
@@ -21,6 +22,7 @@ from controlkit.formats import WEIGHTS, SavedControl, load_control, save_control
 from controlkit.images import HintSpec, write_png
 from controlkit.measure import COLOURS, Figure, obedience
 from controlkit.train import BatchPlan, draw_batch, objective, train_control
+from controlkit.train import run as runs
 from controlkit.train.recipe import EvaluationRecipe, Recipe, parse_recipe, read_recipe
 
 
@@ -252,3 +254,33 @@ def test_a_control_of_the_middle_alone_is_reconnected_to_all_taps(tiny_recipe, t
     outside = {name for name in begun if name.startswith("controlnet_down_blocks")}
     assert outside and all(begun[name].abs().max() < 1e-9 for name in outside), "silent where nothing was learnt"
     assert all(torch.allclose(begun[name], before[name], atol=1e-6) for name in before if name not in outside)
+
+
+NARROW = {"precision": "bf16", "steps": 2, "checkpoint_every": 1, "evaluation": {"every": 2, "num": 2, "steps": 1}}
+
+
+def test_a_locked_base_is_kept_in_the_run_s_half_precision_and_nothing_differs(
+    tiny_recipe, toy_base, tmp_path, monkeypatch
+):
+    held, real = [], runs.narrowed
+    for name, narrow in (("whole", lambda base, dtype: base), ("narrow", real)):
+
+        def noted(base, dtype, narrow=narrow):
+            held.append(narrow(base, dtype))
+            return held[-1]
+
+        monkeypatch.setattr(runs, "narrowed", noted)
+        list(train_control(tiny_recipe(**NARROW), tmp_path / name, toy_base))
+    assert [base.unet.conv_in.weight.dtype for base in held] == [torch.float32, torch.bfloat16]
+    assert_like(tmp_path / "whole", tmp_path / "narrow")
+    shutil.copytree(tmp_path / "narrow", tmp_path / "again", ignore=lambda *_: ["step-0000002", "control", "best"])
+    list(train_control(tiny_recipe(**NARROW), tmp_path / "again", toy_base))  # from the first step on
+    assert_like(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"unfreeze_after": 1}, {"control": {"body": "lora", "rank": 2}}, {"precision": "fp32"}]
+)
+def test_weights_that_differences_are_written_to_stay_whole(changes, tiny_recipe, toy_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "narrowed", None)
+    next(train_control(tiny_recipe(**(NARROW | {"evaluation": {"every": 0}} | changes)), tmp_path / "run", toy_base))

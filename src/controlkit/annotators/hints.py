@@ -99,10 +99,9 @@ def white_on_black(lines: np.ndarray) -> np.ndarray:
     return 255 - lines if lines.mean() > 127 else lines
 
 
-def drawn_hint(drawing: np.ndarray, hint: HintSpec, size: tuple[int, int]) -> np.ndarray:
-    """A drawing that is a hint already, at the ``size`` (height, width) of the picture to be made.
+def light_lines(drawing: np.ndarray, hint: HintSpec) -> np.ndarray:
+    """A drawing that is a hint already; where it is of lines, dark ones on light paper are inverted.
 
-    Lines drawn dark on light paper are inverted, as lines in hints are light on dark. Arrays are taken as they are.
+    Arrays of other types than uint8 are taken as they are.
     """
-    drawn = hint.resize == "lines" and drawing.dtype == np.uint8
-    return fit(white_on_black(drawing) if drawn else drawing, size, hint.resize)
+    return white_on_black(drawing) if hint.resize == "lines" and drawing.dtype == np.uint8 else drawing

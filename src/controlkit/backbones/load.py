@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from controlkit.backbones.noise import Prediction
 from controlkit.backbones.parts import make_network, open_part, read_tokenizer
 from controlkit.backbones.protocol import Backbone
 from controlkit.backbones.rules import (
+    channels_read,
     check_folder,
     check_signs,
     check_text,
@@ -40,6 +41,7 @@ from controlkit.backbones.unet_families import (
 from controlkit.errors import Invalid, Mismatch, NotFound, Unsupported, UserError, nearest, one_line
 from controlkit.files import write_atomic
 from controlkit.hub import meant_path, names_a_repository, shipped_names, shipped_path, snapshot
+from controlkit.precision import weights_type
 from controlkit.tensors import PICKLES, TensorFile, of_tensors, open_tensors
 
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -52,7 +54,7 @@ _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"
 def load_base(
     source: str | Path,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     prediction: Prediction | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     embeddings: Sequence[Path] = (),
@@ -63,7 +65,8 @@ def load_base(
     Args:
         source: ``mini``; ``sd15``, ``sd21`` or ``sdxl``; a diffusers folder; a single ``.safetensors`` or ``.ckpt``
             file; or a hub's name (``owner/model``), taken from the local cache if it is there.
-        dtype: of the weights; the VAE stays in float32 where float16 overflows it.
+        dtype: of the weights; the VAE stays in float32 where float16 overflows it. ``auto`` is for making pictures:
+            half precision where ``device`` is no slower with it (``precision.weights_type``). Training takes float32.
         prediction: ``eps`` or ``v``, where a single file's own signs of it mislead.
         loras: LoRA files with their weights, merged into the base; read by diffusers and peft. Or differences, as
             written by a run that trained its base, too.
@@ -75,6 +78,8 @@ def load_base(
     textual inversion or VAE of another base.
     """
     text = str(source)
+    if dtype == "auto":
+        dtype = weights_type(torch.device(device).type)
     shipped = [name for name in shipped_names() if _holds_base(shipped_path(name))]
     path = meant_path(source, [*shipped, *FAMILIES], _holds_base)
     if path is None:
@@ -188,6 +193,7 @@ def _from_single_file(path: Path, dtype: torch.dtype, prediction: Prediction | N
     header = open_tensors(path)
     family = _family_of(header)
     check_signs(path, header.shapes, bool(family.pooled_width))
+    family = replace(family, inpaints=channels_read(header.shapes) > 4)
     prediction = prediction or _prediction_of(header, family)
     if family.prediction == "v" and prediction == "eps":  # SD 2's eps checkpoints are its 512-pixel ones
         family = replace(family, latent_size=64)

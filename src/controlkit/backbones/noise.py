@@ -31,6 +31,12 @@ class Sampler(Protocol):
     def start(self, noise: Tensor) -> Tensor:
         """The first latents (B, C, h, w) of a run, given standard normal noise of that shape."""
 
+    def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Latents (B, C, h, w) of pictures with as much noise as there is before a step; after the last, with none.
+
+        For a run that begins at this step, or has just arrived there.
+        """
+
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
         """Noisy latents x (B, C, h, w) at a timestep, as the base reads them."""
 
@@ -100,6 +106,17 @@ class SchedulerRun(Sampler):
 
     def start(self, noise: Tensor) -> Tensor:
         return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)  # a flow begins with the noise itself
+
+    def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
+        if step == len(self.timesteps):
+            return latents
+        scheduler = self._scheduler
+        if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(step)  # else it looks for the timestep, which may be there twice
+        t = self.timesteps[step : step + 1]
+        if hasattr(scheduler, "scale_noise"):
+            return scheduler.scale_noise(latents, t, noise)
+        return scheduler.add_noise(latents, noise, t)
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
         scale = getattr(self._scheduler, "scale_model_input", None)  # a flow's latents are read as they are

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from controlkit.backbones.noise import NoiseProcess
+from controlkit.backbones.placement import Mode, Part, Placement
 from controlkit.branch import ControlNetwork, ConvBody, Tap
 from controlkit.errors import Invalid
 from controlkit.hub import digest
@@ -138,6 +139,8 @@ class Backbone(Protocol):
     """The process that adds noise in training and takes it away in sampling."""
     encoder: nn.Module
     """The part that ``copy_encoder`` copies."""
+    placement: Placement | None = None
+    """Where its networks are, if they may be moved; None where they stay on the device."""
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -156,6 +159,15 @@ class Backbone(Protocol):
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether ``predict`` reads (B, 2 C + 1, h, w): noisy latents, the mask, and latents of the masked picture.
+
+        The mask is 1 where the picture is to be made anew; there the masked picture is grey. Given (B, C, h, w), it
+        takes the whole picture as masked.
+        """
+        return False
 
     @property
     def signature(self) -> dict[str, Any]:
@@ -269,13 +281,14 @@ class Backbone(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.denoiser.parameters()).device
+        """Where it computes, and where the weights are while they are used."""
+        return self.placement.device if self.placement else next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the denoiser's weights and inputs."""
-        return next(self.denoiser.parameters()).dtype
+        """The type of the denoiser's weights and inputs; float32 where any weights are (``memory.narrowed``)."""
+        types = [value.dtype for value in self.denoiser.parameters()]
+        return torch.float32 if torch.float32 in types else types[0]
 
     def autocast(self) -> AbstractContextManager[object]:
         """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
@@ -286,3 +299,21 @@ class Backbone(Protocol):
         for module in self.networks().values():
             module.to(device)
         return self
+
+    def place(self, mode: Mode | None, device: str | torch.device | None = None) -> Self:
+        """Place its networks as a mode says (``Placement``); returns the base itself.
+
+        ``mode``: None lets them wait in the machine's memory until ``sample.generate`` knows what is to be made.
+        ``device``: where it will compute; by default where it does now. So a base that is larger than a GPU's memory
+        is loaded on the CPU and placed: ``load_base("sdxl", dtype=torch.bfloat16).place("low", "cuda")``.
+        """
+        if self.placement is None:
+            self.placement = Placement(self.networks(), torch.device(device) if device else self.device)
+        if mode:
+            self.placement.take(mode)
+        return self
+
+    def bring(self, part: Part) -> None:
+        """Have a part's weights on the device; whoever uses a network or a control directly calls it before."""
+        if self.placement:
+            self.placement.bring(part)

@@ -348,9 +348,14 @@ def _transformers(config: Mapping[str, Any]) -> int:
     return total
 
 
+def channels_read(shapes: Mapping[str, Sequence[int]]) -> int:
+    """The channels that the U-Net of a single file reads: 4, those of latents, where it does not say."""
+    return shapes[_ENTRY][1] if len(shapes.get(_ENTRY, ())) > 1 else 4
+
+
 def check_signs(origin: object, shapes: Mapping[str, Sequence[int]], pooled: bool) -> None:
     """Raise ``Unsupported`` for a single file with tensors of another kind of model; ``pooled``: as SDXL has it."""
-    _check_channels(origin, shapes[_ENTRY][1] if len(shapes.get(_ENTRY, ())) > 1 else 4, 4)
+    _check_channels(origin, channels_read(shapes), 4)
     for name, meaning in _SIGNS.items():
         if name in shapes:
             _refuse(origin, f"{meaning} (it holds {name})", "a text-to-image base of Stable Diffusion's noise")
@@ -359,11 +364,14 @@ def check_signs(origin: object, shapes: Mapping[str, Sequence[int]], pooled: boo
 
 
 def _check_channels(origin: object, read: Any, latents: Any, predicted: Any = None) -> None:
-    """Raise ``Unsupported`` where a U-Net does not read and predict latents of the VAE's channels."""
-    if read != latents:
+    """Raise ``Unsupported`` where a U-Net does not read and predict latents of the VAE's channels.
+
+    It may read a mask and a masked picture's latents after them, as inpainting bases do.
+    """
+    if read not in (latents, 2 * latents + 1):
         raise Unsupported(
-            f"{origin} reads {read} channels where its latents have {latents}: it is an inpainting or editing model. "
-            "Expected a text-to-image base."
+            f"{origin} reads {read} channels where its latents have {latents}: it is an editing model. Expected a "
+            f"text-to-image base, or one for inpainting, which reads {2 * latents + 1}."
         )
     if predicted not in (None, latents):
         _refuse(origin, f"a prediction of {predicted} channels, with a variance", f"{latents}")

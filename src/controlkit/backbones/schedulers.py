@@ -37,11 +37,11 @@ def scheduler_named(name: str, base: Any) -> Any:
     """
     import diffusers
 
-    kind, spacing = _parted(name)
+    kind, spacing = parted_name(name)
     made = getattr(diffusers, SCHEDULERS[kind][0])
     spread = SPACINGS.get(spacing, {})
-    if not spread.keys() <= _keys(made):
-        having = [one for one, (other, _) in SCHEDULERS.items() if spread.keys() <= _keys(getattr(diffusers, other))]
+    if not has_spacing(kind, spacing):
+        having = [one for one in SCHEDULERS if has_spacing(one, spacing)]
         raise Invalid(f'"{kind}" has no spacing "{spacing}"; these have it: {", ".join(having)}.')
     off = {
         key: False for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if key in _keys(made)
@@ -52,13 +52,27 @@ def scheduler_named(name: str, base: Any) -> Any:
         raise Unsupported(f'The spacing "{spacing}" needs a package: pip install scipy') from error
 
 
+def has_spacing(kind: str, spacing: str) -> bool:
+    """Whether a scheduler of ``SCHEDULERS`` can spread its steps as one of ``SPACINGS``, or "", says."""
+    import diffusers
+
+    return SPACINGS.get(spacing, {}).keys() <= _keys(getattr(diffusers, SCHEDULERS[kind][0]))
+
+
+def own_name(noise: Any) -> str:
+    """The usual name of a noise process's own scheduler; where it has none, that of diffusers' class."""
+    made = type(getattr(noise, "scheduler", None)).__name__
+    known = {name: usual for usual, (name, more) in SCHEDULERS.items() if not more}
+    return known.get(made, made.removesuffix("Scheduler")) if made != "NoneType" else "Euler"  # of a flow
+
+
 def _keys(made: Any) -> set[str]:
     """The settings that a class of diffusers has."""
     return set(made._get_init_keys(made))
 
 
-def _parted(name: str) -> tuple[str, str]:
-    """A name as (scheduler, spacing or "")."""
+def parted_name(name: str) -> tuple[str, str]:
+    """A name as (scheduler, spacing or ""), spelled as in the tables; ``Invalid`` for one that is not known."""
     names = {f"{kind} {spacing}".strip().lower(): (kind, spacing) for kind in SCHEDULERS for spacing in ("", *SPACINGS)}
     found = names.get(name.strip().lower().replace("_", " "))
     if found is None:

@@ -22,6 +22,7 @@ from controlkit.backbones.noise import Diffusion
 from controlkit.backbones.protocol import ActiveControl, Backbone, Layer, Prompt, TextEmbedding, Walker
 from controlkit.backbones.text import TextTower
 from controlkit.branch import Tap, add_residuals
+from controlkit.errors import Unsupported
 from controlkit.hub import digest
 from controlkit.precision import number_format
 from controlkit.prompts import Words
@@ -208,6 +209,7 @@ class UNetBase(Backbone):
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.stride
         self.window = towers[0].tokenizer.model_max_length
+        self._grey: dict[tuple[int, int], Tensor] = {}  # latents of a grey picture, by their height and width
         self._vae_rows: int | None = None  # the most rows that fitted into memory at once; None: any number
 
     def networks(self) -> dict[str, nn.Module]:
@@ -238,8 +240,8 @@ class UNetBase(Backbone):
     def signature(self) -> dict[str, Any]:
         """Taps, latent channels, text width and stride: a control must match them to run on this base."""
         taps = [[tap.name, tap.site, tap.channels, tap.stride] for tap in self.branch_taps]
-        latents, text = self.unet.config.in_channels, self.unet.config.cross_attention_dim
-        return {"taps": taps, "latent_channels": latents, "text_width": text, "stride": self.stride}
+        text = self.unet.config.cross_attention_dim
+        return {"taps": taps, "latent_channels": self.latent_channels, "text_width": text, "stride": self.stride}
 
     @cached_property
     def text_digest(self) -> str:
@@ -259,6 +261,7 @@ class UNetBase(Backbone):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Prompt], size: tuple[int, int] | None = None) -> TextEmbedding:
+        self.bring("text")
         read = [tower.encode([prompt or "" for prompt in prompts]) for tower in self.towers]
         rows = [torch.cat([one for one, _ in towers], -1) for towers in zip(*read, strict=True)]
         longest = math.lcm(*(len(row) for row in rows))
@@ -310,8 +313,9 @@ class UNetBase(Backbone):
 
         A VAE that float16 overflows (SDXL's) computes in its weights' own format under autocast to it.
         """
+        self.bring("vae")
         kind = self.device.type
-        halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        halves = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         upcast = halves and self.vae.config.get("force_upcast")
         while True:
             try:
@@ -340,22 +344,34 @@ class UNetBase(Backbone):
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
+        x = self._with_mask(x)  # which may need the VAE
+        self.bring("denoiser")
         inject, beside = self._split(x, t, text, controls)
         return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
 
-    @staticmethod
     def _split(
-        x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
+        self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
     ) -> tuple[dict[str, Tensor], list[ActiveControl]]:
-        """(the residuals by tap of controls that run apart from the encoder; the controls that walk beside it)."""
+        """(the residuals by tap of controls that run apart from the encoder; the controls that walk beside it).
+
+        Controls read the latents alone, never the mask and the picture that an inpainting base reads beside them.
+        """
         beside = [control for control in controls if control.network.walks]
         apart = [control for control in controls if not control.network.walks]
+        if beside and self.inpaints:
+            raise Unsupported(
+                f'A ControlNet-XS walks beside an encoder that reads latents alone; the inpainting base "{self.name}" '
+                "reads more. Take its text-to-image base, or another control."
+            )
+        x = x[:, : self.latent_channels]
         return add_residuals([one.scaled(one.network(x, t, text, one.features)) for one in apart]), beside
 
     @torch.no_grad()
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        x = self._with_mask(x)  # which may need the VAE
+        self.bring("denoiser")
         inject, beside = self._split(x, t, text, [control])
         plain = self.encode_noise(x, t, text)
         walked = self.encode_noise(x, t, text, inject, beside)
@@ -378,6 +394,17 @@ class UNetBase(Backbone):
         Shapes and arguments are ``UNetEncoder.encode``'s. Without either, and with locked weights, no graph is built.
         """
         return self.encoder.encode(x, t, text, inject=inject, beside=beside)
+
+    def _with_mask(self, x: Tensor) -> Tensor:
+        """All that the U-Net reads: where it inpaints and only latents (B, C, h, w) came, all of it masked."""
+        if not self.inpaints or x.shape[1] > self.latent_channels:
+            return x
+        sides = x.shape[-2], x.shape[-1]
+        if sides not in self._grey:
+            grey = torch.zeros(1, 3, sides[0] * self.stride, sides[1] * self.stride, device=x.device)
+            self._grey = {sides: self.mean_latents(self.encode_moments(grey))}  # of one size, the last one asked for
+        rest = torch.cat([torch.ones_like(self._grey[sides][:, :1]), self._grey[sides]], 1).to(x)
+        return torch.cat([x, rest.expand(len(x), -1, -1, -1)], 1)
 
     def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
         """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle."""
@@ -406,8 +433,26 @@ class UNetBase(Backbone):
 
     @property
     def network_config(self) -> Mapping[str, Any]:
-        return self.unet.config
+        return {**self.unet.config, "in_channels": self.latent_channels}
 
     @property
     def latent_channels(self) -> int:
-        return self.unet.config.in_channels
+        return self.unet.config.out_channels
+
+    @property
+    def inpaints(self) -> bool:
+        return self.unet.config.in_channels == 2 * self.latent_channels + 1
+
+    def copy_encoder(self) -> nn.Module:
+        return self._reading_latents(super().copy_encoder())
+
+    def empty_encoder(self) -> nn.Module:
+        return self._reading_latents(super().empty_encoder())
+
+    def _reading_latents(self, encoder: nn.Module) -> nn.Module:
+        """An encoder whose first convolution reads the latents alone: of an inpainting base the weights for these."""
+        if self.inpaints:
+            own = cast("nn.Conv2d", encoder.conv_in)
+            own.weight = nn.Parameter(own.weight[:, : self.latent_channels].clone(), own.weight.requires_grad)
+            own.in_channels = self.latent_channels
+        return encoder

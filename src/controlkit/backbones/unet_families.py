@@ -47,6 +47,8 @@ class Family:
     pooled_width: int = 0
     """Width of the pooled prompt embedding that joins the time embedding with six sizes (``text_time``); 0: none."""
     upcast_attention: bool = False
+    inpaints: bool = False
+    """Whether its U-Net reads a mask and a masked picture's latents after the noisy ones (``Backbone.inpaints``)."""
 
 
 FAMILIES = {
@@ -114,9 +116,9 @@ _SIZE_WIDTH, _SIZES = 256, 6  # SDXL's micro-conditioning: original size, crop, 
 def unet_config(family: Family) -> dict[str, Any]:
     """The ``UNet2DConditionModel`` of a family."""
     attends = [depth > 0 for depth in family.transformers]
-    config = {
+    config: dict[str, Any] = {
         "sample_size": family.latent_size,
-        "in_channels": 4,
+        "in_channels": 9 if family.inpaints else 4,
         "out_channels": 4,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],

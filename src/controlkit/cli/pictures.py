@@ -1,14 +1,14 @@
 """Pictures from prompts and hints; hints from pictures."""
 
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from controlkit.cli.jobs import run_jobs, with_places
+from controlkit.cli.matrix import MOST, axes_of, matrix
+from controlkit.cli.requests import KEYS, asked_for
 from controlkit.cli.shared import (
     BaseOption,
     DeviceOption,
@@ -21,22 +21,20 @@ from controlkit.cli.shared import (
     VaeOption,
     check_folder,
     key_values,
-    loaded_base,
     parse_size,
-    progress_bars,
     say,
-    split_lora,
     warn,
 )
-from controlkit.errors import Invalid, NotFound, nearest, one_line
+from controlkit.errors import Invalid
 from controlkit.files import home_path
-from controlkit.hub import is_sealed, seal
 
 if TYPE_CHECKING:
-    from controlkit.backbones import Backbone
-    from controlkit.sample import ControlRequest, Prepared, Request
+    from controlkit.sample import Memory
 
 app = typer.Typer()
+
+_ALONE = ("prompts", "grid", "like", "auto_prompt", "preview")
+"""Options of ``generate`` that are not for ``--jobs``."""
 
 
 @app.command(
@@ -45,6 +43,10 @@ app = typer.Typer()
     '    controlkit generate "a red apple" --control canny=photo.jpg,scale=0.8,end=0.6 --num-images 4 --seed 7\n\n'
     '    controlkit generate "a castle" --base sdxl.safetensors --control union.safetensors:canny=a.png '
     "--control union.safetensors:depth=b.png\n\n"
+    "    controlkit generate --like out/picture-7.png --seed 8 --scale 0.7\n\n"
+    '    controlkit generate "a castle" --control canny=cat.png --grid seed=1,2 --grid scale=0,0.5,1\n\n'
+    '    controlkit generate "a cat face, 3d style" --init-image cat.png --strength 0.6 --control canny\n\n'
+    '    controlkit generate "a red hat" --init-image cat.png --mask hat.png --margin 32\n\n'
     '    controlkit generate "a castle" --base sd15 --control control_v11p_sd15_canny.pth=photo.jpg,annotator=canny'
 )
 def generate(
@@ -58,18 +60,65 @@ def generate(
             metavar="NAME=IMAGE[,KEY=VALUE...]",
             help="A control (a shipped name, a file, a folder, a hub's name), its picture, and its own settings: "
             "`scale`, `start` and `end` (shares of the steps), `mode` (`balanced`, `prompt`, `control`), `by-step` and "
-            "`by-tap` (factors, as 1/0.5/0), `region` (a picture, light where it acts), `cfg-weights`, `cond-only`, "
-            "`guess`, `hint-cfg`, `annotator`, `ready`; repeatable. "
-            "Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of its own.",
+            "`by-tap` (factors, as 1/0.5/0), `region` (a picture, light where it acts), `resize` (`crop`, `stretch`, "
+            "`fill`), `passes` (`both`, `first`, `second`), `cfg-weights`, `cond-only`, `guess`, `hint-cfg`, "
+            "`annotator`, `ready`; repeatable. Of a Union: NAME:TYPE=IMAGE, once for each type, each with a `scale` of "
+            "its own. NAME alone reads the picture of --init-image.",
         ),
     ] = None,
     request: Annotated[
         Path | None,
         typer.Option(
-            help="A JSON file with the whole request: prompts, seed, size, steps, guidance, controls; or a PNG that "
-            "this command wrote, whose request is repeated (its base, LoRAs and VAE are options still)."
+            help="A JSON file with the whole request: prompts, seed, size, steps, guidance, controls. Base, LoRAs, VAE "
+            "and embeddings are options still."
         ),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="Repeat a PNG that this command wrote, to the pixel: its request, base, LoRAs, VAE, embeddings and "
+            "number format; options given beside it replace a part. Of a PNG that A1111 wrote: prompts, sampler, "
+            "steps, seed, size, as far as they can be read."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file with a prompt a line, each made with all other settings."),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="Make pictures with each of these values: of a setting (`seed`, `steps`, `guidance`, `scheduler`, "
+            "`prompt`, `clip-skip`, ...), of one of all controls (`scale`, `start`, `end`, `mode`, ...), or of one "
+            "control (`NAME.scale`). Repeatable: all combinations, the last key as columns of `grid.png`. A value with "
+            'commas stands in "double quotes", or has a backslash before each.',
+        ),
+    ] = None,
+    auto_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--auto-prompt",
+            help="Make each picture with a plain prompt, caption it, and make it again with the caption as its prompt.",
+        ),
+    ] = False,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --auto-prompt: a BLIP's folder, or a hub's name. By default, for bases of `mini`'s world, its "
+            "referee chooses a caption; else Salesforce/blip-image-captioning-base."
+        ),
+    ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many pictures: a file with a request as JSON on each line, whose keys go before the options; or a "
+            "folder, each of whose pictures goes into the --control that has none. Started again, goes on."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Of --jobs: processes, each with a base; several need Ray (the extra `scale`).", min=1)
+    ] = 1,
     out: OutOption = Path("out"),
     base: BaseOption = "mini",
     hint_ready: Annotated[
@@ -85,6 +134,9 @@ def generate(
     guidance_rescale: Annotated[
         float, typer.Option(help="How far guidance keeps the spread of the prediction, 0 to 1.")
     ] = 0.0,
+    guider: Annotated[
+        str, typer.Option(help="`cfg`; or `apg`, which keeps colours from glaring at high guidance.")
+    ] = "cfg",
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -114,9 +166,63 @@ def generate(
             "from -1."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
-    num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=10_000)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on. -1 draws one.")] = 0,
+    num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=MOST)] = 1,
     size: SizeOption = None,
+    init_image: Annotated[
+        Path | None, typer.Option(help="A picture to be changed; where it is transparent, it is made anew.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How far it is changed, 0 to 1: the share of the steps. By default 1 with a mask, else 0.75."
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A picture, light where the picture is made anew; all else stays as it is, to the pixel."),
+    ] = None,
+    mask_blur: Annotated[
+        int | None, typer.Option(help="Pixels outside the mask over which new passes into old; by default none.")
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIXELS", help="Pixels to be added above,right,below,left of the picture, or one number for all."
+        ),
+    ] = None,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill what is masked with the colours around it before it is changed.")
+    ] = False,
+    margin: Annotated[
+        int | None,
+        typer.Option(
+            help="Work only on what is masked and so many pixels around it, at --size, and paste it back into the "
+            "picture, which keeps its size."
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="How the picture comes to --size: `crop` (the default), `stretch`, or `fill`, whose rest is made anew."
+        ),
+    ] = None,
+    hires: Annotated[
+        float | None,
+        typer.Option(help="Make the picture so many times as large in a second pass, which changes the scaled one."),
+    ] = None,
+    hires_strength: Annotated[float | None, typer.Option(help="--strength of the second pass; by default 0.7.")] = None,
+    hires_steps: Annotated[int | None, typer.Option(help="--steps of the second pass; by default as many.")] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Make larger pictures in overlapping tiles of so many pixels, a size the base knows."),
+    ] = None,
+    variation: Annotated[
+        float, typer.Option(help="How far the noise is turned towards that of --variation-seed, 0 to 1.")
+    ] = 0.0,
+    variation_seed: Annotated[
+        int, typer.Option(help="Seed of the first variation; with --num-images the others count on from it.")
+    ] = 0,
     lora: LoraOption = None,
     lora_dir: Annotated[Path, typer.Option(help="Where LoRAs that a prompt names are looked for.")] = Path(),
     vae: VaeOption = None,
@@ -125,239 +231,77 @@ def generate(
     ] = None,
     follow: Annotated[
         bool,
-        typer.Option("--follow", help="Open, fetch and spend what the request in another's PNG asks for."),
+        typer.Option("--follow", help="Open, fetch and spend what another's PNG asks for (--like)."),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16` or `fp16`.")] = "fp32",
+    preview: Annotated[
+        int, typer.Option(help="Write `preview.png` every so many steps: rough pictures of the unfinished ones.", min=0)
+    ] = 0,
+    taesd: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TAESD for previews of full size: a folder or file of diffusers' AutoencoderTiny. Else colours are "
+            "guessed from the latents, at their size."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the base's weights: `fp32`, `bf16`, `fp16`; or `auto`: half precision on a GPU, and on a CPU "
+            "where that is faster."
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="`fast`: everything on the GPU; `balanced`: one part at a time, large pictures decoded in tiles; "
+            "`low`: one layer at a time, tiles of 512 pixels; `auto`: the first that fits."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures from a prompt, steered by pictures.
 
-    Writes each picture as a PNG with its request embedded, each hint, and `grid.png` with all of them side by side.
+    Writes each picture as a PNG with its request embedded, each hint, and `grid.png` with all of them side by side. The
+    request is in the text field `controlkit` as JSON, and in `parameters` as A1111 writes it.
     """
-    from controlkit import sample
-    from controlkit.formats.convert import DTYPES
-    from controlkit.precision import number_format
-    from controlkit.prompts import without_loras
+    from controlkit.backbones.taesd import load_taesd
+    from controlkit.cli import making
+    from controlkit.sample import check_pictures, plan_memory, prepare
 
     check_folder(out)
-    if dtype not in DTYPES:
-        raise Invalid(f'--dtype is "{dtype}": {nearest(dtype, DTYPES)}')
-    if request:
-        first = _read_request(context, request, follow)
+    if taesd and not preview:
+        raise Invalid("--taesd shows previews: give --preview N, too.")
+    if (workers if jobs is None else num_images) > 1:
+        raise Invalid("--workers goes with --jobs alone, and --num-images without it alone: leave it out.")
+    if jobs and (clash := [name for name in _ALONE if context.params[name]]):
+        raise Invalid(f"--jobs says which pictures are made: leave out --{clash[0].replace('_', '-')}.")
+    if jobs and home_path(jobs).is_dir():
+        context.params["control"] = with_places(control or [], KEYS)
+    asked = asked_for(context)
+    loads, pictures = asked.loads, matrix(asked.request, axes_of(grid or [], prompts, num_images, asked.request))
+    if auto_prompt and (prompts or grid or request or like or prompt is not None):
+        others = "the prompt, --prompts, --grid, --request and --like"
+        raise Invalid(f"--auto-prompt captions what the default prompt gives: leave out {others}.")
+    load = making.loader(loads, memory)
+    if jobs:
+        return run_jobs(home_path(jobs), asked.request, out, loads.facts(), load, device, workers)
+    controls = [control for one in pictures.requests() for control in one.controls]
+    for control_asked in {(one.annotator, one.ready, str(one.images)): one for one in controls}.values():
+        check_pictures(control_asked)
+    for edited in dict.fromkeys(one.edit for one in pictures.requests() if one.edit):
+        check_pictures(edited)
+    model = load(device)
+    previewer = load_taesd(taesd, model) if taesd else None
+    prepared = prepare(model, pictures.requests())
+    for line in plan.lines() if (plan := plan_memory(model, prepared, cast("Memory", memory))) else ():
+        say(line)
+    output = making.Output(out, making.as_loaded(loads, model), making.facts_of(model, asked), preview, previewer)
+    if auto_prompt:
+        count = making.write_captioned(model, prepared, pictures, output, captioner)
     else:
-        shared = {"scale": scale, "guess": guess, "ready": hint_ready, "hint_cfg_scale": hint_cfg}
-        if dialect == "a1111" and prompt is not None:
-            prompt, named = without_loras(prompt)
-            lora = [*(lora or []), *(f"{lora_named(name, lora_dir)}={scale:g}" for name, scale in named)]
-        first = sample.Request(
-            prompt=sample.PLAIN_PROMPT if prompt is None else prompt,
-            negative_prompt=negative_prompt,
-            dialect=dialect,
-            clip_skip=clip_skip,
-            scheduler=scheduler,
-            guidance_rescale=guidance_rescale,
-            seed=seed,
-            size=parse_size(size),
-            steps=steps,
-            guidance=guidance,
-            controls=control_requests(control or [], shared, annotator),
-        )
-    if first.seed + num_images > 2**64:
-        raise Invalid(f"--seed is {first.seed}, and {num_images} seeds from there go beyond the largest, {2**64 - 1}.")
-    for one in first.controls:
-        sample.check_pictures(one)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "embeddings": embedding or [], "vae": vae}
-    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], **options)
-    requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(num_images)]
-    prepared = sample.prepare(model, requests)
-    facts = {"base": base, "format": number_format(model.device.type), "dtype": dtype, "lora": lora or [], "vae": vae}
-    _make(model, prepared, out, facts | {"embedding": [path.stem for path in embedding or []]})
-
-
-def lora_named(name: str, folder: Path) -> Path:
-    """The file of a LoRA that a prompt names: a path, or a file in the folder, with or without its ending."""
-    from controlkit.tensors import PICKLES
-
-    there = sorted(path for path in home_path(folder).glob("*") if path.suffix.lower() in (".safetensors", *PICKLES))
-    near = [path for path in there if name in (path.name, path.stem)]
-    if not near and not home_path(name).is_file():
-        words = nearest(name, [path.stem for path in there]) if there else "there is none in it"
-        raise NotFound(f'The prompt names the LoRA "{name:.80}", which is not in {folder} (--lora-dir): {words}')
-    return near[0] if near else home_path(name)
-
-
-def _make(base: "Backbone", prepared: "Sequence[Prepared]", out: Path, facts: Mapping[str, Any]) -> None:
-    """Sample, and write the pictures, the hints and all of them side by side."""
-    from controlkit.files import mark_output
-    from controlkit.images import grid, write_png
-    from controlkit.precision import settle_threads
-    from controlkit.sample import generate, pictures
-
-    for note in dict.fromkeys(note for one in prepared for note in one.notes):
-        warn(note)
-    settled = {one.request.seed: json.loads(one.settled().to_json()) for one in prepared}
-    settled = {number: asked | {"seal": seal(asked)} for number, asked in settled.items()}
-    height, width = prepared[0].settings.size or (base.size, base.size)
-    facts = {**facts, "width": width, "height": height, "threads": settle_threads(base.networks().values())}
-    made = []
-    with progress_bars() as progress:
-        total = sum(one.settings.steps for one in prepared)
-        task = progress.add_task("generating", total=total, figures="")
-        for picture in pictures(generate(base, prepared), lambda count: progress.advance(task, count)):
-            seed = picture.request.seed
-            mark_output(out, "generate")
-            write_png(out / f"picture-{seed}.png", picture.pixels, settled[seed] | facts)
-            made.append(picture.pixels)
-    shown = [
-        (f"{Path(asked.name).name}{f':{kind}' if kind else ''}", hint)
-        for asked, control in zip(prepared[0].request.controls, prepared[0].controls, strict=True)
-        for kind, hint in control.pictures().items()
-    ]
-    for i, (label, hint) in enumerate(shown):
-        name = re.sub(r"[^\w.-]", "-", label)[:60]
-        write_png(out / f"hint-{i}-{name}.png", hint)
-    columns = [f"hint: {one_line(label)}" for label, _ in shown] + [f"seed {seed}" for seed in settled]
-    row = [*(hint for _, hint in shown), *made]
-    write_png(out / "grid.png", grid([row], columns), next(iter(settled.values())) | facts)
-    say(f"{len(made)} picture{'s' if len(made) > 1 else ''} in {out}; side by side in {out / 'grid.png'}")
-
-
-IN_REQUEST = (
-    "prompt", "control", "hint_ready", "annotator", "scale", "guess", "steps", "guidance", "hint_cfg",
-    "negative_prompt", "seed", "size", "dialect", "clip_skip", "scheduler",
-    "guidance_rescale",
-)  # fmt: skip
-"""Parameters of ``generate`` that a request's file says instead."""
-
-
-def _read_request(context: typer.Context, file: Path, follow: bool) -> "Request":
-    """The request in a file. Who names a JSON text asks for what it says; a PNG's settings nobody sees."""
-    from controlkit.images import read_settings
-    from controlkit.sample import Request
-
-    sources = {name: context.get_parameter_source(name) for name in IN_REQUEST}
-    if also := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
-        raise Invalid(f"--request holds the whole request: leave out {', '.join(also)}, or write it into {file}.")
-    if not file.is_file():
-        raise NotFound(f"There is no request at {file}: expected a JSON file, or a PNG that generate wrote.")
-    try:
-        if file.suffix.lower() != ".png":
-            return Request.from_json(file.read_bytes())
-        held = read_settings(file)
-        asked = {key: value for key, value in held.items() if key in Request.model_fields}
-        found = Request(**asked)
-    except Invalid as error:
-        raise Invalid(f"{file}: {error}") from None
-    if not follow and not is_sealed(held.get("seal"), asked) and (named := ", ".join(_beyond(found))):
-        raise Invalid(f"{file} was not made here, and asks for {named}. If you want that, add --follow.")
-    return found
-
-
-_USUAL = {"side": 1024, "steps": 100}
-"""Sizes and steps that a stranger's request may ask for."""
-
-
-def _beyond(request: "Request") -> Iterator[str]:
-    """In words, all that a request has the program open, fetch or spend; of a stranger's it is asked for."""
-    from controlkit.formats import shipped_controls
-
-    for control in request.controls:
-        if control.name.partition(":")[0] not in shipped_controls():
-            yield f'the control "{one_line(control.name)}"'
-        yield from (f'the picture "{one_line(one)}"' for one in control.images.values() if isinstance(one, Path))
-    if max(request.size or (0,)) > _USUAL["side"]:
-        yield "{1} x {0} pixels".format(*request.size or ())
-    if request.steps > _USUAL["steps"]:
-        yield f"{request.steps} steps"
-
-
-KEYS = {"hint-cfg": "hint_cfg_scale"} | {
-    key: key.replace("-", "_")
-    for key in (
-        "scale", "start", "end", "annotator", "guess", "ready", "mode", "by-step", "by-tap", "cond-only", "cfg-weights",
-        "region",
-    )
-}  # fmt: skip
-"""Settings of a control on the command line -> ``ControlRequest``'s."""
-FLAGS = ("guess", "ready", "cond-only", "cfg-weights")
-"""Those that stand without a value."""
-
-
-def control_requests(
-    given: Sequence[str], shared: Mapping[str, Any], annotator: str | None = None
-) -> tuple["ControlRequest", ...]:
-    """The controls that ``--control`` options ask for; a Union's types under one, in the order they came.
-
-    ``shared``: settings of those that have none of their own; ``annotator``: of those whose hints have no type.
-    """
-    from controlkit.sample import ControlRequest
-
-    found: list[tuple[str, dict[str, Path], dict[str, Any]]] = []
-    for text in given:
-        name, kind, path, own = split_control(text)
-        if kind and "scale" in own:
-            own["scales"] = {kind: own.pop("scale")}
-        same = next((one for one in found if kind and "" not in one[1] and one[0] == name), None)
-        if same is None:
-            found.append((name, {kind: path}, own))
-            continue
-        _, images, settings = same
-        if kind in images:
-            raise Invalid(f"--control {name}:{kind} was given twice; expected one picture for a type.")
-        own["scales"] = settings.get("scales", {}) | own.get("scales", {})
-        if twice := [key for key in own.keys() - {"scales"} if settings.get(key, own[key]) != own[key]]:
-            raise Invalid(f'--control {name} has two values of "{twice[0]}": a Union\'s types share one.')
-        images[kind] = path
-        settings |= own
-    if annotator and all("" not in images for _, images, _ in found):
-        raise Invalid("--annotator says what makes a control's hints; none was given, or a Union's types say it.")
-    return tuple(
-        ControlRequest(name=name, images=images, **{**shared, "annotator": annotator if "" in images else None, **own})
-        for name, images, own in found
-    )
-
-
-def split_control(text: str) -> tuple[str, str, Path, dict[str, Any]]:
-    """NAME[:TYPE]=IMAGE[,KEY=VALUE...] as (name, type, path, settings).
-
-    Settings are taken off the end as long as their keys are known, so that a path may hold commas and equals signs. The
-    name ends at the first equals sign before which there is a control's name or a path that exists; else at the first.
-    """
-    from controlkit.controls import TYPES
-    from controlkit.formats import shipped_controls
-
-    known = shipped_controls()
-
-    def is_there(name: str) -> bool:
-        return name in known or home_path(name).exists()
-
-    def parted(name: str) -> tuple[str, str]:
-        """A name as (name, type)."""
-        file, colon, kind = name.rpartition(":")
-        return (file, kind) if colon and (kind in TYPES or not is_there(name)) else (name, "")
-
-    ends = [place for place, letter in enumerate(text) if letter == "="]
-    end = next((one for one in ends if is_there(text[:one]) or is_there(parted(text[:one])[0])), ends[0] if ends else 0)
-    name, path = text[:end], text[end + 1 :]
-    settings: dict[str, Any] = {}
-    while path and not home_path(path).exists():
-        head, _, last = path.rpartition(",")
-        key, equals, value = last.partition("=")
-        if not head or key not in KEYS or bool(equals) == (key in FLAGS):
-            break
-        if KEYS[key] in settings:
-            raise Invalid(f'--control {name} has "{key}" twice.')
-        settings[KEYS[key]] = value if equals else True
-        path = head
-    if not (name and path):
-        raise Invalid(
-            f'--control is "{text}"; expected NAME=IMAGE, such as canny=photo.png or canny=photo.png,scale=0.8.'
-        )
-    last = path.rpartition(",")[2]
-    key = last.partition("=")[0]
-    if "," in path and key.replace("-", "_").isidentifier() and not home_path(path).exists():
-        raise Invalid(f'--control {name} has no setting "{last}": {nearest(key, KEYS)}')
-    return *parted(name), home_path(path), settings
+        count = making.write_all(model, prepared, pictures, output, asked.batch if len(prepared) == 1 else 0)
+    drawn = f", seed {asked.request.seed}" if context.params["seed"] == -1 else ""
+    say(f"{count} picture{'s' if count > 1 else ''} in {out}{drawn}; side by side in {out / 'grid.png'}")
 
 
 @app.command(

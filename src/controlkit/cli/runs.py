@@ -89,7 +89,7 @@ def train(
         settings = settings.model_copy(update={"size": None})
     stopping = Stopping("stopping after this step; again, to end at once", stopped)
     with stopping, progress_bars(disable=not ranks.first) as progress:
-        main_task = progress.add_task("training", total=settings.steps, figures="")
+        main_task, mean = progress.add_task("training", total=settings.steps, figures=""), 0.0
         side = progress.add_task("", total=1, visible=False, figures="")
 
         def stage(name: str, total: int) -> None:
@@ -98,8 +98,8 @@ def train(
             elif ranks.first:
                 progress.reset(side, total=total, description=name, visible=True)
 
-        mean = 0.0
         run = train_control(settings, out, base, stage, partial(progress.advance, side), True, stopping.is_asked)
+        del base  # the run keeps what it needs of it
         for record in run:
             mean = record.loss if mean == 0.0 else 0.98 * mean + 0.02 * record.loss
             rate = settings.batch / record.seconds

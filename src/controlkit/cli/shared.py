@@ -184,11 +184,21 @@ def ready(device: str) -> str:
 
 
 def loaded_base(name: str, device: str, compiles: bool = False, **options: Any) -> "Backbone":
-    """The base, on the device that is meant; ``compiles``: whether the command compiles, as training may."""
+    """The base, on the device that is meant; ``compiles``: whether the command compiles, as training may.
+
+    With an option ``waits`` its weights wait in the machine's memory until they are placed.
+    """
+    waits = options.pop("waits", False)
     with nullcontext() if compiles or options.get("loras") else without_compiler():
         from controlkit.backbones import load_base
+        from controlkit.precision import weights_type
 
-        return load_base(name, ready(device), **options)
+        device = ready(device)
+        if not waits:
+            return load_base(name, device, **options)
+        if options.get("dtype") == "auto":
+            options["dtype"] = weights_type(device)
+        return load_base(name, **options).place(None, device)
 
 
 def loaded_control(name: str, base: "Backbone", annotator: str | None = None) -> "SavedControl":

@@ -39,6 +39,11 @@ class Adapter(ControlNetwork):
         return hint_features
 
 
+def feature_strides(kind: str, finest: int, levels: int) -> list[int]:
+    """Pixels a place of each feature of diffusers' ``T2IAdapter`` of a kind, given the finest one's."""
+    return [finest * (2 ** (level > 1) if kind == "full_adapter_xl" else 2**level) for level in range(levels)]
+
+
 def new_adapter(base: Backbone, spec: ControlSpec, hint_channels: int = 3, size_ratio: float | None = None) -> Adapter:
     """A fresh T2I-Adapter, of the released shape whose features have the sizes of this base's encoder.
 

@@ -1,14 +1,14 @@
 """Work on many parts, here or in several processes by Ray Data (the extra ``scale``)."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from controlkit.errors import Unsupported, UserError, one_line
+from controlkit.cluster import ray_session
+from controlkit.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,26 +33,13 @@ def parallel_map(
 
     A ``UserError`` or ``OSError`` of the work is raised here at the place where it would have come without workers;
     these may have begun later parts meanwhile. ``stop_file``: a path that all workers see; they stop once a file lies
-    there; by default one on this machine. Where Ray runs already, or ``$RAY_ADDRESS`` names one, it is used as it is,
-    so that its workers may be a cluster's; else it is started here and ended. ``Unsupported`` where several workers are
-    asked for without Ray, or none answers at that address.
+    there; by default one on this machine. See ``ray_session`` for the Ray that is used, and what it raises.
     """
     if workers < 2 or len(parts) < 2:
         for part in parts:
             yield from work(part)
         return
-    try:
-        import ray
-        import ray.data
-        from ray import cloudpickle
-    except ImportError as error:
-        raise Unsupported(
-            f"{workers} workers need Ray. Install it with: pip install 'controlkit[scale]', or leave out --workers."
-        ) from error
-    own = not ray.is_initialized()
-    if own:
-        _start_ray(workers)
-    with TemporaryDirectory() as scratch:
+    with ray_session(workers, modules=("ray", "ray.data", "ray.cloudpickle")) as ray, TemporaryDirectory() as scratch:
         stop_file = stop_file or Path(scratch) / "stop"
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
@@ -69,7 +56,7 @@ def parallel_map(
         rows = iter(done.iter_rows())
         try:
             for row in rows:
-                results, failure = cloudpickle.loads(row["done"])
+                results, failure = ray.cloudpickle.loads(row["done"])
                 yield from results
                 if failure is not None:
                     raise failure
@@ -79,26 +66,6 @@ def parallel_map(
             for _ in rows:
                 pass
             stop_file.unlink(missing_ok=True)
-            if own:
-                ray.shutdown()
-
-
-def _start_ray(workers: int) -> None:
-    """Connect to the Ray that ``$RAY_ADDRESS`` names, as Ray itself does; else start one here."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise Unsupported(
-                f"No Ray answers at RAY_ADDRESS, which is {address} ({one_line(error)}). Start one there, or unset it: "
-                "a Ray of its own is started then."
-            ) from error
-    else:
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, **options)
 
 
 def _results_of(batch: Mapping[str, "np.ndarray"], held: Any, stop_file: Path) -> dict[str, list[bytes]]:

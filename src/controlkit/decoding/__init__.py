@@ -10,7 +10,7 @@ from controlkit.decoding.pictures import (
     open_picture,
     picture_suffixes,
     read_bytes,
-    settings_text,
+    settings_texts,
     sides_of,
 )
 
@@ -25,6 +25,6 @@ __all__ = [
     "open_picture",
     "picture_suffixes",
     "read_bytes",
-    "settings_text",
+    "settings_texts",
     "sides_of",
 ]

@@ -58,7 +58,12 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
 # --- PNG, JPEG, GIF, BMP, WebP ------------------------------------------------------------------------------
 
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
-_PNG_TEXTS = (b"parameters", b"Raw profile type exif", b"XML:com.adobe.xmp")  # our settings; camera's rotation
+_PNG_TEXTS = (
+    b"parameters",
+    b"controlkit",
+    b"Raw profile type exif",
+    b"XML:com.adobe.xmp",
+)  # ours; rotation
 
 
 def _png(data: bytes) -> Head:

@@ -105,10 +105,10 @@ def sides_of(data: bytes, name: str) -> tuple[int, int]:
     return (width, height) if turn in (5, 6, 7, 8) else (height, width)
 
 
-def settings_text(data: bytes, name: str) -> str:
-    """The text field ``parameters`` of a PNG; "" where it has none."""
+def settings_texts(data: bytes, name: str) -> dict[str, str]:
+    """Those of the text fields ``controlkit`` and ``parameters`` that a PNG has."""
     with _opened(data, name) as (opened, _):
-        return str(opened.info.get("parameters", ""))
+        return {key: str(opened.info[key]) for key in ("controlkit", "parameters") if opened.info.get(key)}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from controlkit.backbones import Backbone, UNetEncoder
 from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, HintEncoder
 from controlkit.controls import KINDS, Adapter, UnionBranch, XSBranch
+from controlkit.controls.adapter import feature_strides
 from controlkit.controls.union import UnionShape, time_width
 from controlkit.controls.xs import shape_of, xs_network
 from controlkit.errors import Mismatch, Unsupported
@@ -206,11 +207,12 @@ def _read_adapter(name: str | Path, weights: Weights, base: Backbone, spec: Cont
     channels = list(weights.config["channels"])
     channels = channels + channels[-1:] if kind == "light_adapter" else channels
     wanted = [tap.channels for tap in adapter.taps]
-    finest = weights.config["downscale_factor"]
-    if channels != wanted or finest != adapter.taps[0].stride:
+    strides = feature_strides(kind, weights.config["downscale_factor"], len(channels))
+    taken = [tap.stride for tap in adapter.taps]
+    if (channels, strides) != (wanted, taken):
         raise Mismatch(
-            f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, '
-            f"the finest at 1/{finest} of the picture; the base takes {wanted} from 1/{adapter.taps[0].stride} on."
+            f'The T2I-Adapter "{name}" does not fit the base "{base.name}": its features have {channels} channels, at '
+            f"1/{strides} of the picture; the base takes {wanted}, at 1/{taken}."
         )
     return adapter
 

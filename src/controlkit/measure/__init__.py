@@ -1,5 +1,6 @@
 """Measuring controls: is the hint obeyed, and at what price in picture quality."""
 
+from controlkit.measure.captioned import caption_with, chosen_caption
 from controlkit.measure.evaluate import (
     WAYS,
     EvaluationPlan,
@@ -46,7 +47,9 @@ __all__ = [
     "Verdict",
     "Way",
     "World",
+    "caption_with",
     "ceiling_of",
+    "chosen_caption",
     "clip_score_kept",
     "colours",
     "edge_f1",

@@ -1,6 +1,7 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
-from controlkit.sample.loop import Denoised, HintTensors, Maker, Steering, denoise, generate, maker, pictures
+from controlkit.sample.loop import Denoised, HintTensors, Maker, Start, Steering, denoise, generate, maker, pictures
+from controlkit.sample.memory import MEMORY, Memory, plan_memory
 from controlkit.sample.prepare import (
     Prepared,
     PreparedControl,
@@ -10,20 +11,36 @@ from controlkit.sample.prepare import (
     picture_size,
     prepare,
 )
-from controlkit.sample.request import PLAIN_PROMPT, ControlRequest, Picture, Request, Step
+from controlkit.sample.preview import LinearPreviewer, Previewer
+from controlkit.sample.request import (
+    PLAIN_PROMPT,
+    ControlRequest,
+    EditRequest,
+    HiresRequest,
+    Picture,
+    Request,
+    Step,
+)
 from controlkit.sample.scales import scale_table
 
 __all__ = [
+    "MEMORY",
     "PLAIN_PROMPT",
     "ControlRequest",
     "Denoised",
+    "EditRequest",
     "HintTensors",
+    "HiresRequest",
+    "LinearPreviewer",
     "Maker",
+    "Memory",
     "Picture",
     "Prepared",
     "PreparedControl",
+    "Previewer",
     "Request",
     "SamplingSettings",
+    "Start",
     "Steering",
     "Step",
     "check_pictures",
@@ -33,6 +50,7 @@ __all__ = [
     "maker",
     "picture_size",
     "pictures",
+    "plan_memory",
     "prepare",
     "scale_table",
 ]

@@ -6,24 +6,28 @@ classifier-free guidance go through in one batch, after the hint was read once f
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
-from controlkit.backbones.noise import Noises
+from controlkit.backbones.noise import Noises, Sampler
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
-from controlkit.images import to_pictures
+from controlkit.images import stretch, to_pictures, to_tensor
+from controlkit.sample.guidance import Guide
+from controlkit.sample.memory import settle, settle_lower
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
-from controlkit.sample.preview import Previewer, clean_latents
+from controlkit.sample.preview import LinearPreviewer, Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
 from controlkit.sample.scales import scale_table
 from controlkit.sample.texts import Said
+from controlkit.sample.tiles import Tile, blended, tiles_of
 
 HintTensors = Tensor | Mapping[str, Tensor]
 """A control's hints (B, channels, H, W) as its network reads them; a Union's by type."""
@@ -46,6 +50,34 @@ class Denoised:
     timestep: Tensor
 
 
+class Start(NamedTuple):
+    """The start of a batch of B pictures."""
+
+    latents: Tensor
+    """(B, C, h, w). Standard normal noise; but where no picture is changed, before a later step than 0, noisy latents
+    as they are there: an earlier run's after the step before, or a picture's with that much noise."""
+    noises: Noises = None
+    """Of each picture, what the scheduler draws noise from, if it draws any."""
+    edited: Tensor | None = None
+    """(B, C, h, w): latents of pictures that are changed."""
+    mask: Tensor | None = None
+    """(B, 1, h, w): 1 where they are made anew, 0 where they are kept; None is 1 everywhere."""
+    beside: Tensor | None = None
+    """(B, C + 1, h, w): what an inpainting base reads after the noisy latents (``Backbone.inpaints``)."""
+
+    def begun(self, sampler: Sampler, step: int) -> Tensor:
+        """The noisy latents before a step, with which sampling begins."""
+        if self.edited is not None and (step or self.mask is None):
+            return sampler.noised(self.edited, self.latents, step)
+        return self.latents if step else sampler.start(self.latents)
+
+    def kept(self, sampler: Sampler, x: Tensor, step: int) -> Tensor:
+        """Latents x before a step, or after the last, with what is kept in its place; an inpainting base sees to it."""
+        if self.edited is None or self.mask is None or self.beside is not None:
+            return x
+        return torch.where(self.mask > 0, x, sampler.noised(self.edited, self.latents, step))
+
+
 class Steering(NamedTuple):
     """One control of a batch of B pictures."""
 
@@ -56,6 +88,13 @@ class Steering(NamedTuple):
     """Where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere."""
     scales: Tensor | None = None
     """Broadcastable to (row, tap, step, h, w), taps as the base's; by default ``scale_table``'s."""
+
+    def part(self, tile: Tile, stride: int, size: tuple[int, int]) -> "Steering":
+        """The same of a tile of pictures of ``size`` (height, width in latents)."""
+        region = None if self.region is None else tile.of_region(self.region, size)
+        if self.scales is not None and self.scales.shape[-2:] != (1, 1):
+            raise Invalid("Scales by place are of whole pictures: give them as a region, or make no tiles.")
+        return self._replace(hints=tile.of_hints(self.hints, stride), region=region)
 
 
 def _for_rows(features: HintTensors, times: int) -> HintTensors:
@@ -70,54 +109,66 @@ def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
     return control.network.encode_hint(hints, *([control.strengths] if control.strengths else []))
 
 
-def _guided(prediction: Tensor, settings: SamplingSettings) -> Tensor:
-    """The prediction (B, C, h, w) of guidance, given the unconditional ones, then of each prompt that is joined."""
-    unconditional, *parts = prediction.chunk(1 + len(settings.weights))
-    away = [weight * (part - unconditional) for weight, part in zip(settings.weights, parts, strict=True)]
-    together = sum(away[1:], away[0])
-    guided = unconditional + settings.guidance * together
-    if not settings.guidance_rescale:
-        return guided
-    spread = [one.std((1, 2, 3), keepdim=True) for one in (unconditional + together, guided)]
-    return torch.lerp(guided, guided * (spread[0] / spread[1]), settings.guidance_rescale)
-
-
 @torch.no_grad()
 def denoise(
     base: Backbone,
-    latents: Tensor,
+    start: Tensor | Start,
     text: TextEmbedding | Said,
     controls: Sequence[Steering],
     settings: SamplingSettings,
     span: range | None = None,
-    noises: Noises = None,
 ) -> Iterator[Denoised]:
     """The sampling loop; yields after each step.
 
     Args:
-        latents: (B, C, h, w). Before step 0, standard normal noise; before a later one, noisy latents as they are
-            there: an earlier run's after the step before, or a picture's with that much noise added.
+        start: or its latents alone.
         text: of B prompts for each of ``settings.weights``; with guidance, B unconditional ones before them.
-        span: the steps to make, of 0 to ``settings.steps`` - 1; all by default.
-        noises: of each picture, what the scheduler draws noise from, if it draws any.
+        span: the steps to make, of 0 to ``settings.steps`` - 1; by default all that are not skipped.
     """
-    count, rows = len(latents), len(text)
-    sampler = base.noise.sampler(settings.steps, settings.scheduler, noises)
-    span = range(len(sampler.timesteps)) if span is None else span
-    x = latents if span.start else sampler.start(latents)
-    active_at = _active(base, controls, settings, count, span)
+    start = Start(start) if isinstance(start, Tensor) else start
+    count, rows = len(start.latents), len(text)
+    sampler = base.noise.sampler(settings.steps, settings.scheduler, start.noises)
+    span = range(settings.skipped, len(sampler.timesteps)) if span is None else span
+    x = start.begun(sampler, span.start)
+    guide = Guide(settings, base.noise)
+    predict = _predictor(base, controls, settings, count, span, (x.shape[-2], x.shape[-1]))
     for step in span:
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
         t = timestep.to(x.device).expand(rows)
-        active = active_at(step)
         with base.autocast():  # not around the yield: whoever iterates computes in his own number format
-            both = read.repeat(rows // count, 1, 1, 1).to(base.dtype)
-            prediction = base.predict(both, t, text.at(step), active).float()
-            if settings.is_guided:
-                prediction = _guided(prediction, settings)
-            x = sampler.step(prediction, timestep, x)
+            whole = read if start.beside is None else torch.cat([read, start.beside], 1)
+            both = whole.repeat(rows // count, 1, 1, 1).to(base.dtype)
+            prediction = predict(both, t, text.at(step), step)
+            prediction = guide(prediction, read, timestep)
+            x = start.kept(sampler, sampler.step(prediction, timestep, x), step + 1)
         yield Denoised(step, x, read, prediction, timestep)
+
+
+Predict = Callable[[Tensor, Tensor, TextEmbedding, int], Tensor]
+"""(noisy latents, timesteps, text, step) -> the prediction (rows, C, h, w) in float32, under the controls there."""
+
+
+def _predictor(
+    base: Backbone,
+    controls: Sequence[Steering],
+    settings: SamplingSettings,
+    count: int,
+    span: range,
+    size: tuple[int, int],
+) -> Predict:
+    """The prediction for ``count`` pictures of ``size`` (height, width in latents), as one or in tiles."""
+    if settings.tile is None or settings.tile // base.stride >= max(size):
+        active_at = _active(base, controls, settings, count, span)
+        return lambda x, t, text, step: base.predict(x, t, text, active_at(step)).float()
+    tiles = tiles_of(size, settings.tile // base.stride)
+    active = [_active(base, [one.part(tile, base.stride, size) for one in controls], settings, count, span)
+              for tile in tiles]  # fmt: skip
+
+    def predict(x: Tensor, t: Tensor, text: TextEmbedding, step: int) -> Tensor:
+        return blended(tiles, x, lambda i, part: base.predict(part, t, text, active[i](step)))
+
+    return predict
 
 
 def _active(
@@ -131,6 +182,7 @@ def _active(
     given = [own if one.scales is None else one.scales for one, own in zip(controls, table, strict=True)]
     scales = [one.expand(*full, *one.shape[-2:]).to(base.device) for one in given]
     used = [one.ne(0).any(-1).any(-1).any(0).any(0).tolist() for one in scales]  # by step: no host sync in the loop
+    base.bring("denoiser")  # and the controls with it
     with base.autocast():
         features = [
             _for_rows(_encoded(one.control, one.hints), times) if any(used[i][k] for k in span) else {}
@@ -174,13 +226,17 @@ def _region(column: Sequence[PreparedControl], size: tuple[int, int]) -> Tensor 
 
 
 def generate(
-    base: Backbone, requests: Sequence[Request] | Sequence[Prepared], batch: int = 16
+    base: Backbone,
+    requests: Sequence[Request] | Sequence[Prepared],
+    batch: int = 16,
+    previewer: Previewer | None = None,
 ) -> Generator[Step | Picture, None, None]:
     """Make pictures, in the order of the requests: a ``Step`` for each step of a batch, then its ``Picture`` records.
 
     Neighbours that share all but prompts, seeds and hints are made together, ``batch`` at most; where memory runs out,
-    half as many from then on. Close the iterator to cancel: nothing is computed after the step last yielded. Requests
-    are prepared here, their notes given as warnings; see ``prepare`` for what it raises.
+    half as many from then on. ``previewer`` shows unfinished latents, by default the linear map. Close the iterator to
+    cancel: nothing is computed after the step last yielded. Requests are prepared here, their notes given as warnings;
+    see ``prepare`` for what it raises.
     """
     plain = [one for one in requests if isinstance(one, Request)]
     prepared = [one for one in requests if isinstance(one, Prepared)]
@@ -191,16 +247,20 @@ def generate(
         prepared = prepare(base, plain)
         for note in dict.fromkeys(note for one in prepared for note in one.notes):
             warnings.warn(note, stacklevel=2)
-    return _generate(base, prepared, batch)
+    return _generate(base, prepared, batch, previewer or LinearPreviewer(base))
 
 
-def _generate(base: Backbone, prepared: list[Prepared], batch: int) -> Generator[Step | Picture, None, None]:
-    previewer = Previewer(base)
+def _generate(
+    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
+) -> Generator[Step | Picture, None, None]:
+    batch = settle(base, prepared, batch)
     while prepared:
         alike = list(takewhile(prepared[0].is_like, prepared[:batch]))
         try:
             made = yield from _one_batch(base, alike, previewer)
         except torch.OutOfMemoryError as error:
+            if len(alike) == 1 and settle_lower(base, prepared):
+                continue
             if len(alike) == 1:
                 raise OutOfRoom(
                     f"The device's memory does not hold one picture of this size ({str(error).splitlines()[0]}). "
@@ -212,24 +272,91 @@ def _generate(base: Backbone, prepared: list[Prepared], batch: int) -> Generator
         prepared = prepared[len(alike) :]
 
 
-def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) -> Generator[Step, None, list[Picture]]:
-    settings = alike[0].settings
+def _one_batch(
+    base: Backbone, alike: Sequence[Prepared], previewer: Previewer, before: int = 0
+) -> Generator[Step, None, list[Picture]]:
+    """Pictures made together, of all their passes; ``before``: steps of the passes before this one."""
+    settings, final = alike[0].settings, torch.zeros(0)
     size = picture_size(base, settings.size)
-    shape = (1, *base.latent_shape(size))
-    seeds = [one.request.seed for one in alike]
-    noises = [torch.Generator().manual_seed(seed) for seed in seeds]  # which schedulers draw more from, as elsewhere
-    final = torch.cat([torch.randn(shape, generator=generator) for generator in noises])
-    final = noise = final.to(base.device)
-    text = Said(base, [one.script for one in alike], settings.is_guided, size)
+    start = _start(base, alike, size)
+    text = Said(base, [one.script for one in alike], settings.is_guided, size, settings.skipped)
     columns = zip(*(one.controls for one in alike), strict=True)
     controls = [Steering(column[0], _hint_tensors(base, column, size), _region(column, size)) for column in columns]
-    for done in denoise(base, noise, text, controls, settings, noises=noises):
+    for done in denoise(base, start, text, controls, settings):
 
         def preview(done: Denoised = done) -> list:
             return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))
 
         final = done.latents
-        yield Step(done.step + 1, settings.steps, len(alike), preview)
+        number = before + done.step - settings.skipped + 1
+        yield Step(number, before + alike[0].steps, len(alike), preview)
+    made = _pictures(base, alike, final) if settings.made else _unchanged(alike, start)
+    if not alike[0].second:
+        return made
+    seconds = []
+    for one, picture in zip(alike, made, strict=True):
+        assert one.second is not None and one.second.canvas is not None
+        enlarged = stretch(picture.pixels, one.second.canvas.pixels.shape[:2])
+        reading = tuple(control.reading(enlarged) for control in one.second.controls)
+        seconds.append(replace(one.second, canvas=replace(one.second.canvas, pixels=enlarged), controls=reading))
+    larger = yield from _one_batch(base, seconds, previewer, before + settings.made)
+    return [replace(picture, request=one.request) for one, picture in zip(alike, larger, strict=True)]
+
+
+def _start(base: Backbone, alike: Sequence[Prepared], size: tuple[int, int]) -> Start:
+    """The noise of pictures to be made together, and the latents of those that are changed."""
+    shape = base.latent_shape(size)
+    noises = [torch.Generator().manual_seed(one.request.seed) for one in alike]  # which schedulers draw more from
+    noise = torch.stack([_noise(one.request, shape, rng) for one, rng in zip(alike, noises, strict=True)])
+    noise = noise.to(base.device)
+    canvases = [one.canvas for one in alike if one.canvas]
+    if not canvases:
+        return Start(noise, noises)
+    pixels = to_tensor([canvas.pixels for canvas in canvases]).to(base.device)
+    with base.autocast():
+        edited = base.mean_latents(base.encode_moments(pixels)).float()
+    masks = [canvas.mask for canvas in canvases if canvas.mask is not None]
+    if not masks:
+        return Start(noise, noises, edited)
+    anew = torch.from_numpy(np.stack(masks)[:, None]).to(base.device, torch.float32)
+    mask = F.adaptive_max_pool2d(anew, noise.shape[-2:])  # a latent is made anew where any of its pixels is
+    if not base.inpaints:
+        return Start(noise, noises, edited, mask)
+    with base.autocast():
+        seen = base.mean_latents(base.encode_moments(pixels * (1 - anew))).float()
+    return Start(noise, noises, edited, mask, torch.cat([mask, seen], 1))
+
+
+def _noise(request: Request, shape: tuple[int, int, int], rng: torch.Generator) -> Tensor:
+    """The standard normal noise (C, h, w) of a request, turned towards its variation's."""
+    noise = torch.randn(shape, generator=rng)
+    if not request.variation:
+        return noise
+    other = torch.randn(shape, generator=torch.Generator().manual_seed(request.variation_seed))
+    return turned(noise, other, request.variation)
+
+
+def turned(noise: Tensor, other: Tensor, share: float) -> Tensor:
+    """Noise (C, h, w) turned towards another by a share of the angle between them, column by column, as A1111 does.
+
+    Unlike a mean, that keeps its spread.
+    """
+    cosine = (F.normalize(noise, dim=1) * F.normalize(other, dim=1)).sum(1, keepdim=True)
+    if cosine.mean() > 0.9995:
+        return torch.lerp(noise, other, share)
+    angle = cosine.clamp(-1, 1).acos()
+    return (((1 - share) * angle).sin() * noise + (share * angle).sin() * other) / angle.sin()
+
+
+def _unchanged(alike: Sequence[Prepared], start: Start) -> list[Picture]:
+    """The pictures that are to be changed, as they are: no step was asked for."""
+    assert start.edited is not None
+    kept = [(one, one.canvas, latents) for one, latents in zip(alike, start.edited, strict=True) if one.canvas]
+    return [Picture(one.request, canvas.finished(canvas.pixels), latents) for one, canvas, latents in kept]
+
+
+def _pictures(base: Backbone, alike: Sequence[Prepared], final: Tensor) -> list[Picture]:
+    """The pictures of final latents (B, C, h, w), pasted into those that are changed."""
     with base.autocast():
         decoded = base.decode_latents(final)
     for one, *values in zip(alike, final, decoded, strict=True):
@@ -240,7 +367,10 @@ def _one_batch(base: Backbone, alike: Sequence[Prepared], previewer: Previewer) 
                 "base whose training went astray."
             )
     made = zip(alike, to_pictures(decoded), final, strict=True)
-    return [Picture(one.request, pixels, latents) for one, pixels, latents in made]
+    return [
+        Picture(one.request, one.canvas.finished(pixels) if one.canvas else pixels, latents)
+        for one, pixels, latents in made
+    ]
 
 
 def pictures(

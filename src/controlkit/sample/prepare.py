@@ -4,17 +4,31 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from controlkit.annotators import annotate, contract, drawn_hint, grounds_of, is_empty, kind_or_bare
+from controlkit.annotators import annotate, contract, grounds_of, is_empty, kind_or_bare, light_lines
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
 from controlkit.errors import Invalid, Mismatch, nearest
 from controlkit.formats import SavedControl, load_control
-from controlkit.images import Ground, HintSpec, decode_picture, fit, png_bytes, read_hint, read_picture
-from controlkit.sample.request import ControlRequest, Mode, Request
+from controlkit.images import (
+    Ground,
+    HintSpec,
+    decode_picture,
+    fit,
+    inner_size,
+    png_bytes,
+    read_hint,
+    read_picture,
+    stretch,
+    surround,
+)
+from controlkit.prompts import Span
+from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
+from controlkit.sample.request import ControlRequest, EditRequest, Guider, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
 
@@ -29,6 +43,18 @@ class SamplingSettings:
     """Of the prompts that ``AND`` joins."""
     scheduler: str | None = None
     guidance_rescale: float = 0.0
+    guider: Guider = "cfg"
+    skipped: int = 0
+    """How many of the first steps are not made, as a picture with the noise of there is changed."""
+    changes: Literal["nothing", "picture", "masked"] = "nothing"
+    """Whether the start is a picture with noise, and whether a part of it is kept by a mask."""
+    tile: int | None = None
+    """The side of tiles in pixels; None is the picture as one."""
+
+    @property
+    def made(self) -> int:
+        """How many steps are made."""
+        return self.steps - self.skipped
 
     @property
     def is_guided(self) -> bool:
@@ -63,6 +89,8 @@ class PreparedControl:
     """Of a Union's types, each its own in the place of ``scale``."""
     hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
+    of_first_pass: bool = False
+    """Whether its hint is to be made of what the first pass makes, and ``hints`` hold its place."""
     region: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Where it acts, float32 (H, W) in [0, 1]; None is everywhere."""
 
@@ -84,7 +112,14 @@ class PreparedControl:
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Its hints as pictures to look at, uint8 (H, W, 3 or 4)."""
-        return {kind: self.specs[kind].picture(hint) for kind, hint in self.hints.items()}
+        hints = {} if self.of_first_pass else self.hints
+        return {kind: self.specs[kind].picture(hint) for kind, hint in hints.items()}
+
+    def reading(self, picture: np.ndarray) -> "PreparedControl":
+        """The same with the hint of what the first pass made, uint8 (H, W, 3), where it is to read that."""
+        if not self.of_first_pass:
+            return self
+        return replace(self, hints={"": annotate(picture, self.specs[""], picture.shape[:2])}, of_first_pass=False)
 
 
 @dataclass(frozen=True)
@@ -100,6 +135,19 @@ class Prepared:
     """Notes to the author: the end of a prompt that is cut off, controls trained on other weights, empty hints."""
     forms: tuple[tuple[tuple[int, int], ...], ...] = ()
     """``Script.forms``."""
+    canvas: Canvas | None = None
+    """The picture to be changed."""
+    second: "Prepared | None" = None
+    """The second pass, whose canvas is to be what the first one makes."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are made in all."""
+        return self.settings.made + (self.second.steps if self.second else 0)
+
+    def annotators(self) -> list[dict[str, str]]:
+        """Of each control, by type of hint, what makes such hints."""
+        return [{kind: spec.annotator for kind, spec in control.specs.items()} for control in self.controls]
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
@@ -109,7 +157,12 @@ class Prepared:
 
     def is_like(self, other: "Prepared") -> bool:
         """Whether both can be sampled in one batch."""
-        return (self.settings, self.controls, self.forms) == (other.settings, other.controls, other.forms)
+        if self.second is None or other.second is None:
+            return self.second is other.second and self._key() == other._key()
+        return self._key() == other._key() and self.second.is_like(other.second)
+
+    def _key(self) -> tuple[object, ...]:
+        return self.settings, self.controls, self.forms
 
 
 def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -124,8 +177,15 @@ def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int
     return height, width
 
 
-def check_pictures(control: ControlRequest) -> None:
-    """Raise what ``prepare`` would of a control's annotator and picture files; needs no base."""
+def check_pictures(asked: ControlRequest | EditRequest) -> None:
+    """Raise what ``prepare`` would of a control's annotator and pictures, or of a picture to be changed.
+
+    It needs no base.
+    """
+    if isinstance(asked, EditRequest):
+        check_edit(asked)
+        return
+    control = asked
     if control.annotator:
         contract(control.annotator)
     for source in control.images.values():
@@ -175,35 +235,103 @@ class _Preparation:
     def __init__(self, base: Backbone, loaded: Mapping[str, SavedControl]) -> None:
         self.base, self.loaded = base, loaded
         self.controls: dict[tuple[str, str | None], tuple[SavedControl, list[str]]] = {}
-        self.ready: dict[tuple[ControlRequest, tuple[int, int]], PreparedControl] = {}
+        self.ready: dict[tuple[ControlRequest, tuple[int, int], int | None], PreparedControl] = {}
+        self.canvases: dict[tuple[EditRequest, tuple[int, int] | None], Canvas] = {}
         self.cut: dict[str, str] = {}
 
     def prepared(self, request: Request) -> Prepared:
+        if request.size:
+            picture_size(self.base, request.size)
+        canvas = self._canvas(request)
+        size = picture_size(self.base, canvas.pixels.shape[:2] if canvas else request.size)
+        first = self._pass(request, canvas, size, canvas)
+        if not request.hires:
+            if late := [one.name for one in request.controls if one.passes == "second"]:
+                raise Invalid(f'"{late[0]}" acts in the second pass, and there is none: ask for one by hires.')
+            return first
+        if canvas and canvas.mask is not None:
+            raise Invalid(
+                "The picture has a mask, and hires changes the whole of it in its second pass: leave one out."
+            )
+        asked, multiple = request.hires, self.base.multiple
+        height, width = (round(side * asked.factor / multiple) * multiple for side in size)
+        later = {"steps": asked.steps or request.steps, "hires": None}
+        enlarged = Canvas(np.zeros((height, width, 3), np.uint8), asked.strength)
+        second = self._pass(request.model_copy(update=later), enlarged, (height, width), canvas, first)
+        notes = tuple(dict.fromkeys([*first.notes, *second.notes]))
+        return replace(first, second=second, notes=notes)
+
+    def _canvas(self, request: Request) -> Canvas | None:
+        """The picture that a request changes."""
+        if request.edit is None:
+            return None
+        key = (request.edit, request.size)
+        if key not in self.canvases:
+            self.canvases[key] = canvas_of(request.edit, self.base, request.size)
+        return self.canvases[key]
+
+    def _pass(
+        self,
+        request: Request,
+        canvas: Canvas | None,
+        size: tuple[int, int],
+        shown: Canvas | None,
+        first: Prepared | None = None,
+    ) -> Prepared:
+        """One pass of a request at a size, from noise or from ``canvas``, after the ``first`` one, if this is not it.
+
+        ``shown``: the picture that controls without one of their own read.
+        """
+        self._check_steps(request)
+        notes = [] if request.dialect != "plain" else self._cut(request)
+        controls = []
+        for asked in request.controls:
+            notes += self._loaded(asked)[1]
+            key = (asked, size, None if shown is None else id(shown))
+            if key not in self.ready:
+                self.ready[key] = self._control(asked, size, shown)
+            used = self.ready[key]
+            is_silent = asked.passes == ("first" if first else "second")
+            controls.append(replace(used, scale=0.0) if is_silent else used)
+            notes += [] if used.of_first_pass else _empty(asked, used)
+        settings = self._settings(request, canvas, size)
+        script = Script.of(request, Span(settings.made, first.settings.made if first else 0, int(first is not None)))
+        settings = replace(settings, weights=script.weights)
+        kept = tuple(dict.fromkeys(notes))
+        return Prepared(request, settings, script, tuple(controls), kept, script.forms(self.base), canvas)
+
+    def _check_steps(self, request: Request) -> None:
         most = self.base.noise.count
         if request.steps > most:
             raise Invalid(f'Sampling takes 1 to {most} steps on the base "{self.base.name}"; got {request.steps}.')
-        size = picture_size(self.base, request.size)
-        notes = [] if request.dialect != "plain" else self._cut(request)
-        controls = []
         for control in request.controls:
             if control.by_step and len(control.by_step) != request.steps:
                 raise Invalid(
                     f'"{control.name}" has {len(control.by_step)} factors in by_step: expected one for each of the '
                     f"{request.steps} steps."
                 )
-            notes += self._loaded(control)[1]
-            key = (control, size)
-            if key not in self.ready:
-                self.ready[key] = self._control(control, size)
-            controls.append(self.ready[key])
-            notes += _empty(control, self.ready[key])
-        script = Script.of(request)
         self.base.noise.sampler(request.steps, request.scheduler)  # raises where the base has no such scheduler
-        settings = SamplingSettings(
-            request.steps, request.guidance, size, script.weights, request.scheduler, request.guidance_rescale
+
+    def _settings(self, request: Request, canvas: Canvas | None, size: tuple[int, int]) -> SamplingSettings:
+        skipped, tile = 0, request.tile
+        changes: Literal["nothing", "picture", "masked"] = "nothing"
+        if canvas:
+            skipped = request.steps - min(int(request.steps * canvas.strength), request.steps)
+            changes = "picture" if canvas.mask is None else "masked"
+        if tile and tile % self.base.multiple:
+            near = max(round(tile / self.base.multiple), 1) * self.base.multiple
+            raise Invalid(f'Tiles on "{self.base.name}" have sides that {self.base.multiple} divides, such as {near}.')
+        return SamplingSettings(
+            request.steps,
+            request.guidance,
+            size,
+            scheduler=request.scheduler,
+            guidance_rescale=request.guidance_rescale,
+            guider=request.guider,
+            skipped=skipped,
+            changes=changes,
+            tile=tile if tile and tile < max(size) else None,
         )
-        notes = list(dict.fromkeys(notes))
-        return Prepared(request, settings, script, tuple(controls), tuple(notes), script.forms(self.base))
 
     def _cut(self, request: Request) -> list[str]:
         """Notes on the ends of prompts that are not read."""
@@ -220,7 +348,7 @@ class _Preparation:
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):
-            if asked.annotator not in (None, saved.hint.annotator):
+            if asked.annotator and kind_or_bare(asked.annotator).name != saved.hint.annotator:
                 raise Invalid(
                     f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
                 )
@@ -230,22 +358,31 @@ class _Preparation:
             self.controls[key] = load(asked.name, self.base, asked.annotator)
         return self.controls[key]
 
-    def _control(self, asked: ControlRequest, size: tuple[int, int]) -> PreparedControl:
+    def _control(self, asked: ControlRequest, size: tuple[int, int], shown: Canvas | None) -> PreparedControl:
         name, types = asked.name, [kind for kind in asked.images if kind]
-        if not asked.images:
+        follows = not asked.images and not asked.ready and asked.passes == "second"
+        if not asked.images and not follows and (not shown or asked.ready):
             raise Invalid(f'The control "{name}" needs a picture: none was given.')
         if types and asked.annotator:
             raise Invalid(f'"{name}" has hints by type, and the types say what makes them: leave out annotator.')
         network = (saved := self._loaded(asked)[0]).branch
-        if network.hint_types and "" in asked.images:
+        if network.hint_types and not types:
             known = ", ".join(network.hint_types)
             raise Invalid(f'"{name}" is a Union: say of which type the hint is, as {name}:TYPE=IMAGE. Types: {known}.')
         if types and not network.hint_types:
             raise Mismatch(f'"{name}" is no Union and has no types: give it as {name}=IMAGE.')
         if unknown := [kind for kind in types if kind not in network.hint_types]:
             raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
-        hints = {kind: _hint(source, asked, saved.contract_of(kind), size) for kind, source in asked.images.items()}
-        prepared = PreparedControl.of(saved, asked, hints)
+        specs = {kind: saved.contract_of(kind) for kind in asked.images or [""]}
+        if asked.images:
+            hints = {kind: _hint(source, asked, specs[kind], size, shown) for kind, source in asked.images.items()}
+        elif follows:
+            hints = {"": np.zeros((*size, specs[""].channels), np.uint8)}
+        else:
+            assert shown is not None
+            masks = specs[""].mask_value is not None
+            hints = {"": annotate(shown.hint_picture() if masks else shown.pixels, specs[""], size)}
+        prepared = replace(PreparedControl.of(saved, asked, hints), of_first_pass=follows)
         taps = len(network.taps)
         if asked.by_tap and len(asked.by_tap) != taps:
             raise Invalid(f'"{name}" has {taps} taps, and by_tap {len(asked.by_tap)} factors: expected one for each.')
@@ -254,15 +391,11 @@ class _Preparation:
         return replace(prepared, region=_region(asked.region, size))
 
 
-def _region(source: Path | np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+def _region(source: HintSource | None, size: tuple[int, int]) -> np.ndarray | None:
     """Where a control acts, float32 (H, W) in [0, 1]: a picture's light, its transparent parts dark."""
     if source is None:
         return None
-    if not isinstance(source, Path):
-        source_pixels = decode_picture(png_bytes(np.ascontiguousarray(source)), "the region", "black")
-    else:
-        source_pixels = read_picture(source, "black")
-    return fit(source_pixels, size).max(-1).astype(np.float32) / 255
+    return fit(light_of(source, "the region")[..., None], size)[..., 0].astype(np.float32) / 255
 
 
 def _empty(asked: ControlRequest, prepared: PreparedControl) -> list[str]:
@@ -281,8 +414,13 @@ def _read(path: Path, ready: bool, ground: Ground = "black") -> np.ndarray:
     return (read_hint if ready else read_picture)(path, ground)
 
 
-def _hint(source: Path | np.ndarray, asked: ControlRequest, spec: HintSpec, size: tuple[int, int]) -> np.ndarray:
-    """A hint (*size, channels) of a source: as it is where it is ready, else annotated."""
+def _hint(
+    source: HintSource, asked: ControlRequest, spec: HintSpec, size: tuple[int, int], canvas: Canvas | None
+) -> np.ndarray:
+    """A hint (*size, channels) of a source: as it is where it is ready, else annotated.
+
+    Where only a part of ``canvas`` is worked on, the source shows the whole of it, and the hint is of that part.
+    """
     ground, where = grounds_of(spec)[0], f'of "{asked.name}"'
     if ground and not asked.ready and kind_or_bare(spec.annotator).is_made_here:
         ground = "white"  # of the photograph that hints are made of
@@ -296,8 +434,15 @@ def _hint(source: Path | np.ndarray, asked: ControlRequest, spec: HintSpec, size
     else:
         shape = " x ".join(map(str, source.shape))
         raise Invalid(f'"{asked.name}" got {shape} of {source.dtype}, which is no picture: if it is a hint, set ready.')
-    if not asked.ready:
-        return annotate(pixels, spec, size)
-    if words := spec.fault(pixels):
-        raise Invalid(f"The hint {where} {words}.")
-    return drawn_hint(pixels, spec, size) if isinstance(source, Path) else fit(pixels, size, spec.resize)
+    if asked.ready:
+        if words := spec.fault(pixels):
+            raise Invalid(f"The hint {where} {words}.")
+        pixels = light_lines(pixels, spec) if isinstance(source, Path) else pixels
+    how = "area" if not asked.ready and kind_or_bare(spec.annotator).is_made_here else spec.resize
+    if canvas and canvas.box:
+        pixels = canvas.part_of(pixels, how, asked.resize)
+    elif asked.resize == "stretch":
+        pixels = stretch(pixels, size, how)
+    inner = inner_size(pixels.shape, size) if asked.resize == "fill" and not (canvas and canvas.box) else size
+    hint = fit(pixels, inner, spec.resize) if asked.ready else annotate(pixels, spec, inner)
+    return hint if inner == size else surround(hint, size, spec.resize)

@@ -1,5 +1,6 @@
 """Rough pictures of unfinished latents, without the base's decoder."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -16,13 +17,27 @@ def clean_latents(noise: NoiseProcess, x: Tensor, prediction: Tensor, t: Tensor)
 
     Noisy latents and target are linear in latents and noise, x = a z + b e and p = c z + d e; solved for z.
     """
-    one, zero, at = x.new_ones(1, 1, 1, 1), x.new_zeros(1, 1, 1, 1), t.to(x.device).view(1)
-    a, b = noise.add(one, zero, at), noise.add(zero, one, at)
-    c, d = noise.target(one, zero, at), noise.target(zero, one, at)
+    a, b, c, d = _factors(noise, x, t)
     return ((d * x - b * prediction) / (a * d - b * c)).nan_to_num()
 
 
-class Previewer:
+def prediction_of(noise: NoiseProcess, x: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+    """The prediction (B, C, h, w) that stands for ``latents`` in noisy ones x: ``clean_latents`` undone."""
+    a, b, c, d = _factors(noise, x, t)
+    return c * latents + d * (x - a * latents) / b
+
+
+def _factors(noise: NoiseProcess, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one, zero, at = x.new_ones(1, 1, 1, 1), x.new_zeros(1, 1, 1, 1), t.to(x.device).view(1)
+    noisy, target = ((function(one, zero, at), function(zero, one, at)) for function in (noise.add, noise.target))
+    return *noisy, *target
+
+
+Previewer = Callable[[Tensor], Tensor]
+"""From a base's latents (B, C, h, w) to pictures (B, 3, H, W) in about [-1, 1], of any size."""
+
+
+class LinearPreviewer:
     """Latents to colours by the linear map that fits the base's own latents of simple pictures best."""
 
     def __init__(self, base: Backbone) -> None:

@@ -1,7 +1,7 @@
 """Requests: what to make, checked, saved as JSON; and the results, steps and pictures.
 
 A new option of sampling goes from ``Request`` through ``prepare`` (``SamplingSettings``) to ``loop.denoise``. It is an
-option of ``cli/pictures.py`` too, where ``IN_REQUEST`` names it; ``measure.EvaluationPlan`` may need it.
+option of ``cli/pictures.py`` too, which ``cli/requests.py`` reads (``FIELDS``); ``measure.EvaluationPlan`` may need it.
 """
 
 import base64
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from controlkit.errors import Invalid, first_fault
 from controlkit.files import home_path, parse_json
-from controlkit.images import MOST_SIDE, decode_hint, hint_bytes
+from controlkit.images import MOST_SIDE, Fitting, decode_hint, hint_bytes
 from controlkit.prompts import Dialect
 
 PLAIN_PROMPT = "a high-quality, detailed, and professional image"
@@ -34,6 +34,7 @@ PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 
 ARRAY_TYPES = ("uint8", "uint16", "float32")
 Mode = Literal["balanced", "prompt", "control"]
+Guider = Literal["cfg", "apg"]
 MODES: dict[str | int, Mode] = {
     "Balanced": "balanced",
     "My prompt is more important": "prompt",
@@ -43,6 +44,21 @@ MODES: dict[str | int, Mode] = {
     2: "control",
 }
 """A1111's names and numbers of modes."""
+RESIZES: dict[str | int, Fitting] = {
+    "Just Resize": "stretch",
+    "Crop and Resize": "crop",
+    "Resize and Fill": "fill",
+    "Inner Fit (Scale to Fit)": "crop",
+    "Scale to Fit (Inner Fit)": "crop",
+    "Outer Fit (Shrink to Fit)": "fill",
+    "Envelope (Outer Fit)": "fill",
+    "pixel-perfect": "crop",
+    0: "stretch",
+    1: "crop",
+    2: "fill",
+}
+"""A1111's names and numbers of resize modes, of all its versions. Its pixel-perfect is always so here: hints are made
+at the size of the picture to be made."""
 PNG, NPY = "data:image/png;base64,", "data:application/x-npy;base64,"
 RGBA = b"\x06"
 """The colour type of a PNG with transparency, its 26th byte."""
@@ -66,6 +82,8 @@ Factors = Annotated[
 """Several; as a text, with strokes between them: ``1/0.5/0``."""
 Guidance = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Side = Annotated[int, Field(gt=0, le=MOST_SIDE)]
+Pixels = Annotated[int, Field(ge=0, le=MOST_SIDE)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _read_source(value: Any) -> Path | np.ndarray:
@@ -112,9 +130,10 @@ def _comparable(source: Path | np.ndarray | None) -> Any:
     return (source.dtype.name, source.shape, source.tobytes()) if isinstance(source, np.ndarray) else source
 
 
-def _mode(value: Any) -> Any:
-    """A mode by its name here, or by A1111's name or number."""
-    return MODES.get(value, value) if isinstance(value, str | int) else value
+def _ours(names: Mapping[str | int, str]) -> BeforeValidator:
+    """A value by its name here, or by A1111's name or number; letters' case does not matter."""
+    known = {str(name).lower(): value for name, value in names.items()}
+    return BeforeValidator(lambda value: known.get(str(value).lower(), value))
 
 
 def _by_type(value: Any) -> Any:
@@ -122,6 +141,9 @@ def _by_type(value: Any) -> Any:
     return {"": value} if isinstance(value, str | Path | np.ndarray) else value
 
 
+Resizing = Annotated[Fitting, _ours(RESIZES)]
+Passes = Annotated[Literal["both", "first", "second"], _ours({"Low res only": "first", "High res only": "second"})]
+"""With A1111's names."""
 HintSource = Annotated[Path | np.ndarray, PlainValidator(_read_source), PlainSerializer(_write_source, return_type=str)]
 """A file, or pixels in memory: a picture, uint8 (H, W, 3 or 4), or a hint (H, W, C) of uint8, uint16 or float32."""
 
@@ -157,7 +179,9 @@ class ControlRequest(_Checked):
     """A shipped control's name, a file, a folder; of a Union one of its types may be named, ``UNION:TYPE``."""
     images: Annotated[Mapping[str, HintSource], BeforeValidator(_by_type)] = {}
     """Its pictures: under "" where it reads one kind of hint; of a Union, by type of hint. One picture alone is taken
-    as that under "". ``prepare`` asks for at least one; without any it is a template, for ``model_copy``."""
+    as that under "". Without any it reads the picture that is changed: if it acts in the second pass alone, what the
+    first one made; else that of ``Request.edit``, with its mask where its hints have one. Where there is none, it is a
+    template, for ``model_copy``, and ``prepare`` refuses it."""
     ready: bool = False
     """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
     drawn dark on light is inverted; arrays are taken as they are."""
@@ -167,15 +191,22 @@ class ControlRequest(_Checked):
     """A factor on its residuals, -100 to 100; 0 is no control. Of several types of a Union, on their features."""
     scales: Mapping[str, Factor] = {}
     """Of a Union: the scale of each type, by its name, where that is not ``scale``."""
-    start: float = Field(0.0, ge=0, le=1)
-    end: float = Field(1.0, ge=0, le=1)
-    """It acts on the steps between these shares of all steps."""
+    start: Share = 0.0
+    end: Share = 1.0
+    """It acts on the steps between these shares of the steps that are made."""
     by_step: Factors = ()
-    """A factor for each step, as many as ``Request.steps``; none is 1 everywhere."""
+    """A factor for each step, as many as ``Request.steps``; none is 1 everywhere. Where a picture is changed, those of
+    the first steps, which are not made, count for nothing."""
     by_tap: Factors = ()
     """A factor for each tap, in the control's order: the finest skip first, the middle block last (A1111's
     ``advanced_weighting``: 13 for SD 1.5, 10 for SDXL); none is 1 everywhere."""
-    mode: Annotated[Mode, BeforeValidator(_mode)] = "balanced"
+    resize: Resizing = "crop"
+    """How its pictures come to the size of the picture to be made: ``crop`` (scaled to cover it, the middle cut out),
+    ``stretch``, or ``fill`` (scaled to fit in; the rest says nothing, or what its border says most). A1111's names and
+    numbers are understood."""
+    passes: Passes = "both"
+    """Where there is a second pass (``Request.hires``): in which it acts, ``both``, ``first`` or ``second``."""
+    mode: Annotated[Mode, _ours(MODES)] = "balanced"
     """Which counts more: ``balanced``; ``prompt``, softer at finer taps, 0.825^k for the k-th tap before the last;
     ``control``, the same, on the conditional half of guidance alone. A1111's names and numbers are understood."""
     cond_only: bool = False
@@ -216,6 +247,54 @@ class ControlRequest(_Checked):
         return hash(self._key())
 
 
+class EditRequest(_Checked):
+    """A picture to be changed: the whole of it, or what a mask shows."""
+
+    image: HintSource
+    """The picture. Where it is transparent and no mask is given, it is masked."""
+    strength: Share | None = None
+    """The share of the steps that are made, on the picture with the noise of there; 0 gives the picture back. None: 1
+    with a mask, else 0.75."""
+    mask: HintSource | None = None
+    """A picture of the same shape: where it is light, the picture is made anew; all else stays as it is, to the
+    pixel."""
+    blur: Annotated[int, Field(ge=0, le=256)] = 0
+    """The width in pixels over which the mask's edge passes outside it from new to old; 0 is a sharp edge."""
+    outpaint: tuple[Pixels, Pixels, Pixels, Pixels] = (0, 0, 0, 0)
+    """Pixels that are added above, right, below and left, and made anew."""
+    fill: bool = False
+    """Whether what is masked is first filled with the colours around it; matters where ``strength`` is less than 1."""
+    margin: Pixels | None = None
+    """Only what is masked and so many pixels around it are worked on, at the request's size, and pasted back into the
+    picture ("only masked" elsewhere); None is the whole picture."""
+    resize: Resizing = "crop"
+    """How it comes to the request's size, as ``ControlRequest.resize``; with ``fill`` the rest is made anew."""
+
+    def _key(self) -> tuple[Any, ...]:
+        others = (getattr(self, name) for name in type(self).model_fields if name not in ("image", "mask"))
+        return _comparable(self.image), _comparable(self.mask), *others
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, EditRequest) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class HiresRequest(_Checked):
+    """A second pass: the picture scaled up, and changed at that size ("hires fix" elsewhere).
+
+    It begins with the noise of the same seed, at the larger size.
+    """
+
+    factor: Annotated[float, Field(gt=1, le=8)] = 2.0
+    """How many times as high and wide."""
+    strength: Share = 0.7
+    """As ``EditRequest.strength``."""
+    steps: int | None = Field(None, ge=1)
+    """As ``Request.steps``; None is as many."""
+
+
 _SKIPS: dict[Dialect, tuple[int, int, str]] = {
     "plain": (0, 11, "0 (no layer) to 11"),
     "a1111": (1, 12, "1 (the last layer) to 12"),
@@ -243,16 +322,30 @@ class Request(_Checked):
     seed: int = Field(0, ge=0, lt=2**64)
     """The starting noise depends on it alone, as ``torch.Generator().manual_seed(seed)`` gives it."""
     size: tuple[Side, Side] | None = None
-    """(height, width) in pixels; None is the base's own."""
+    """(height, width) in pixels; None is the base's own. Of a picture to be changed its shape, with the base's own size
+    as the shorter side."""
     steps: int = Field(20, ge=1)
     guidance: Guidance = 4.0
     """Of classifier-free guidance, 0 to 1000; 1 is none."""
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    guidance_rescale: Share = 0.0
     """How far the guided prediction is brought back to the spread of the conditional one, 0 to 1 (Lin et al., 2023,
     Section 3.4): against glaring pictures of bases with zero terminal SNR."""
+    guider: Guider = "cfg"
+    """``cfg``, classifier-free guidance; ``apg``, adaptive projected guidance (Sadat et al., ICLR 2025), which keeps
+    colours from glaring at high guidance."""
     scheduler: Text | None = None
     """Its usual name, such as ``Euler a`` or ``DPM++ 2M Karras``; None is the base's own."""
     controls: tuple[ControlRequest, ...] = ()
+    edit: EditRequest | None = None
+    """A picture to be changed; None makes one from noise."""
+    hires: HiresRequest | None = None
+    """A second pass at a larger size; None is none."""
+    tile: Side | None = None
+    """The side in pixels of the overlapping tiles in which large pictures are made, so that the base sees sizes it was
+    trained on; None is the picture as one."""
+    variation: Share = 0.0
+    """How far its noise is turned towards that of ``variation_seed``, 0 to 1 (A1111's subseed strength)."""
+    variation_seed: int = Field(0, ge=0, lt=2**64)
 
     @model_validator(mode="after")
     def _counted(self) -> Self:

@@ -20,9 +20,10 @@ def scale_table(
     steps = settings.steps
     table = torch.zeros(len(controls), rows, len(taps), steps, 1, 1)
     index = {tap.name: k for k, tap in enumerate(taps)}
-    at = torch.arange(steps) / steps
+    made = max(settings.made, 1)
+    at = (torch.arange(steps) - settings.skipped) / made  # start and end are shares of the steps that are made
     for i, control in enumerate(controls):
-        active = ((at >= control.start) & (at + 1 / steps <= control.end + 1e-6)).float()
+        active = ((at >= control.start) & (at + 1 / made <= control.end + 1e-6)).float()
         if control.by_step:
             active = active * torch.tensor(control.by_step)
         for tap, weight in zip(control.network.taps, tap_weights(control), strict=True):

@@ -23,16 +23,19 @@ class Script:
     negative: Lines
 
     @classmethod
-    def of(cls, request: Request) -> "Script":
-        """A request's prompts; ``Invalid`` where they name LoRAs, which belong to the base, or have wild weights."""
+    def of(cls, request: Request, span: Span) -> "Script":
+        """A request's prompts over the steps of a pass.
+
+        ``Invalid`` where they name LoRAs, which belong to the base, or have wild weights.
+        """
         edits = DIALECTS[request.dialect].edits
         if edits and (loras := without_loras(request.prompt)[1]):
             raise Invalid(f'The prompt names the LoRA "{loras[0][0]:.80}": give it to the base, load_base(loras=...).')
         parts = composed(request.prompt) if edits else [(request.prompt, 1.0)]
-        lines = tuple(_lines(text, request) for text, _ in parts)
-        negative: Lines = ((request.steps, None),)
+        lines = tuple(_lines(text, request, span) for text, _ in parts)
+        negative: Lines = ((span.steps, None),)
         if request.negative_prompt is not None:
-            negative = _lines(request.negative_prompt, request)
+            negative = _lines(request.negative_prompt, request, span)
         return cls(lines, tuple(weight for _, weight in parts), negative)
 
     def forms(self, base: Backbone) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -43,16 +46,18 @@ class Script:
         )
 
 
-def _lines(text: str, request: Request) -> Lines:
-    edited = schedule(text, Span(request.steps)) if DIALECTS[request.dialect].edits else [(request.steps, text)]
+def _lines(text: str, request: Request, span: Span) -> Lines:
+    edited = schedule(text, span) if span.steps and DIALECTS[request.dialect].edits else [(span.steps, text)]
     return tuple((end, Words.of(words, request.dialect, request.clip_skip)) for end, words in edited)
 
 
 class Said:
     """The embeddings of a batch of B pictures at each step, each computed once."""
 
-    def __init__(self, base: Backbone, scripts: Sequence[Script], guided: bool, size: tuple[int, int]) -> None:
-        self._base, self._size = base, size
+    def __init__(
+        self, base: Backbone, scripts: Sequence[Script], guided: bool, size: tuple[int, int], skipped: int = 0
+    ) -> None:
+        self._base, self._size, self._skipped = base, size, skipped
         columns = zip(*(script.parts for script in scripts), strict=True)
         rows = [lines for column in columns for lines in column]
         self._rows: list[Lines] = [*(script.negative for script in scripts), *rows] if guided else rows
@@ -63,7 +68,8 @@ class Said:
 
     def at(self, step: int) -> TextEmbedding:
         """The rows at a step, from 0: of the unconditional half, then of each part; B each."""
-        prompts = tuple(next(words for end, words in lines if step < end) for lines in self._rows)
+        made = step - self._skipped
+        prompts = tuple(next(words for end, words in lines if made < end) for lines in self._rows)
         if prompts not in self._known:
             self._known[prompts] = self._base.encode_text(prompts, self._size)
         return self._known[prompts]

@@ -6,21 +6,16 @@ with 2 and 4 pairs, from which the whole is estimated, then with all of them, wh
 
 import math
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from controlkit.backbones import Backbone, TextEmbedding, recomputed
+from controlkit.backbones.memory import Held, Meter, bytes_of
 from controlkit.data.cache import AT_ONCE
 from controlkit.precision import autocast, training_attention
 from controlkit.train.optimizers import state_bytes
@@ -74,53 +69,17 @@ def _span(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
 
 
-class Meter:
-    """The most memory held on a device since the meter was made, or reset.
-
-    On a GPU: bytes that torch allocated. On a CPU: the growth of the process, and the base's weights, which were there
-    before.
-    """
-
-    def __init__(self, base: Backbone) -> None:
-        self._device = base.device
-        self._held = _bytes(base.networks().values())
-        self.reset()
-        if self._device.type != "cuda":
-            self._held -= psutil.Process().memory_info().rss
-
-    def reset(self) -> None:
-        """Measure from now on."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:  # on Linux only; elsewhere the memory that loading needed may count too
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """The most bytes held."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return self._held + _high_water()
-
-    def free(self) -> int:
-        """Bytes that are free now."""
-        if self._device.type == "cuda":
-            unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            return torch.cuda.mem_get_info(self._device)[0] + unused
-        return psutil.virtual_memory().available
-
-
 def estimate(plan: Resolved, base: Backbone, state: TrainState, pairs: int, meter: Meter, processes: int = 1) -> Plan:
     """Estimate what a run on ``pairs`` pairs needs; ``meter`` was made before ``state``. Leaves no gradients.
 
     Where the base is unfrozen at some step, the estimate is of the steps after it.
     """
     batches, compute = plan.batches, plan.compute
-    parts = {"base": _bytes(base.networks().values()), "branch": _bytes([state.branch])}
+    parts = {"base": bytes_of(base.networks().values()), "branch": bytes_of([state.branch])}
     if state.base is not base:
-        parts["base's copy that learns"] = _bytes([state.base.denoiser])
+        parts["base's copy that learns"] = bytes_of([state.base.denoiser])
     if state.average:
-        parts["average of the weights"] = _bytes([state.average.module])
+        parts["average of the weights"] = bytes_of([state.average.module])
     here = sum(parts.values())
     learning = sum(p.numel() * p.element_size() for p in state.learning.parameters() if p.requires_grad)
     parts["gradients"] = learning
@@ -166,42 +125,9 @@ def peak_of(work: Callable[[int], Any], count: int) -> int:
 
 
 def _held_bytes(work: Callable[[int], Any], count: int) -> list[int]:
-    with _Held() as held:
+    with Held() as held:
         work(count)
     return held.after
-
-
-class _Held(TorchDispatchMode):
-    """Counts the bytes of storages made within it and not yet freed, after every operation, the backward pass's too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after: list[int] = []
-        self._now = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self._see((args, kwargs), made_here=False)
-        out = func(*args, **kwargs)
-        self._see(out, made_here=True)
-        self.after.append(self._now)
-        return out
-
-    def _see(self, values: Any, made_here: bool) -> None:
-        for value in tree_leaves(values):
-            if not isinstance(value, Tensor):
-                continue
-            storage = value.untyped_storage()
-            if storage._cdata not in self._seen:
-                size = storage.nbytes() if made_here else 0
-                self._seen.add(storage._cdata)
-                self._now += size
-                weakref.finalize(storage, self._free, storage._cdata, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self._now -= size
 
 
 def _micro_batch(plan: BatchPlan, checkpointing: bool, state: TrainState, pairs: int) -> None:
@@ -239,16 +165,6 @@ def _cached_bytes(base: Backbone, plan: BatchPlan, pairs: int) -> int:
     text: TextEmbedding = base.encode_text([""])
     words = sum(value.numel() for value in text.tensors().values())
     return pairs * (2 * 2 * base.latent_channels * side**2 + channels * base.size**2 + 2 * words + 16)
-
-
-def _bytes(modules: Iterable[nn.Module]) -> int:
-    return sum(value.numel() * value.element_size() for m in modules for value in m.state_dict().values())
-
-
-def _high_water() -> int:
-    import resource
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def format_bytes(size: int) -> str:

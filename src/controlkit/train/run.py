@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError
 
 from controlkit.backbones import Backbone, load_base, recomputed, save_difference
+from controlkit.backbones.memory import Meter, narrowed
 from controlkit.branch import ControlNetwork
 from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import HintSpec
 from controlkit.measure import EvaluationPlan, Obedience, Verdict, meaningless, unmeasurable, verdict_on
+from controlkit.precision import HALVES, number_format
 from controlkit.sample import ControlRequest
 from controlkit.train.checkpoints import (
     begin_folder,
@@ -40,7 +42,7 @@ from controlkit.train.evaluation import CONTROL, Evaluator, own_hints
 from controlkit.train.gradients import Gradients
 from controlkit.train.heldout import HeldoutLoss
 from controlkit.train.parts import Resolved
-from controlkit.train.plan import Meter, estimate, format_bytes
+from controlkit.train.plan import estimate, format_bytes
 from controlkit.train.ranks import Ranks, connect_ranks
 from controlkit.train.recipe import Recipe
 from controlkit.train.records import (
@@ -96,6 +98,7 @@ def train_control(
     prepared = prepare(recipe, out, base, estimate_first)
     with ExitStack() as opened:
         run = Run(prepared, out, Reports(on_stage, on_advance, stopping), opened)
+        del prepared, base  # the run's own may be narrower
         while not run.reason:
             yield run.step()
         run.finish()
@@ -166,16 +169,16 @@ class Run:
         """
         self.plan, self.frozen, self.state = prepared.plan, prepared.frozen, prepared.state
         self.ranks, self.out, self.reports = prepared.ranks, out, reports
-        recipe, base = self.plan.recipe, self.state.base
+        recipe = self.plan.recipe
         self._clock, self._unmeasured = Clock(self.plan.rates.max_minutes), prepared.unmeasured
         note = self._take_folder(prepared, opened)
+        self._narrow()
+        base = self.state.base
         if self.ranks.first:
             self._announce(prepared, note)
             reports.on_stage("caching", len(prepared.pairs))
         cached = self._cached("pairs", prepared.pairs, self._advance, mirrors=recipe.data.flip > 0)
-        if not self.ranks.first:
-            keep_format(out, base.device.type)
-        elif recipe.data.buckets:
+        if self.ranks.first and recipe.data.buckets:
             reports.on_stage(describe_buckets(cached, self.plan.batches.pairs), 0)
         self._evaluator = self._loss = None
         if recipe.evaluation.every:
@@ -366,7 +369,19 @@ class Run:
             folders = [part for part in (prepared.pairs, prepared.heldout) if isinstance(part, FolderPairs)]
             note = begin_folder(self.plan.recipe, self.out, self.frozen.device.type, self.ranks, folders)
         self.ranks.check_shared(self.out)
+        if not self.ranks.first:
+            keep_format(self.out, self.frozen.device.type)
         return note
+
+    def _narrow(self) -> None:
+        """Keep the matrices of a base that stays locked in the half precision of the run, if it computes in one.
+
+        Not of one that is trained later, nor under a Control-LoRA: both are written as differences to whole weights.
+        """
+        half = HALVES.get(number_format(self.frozen.device.type))
+        if half and not self.plan.learning.unfreeze_after and self.plan.recipe.control.body != "lora":
+            self.frozen = narrowed(self.frozen, half)
+            self.state = replace(self.state, base=self.frozen)
 
     def _announce(self, prepared: Prepared, note: str) -> None:
         """Report what the run is about to do and, with a meter, what it will take."""
