@@ -1,4 +1,4 @@
-"""Figures of generation: controls together, weights without a prompt, hints silent in half, schedulers by steps.
+"""Figures of generation: controls together, weights without a prompt, hints silent in half, schedulers by steps, seams.
 
 Each is measured on held-out pairs by ``controlkit.measure``. ``FIGURES`` lists them; ``generation.py`` is the command.
 The picture of a request is made once, whichever figures ask for it.
@@ -35,6 +35,8 @@ from controlkit.measure import (
 from controlkit.measure.fidelity import finder_of
 from controlkit.precision import number_format
 from controlkit.sample import ControlRequest, Request, maker
+from controlkit.sample.tiles import tiles_of
+from generation_sheets import scene  # recipes/generation_sheets.py
 
 Pictures = list[np.ndarray]
 Report = dict[str, Any]
@@ -121,6 +123,12 @@ class Lab:
             row[0].model_copy(update={"controls": tuple(used for one in row for used in one.controls), **changes})
             for row in columns
         ]
+        return self.made(asked)
+
+    def made(self, asked: Sequence[Request]) -> Pictures:
+        """The pictures of requests."""
+        for name in {control.name for request in asked for control in request.controls}:
+            self.control(name)
         if new := [request for request in asked if request not in self._made]:
             made = maker(self.base, self._controls, on_step=self.on_step)(new)
             self._made |= {picture.request: picture.pixels for picture in made}
@@ -252,6 +260,54 @@ def by_steps(lab: Lab, scheduler: str) -> Report:
     return merged(measured, judged(on, made, none))
 
 
+SEAM_PICTURES = 12
+
+
+def edges_of(side: int, tile: int, stride: int) -> list[int]:
+    """The columns, in pixels, at which tiles begin or end inside of a square picture that is made in tiles."""
+    tiles = tiles_of((side // stride, side // stride), tile // stride)
+    ends = {at for one in tiles for at in (one.left, one.left + one.width)}
+    return sorted(at * stride for at in ends - {0, side // stride})
+
+
+def jump(picture: np.ndarray, edges: Sequence[int]) -> float:
+    """The mean difference of neighbours across edges, in a picture (H, H, 3), over that of all other neighbours.
+
+    ``edges``: columns, and rows likewise, whose first pixels lie beyond an edge. 1 where no edge can be seen.
+    """
+    values = picture.astype(np.float64)
+    steps = np.concatenate([np.abs(np.diff(values, axis=axis)).mean((1 - axis, 2)) for axis in (0, 1)])
+    across = np.isin(np.arange(1, len(picture)), edges)
+    across = np.concatenate([across, across])
+    return float(steps[across].mean() / steps[~across].mean())
+
+
+def seams(lab: Lab, name: str) -> Report:
+    """Jumps at the edges of tiles of the base's size, in scenes of twice that size: blended, as one, and cut hard."""
+    tile = lab.base.size
+    side, count = 2 * tile, min(lab.num, SEAM_PICTURES)
+    whole = [scene(index, side) for index in range(count)]
+
+    def asked(seed: int, top: int = 0, left: int = 0, size: int = side, **settings: Any) -> Request:
+        picture, prompt = whole[seed]
+        control = ControlRequest(name=name, images=picture[top : top + size, left : left + size])
+        common = {"seed": seed, "steps": lab.steps, "guidance": lab.guidance, "size": (size, size)}
+        return Request(prompt=prompt, controls=(control,), **common, **settings)
+
+    parts = [lab.made([asked(i, top, left, tile) for i in range(count)]) for top in (0, tile) for left in (0, tile)]
+    cut = [np.vstack([np.hstack(four[:2]), np.hstack(four[2:])]) for four in zip(*parts, strict=True)]
+    blended = lab.made([asked(i, tile=tile) for i in range(count)])
+    edges = edges_of(side, tile, lab.base.stride)
+    jumps = {
+        "the drawn scenes": [jump(picture, edges) for picture, _ in whole],
+        "as one": [jump(picture, edges) for picture in lab.made([asked(i) for i in range(count)])],
+        "tiles": [jump(picture, edges) for picture in blended],
+        "tiles cut hard": [jump(picture, [tile]) for picture in cut],
+    }
+    ratios = {condition: asdict(mean_figure(np.array(values))) for condition, values in jumps.items()}
+    return {"num": count, "side": side, "tile": tile, "jump": ratios}
+
+
 FIGURES: dict[str, dict[str, Callable[[Lab], Report]]] = {
     "together": {"pose, depth": together},
     "unprompted": {name: partial(unprompted, name=name) for name in ("canny", "depth")},
@@ -259,6 +315,7 @@ FIGURES: dict[str, dict[str, Callable[[Lab], Report]]] = {
         f"{name}, {other}": partial(half_silent, name=name, other=other, world=world) for name, other, world in SILENCED
     },
     "by_steps": {name: partial(by_steps, scheduler=name) for name in SCHEDULERS},
+    "seams": {name: partial(seams, name=name) for name in ("tile", "canny")},
 }
 """Each figure with its parts, which are measured and written one after the other."""
 

@@ -75,11 +75,21 @@ def _by_steps(report: Report) -> str:
     return table(("obedience, FID (quality)", *(f"{n} steps" for n in steps)), rows)
 
 
+def _seams(report: Report) -> str:
+    conditions = list(next(iter(report.values()))["jump"])
+    rows = [
+        [name, *("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found["jump"][condition]) for condition in conditions)]
+        for name, found in report.items()
+    ]
+    return table(("control", *conditions), rows)
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "together": _together,
     "unprompted": _unprompted,
     "half_silent": _half_silent,
     "by_steps": _by_steps,
+    "seams": _seams,
 }
 
 

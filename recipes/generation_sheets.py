@@ -19,7 +19,7 @@ from controlkit.data import Pair, hint_for_pair
 from controlkit.files import write_atomic
 from controlkit.formats import SavedControl
 from controlkit.images import grid
-from controlkit.sample import ControlRequest, Request, maker, prepare
+from controlkit.sample import ControlRequest, EditRequest, HiresRequest, Request, maker, prepare
 
 DRAWINGS = Path(__file__).parent / "drawings"
 SIDE = 128
@@ -39,6 +39,8 @@ class Cell:
     """Fields of ``Request``."""
     controls: Sequence[Mapping[str, Any] | None] = ()
     """Fields of each ``ControlRequest``, in order; None leaves that control out."""
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``EditRequest``."""
 
     def of(self, start: Request) -> Request:
         """The start with this cell's changes."""
@@ -48,7 +50,8 @@ class Cell:
             for control, change in zip(start.controls, changes, strict=True)
             if change is not None
         ]
-        return Request(**{**dict(start), "controls": tuple(used), **self.request})
+        edit = EditRequest(**{**dict(start.edit), **self.edit}) if start.edit else None
+        return Request(**{**dict(start), "controls": tuple(used), "edit": edit, **self.request})
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class Sheet:
     cells: Sequence[Cell]
     seeds: Sequence[int] = (0, 1)
     lead: Sequence[Labelled] = ()
-    """Pictures shown first, after the hints."""
+    """Pictures shown first, after the hints and the picture to be changed."""
+    cell: int = CELL
+    """Pixels of a picture on it."""
 
 
 def half(side: str) -> np.ndarray:
@@ -96,6 +101,89 @@ def figure() -> Request:
     hints = {name: hint_for_pair(pair, contract(name)) for name in ("pose", "depth")}
     used = tuple(ControlRequest(name=name, images=hint, ready=True) for name, hint in hints.items())
     return Request(prompt=pair.prompt, controls=used)
+
+
+@cache
+def scene(index: int, side: int = SIDE) -> tuple[np.ndarray, str]:
+    """A drawn scene, uint8 (side, side, 3), and its caption."""
+    from controlkit.mini.scenes import draw_scene
+
+    one = draw_scene(side, SEED, index)
+    return one.picture, one.captions[0]
+
+
+def drawing(name: str) -> np.ndarray:
+    """A drawing, uint8 (256, 256, 3)."""
+    return np.asarray(Image.open(DRAWINGS / f"{name}.png").convert("RGB"))
+
+
+def box(side: int, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    """A mask, uint8 (side, side, 3), white in a box."""
+    mask = np.zeros((side, side, 3), np.uint8)
+    mask[top:bottom, left:right] = 255
+    return mask
+
+
+def repainted() -> Request:
+    """The painted fish, to be changed."""
+    edit = EditRequest(image=DRAWINGS / "colour_fish.png")
+    return Request(prompt="a tropical fish, 3d style, on a blue background", edit=edit)
+
+
+def replaced() -> Request:
+    """A scene with a box, which is masked; controls read the picture."""
+    picture, _ = scene(7)
+    edit = EditRequest(image=picture, mask=box(SIDE, 44, 40, 108, 120))
+    controls = (ControlRequest(name="canny"), ControlRequest(name="inpaint"))
+    return Request(prompt="a striped yellow box, on a brown floor", edit=edit, controls=controls)
+
+
+def masked() -> Request:
+    """The same without a control."""
+    return replaced().model_copy(update={"controls": ()})
+
+
+def widened() -> Request:
+    """A scene with a cone, to be continued at both sides."""
+    picture, prompt = scene(3)
+    edit = EditRequest(image=picture, outpaint=(0, 64, 0, 64))
+    return Request(prompt=prompt, edit=edit, controls=(ControlRequest(name="inpaint"),))
+
+
+def part() -> Request:
+    """A scene of 256 pixels, whose cylinder is masked."""
+    picture, _ = scene(15, 256)
+    edit = EditRequest(image=picture, mask=box(256, 88, 140, 200, 220))
+    return Request(prompt="a red cone, on a green floor", edit=edit, controls=(ControlRequest(name="inpaint"),))
+
+
+def wide() -> np.ndarray:
+    """The painted fish, twice as wide as high."""
+    return np.ascontiguousarray(drawing("colour_fish")[64:192])
+
+
+def wide_control() -> Request:
+    """A wide drawing as the picture of canny."""
+    control = ControlRequest(name="canny", images=wide())
+    return Request(prompt="a tropical fish, fluent style, on a blue background", controls=(control,))
+
+
+def wide_edit() -> Request:
+    """A wide drawing to be changed into a square picture."""
+    edit = EditRequest(image=wide())
+    return Request(prompt="a tropical fish, 3d style, on a teal background", size=(SIDE, SIDE), edit=edit)
+
+
+def enlarged() -> Request:
+    """The drawn cat, to be made at twice the size, where tile can hold on to what the first pass made."""
+    controls = (*cat().controls, ControlRequest(name="tile", passes="second"))
+    return cat().model_copy(update={"controls": controls, "hires": HiresRequest(factor=2)})
+
+
+def large() -> Request:
+    """A painted house of 256 pixels, by canny or tile."""
+    controls = tuple(ControlRequest(name=name, images=DRAWINGS / "colour_house.png") for name in ("canny", "tile"))
+    return Request(prompt="a house, fluent style, on a blue background", size=(256, 256), controls=controls)
 
 
 def unlike() -> Request:
@@ -289,6 +377,116 @@ SHEETS = (
         [Cell(f"seed {seed}", {"seed": seed}) for seed in range(6)],
         seeds=(0,),
     ),
+    Sheet(
+        "variation",
+        "Small shares change mouth and whiskers; at 1 all noise is that of seed 5, and both rows show the same cat.",
+        plainly,
+        [
+            Cell(f"variation {share:g}", {"variation": share, "variation_seed": 5})
+            for share in (0, 0.1, 0.2, 0.4, 0.7, 1)
+        ],
+    ),
+    Sheet(
+        "guider",
+        "At 16 `cfg` glares and breaks the face up; `apg` looks as `cfg` does at 8. At 4 both are nearly the same.",
+        cat,
+        [
+            Cell(f"{guider}, guidance {value}", {"guider": guider, "guidance": value})
+            for value in (4, 8, 16)
+            for guider in ("cfg", "apg")
+        ],
+    ),
+    Sheet(
+        "strength",
+        "0 gives the picture back, 0.4 keeps its fish; from 0.8 on nothing is left of it, and `mini` draws a poor one.",
+        repainted,
+        [Cell(f"strength {share:g}", edit={"strength": share}) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)],
+    ),
+    Sheet(
+        "mask",
+        "A striped yellow box is asked for. Alone the base fills the mask up to its left edge; `canny` reads the "
+        "picture's edges and keeps the box's shape; `inpaint` reads what is around the hole and softens the cut.",
+        replaced,
+        [
+            Cell("no control", controls=(None, None)),
+            Cell("canny", controls=({}, None)),
+            Cell("inpaint", controls=(None, {})),
+            Cell("both"),
+        ],
+    ),
+    Sheet(
+        "mask-blur",
+        "The cut at the mask's left edge softens; the wider it is, the more changes outside, too, up to the horizon.",
+        masked,
+        [Cell(f"mask-blur {pixels}", edit={"blur": pixels}) for pixels in (0, 4, 8, 16, 32)],
+    ),
+    Sheet(
+        "outpaint",
+        "64 pixels more at both sides: the base alone begins more cones; `inpaint` goes on with ground and sky.",
+        widened,
+        [Cell("no control", controls=(None,)), Cell("inpaint")],
+        cell=160,
+    ),
+    Sheet(
+        "margin",
+        "A red cone is asked for. The whole picture at 128 pixels leaves it little room. With a margin the picture "
+        "keeps its 256 pixels and the part gets all 128; at 0 its ground does not fit in, at 48 it does best.",
+        part,
+        [Cell("no margin", {"size": (SIDE, SIDE)}), *(Cell(f"margin {n}", edit={"margin": n}) for n in (0, 16, 48))],
+        cell=144,
+    ),
+    Sheet(
+        "resize",
+        "A drawing twice as wide as high: `crop` loses eye and tail, `stretch` makes a high fish, `fill` keeps it all.",
+        wide_control,
+        [used(f"resize={how}", resize=how) for how in ("crop", "stretch", "fill")],
+        lead=[("wide.png", wide())],
+    ),
+    Sheet(
+        "edit-resize",
+        "The same drawing, changed (strength 0.4); `fill` keeps it as it is and draws what is above and below: `mini` "
+        "adds a blue fin.",
+        wide_edit,
+        [
+            Cell("resize crop", edit={"resize": "crop", "strength": 0.4}),
+            Cell("resize stretch", edit={"resize": "stretch", "strength": 0.4}),
+            Cell("resize fill", edit={"resize": "fill"}),
+        ],
+    ),
+    Sheet(
+        "hires",
+        "`mini`, trained at 128 pixels, makes the face rough at 256, at once or in a second pass; `tile` in the second "
+        "pass holds on to the face of the first.",
+        enlarged,
+        [
+            Cell("128 pixels", {"hires": None}, ({}, None)),
+            Cell("256 at once", {"hires": None, "size": (2 * SIDE, 2 * SIDE)}, ({}, None)),
+            Cell("hires 2", controls=({}, None)),
+            Cell("hires 2, tile,passes=second"),
+        ],
+        seeds=(0,),
+        cell=224,
+    ),
+    Sheet(
+        "passes",
+        "The second pass, at its strength of 0.7, loses the lines where they act in the first alone.",
+        enlarged,
+        [Cell(f"passes={which}", controls=({"passes": which}, None)) for which in ("both", "first", "second")],
+        cell=160,
+    ),
+    Sheet(
+        "tile",
+        "Without a control each tile shows a house of its own; edges alone do not stop that; `tile` gives one house.",
+        large,
+        [
+            Cell("as one, no control", controls=(None, None)),
+            Cell("tile 128, no control", {"tile": SIDE}, (None, None)),
+            Cell("tile 128, canny", {"tile": SIDE}, ({}, None)),
+            Cell("tile 128, tile", {"tile": SIDE}, (None, {})),
+        ],
+        seeds=(0,),
+        cell=160,
+    ),
 )
 
 
@@ -299,19 +497,31 @@ def hints(base: Backbone, start: Request, loaded: Mapping[str, SavedControl]) ->
     return [(asked.name, picture[..., :3]) for asked, control in named for picture in control.pictures().values()]
 
 
+def given(start: Request) -> list[Labelled]:
+    """The picture to be changed, reddened where it is masked."""
+    if start.edit is None:
+        return []
+    image, mask = start.edit.image, start.edit.mask
+    pixels = np.asarray(Image.open(image).convert("RGB")) if isinstance(image, Path) else image
+    if not isinstance(mask, np.ndarray):
+        return [("picture", pixels)]
+    red = np.uint8([255, 60, 60])
+    return [("picture, masked", np.where(mask > 127, pixels // 2 + red // 2, pixels))]
+
+
 def drawn(sheet: Sheet, base: Backbone, loaded: Mapping[str, SavedControl]) -> np.ndarray:
     """A sheet's picture, uint8 (H, W, 3)."""
     start = sheet.start()
     starts = [start.model_copy(update={"seed": seed}) for seed in sheet.seeds]
     columns = [maker(base, loaded)([cell.of(start) for start in starts]) for cell in sheet.cells]
-    lead = [*hints(base, start, loaded), *sheet.lead]
+    lead = [*hints(base, start, loaded), *given(start), *sheet.lead]
     made = [[picture.pixels for picture in column] for column in columns]
     blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
     rows = [
         [blank if place else picture for _, picture in lead] + [column[place] for column in made]
         for place in range(len(sheet.seeds))
     ]
-    return grid(rows, [*(label for label, _ in lead), *(cell.label for cell in sheet.cells)], CELL)
+    return grid(rows, [*(label for label, _ in lead), *(cell.label for cell in sheet.cells)], sheet.cell)
 
 
 def write_webp(path: Path, picture: np.ndarray) -> int:

@@ -14,7 +14,7 @@ from controlkit.errors import Invalid
 from controlkit.formats import SavedControl
 from controlkit.measure import EvaluationPlan, quality
 from controlkit.mini.scenes import draw_scene
-from controlkit.sample import ControlRequest, Request, maker
+from controlkit.sample import ControlRequest, EditRequest, Request, maker
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -50,7 +50,7 @@ def lab(recipe, scenes, toy_base, referee, drawn_joins, monkeypatch):
     monkeypatch.setattr(figures, "EMBEDDED", World(scenes, referee))
     controls = {
         name: SavedControl(drawn_joins(new_control(toy_base), seed), contract(name))
-        for seed, name in enumerate(("canny", "scribble", "depth", "pose"))
+        for seed, name in enumerate(("canny", "scribble", "depth", "pose", "tile"))
     }
     return figures.Lab(toy_base, num=2, steps=1, counts=(1, 2), _controls=controls)
 
@@ -70,7 +70,7 @@ def test_every_figure_is_written_when_it_is_done_and_kept(recipe, lab, tmp_path,
     assert json.loads(path.read_text()) == json.loads(json.dumps(first))
     figures.measure(lab, path, list(figures.FIGURES), told.append)
     assert len(told) == len(figures.FIGURES)
-    for line in ("| pose | both |", "| depth | cfg-weights |", "| depth | pose |", "| UniPC |"):
+    for line in ("| pose | both |", "| depth | cfg-weights |", "| depth | pose |", "| UniPC |", "| canny | "):
         assert line in recipe("report").tables(first)
     recipe("report").curve(first["by_steps"], tmp_path / "steps.svg")
     assert "UniPC" in (tmp_path / "steps.svg").read_text()
@@ -116,12 +116,65 @@ def test_a_silent_half_is_black_and_the_other_as_it_was(recipe, scenes):
         assert np.array_equal(pair.hint[:, 16:], was[:, 16:])
 
 
+def test_a_jump_is_seen_at_the_edges_alone_and_nowhere_in_what_is_even(recipe):
+    figures = recipe("figures")
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)[..., None].repeat(3, -1)
+    assert figures.jump(ramp, [16, 32, 48]) == 1
+    raised = ramp.copy()
+    raised[:, 32:] += 10  # a step of 11 in the place of 1, at one of the two edges
+    assert figures.jump(raised, [32]) == 6
+    assert figures.jump(raised, [31]) < 1
+
+
+def test_edges_are_where_tiles_begin_and_end_inside(recipe):
+    assert recipe("figures").edges_of(256, 128, 8) == [64, 128, 192]
+    assert recipe("figures").edges_of(128, 128, 8) == []
+
+
+def test_seams_cut_hard_are_the_tiles_beside_each_other(recipe, lab, monkeypatch):
+    figures, asked = recipe("figures"), []
+
+    def made(requests):
+        asked.extend(requests)
+        return [np.full((*request.size, 3), 10 * len(asked), np.uint8) + np.indices(request.size)[0][..., None] % 2
+                for request in requests]  # fmt: skip
+
+    monkeypatch.setattr(lab, "made", made)
+    found = figures.seams(lab, "tile")["jump"]
+    assert [request.size for request in asked[:8]] == [(32, 32)] * 8
+    assert [request.tile for request in asked[8:]] == [32, 32, None, None]
+    top_left, top_right = (asked[at].controls[0].images[""] for at in (0, 2))
+    whole = asked[8].controls[0].images[""]
+    assert np.array_equal(np.hstack([top_left, top_right]), whole[:32])
+    assert found["tiles cut hard"]["low"] > 10 > found["tiles"]["high"]
+
+
 def test_a_cell_changes_what_it_names_alone(recipe):
     sheets = recipe("sheets")
     start = Request(prompt="a cat", controls=[ControlRequest(name="pose", scale=2), ControlRequest(name="depth")])
     changed = sheets.Cell("", {"steps": 3}, [None, {"end": 0.5}]).of(start)
     assert changed == Request(prompt="a cat", steps=3, controls=[ControlRequest(name="depth", end=0.5)])
     assert sheets.Cell("").of(start) == start
+    picture = np.zeros((8, 8, 3), np.uint8)
+    edited = Request(prompt="a cat", edit=EditRequest(image=picture, strength=0.5))
+    changed = sheets.Cell("", edit={"blur": 3}).of(edited)
+    assert changed == Request(prompt="a cat", edit=EditRequest(image=picture, strength=0.5, blur=3))
+
+
+def test_the_picture_to_be_changed_is_shown_red_where_it_is_masked(recipe):
+    sheets = recipe("sheets")
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    mask = sheets.box(8, 2, 0, 4, 8)
+    [(_, shown)] = sheets.given(Request(edit=EditRequest(image=picture, mask=mask)))
+    assert (shown[2:4, :, 0] > 150).all() and (shown[2:4, :, 1] < 100).all()
+    assert (np.delete(shown, [2, 3], 0) == 100).all()
+    assert sheets.given(Request()) == []
+
+
+def test_no_two_cells_of_a_sheet_ask_for_the_same(recipe):
+    for sheet in recipe("sheets").SHEETS:
+        start = sheet.start()
+        assert len({cell.of(start) for cell in sheet.cells}) == len(sheet.cells), sheet.name
 
 
 def test_a_sheet_has_a_row_for_each_seed_and_columns_for_hints_and_cells(recipe, lab, scenes):
