@@ -1,7 +1,7 @@
 """Figures and pictures of generation on ``mini``, for docs/generation.md.
 
-    python recipes/generation.py figures --out docs               # needs npm once, for the emoji; half an hour
-    python recipes/generation.py pictures --out docs/generation   # from shipped weights alone; two minutes
+    python recipes/generation.py figures --out docs               # needs npm once, for the emoji; 3/4 of an hour
+    python recipes/generation.py pictures --out docs/generation   # from shipped weights alone; six minutes
 
 ``figures`` writes ``OUT/generation.json``, part by part: begun again, it goes on. Then it draws
 ``OUT/generation/steps.svg`` and prints the tables. ``pictures`` writes a sheet for each option, ``OUT/NAME.webp``.
