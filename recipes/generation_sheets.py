@@ -505,7 +505,7 @@ def given(start: Request) -> list[Labelled]:
     pixels = np.asarray(Image.open(image).convert("RGB")) if isinstance(image, Path) else image
     if not isinstance(mask, np.ndarray):
         return [("picture", pixels)]
-    red = np.uint8([255, 60, 60])
+    red = np.array([255, 60, 60], np.uint8)
     return [("picture, masked", np.where(mask > 127, pixels // 2 + red // 2, pixels))]
 
 
