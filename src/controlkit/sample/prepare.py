@@ -12,7 +12,7 @@ import torch
 from controlkit.annotators import annotate, contract, grounds_of, is_empty, kind_or_bare, light_lines
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.errors import Invalid, Mismatch, nearest
+from controlkit.errors import Invalid, Mismatch, nearest, one_line
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import (
     MOST_SIDE,
@@ -349,7 +349,7 @@ class _Preparation:
             if cut := self.cut[prompt]:
                 found.append(
                     f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads at once; cut '
-                    f'off: "{cut}". The dialects a1111 and comfy read all of it'
+                    f'off: "{one_line(cut)}". The dialects a1111 and comfy read all of it'
                 )
         return found
 
