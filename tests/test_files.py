@@ -33,11 +33,6 @@ from controlkit.files import (
 from limits import limited
 
 
-@pytest.mark.parametrize(
-    "data",
-    ["a café".encode(), codecs.BOM_UTF8 + "a café".encode(), "a café".encode("utf-16"),
-     codecs.BOM_UTF16_BE + "a café".encode("utf-16-be")],
-)  # fmt: skip
 def test_where_a_folder_is_no_file_is_written(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(Invalid, match="is a folder"):
@@ -45,6 +40,11 @@ def test_where_a_folder_is_no_file_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize(
+    "data",
+    ["a café".encode(), codecs.BOM_UTF8 + "a café".encode(), "a café".encode("utf-16"),
+     codecs.BOM_UTF16_BE + "a café".encode("utf-16-be")],
+)  # fmt: skip
 def test_one_text_whatever_its_byte_order_mark(data, tmp_path):
     (tmp_path / "a.txt").write_bytes(data)
     assert read_text(tmp_path / "a.txt") == "a café"

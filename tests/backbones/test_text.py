@@ -6,7 +6,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from controlkit.backbones.text import TextTower
 from controlkit.backbones.unet_families import clip_tokenizer
+from controlkit.errors import Invalid
 from controlkit.prompts import Piece, Words
+from controlkit.sample import Request, prepare
 
 FACTS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 
@@ -132,6 +134,13 @@ def test_clip_skip_is_counted_as_each_dialect_counts_it(tower, wide_tower):
         ("comfy", -3, -3),
     ]:
         assert torch.equal(read(wide_tower, dialect, skip), wide[layer][0])
+
+
+def test_a_clip_skip_that_leaves_no_layer_is_refused(toy_base):
+    layers = toy_base.towers[0].encoder.config.num_hidden_layers
+    for dialect, skip in (("plain", layers), ("a1111", layers + 1), ("comfy", -layers - 1)):
+        with pytest.raises(Invalid, match=f"leaves out {layers} layers of a text encoder that has {layers}"):
+            prepare(toy_base, [Request(dialect=dialect, clip_skip=skip)])
 
 
 def test_fewer_windows_are_repeated_and_attention_to_them_stays(toy_base):

@@ -446,7 +446,6 @@ BAD = {
     "an unknown base": (["--base", "sd9"], 'no base "sd9"'),
     "a size that is no multiple": (["--size", "50x50"], "48x48"),
     "a size that is no size": (["--size", "big"], "WIDTHxHEIGHT"),
-    "a control without a picture": (["--control", "canny"], "needs a picture"),
     "a control that is none, without a picture": (["--control", "cannny"], "NAME=IMAGE"),
     "a mask without a picture": (["--mask", "m.png"], "give it by --init-image"),
     "the strength of no second pass": (["--hires-strength", "0.5"], "give its factor by --hires"),

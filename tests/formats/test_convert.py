@@ -468,11 +468,11 @@ def test_an_adapter_in_the_original_s_names_is_read_and_written_as_diffusers(
     assert same(dict(saved.branch.network.state_dict()), dict(stock.state_dict()))
 
 
-def test_an_adapter_whose_features_have_other_sizes_than_the_base_takes_is_refused(xl_base, tmp_path):
+def test_an_adapter_whose_features_have_other_sizes_than_the_base_takes_is_refused(sd2_base, tmp_path):
     """As many channels are not enough: SDXL's halve their size once, Stable Diffusion's at each level."""
-    T2IAdapter(3, [8, 16, 24, 24], 2, 16, "full_adapter").save_pretrained(tmp_path / "a")
-    with pytest.raises(Mismatch, match=r"at 1/\[16, 32, 64, 128\] of the picture; .* at 1/\[16, 16, 32, 32\]"):
-        load_control(tmp_path / "a", xl_base, "depth")
+    T2IAdapter(3, [8, 16, 24, 24], 2, 8, "full_adapter_xl").save_pretrained(tmp_path / "a")
+    with pytest.raises(Mismatch, match=r"at 1/\[8, 8, 16, 16\] of the picture; .* at 1/\[8, 16, 32, 64\]"):
+        load_control(tmp_path / "a", sd2_base, "depth")
 
 
 # --- the original's two tools -------------------------------------------------------------------------------

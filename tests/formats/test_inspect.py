@@ -271,7 +271,7 @@ def test_a_network_with_tensors_of_another_does_not_run_here_as_nowhere_else(fam
 
 def test_a_file_of_another_family_s_rules_is_refused_as_a_base_by_name(tmp_path):
     entry = "model.diffusion_model.input_blocks.0.0.weight"
-    for more, words in (({"edm_mean": (1, 4, 1, 1)}, "Playground"), ({entry: (320, 9, 3, 3)}, "inpainting")):
+    for more, words in (({"edm_mean": (1, 4, 1, 1)}, "Playground"), ({entry: (320, 8, 3, 3)}, "editing")):
         with pytest.raises(Unsupported, match=words):
             describe(write_holes(tmp_path / "a.safetensors", OF_BASE | more))
 

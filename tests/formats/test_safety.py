@@ -49,8 +49,8 @@ def layouts(toy_base, drawn_joins, tmp_path_factory):
     files["cldm without prefix"] = root / "bare.safetensors"
     save_file({name.removeprefix("control_model."): t for name, t in tensors.items()}, files["cldm without prefix"])
     taps = [tap for tap in toy_base.taps if tap.site == "encoder"]
-    facts = {"downscale_factor": taps[0].stride, "adapter_type": "full_adapter"}
-    adapter = T2IAdapter(channels=[tap.channels for tap in taps], num_res_blocks=1, **facts)
+    facts = {"downscale_factor": taps[0].stride, "adapter_type": "full_adapter_xl"}  # its features halve once
+    adapter = T2IAdapter(channels=[*(tap.channels for tap in taps), taps[-1].channels], num_res_blocks=1, **facts)
     files["t2i-adapter"] = root / "adapter.safetensors"
     save_file(adapter.state_dict(), files["t2i-adapter"], {"controlkit.config": json.dumps(facts)})
     files["pickle"] = root / "control.pth"

@@ -27,7 +27,7 @@ from controlkit.data import make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
-from controlkit.sample import ControlRequest, Request, infotext
+from controlkit.sample import ControlRequest, EditRequest, Request, infotext
 from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
 from controlkit.train import train_control
@@ -298,10 +298,12 @@ def _requests(folder: Path, toy: Path) -> None:
         ControlRequest(name="control", images=Path("photo.png"), scale=0.5),
         ControlRequest(name="control", images=_picture(), ready=True),
     ]
-    whole = Request(prompt="a cat", controls=asked, size=(32, 32)).to_json()
+    edit = EditRequest(image=Path("photo.png"), mask=_picture(), outpaint=(0, 8, 0, 0), margin=4, strength=0.5)
+    whole = Request(prompt="a cat", controls=asked, size=(32, 32), edit=edit, tile=32, variation=0.1).to_json()
     (folder / "file" / "request.json").write_text(whole)
     own = {"name": "a", "seed": 3, "controls": [{"name": "control", "images": "photo.png"}]}
-    (folder / "file" / "jobs.jsonl").write_text(f"{whole}\n{json.dumps(own)}\n{{}}\n")
+    larger = {"hires": {"factor": 1.5, "steps": 3}, "seed": 4, "size": [32, 32]}
+    (folder / "file" / "jobs.jsonl").write_text(f"{whole}\n{json.dumps(own)}\n{json.dumps(larger)}\n")
     (folder / "file" / "photo.txt").write_text("a cat")
     lines = [{"name": name, "key": "0" * 32, "seconds": 1.5} for name in ("a", "00001")]
     (folder / "file" / JOURNAL).write_text("".join(f"{json.dumps(one)}\n" for one in lines))

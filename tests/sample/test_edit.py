@@ -271,9 +271,18 @@ def test_filled_places_take_the_colours_around_them(toy_base):
     assert np.array_equal(one.canvas.whole, picture)
 
 
+def test_a_shape_that_is_rounded_is_not_written_down_as_a_size_asked_for(toy_base):
+    odd = noise_picture(4, 20, 29)
+    request = Request(edit=EditRequest(image=odd, resize="fill", strength=0.5), steps=2)
+    [one] = prepare(toy_base, [request])
+    assert one.canvas.mask is None and one.settled().size is None
+    assert np.array_equal(made(toy_base, one.settled()).pixels, made(toy_base, request).pixels)
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
+        ({"outpaint": (16_000, 0, 0, 16_000)}, "16032x16032 pixels: expected at most 67,108,864"),
         ({"mask": np.zeros((32, 32, 3), np.uint8)}, "nothing that is to be made anew"),
         ({"mask": np.zeros((32, 64, 3), np.uint8)}, "64x32 and the picture 32x32"),
         ({"margin": 8}, "give a mask"),
@@ -371,6 +380,11 @@ def test_words_change_on_in_the_second_pass(toy_base):
     request = Request(prompt="[a:b:1.5]", dialect="a1111", steps=4, hires=HiresRequest(strength=1.0))
     [one] = prepare(toy_base, [request])
     assert [end for end, _ in one.script.parts[0]] == [4] and [end for end, _ in one.second.script.parts[0]] == [2, 4]
+
+
+def test_a_second_pass_that_is_too_large_is_refused_before_anything_is_made(toy_base):
+    with pytest.raises(Invalid, match="sides of at most 16384"):
+        prepare(toy_base, [Request(size=(4096, 16), hires=HiresRequest(factor=8))])
 
 
 def test_masks_and_a_second_pass_exclude_each_other(toy_base):

@@ -8,7 +8,7 @@ import sd_parsers
 
 from controlkit.errors import Invalid
 from controlkit.images import write_png
-from controlkit.sample import ControlRequest, Request, infotext
+from controlkit.sample import ControlRequest, HiresRequest, Request, infotext
 
 FACTS = {"base": "/bases/castle v1.safetensors", "sampler": "DDIM", "width": 64, "height": 96}
 
@@ -150,11 +150,17 @@ def test_samplers_and_schedule_types_are_schedulers(sampler, schedule, scheduler
 def test_what_cannot_be_taken_over_is_named_in_notes():
     unit = '"Module: canny, Model: c [d14c016b], Weight: 1, Control Mode: Balanced"'
     more = f"Denoising strength: 0.5, Hires upscale: 2, ControlNet 0: {unit}, Model: dream, VAE: soft, Version: v1.10"
-    _, notes = infotext.read(f"x\n{LINE.format('DDIM', '')}, {more}")
+    more = f"Clip grid: True, {more}, Variation seed: 5, Variation seed strength: 0.2"
+    values, notes = infotext.read(f"x\n{LINE.format('DDIM', '')}, {more}")
     assert len(notes) == 5
-    for words in ('"dream", which --base', '"soft", which --vae', "--control", "RNG: CPU", "Hires upscale: 2"):
+    for words in ('"dream", which --base', '"soft", which --vae', "--control", "RNG: CPU", "Clip grid: True"):
         assert any(words in note for note in notes)
-    assert "Denoising strength: 0.5" in notes[-1] and "Weight: 1" in notes[-1] and "v1.10" not in notes[-1]
+    assert "Weight: 1" in notes[-1] and "v1.10" not in notes[-1] and "Hires" not in notes[-1]
+    request = Request(**values)
+    assert request.hires == HiresRequest(factor=2, strength=0.5) and (request.variation, request.variation_seed) == (
+        0.2,
+        5,
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a prompt, with: a colon", "x\nSteps: 20, Seed: 1", "Steps, " * 1000])

@@ -142,8 +142,8 @@ def test_a_changed_job_is_not_taken_for_finished_when_it_is_changed_back_after_a
     """Its file is of the other request by then, whatever the journal said once."""
     real = pkgutil.resolve_name("controlkit.sample.journal.write_png")
 
-    def dying(*given):
-        real(*given)
+    def dying(*given, **more):
+        real(*given, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -1,5 +1,7 @@
 """Sampling is the stock pipeline's, faster: the same latents, whatever the batch, with nothing run in vain."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -494,3 +496,15 @@ def test_types_that_are_all_of_scale_zero_are_no_control(toy_base):
     [plain] = prepare(toy_base, [Request(steps=2)])
     latents = [next(pictures(generate(toy_base, [each]))).latents for each in (one, plain)]
     assert torch.equal(*latents)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_hundred_pictures_is_that_of_ten(toy_base, prepared):
+    """Resident memory, in a process that makes one picture after the other."""
+    taken, [one] = [], prepared([{}], TEXTS[:1], steps=4)
+    for _ in pictures(generate(toy_base, [one] * 100, batch=1)):
+        taken.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert max(taken[10:]) <= 1.02 * min(taken[10:])

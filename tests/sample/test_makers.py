@@ -122,6 +122,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         pass
 
 
+@pytest.mark.slow  # Ray's start takes as long as fifty other tests
 def test_workers_make_all_pictures_once_though_one_dies_in_the_middle(toy_folder, toy_base, edges, tmp_path):
     """And what their work raises is raised here; all in one test, as Ray takes its time to start."""
     pytest.importorskip("ray")

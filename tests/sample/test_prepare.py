@@ -269,3 +269,8 @@ def test_pictures_and_annotators_are_checked_without_a_base(drawing):
     for wrong in ({"images": "nowhere.png"}, {"images": drawing, "annotator": "cany"}, {"images": "hint.npy"}):
         with pytest.raises(UserError):
             check_pictures(ControlRequest(name="x", **wrong))
+
+
+def test_a_note_quotes_the_end_of_a_long_prompt_in_part(toy_base):
+    [one] = prepare(toy_base, [Request(prompt="apple " * 3000)])
+    assert "cut off" in one.notes[0] and len(one.notes[0]) < 500

@@ -10,7 +10,7 @@ from controlkit.backbones import load_base
 from controlkit.backbones.noise import Diffusion, Flow
 from controlkit.backbones.schedulers import SCHEDULERS, scheduler_named
 from controlkit.errors import Invalid, UserError
-from controlkit.sample import Request, generate
+from controlkit.sample import Request, generate, pictures
 
 PEERS = {  # name -> diffusers' class and settings, as its documentation gives them for A1111's names
     "DDIM": ("DDIMScheduler", {}),
@@ -116,3 +116,12 @@ def test_names_that_are_not_known_are_refused_before_anything_is_made(toy_base, 
 def test_a_flow_has_no_scheduler_of_diffusion():
     with pytest.raises(UserError, match="is a flow"):
         Flow().sampler(4, "Euler a")
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "DPM++ 2M SDE Karras", "UniPC Karras"])
+def test_steps_whose_timesteps_are_the_same_are_made_all_the_same(toy_base, name):
+    """With zero terminal SNR and many steps the first timesteps of these spacings round to one number."""
+    times = toy_base.noise.sampler(40, name).timesteps
+    assert len(times) > len(set(times.tolist()))
+    [picture] = pictures(generate(toy_base, [Request(steps=40, scheduler=name)]))
+    assert picture.latents.isfinite().all()

@@ -84,7 +84,8 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
 @pytest.mark.parametrize(
     ("launcher", "code", "words"),
     [
-        (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "; 2 processes"),
+        pytest.param(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "; 2 processes",
+                     marks=pytest.mark.slow),
         (["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--cpu"], 1, "asked for several processes and has started this one alone"),
         pytest.param(["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",

@@ -28,13 +28,16 @@ class Sampler(Protocol):
     timesteps: Tensor
     """(steps,), the most noise first."""
 
+    def begin(self, step: int) -> None:
+        """Begin at a step, from 0; called once, before anything else."""
+
     def start(self, noise: Tensor) -> Tensor:
         """The first latents (B, C, h, w) of a run, given standard normal noise of that shape."""
 
     def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """Latents (B, C, h, w) of pictures with as much noise as there is before a step; after the last, with none.
 
-        For a run that begins at this step, or has just arrived there.
+        The run begins at this step, or has just arrived there.
         """
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
@@ -104,19 +107,20 @@ class SchedulerRun(Sampler):
         draws = "generator" in inspect.signature(self._scheduler.step).parameters
         self._drawn_from = {"generator": list(noises)} if draws and noises is not None else {}
 
+    def begin(self, step: int) -> None:
+        if hasattr(self._scheduler, "set_begin_index"):  # else it looks for the timestep, which may be there twice
+            self._scheduler.set_begin_index(step)
+
     def start(self, noise: Tensor) -> Tensor:
         return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)  # a flow begins with the noise itself
 
     def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         if step == len(self.timesteps):
             return latents
-        scheduler = self._scheduler
-        if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(step)  # else it looks for the timestep, which may be there twice
         t = self.timesteps[step : step + 1]
-        if hasattr(scheduler, "scale_noise"):
-            return scheduler.scale_noise(latents, t, noise)
-        return scheduler.add_noise(latents, noise, t)
+        if hasattr(self._scheduler, "scale_noise"):
+            return self._scheduler.scale_noise(latents, t, noise)
+        return self._scheduler.add_noise(latents, noise, t)
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
         scale = getattr(self._scheduler, "scale_model_input", None)  # a flow's latents are read as they are

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlkit.errors import Invalid
 from controlkit.prompts import DIALECTS, Words
 
 Weighted = tuple[int, float]
@@ -70,8 +71,7 @@ class TextTower:
         if isinstance(prompt, str):
             return _Rows(self.tokenize([prompt]))
         dialect, device = DIALECTS[prompt.dialect], self.encoder.device
-        left_out = None if prompt.clip_skip is None else dialect.layers_left_out(prompt.clip_skip, self.penultimate)
-        windows = self.windows(prompt)
+        left_out, windows = self._left_out(prompt), self.windows(prompt)
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         length, pad = self.tokenizer.model_max_length, self.tokenizer.pad_token_id
         ids = torch.full((len(windows), length), pad, device=device)
@@ -81,6 +81,18 @@ class TextTower:
             weights[i, 1 : len(window) + 1, 0] = torch.tensor([weight for _, weight in window])
         plain = dialect.emphasis is None or bool((weights == 1).all())
         return _Rows(ids, None if plain else weights, left_out, dialect.emphasis)
+
+    def _left_out(self, words: Words) -> int | None:
+        """How many last layers a prompt's clip skip leaves out; ``Invalid`` where that is all there are."""
+        if words.clip_skip is None:
+            return None
+        left_out = DIALECTS[words.dialect].layers_left_out(words.clip_skip, self.penultimate)
+        if left_out >= (layers := self.encoder.config.num_hidden_layers):
+            raise Invalid(
+                f"clip_skip is {words.clip_skip}, which leaves out {left_out} layers of a text encoder that has "
+                f"{layers}: expected fewer."
+            )
+        return left_out
 
     def _run(self, ids: Tensor, left_out: int | None) -> tuple[Tensor, Tensor | None]:
         """The vectors (rows, window, D) of token rows, and their projections (rows, P), if the tower has one.
@@ -110,7 +122,11 @@ class TextTower:
     # --- windows ------------------------------------------------------------------------------------------------
 
     def windows(self, words: Words) -> list[list[Weighted]]:
-        """A prompt's tokens with their weights, in as many windows as they need; at least one, which may be empty."""
+        """A prompt's tokens with their weights, in as many windows as they need; at least one, which may be empty.
+
+        ``Invalid`` for a clip skip that leaves no layer.
+        """
+        self._left_out(words)
         dialect, room = DIALECTS[words.dialect], self.tokenizer.model_max_length - 2
         comma = self.tokenizer.convert_tokens_to_ids(",</w>")
         windows: list[list[Weighted]] = [[]]

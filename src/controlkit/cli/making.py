@@ -53,9 +53,9 @@ def loader(loads: Loads, memory: str) -> "Callable[[str], Backbone]":
 
 def as_loaded(loads: Loads, base: "Backbone") -> Loads:
     """The same with the number format that ``auto`` came to."""
-    from controlkit.formats.convert import DTYPES
+    from controlkit.formats.convert import dtype_name
 
-    return replace(loads, dtype=next(name for name, one in DTYPES.items() if one == base.dtype))
+    return replace(loads, dtype=dtype_name(base.dtype))
 
 
 def facts_of(base: "Backbone", asked: Asked) -> dict[str, Any]:

@@ -37,6 +37,12 @@ PREFIXES = {"control_model": PREFIX, "none": ""}
 """Beginnings of names in the original layout: as in a whole checkpoint, or of the network alone."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name among ``DTYPES`` of a type of weights."""
+    return next(name for name, one in DTYPES.items() if one == dtype)
+
+
 RANKS = (16, 32, 64, 128, 256)
 LOST_SHARE = 0.05
 """A Control-LoRA's rank is the least of ``RANKS`` that loses no more than this share of the difference to the base."""

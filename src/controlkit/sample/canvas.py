@@ -21,6 +21,8 @@ from controlkit.images import (
 )
 from controlkit.sample.request import EditRequest, HintSource
 
+_MOST_PIXELS = 1 << 26
+"""Of a picture with what is outpainted."""
 Box = tuple[int, int, int, int]
 """Top, left, bottom and right of a part of a picture, in pixels; the last two are beyond it."""
 
@@ -137,6 +139,9 @@ def _outpainted(
     if not any(sides):
         return pixels, mask
     top, right, bottom, left = sides
+    height, width = pixels.shape[0] + top + bottom, pixels.shape[1] + left + right
+    if height * width > _MOST_PIXELS:
+        raise Invalid(f"Outpainted, the picture has {width}x{height} pixels: expected at most {_MOST_PIXELS:,}.")
     around = ((top, bottom), (left, right))
     mask = np.zeros(pixels.shape[:2], np.uint8) if mask is None else mask
     return np.pad(pixels, (*around, (0, 0)), "edge"), np.pad(mask, around, constant_values=255)

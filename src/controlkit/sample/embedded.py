@@ -23,5 +23,5 @@ def embedded(settled: Request, facts: Mapping[str, Any], pixels: np.ndarray) -> 
     asked = json.loads(settled.to_json())
     height, width = pixels.shape[:2]
     whole = {**facts, "width": width, "height": height}
-    settings = asked | whole | {"seal": seal(asked, {name: facts[name] for name in LOADS})}
+    settings = asked | whole | {"seal": seal(asked, {name: facts[name] for name in LOADS if name in facts})}
     return {"settings": settings, "infotext": infotext.written(settled, whole)}

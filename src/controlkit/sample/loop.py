@@ -129,6 +129,7 @@ def denoise(
     count, rows = len(start.latents), len(text)
     sampler = base.noise.sampler(settings.steps, settings.scheduler, start.noises)
     span = range(settings.skipped, len(sampler.timesteps)) if span is None else span
+    sampler.begin(span.start)
     x = start.begun(sampler, span.start)
     guide = Guide(settings, base.noise)
     predict = _predictor(base, controls, settings, count, span, (x.shape[-2], x.shape[-1]))

@@ -15,6 +15,7 @@ from controlkit.backbones.schedulers import own_name
 from controlkit.cluster import ray_session
 from controlkit.errors import OutOfRoom, UserError
 from controlkit.formats import SavedControl
+from controlkit.formats.convert import dtype_name
 from controlkit.precision import number_format, settle_threads
 from controlkit.sample.jobs import BATCH, Faults, Job
 from controlkit.sample.journal import Made
@@ -37,7 +38,8 @@ class JobMaker:
         self.base = base
         threads = settle_threads(base.networks().values())
         sampler = own_name(base.noise)
-        self._facts = {"format": number_format(base.device.type), "threads": threads, "sampler": sampler}
+        used = number_format(base.device.type)
+        self._facts = {"format": used, "dtype": dtype_name(base.dtype), "threads": threads, "sampler": sampler}
         self._controls: dict[tuple[str, str | None], tuple[SavedControl, list[str]]] = {}
         self._batch = BATCH
 
@@ -77,7 +79,7 @@ class JobMaker:
                         self._batch = count
                     alike = 0
                 job, one = next(left)
-                facts = self._facts | {"annotators": one.annotators()}
+                facts = self._facts | {"annotators": one.annotators(), "batch": count}
                 yield Made(job.name, record.pixels, one.settled(), facts, seconds)
         except UserError as error:
             others = " (or a picture made together with it)" if len(group) > 1 else ""

@@ -12,9 +12,10 @@ import torch
 from controlkit.annotators import annotate, contract, grounds_of, is_empty, kind_or_bare, light_lines
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
-from controlkit.errors import Invalid, Mismatch, nearest
+from controlkit.errors import Invalid, Mismatch, nearest, one_line
 from controlkit.formats import SavedControl, load_control
 from controlkit.images import (
+    MOST_SIDE,
     Ground,
     HintSpec,
     decode_picture,
@@ -150,10 +151,14 @@ class Prepared:
         return [{kind: spec.annotator for kind, spec in control.specs.items()} for control in self.controls]
 
     def settled(self) -> Request:
-        """The request with what it left to the base and its controls filled in: size, guidance by the hint."""
+        """The request with what it left to the base and its controls filled in: size, guidance by the hint.
+
+        The size that a picture to be changed has by its shape is left out: it may be rounded, and is no size asked for.
+        """
         used = zip(self.request.controls, self.controls, strict=True)
         controls = tuple(one.model_copy(update={"hint_cfg_scale": prepared.hint_cfg_scale}) for one, prepared in used)
-        return self.request.model_copy(update={"size": self.settings.size, "controls": controls})
+        size = self.request.size if self.request.edit else self.settings.size
+        return self.request.model_copy(update={"size": size, "controls": controls})
 
     def is_like(self, other: "Prepared") -> bool:
         """Whether both can be sampled in one batch."""
@@ -256,6 +261,8 @@ class _Preparation:
         asked, multiple = request.hires, self.base.multiple
         height, width = (round(side * asked.factor / multiple) * multiple for side in size)
         later = {"steps": asked.steps or request.steps, "hires": None}
+        if max(height, width) > MOST_SIDE:
+            raise Invalid(f"The second pass makes {width}x{height} pixels; expected sides of at most {MOST_SIDE}.")
         enlarged = Canvas(np.zeros((height, width, 3), np.uint8), asked.strength)
         second = self._pass(request.model_copy(update=later), enlarged, (height, width), canvas, first)
         notes = tuple(dict.fromkeys([*first.notes, *second.notes]))
@@ -342,7 +349,7 @@ class _Preparation:
             if cut := self.cut[prompt]:
                 found.append(
                     f'the prompt is longer than the {self.base.window} tokens "{self.base.name}" reads at once; cut '
-                    f'off: "{cut}". The dialects a1111 and comfy read all of it'
+                    f'off: "{one_line(cut)}". The dialects a1111 and comfy read all of it'
                 )
         return found
 
