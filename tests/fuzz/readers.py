@@ -80,7 +80,8 @@ class Setting:
 
     def loaded(self, name: str, device: str, compiles: bool = False, **options: Any) -> Backbone:
         """The right base as it is in memory, where nothing is to be added to it."""
-        if name == str(self.toy) and not any(value for key, value in options.items() if key not in ("dtype", "waits")):
+        options.pop("waits", None)
+        if name == str(self.toy) and not any(value for key, value in options.items() if key != "dtype"):
             return self.base
         return load_base(name, device, **options)
 
@@ -432,6 +433,7 @@ READERS: dict[str, Reader] = {
     "generate --prompts": Reader(
         lambda path, setting: [axes_of([], one, 1, Request()) for one in _folder(path).glob("images/*.txt")],
         ("generate prompts",),
+        follows=True,  # the file is named by the user
     ),
     "jobs": Reader(
         lambda path, setting: _jobs(path, setting, path.with_name("jobs.jsonl")),
