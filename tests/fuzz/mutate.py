@@ -767,7 +767,7 @@ def changed_table(data: bytes, draw: Random) -> bytes:
             }
         else:
             row[name] = draw.choice([*PATHS, *WORDS]).encode("utf-8", "replace").decode()
-        rows = rows * draw.choice((1, 1, 1, 3000)) if way > 0.9 else rows
+        rows = rows * draw.choice((1, 1, 1, 300)) if way > 0.9 else rows
         table = pa.Table.from_pylist(rows, table.schema)
     out = pa.BufferOutputStream()
     if stream:

@@ -72,13 +72,16 @@ def commented(data, comment):
     return put(data, len(data) - 2, "<H", len(comment)) + comment
 
 
-def with_two_records(data, other):
-    """The directory of one archive by the last record, that of another by the one in 64 bits, which others prefer."""
+def with_two_records(data, other, at=None):
+    """The directory of one archive by the last record, that of another by the one in 64 bits, which others prefer.
+
+    ``at``: where that one is said to be.
+    """
     end, place = data[-22:], len(other)
     count, size, start = struct.unpack_from("<H2L", other, len(other) - 12)
     whole = other[:-22] + data[:-22]
     long = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
-    at = len(whole)
+    at = len(whole) if at is None else at
     return whole + long + struct.pack("<4sLQL", b"PK\6\7", 0, at, 1) + put(end, 16, "<L", place)
 
 
@@ -108,6 +111,8 @@ CONFUSED = {
     "an archive in another's comment": (commented(PLAIN, OTHER), "does not end where"),
     "an end in the comment": (commented(PLAIN, PLAIN[-22:]), "does not end where|side by side"),
     "two records of the directory": (with_two_records(PLAIN, OTHER), "two records"),
+    "a record beyond all files": (with_two_records(PLAIN, OTHER, 2**63), "two records"),
+    "a record elsewhere": (with_two_records(PLAIN, OTHER, 30), "two records"),
     "one entry twice": (doubled(PLAIN), "side by side"),
     "two entries of one name": (None, "two have one name"),
     "another name in the directory": (renamed(PLAIN, "archive/version", "archive/verzion"), "another header"),

@@ -227,6 +227,16 @@ def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(name, run, recipe,
     assert (tmp_path / "away").read_bytes() == held
 
 
+@pytest.mark.parametrize("kind", ["pairs", "heldout"])
+def test_a_cache_of_a_run_that_is_a_link_out_of_it_is_not_read(kind, run, recipe, toy_base, tmp_path):
+    [*caches] = run.glob(f"{kind}-*.safetensors")
+    for cache in caches:
+        cache.rename(tmp_path / "away")
+        cache.symlink_to(tmp_path / "away")
+        assert "leads out of its folder" in in_words(lambda: list(train_control(recipe, run, toy_base)))
+    assert caches or kind == "heldout"
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "samples"])
 def test_links_of_a_stranger_s_run_are_not_followed_and_one_s_own_are(
     name, begun, run, recipe, toy_base, tmp_path, monkeypatch

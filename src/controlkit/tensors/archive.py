@@ -109,9 +109,11 @@ def _directory(data: mmap.mmap) -> tuple[int, int, int]:
     if locator >= _END64.size and data[locator : locator + 4] == b"PK\6\7":  # torch always writes it
         short = (here, count, size, start)
         _, disk, at, disks = _LOCATOR.unpack_from(data, locator)
+        if at + _END64.size != locator:
+            raise ValueError("its two records of where its directory is do not lie one after the other")
         signature, length, _, _, disk_too, disk_three, here, count, size, start = _END64.unpack_from(data, at)
         agrees = short == (min(here, _SHORT), min(count, _SHORT), min(size, _WORD), min(start, _WORD))
-        whole = signature == b"PK\6\6" and length == _END64.size - 12 and at + _END64.size == locator
+        whole = signature == b"PK\6\6" and length == _END64.size - 12
         if not (agrees and whole) or (disk, disk_too, disk_three, disks) != (0, 0, 0, 1):
             raise ValueError("its two records of where its directory is differ")
     if here != count or size > _LONGEST_DIRECTORY or start + size != at:

@@ -22,6 +22,7 @@ from controlkit.backbones.memory import Meter, narrowed
 from controlkit.branch import ControlNetwork
 from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
+from controlkit.files import inside
 from controlkit.formats import SavedControl, save_control, save_control_lora
 from controlkit.images import HintSpec
 from controlkit.measure import EvaluationPlan, Obedience, Verdict, meaningless, unmeasurable, verdict_on
@@ -414,7 +415,7 @@ class Run:
         mirrors: bool = False,
     ) -> list[Cached]:
         """Build the cache of pairs in the run's folder, if it is not there, in the first process; read it in all."""
-        path = self.out / f"{name}-{self.state.base.digest}.safetensors"
+        path = inside(self.out, self.out / f"{name}-{self.state.base.digest}.safetensors")
         if self.ranks.first:
             if path.exists():
                 _check_cache(path, len(pairs), self.state.base, len(self.plan.specs))
