@@ -431,9 +431,12 @@ READERS: dict[str, Reader] = {
         ("backbones.taesd.load_taesd", "generate taesd"),
     ),
     "generate --prompts": Reader(
-        lambda path, setting: [axes_of([], one, 1, Request()) for one in _folder(path).glob("images/*.txt")],
+        lambda path, setting: [
+            axes_of([], one, 1, Request())
+            for one in _folder(path).glob("images/*.txt")
+            if not one.is_symlink()  # which is followed, as the user names the file
+        ],
         ("generate prompts",),
-        follows=True,  # the file is named by the user
     ),
     "jobs": Reader(
         lambda path, setting: _jobs(path, setting, path.with_name("jobs.jsonl")),
