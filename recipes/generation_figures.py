@@ -102,7 +102,7 @@ class Lab:
         return self._controls[name]
 
     def heldout(self, name: str) -> HeldOut:
-        """What the control of this name is measured on: scenes with a figure for poses, emoji for edges."""
+        """Held-out pairs for the control of this name: scenes with a figure for poses, emoji for edges."""
         kind = first_kind(contract(name))
         world = f"{bool(kind.truth)} {kind.needs_person}"
         if world not in self._heldout:

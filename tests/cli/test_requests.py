@@ -10,12 +10,13 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from controlkit import hub
-from controlkit.cli.requests import Loads, request_of
+from controlkit.cli import making
+from controlkit.cli.requests import Loads, edit_of, hires_of, request_of
 from controlkit.controls import new_control
 from controlkit.errors import Invalid
 from controlkit.formats import SavedControl, save_control
-from controlkit.images import HintSpec, read_picture, read_settings, write_png
-from controlkit.sample import ControlRequest, Request
+from controlkit.images import HintSpec, fit, read_picture, read_settings, write_png
+from controlkit.sample import ControlRequest, EditRequest, HiresRequest, Request
 
 
 @pytest.fixture
@@ -196,3 +197,21 @@ def test_a_picture_that_cannot_be_repeated_is_refused_in_a_sentence(texts, words
     code, _, err = run("generate", "--like", picture, "--base", toy_folder, "--out", tmp_path / "out")
     assert code == 2 and words in err and "p.png" in err and not (tmp_path / "out").exists()
     assert run("generate", "--like", tmp_path / "none.png")[0] == 2
+
+
+def test_nothing_as_a_number_is_a_number(run, toy_folder, drawing, tmp_path):
+    """A strength of 0 gives the picture back; 0 of an earlier picture's blur takes it away."""
+    command = ["generate", "--base", toy_folder, "--init-image", drawing, "--steps", 1, "--size", "32x48"]
+    assert run(*command, "--strength", 0, "--out", tmp_path / "a")[0] == 0
+    assert np.array_equal(read_picture(tmp_path / "a" / "picture-0.png"), fit(read_picture(drawing), (48, 32)))
+    first = EditRequest(image=drawing, blur=4, margin=8, strength=0.5, fill=True)
+    options = {"mask_blur": 0, "margin": 0, "strength": 0.0, "fill": False}
+    assert edit_of(options, first) == EditRequest(image=drawing, blur=0, margin=0, strength=0, fill=True)
+    assert hires_of({"hires_strength": 0.0}, HiresRequest()) == HiresRequest(strength=0)
+    assert edit_of({"fill": False}, None) is None and hires_of({"hires": None}, None) is None
+
+
+def test_memory_is_that_of_jobs_too(toy_folder):
+    base = making.loader(Loads(base=str(toy_folder), dtype="fp32"), "low")("cpu")
+    assert base.placement.mode == "low"
+    assert making.loader(Loads(base=str(toy_folder), dtype="fp32"), "auto")("cpu").placement.mode is None

@@ -178,6 +178,9 @@ TRICKS = {
     "tiff of many strips": (
         lambda: tiff({257: (4, 1, 60000), 278: (4, 1, 30000), 273: (4, 60000, 1024)}, LONG * 60000), "60,000 parts, 2"
     ),
+    "tiff of tags in one another": (
+        lambda: tiff({262: (3, 1, 3), 320: (3, 768, 0), 273: (4, 256, 0)}, bytes(600)), "lie in one another"
+    ),
     "tiff of many samples": (lambda: tiff({277: (3, 1, 65535)}), "65535 samples"),
     "tiff of many tiles": (
         lambda: tiff({256: (4, 1, 900), 257: (4, 1, 900), 322: (4, 1, 1), 323: (4, 1, 1), 324: (4, 9, 1024)}, LONG * 9,

@@ -1,6 +1,5 @@
 """Pictures of jobs are made once, whatever happens in between, and are what an unbroken run makes."""
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from controlkit.sample import Request
 from controlkit.sample.jobs import Job, read_jobs
 from controlkit.sample.journal import JOURNAL, Finished, begin, written
 from controlkit.sample.makers import JobMaker
-from processes import SERVER
+from processes import SERVER, die_at
 
 FACTS = {"base": "toy", "dtype": "fp32"}
 
@@ -228,20 +227,7 @@ KILLS = [
 
 def _make_until(place, number, when, base, out):
     """The jobs in this process, which kills itself before or after its numbered call of a place."""
-    holder, name = place.rsplit(".", 1)
-    holder = pkgutil.resolve_name(holder)
-    real, calls = getattr(holder, name), itertools.count(1)
-
-    def dying(*given, **more):
-        own = next(calls) == number
-        if own and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*given, **more)
-        if own:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    setattr(holder, name, dying)
+    die_at(place, number, when)
     make(seven(), out, base)
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pkgutil
 import shutil
 import signal
 from pathlib import Path
@@ -29,6 +28,7 @@ from controlkit.train import train_control
 from controlkit.train.checkpoints import go_back
 from controlkit.train.ending import next_command
 from controlkit.train.recipe import Recipe, read_recipe
+from processes import die_at
 
 
 @pytest.fixture(scope="module")
@@ -231,20 +231,7 @@ FEWER_KILLS = [  # one for each kind of place
 
 def _train_until(place, number, when, recipe, base, out):
     """The run in this process, which kills itself before or after its numbered call of a place."""
-    holder, name = CALLS[place].rsplit(".", 1)
-    holder = pkgutil.resolve_name(holder)
-    real, calls = getattr(holder, name), itertools.count(1)
-
-    def dying(*given, **more):
-        own = next(calls) == number
-        if own and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*given, **more)
-        if own:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    setattr(holder, name, dying)
+    die_at(CALLS[place], number, when)
     list(train_control(recipe, out, base))
 
 

@@ -48,7 +48,13 @@ def loader(loads: Loads, memory: str) -> "Callable[[str], Backbone]":
             raise Invalid(f'--{option} is "{one_line(value)}": {nearest(value, known)}')
     options: dict[str, Any] = {"dtype": DTYPES.get(loads.dtype, "auto"), "vae": loads.vae, "waits": True}
     options["embeddings"] = [Path(one) for one in loads.embedding]
-    return partial(loaded_base, loads.base, loras=[split_lora(text) for text in loads.lora], **options)
+    options["loras"] = [split_lora(text) for text in loads.lora]
+    return partial(_loaded, loads.base, memory, options)
+
+
+def _loaded(name: str, memory: Any, options: Mapping[str, Any], device: str) -> "Backbone":
+    base = loaded_base(name, device, **options)
+    return base if memory == "auto" else base.place(memory)
 
 
 def as_loaded(loads: Loads, base: "Backbone") -> Loads:

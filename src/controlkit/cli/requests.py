@@ -149,16 +149,32 @@ def edit_of(options: Mapping[str, Any], first: "EditRequest | None") -> "EditReq
     """The picture to be changed by the options that are there; what none says is as in ``first``."""
     from controlkit.sample import EditRequest
 
-    changes = {field: options[name] for name, field in EDIT.items() if options.get(name) not in (None, False)}
-    if "outpaint" in changes:
-        changes["outpaint"] = parse_sides(changes["outpaint"])
-    if first is None and "image" not in changes:
-        if changes:
-            named = next(name for name, field in EDIT.items() if field in changes)
-            raise Invalid(f"--{named.replace('_', '-')} is for a picture that is changed: give it by --init-image.")
+    given = {name: value for name, value in options.items() if name != "fill" or value}  # a flag, which is not asked
+    if given.get("outpaint") is not None:
+        given["outpaint"] = parse_sides(given["outpaint"])
+    return _part_of(EditRequest, EDIT, given, first, "is for a picture that is changed: give it by --init-image")
+
+
+def hires_of(options: Mapping[str, Any], first: "HiresRequest | None") -> "HiresRequest | None":
+    """The second pass by the options that are there; what none says is as in ``first``."""
+    from controlkit.sample import HiresRequest
+
+    return _part_of(HiresRequest, HIRES, options, first, "is of a second pass: give its factor by --hires, such as 2")
+
+
+def _part_of(model: Any, fields: Mapping[str, str], options: Mapping[str, Any], first: Any, lack: str) -> Any:
+    """A part of a request by the options that are there, of which the first in ``fields`` makes it; else ``first``.
+
+    ``Invalid`` for options without it, with the sentence ``lack``.
+    """
+    changes = {fields[name]: options[name] for name in fields if options.get(name) is not None}
+    if first is None and changes and next(iter(fields.values())) not in changes:
+        named = next(name for name, field in fields.items() if field in changes)
+        raise Invalid(f"--{named.replace('_', '-')} {lack}.")
+    if first is None and not changes:
         return None
-    held = {name: getattr(first, name) for name in EditRequest.model_fields} if first else {}
-    return EditRequest(**held | changes)
+    held = {name: getattr(first, name) for name in model.model_fields} if first else {}
+    return model(**held | changes)
 
 
 def parse_sides(text: str) -> tuple[int, int, int, int]:
@@ -170,20 +186,6 @@ def parse_sides(text: str) -> tuple[int, int, int, int]:
         )
     above, right, below, left = (int(one) for one in (numbers if len(numbers) == 4 else numbers * 4))
     return above, right, below, left
-
-
-def hires_of(options: Mapping[str, Any], first: "HiresRequest | None") -> "HiresRequest | None":
-    """The second pass by the options that are there; what none says is as in ``first``."""
-    from controlkit.sample import HiresRequest
-
-    changes = {field: options[name] for name, field in HIRES.items() if options.get(name) is not None}
-    if first is None and "factor" not in changes:
-        if changes:
-            named = next(name for name, field in HIRES.items() if field in changes)
-            raise Invalid(f"--{named.replace('_', '-')} is of a second pass: give its factor by --hires, such as 2.")
-        return None
-    held = {name: getattr(first, name) for name in HiresRequest.model_fields} if first else {}
-    return HiresRequest(**held | changes)
 
 
 def drawn_seed() -> int:

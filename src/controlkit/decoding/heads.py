@@ -198,6 +198,7 @@ def _tiff(data: bytes) -> Head:
     big = 43 in data[2:4]
     found: dict[int, tuple[int, int, bytes]] = {}
     tags: dict[int, tuple[int, ...]] = {}
+    together = 0  # bytes of values that lie outside the directory
     for tag, kind, count, raw in _entries(data, order, big):
         if tag in found:
             continue
@@ -206,6 +207,9 @@ def _tiff(data: bytes) -> Head:
         inline = struct.calcsize(code) <= len(raw)
         offset = 0 if inline else struct.unpack(order + ("Q" if big else "I"), raw)[0]
         tags[tag] = struct.unpack_from(code, raw if inline else data, offset)
+        together += 0 if inline else struct.calcsize(code)
+    if together > len(data):  # which Pillow warns of, and leaves some out
+        raise Refused("its tags lie in one another")
     one = {tag: values[0] for tag, values in tags.items() if tag in _ONE}
     _check_tiff(one, tags)
     turn = one.get(274, 1)
