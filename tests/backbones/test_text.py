@@ -1,5 +1,7 @@
 """Text towers: windows, weights of words, clip skip; by CLIP's own tokenizer and towers of two widths, drawn."""
 
+import copy
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -104,6 +106,16 @@ def test_a1111_weights_vectors_and_brings_them_to_the_mean_they_had(tower):
     expected *= plain.mean() / expected.mean()
     assert torch.allclose(weighted, expected, rtol=1e-5)
     assert torch.allclose(weighted.mean(), plain.mean(), rtol=1e-4)
+
+
+def test_a_mean_that_is_rounding_alone_is_not_brought_back(tower):
+    encoder = copy.deepcopy(tower.encoder)
+    encoder.final_layer_norm.bias.data.zero_()
+    tower = TextTower(tower.tokenizer, encoder)
+    for weight in (0.3, 1.4, 5):
+        expected = vectors(tower, "a red cat")
+        expected[2] *= weight
+        assert torch.equal(vectors(tower, Words.of(f"a (red:{weight}) cat", "a1111")), expected)
 
 
 def test_comfy_moves_vectors_away_from_those_of_no_words(tower):

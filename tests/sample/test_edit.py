@@ -176,12 +176,24 @@ def test_what_is_not_masked_stays_to_the_pixel_and_the_rest_is_made_anew(toy_bas
         picture = made(base, Request(edit=EditRequest(image=PICTURE, mask=MASK), steps=3))
         assert np.array_equal(picture.pixels[:, 16:], PICTURE[:, 16:])
         assert (picture.pixels[:, :16] != PICTURE[:, :16]).mean() > 0.5
-    transparent = np.dstack([PICTURE, 255 - MASK[..., 0]])
-    for edit in (EditRequest(image=transparent), EditRequest(image=PICTURE, mask=stretch(MASK, (64, 64)))):
-        again = made(toy_base, Request(edit=edit, steps=3))
-        assert np.array_equal(
-            again.pixels, made(toy_base, Request(edit=EditRequest(image=PICTURE, mask=MASK), steps=3)).pixels
-        )
+    whole = made(toy_base, Request(edit=EditRequest(image=PICTURE, mask=MASK), steps=3))
+    larger = EditRequest(image=PICTURE, mask=stretch(MASK, (64, 64)))
+    assert np.array_equal(made(toy_base, Request(edit=larger, steps=3)).pixels, whole.pixels)
+
+
+def test_a_picture_s_transparent_places_are_masked_and_what_lies_under_them_is_nobody_s(toy_base, branch):
+    clear = MASK[..., 0] > 0
+    seen = np.dstack([PICTURE, np.uint8(255) * ~clear])
+    on_white = np.where(clear[..., None], np.uint8(255), PICTURE)
+    [one] = prepare(toy_base, [Request(edit=EditRequest(image=seen))])
+    assert np.array_equal(one.canvas.mask, clear) and np.array_equal(one.canvas.pixels, on_white)
+    picture = made(toy_base, Request(edit=EditRequest(image=seen), steps=3))
+    same = made(toy_base, Request(edit=EditRequest(image=on_white, mask=MASK), steps=3))
+    assert np.array_equal(picture.pixels, same.pixels) and np.array_equal(picture.pixels[~clear], PICTURE[~clear])
+    loaded = {"0": SavedControl(branch, HintSpec("canny", {"low": 100.0, "high": 200.0}))}
+    edit = EditRequest(image=seen, mask=MASK)
+    [one] = prepare(toy_base, [Request(edit=edit, controls=(ControlRequest(name="0"),))], loaded)
+    assert np.array_equal(one.controls[0].hints[""], annotate(on_white, loaded["0"].hint))
 
 
 def test_the_kept_part_of_the_latents_is_the_pictures_own(toy_base):

@@ -117,7 +117,11 @@ class TextTower:
             empty, _ = self._run(self.tokenize([""]), row.left_out)
             return empty + (tokens - empty) * row.weights
         weighted = tokens * row.weights
-        return weighted * (tokens.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+        had, has = (z.float().mean((1, 2), keepdim=True) for z in (tokens, weighted))
+        # Where a mean is rounding alone (a last norm without a shift), there is none to bring back.
+        noise = 1e-3 * tokens.float().abs().mean((1, 2), keepdim=True)
+        ratio = torch.where((had.abs() > noise) & (has.abs() > noise), had / has, 1.0)
+        return weighted * ratio.to(weighted.dtype)
 
     # --- windows ------------------------------------------------------------------------------------------------
 

@@ -121,10 +121,11 @@ def check_edit(edit: EditRequest) -> None:
 
 def _with_mask(edit: EditRequest) -> tuple[np.ndarray, np.ndarray | None]:
     """The picture, uint8 (H, W, 3), and its mask, uint8 (H, W), light where it is made anew; None where it has none."""
-    seen = read_source(edit.image, None, "the picture to be changed")
-    pixels = np.ascontiguousarray(seen[..., :3])
+    # What lies under transparent places is nobody's picture: controls would read it, and strength 0 show it.
+    pixels = read_source(edit.image, "white", "the picture to be changed")
     if edit.mask is None:
-        return pixels, 255 - seen[..., 3] if seen[..., 3].min() < 128 else None
+        seen = read_source(edit.image, None, "the picture to be changed")[..., 3]
+        return pixels, 255 - seen if seen.min() < 128 else None
     mask = light_of(edit.mask, "the mask")
     (height, width), (tall, wide) = pixels.shape[:2], mask.shape
     if abs(height * wide - width * tall) > 0.02 * height * wide:
