@@ -1,4 +1,4 @@
-"""Figures of generation: controls together, weights without a prompt, hints silent in half, schedulers by steps, seams.
+"""Figures of generation: controls together, without a prompt, silent in half, in a hole; schedulers by steps; seams.
 
 Each is measured on held-out pairs by ``controlkit.measure``. ``FIGURES`` lists them; ``generation.py`` is the command.
 The picture of a request is made once, whichever figures ask for it.
@@ -34,7 +34,7 @@ from controlkit.measure import (
 )
 from controlkit.measure.fidelity import finder_of
 from controlkit.precision import number_format
-from controlkit.sample import ControlRequest, Request, maker
+from controlkit.sample import ControlRequest, EditRequest, Request, maker
 from controlkit.sample.tiles import tiles_of
 from generation_sheets import scene  # recipes/generation_sheets.py
 
@@ -250,6 +250,30 @@ def half_silent(lab: Lab, name: str, other: str, world: str) -> Report:
     return Conditions(plan, made, none, {"": mixed}, lab.reconstructed(on)).measured(left)
 
 
+def in_a_hole(lab: Lab, name: str) -> Report:
+    """A control's obedience in the middle square of half the side, made anew in the true picture or with all of it."""
+    on = lab.heldout(name)
+    plan, quarter = lab.plan(name, on.pairs), lab.base.size // 4
+    inside = np.s_[quarter:-quarter, quarter:-quarter]
+    mask = np.zeros((lab.base.size, lab.base.size, 3), np.uint8)
+    mask[inside] = 255
+
+    def filled(way: Way) -> Pictures:
+        edits = [EditRequest(image=pair.picture, mask=mask) for pair in on.pairs]
+        asked = zip(plan.requests(way), edits, strict=True)
+        return lab.made([request.model_copy(update={"edit": edit}) for request, edit in asked])
+
+    none, mixed = (lab.pictures(plan, way=way) for way in ("no_control", "shuffled"))
+    made, ceiling = {"with all of it": lab.pictures(plan)}, lab.reconstructed(on)
+    whole = Conditions(plan, made, none, {"": mixed}, ceiling).measured(inside)
+    made = {"in a hole": filled("controlled")}
+    hole = Conditions(plan, made, filled("no_control"), {"": filled("shuffled")}, ceiling).measured(inside)
+    kept = [picture[mask == 0] for picture in made["in a hole"]]
+    true = [pair.picture[mask == 0] for pair in on.pairs]
+    changed = float(np.mean([(a != b).mean() for a, b in zip(kept, true, strict=True)]))
+    return {**whole, **hole, "outside": {"share_of_values_changed": changed}}
+
+
 def by_steps(lab: Lab, scheduler: str) -> Report:
     """Canny's obedience and the pictures' quality at each number of steps; floors as with the base's own one."""
     on = lab.heldout("canny")
@@ -316,6 +340,7 @@ FIGURES: dict[str, dict[str, Callable[[Lab], Report]]] = {
     "half_silent": {
         f"{name}, {other}": partial(half_silent, name=name, other=other, world=world) for name, other, world in SILENCED
     },
+    "in_a_hole": {name: partial(in_a_hole, name=name) for name in ("canny", "depth", "pose")},
     "by_steps": {name: partial(by_steps, scheduler=name) for name in SCHEDULERS},
     "seams": {name: partial(seams, name=name) for name in ("tile", "canny")},
 }

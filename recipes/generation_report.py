@@ -64,6 +64,15 @@ def _half_silent(report: Report) -> str:
     return table(("control", "the other", f"obedience {names[0]}", *names[1:]), rows)
 
 
+def _in_a_hole(report: Report) -> str:
+    ways = ("with all of it", "in a hole")
+    rows = [
+        [name, *(obeyed(found[way]) for way in ways), f"{found['outside']['share_of_values_changed']:.2%}"]
+        for name, found in report.items()
+    ]
+    return table(("control", *(f"obedience {way}" for way in ways), "values changed outside"), rows)
+
+
 def _by_steps(report: Report) -> str:
     steps = [name for name in next(iter(report.values())) if name.isdigit()]
 
@@ -88,6 +97,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "together": _together,
     "unprompted": _unprompted,
     "half_silent": _half_silent,
+    "in_a_hole": _in_a_hole,
     "by_steps": _by_steps,
     "seams": _seams,
 }

@@ -5,6 +5,7 @@ kinds to its status codes.
 """
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what to do about it. Always one of the kinds below."""
+    """Something the user gave cannot be used; the message says what to do about it. Always one of the kinds below.
+
+    The message is one printable line, and words longer than any name of ours are cut: it may quote any file.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(shortened(message)))
 
 
 class NotFound(UserError):  # noqa: N818  # read as kinds of UserError
@@ -35,6 +42,11 @@ class Unsupported(UserError):  # noqa: N818
 
 class OutOfRoom(UserError):  # noqa: N818
     """Memory, of the machine or its GPU, or disk that does not hold what was asked for."""
+
+
+def shortened(text: str) -> str:
+    """A sentence whose words of over 300 letters are cut in the middle: a file may hold names of any length."""
+    return re.sub(r"\S{301,}", lambda word: f"{word[0][:200]}...{word[0][-60:]}", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -977,14 +977,14 @@ def test_a_path_that_is_not_there_is_never_asked_of_a_hub(hub, name):
 RANK = 3
 
 
-def draw_pairs(module, names, seed=0):
+def draw_pairs(module, names, seed=0, rank=RANK):
     """A LoRA's matrices (down, up) for some of a network's layers, by the layers' names."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for name in names:
         out, into, *kernel = module.get_submodule(name).weight.shape
-        down = torch.randn(RANK, into, *kernel, generator=generator) / into
-        pairs[name] = (down, torch.randn(out, RANK, *[1] * len(kernel), generator=generator))
+        down = torch.randn(rank, into, *kernel, generator=generator) / into
+        pairs[name] = (down, torch.randn(out, rank, *[1] * len(kernel), generator=generator))
     return pairs
 
 
@@ -1042,6 +1042,21 @@ def test_a_kohya_lora_is_merged_exactly(toy_folder, toy_base, tmp_path):
     assert_merged(base.towers[0].encoder, text, {name: factor * change(pair) for name, pair in in_text.items()})
     assert not any(p.requires_grad for module in networks(base).values() for p in module.parameters())
     assert load_base(toy_folder).digest == before != base.digest
+
+
+def test_every_layer_of_a_lora_has_its_own_rank_and_strength(toy_folder, toy_base, tmp_path):
+    unet = toy_base.unet
+    written, changes = {}, {}
+    for i, ending in enumerate((*ATTENTION, "proj_in", "conv1")):
+        for j, name in enumerate(layers_of(unet, ending)):
+            rank, alpha = 1 + (i + j) % 3, (None, 0.5, 2, 3)[(i + 2 * j) % 4]
+            pairs = draw_pairs(unet, [name], seed=10 * i + j, rank=rank)
+            layer = kohya("lora_unet", pairs, alpha or 0)
+            written |= layer if alpha else {key: value for key, value in layer.items() if "alpha" not in key}
+            changes[name] = 0.7 * (alpha / rank if alpha else 1) * change(pairs[name])
+    save_file(written, tmp_path / "mixed.safetensors")
+    base = load_base(toy_folder, loras=[(tmp_path / "mixed.safetensors", 0.7)])
+    assert_merged(base.unet, unet, changes)
 
 
 def test_loras_of_diffusers_add_up(toy_folder, toy_base, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import sys
 import warnings
 
@@ -18,7 +19,8 @@ from controlkit.backbones.unet import UNetBase
 from controlkit.cli.shared import progress_bars, say_beside, say_table
 from controlkit.controls import new_control
 from controlkit.data import make_fill50k
-from controlkit.errors import LINE, one_line, printable
+from controlkit.data.layouts.rows import Problem
+from controlkit.errors import LINE, Invalid, one_line, printable
 from controlkit.files import write_atomic
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import write_png
@@ -59,6 +61,13 @@ def test_words_from_anywhere_become_one_printable_line(given, wanted):
 def test_a_line_has_an_end():
     assert len(printable("a" * 10**6)) == LINE + 3 and len(printable("\x1b" * 10**6)) == LINE + 3
     assert printable("a" * 10**5, None) == "a" * 10**5 and len(one_line("a b\n" * 10**5)) == 203
+
+
+def test_a_word_quoted_in_an_error_has_an_end():
+    long = str(Invalid(f'There is no "{"ab" * 5000}" in {"/x" * 3000}.'))
+    assert len(long) < 600 and long.endswith("x.") and long.count("...") == 2 and str(Invalid("a " * 400)) == "a " * 400
+    assert str(pickle.loads(pickle.dumps(Invalid(long)))) == long
+    assert len(str(Problem("missing hint", "a" * 4000, f"has none in {'b' * 4000}"))) < 600
 
 
 @pytest.fixture

@@ -224,7 +224,17 @@ def test_a_file_of_a_run_that_is_a_link_out_of_it_is_not_read(name, run, recipe,
     if name not in ("machine.json", ".lock"):
         assert "leads out of its folder" in in_words(lambda: look(run))
     assert "leads out of its folder" in in_words(lambda: list(train_control(recipe, run, toy_base)))
+    assert "leads out of its folder" in in_words(lambda: go_back(run, 1))
     assert (tmp_path / "away").read_bytes() == held
+
+
+def test_a_lock_that_is_a_link_within_its_run_is_not_opened(run, recipe, toy_base):
+    before = (run / "log.jsonl").read_bytes()
+    (run / ".lock").unlink(missing_ok=True)
+    (run / ".lock").symlink_to("log.jsonl")
+    for words in (in_words(lambda: list(train_control(recipe, run, toy_base))), in_words(lambda: go_back(run, 2))):
+        assert "cannot be locked" in words
+    assert (run / "log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["pairs", "heldout"])

@@ -4,6 +4,7 @@ Only a hub's name may ask a network for anything; all else is read and configure
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -369,7 +370,28 @@ def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
 # --- LoRA and textual inversion -----------------------------------------------------------------------------------
 
 _MOST_OF_LORA = 2**14  # SDXL's have some 5,000
-_LORA_LAYER = re.compile(r"(lora_A|down)(\.default)?\.weight$")  # of each layer's two matrices the one that reads
+_LORA_LAYER = re.compile(r"^(.*?)[._]?(lora_A|lora[._]down|down)(\.default)?\.weight$")  # its matrix that reads
+
+
+def _of_one_strength(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's matrices with each layer's strength, alpha / rank, in its second one, and all of one rank.
+
+    diffusers loses strengths of their own of attention layers, and ranks of their own change the strength there.
+    """
+    found = dict(tensors)
+    layers = {name: match for name in tensors if (match := _LORA_LAYER.match(name)) and tensors[name].ndim >= 2}
+    most = max((len(tensors[name]) for name in layers), default=0)
+    for name, match in layers.items():
+        writes = match[2].replace("lora_A", "lora_B").replace("down", "up")
+        other = f"{name[: match.start(2)]}{writes}{name[match.end(2) :]}"
+        down, up, rank = tensors[name], tensors.get(other), len(tensors[name])
+        if up is None or up.ndim < 2 or up.shape[1] != rank:
+            continue  # the libraries refuse it
+        alpha = found.pop(f"{match[1]}.alpha", None)
+        strength = 1.0 if alpha is None else float(alpha) / rank
+        found[name] = torch.cat([down, down.new_zeros(most - rank, *down.shape[1:])])
+        found[other] = torch.cat([up * strength, up.new_zeros(len(up), most - rank, *up.shape[2:])], 1)
+    return found
 
 
 def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
@@ -392,11 +414,13 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
     networks = [base.unet, *(tower.encoder for tower in base.towers)]
     for path, weight in loras:
         tensors = _read_named(open_tensors(path), re.compile(""), _MOST_OF_LORA)
-        layers = sum(bool(_LORA_LAYER.search(name)) for name in tensors)
+        layers = sum(bool(_LORA_LAYER.match(name)) for name in tensors)
         try:
             if not layers or not all(tensor.numel() for tensor in tensors.values()):
                 raise ValueError("it holds no low-rank matrices, or empty ones")
-            pipe.load_lora_weights(tensors, adapter_name="lora")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)  # peft's, for strengths of layers that are not there
+                pipe.load_lora_weights(_of_one_strength(tensors), adapter_name="lora")
             placed = sum(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules())
             if placed < layers:  # diffusers leaves out what it finds no place for, with a warning
                 raise ValueError(f"{layers - placed} of its {layers} layers have no place there")

@@ -226,8 +226,10 @@ def _step_of(checkpoint: Path) -> int:
 def go_back(out: Path, step: int) -> None:
     """Have the run in ``out`` go on from the checkpoint of a step: later ones are deleted, and a later ``OUT/best``.
 
-    Raises ``NotFound`` where there is no such checkpoint, ``Unsupported`` where another process holds the folder.
+    Raises ``NotFound`` where there is no such checkpoint, ``Unsupported`` where another process holds the folder, and
+    ``Invalid`` where something of a run is a link out of it.
     """
+    _check_entries(out)
     steps = {_step_of(path): path for path in checkpoints_in(out)}
     if step not in steps:
         held = ", ".join(map(str, steps)) or "none"
@@ -241,13 +243,21 @@ def go_back(out: Path, step: int) -> None:
 
 @contextmanager
 def sole_owner(out: Path) -> Iterator[None]:
-    """Lock the run's folder; ``Unsupported`` if another process holds it. A killed process's lock is free."""
+    """Lock the run's folder; ``Unsupported`` if another process holds it. A killed process's lock is free.
+
+    ``Invalid`` where the lock is a link, or cannot be written.
+    """
     lock = FileLock(out / ".lock", timeout=0)
     try:
-        with lock:
-            yield
+        lock.acquire()
     except Timeout:
         raise Unsupported(f"Another process is training in {out}: wait until it ends, or give another --out.") from None
+    except OSError as error:
+        raise Invalid(f"{out / '.lock'} cannot be locked ({error.strerror}): delete it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def begin_folder(recipe: Recipe, out: Path, device_type: str, ranks: Ranks, folders: Sequence[FolderPairs] = ()) -> str:

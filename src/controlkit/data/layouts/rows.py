@@ -13,7 +13,7 @@ from typing import Any
 
 from controlkit import files
 from controlkit.decoding import picture_suffixes
-from controlkit.errors import Invalid, UserError, nearest, one_line
+from controlkit.errors import Invalid, UserError, nearest, one_line, shortened
 from controlkit.files import decode_text, encoding_of
 from controlkit.seeds import numpy_rng
 
@@ -110,7 +110,7 @@ class Problem:
     fatal: bool = True
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.words}"
+        text = shortened(f"{self.where}: {self.words}")
         return text.encode("utf-8", "replace").decode()  # names of files may be bytes that are no text
 
 
