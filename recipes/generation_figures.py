@@ -1,10 +1,11 @@
-"""Figures of generation: controls together, without a prompt, silent in half, in a hole; schedulers by steps; seams.
+"""Figures of generation: controls together, without a prompt, silent in half, in a hole; by steps and speed; seams.
 
 Each is measured on held-out pairs by ``controlkit.measure``. ``FIGURES`` lists them; ``generation.py`` is the command.
 The picture of a request is made once, whichever figures ask for it.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -133,6 +134,10 @@ class Lab:
             made = maker(self.base, self._controls, on_step=self.on_step)(new)
             self._made |= {picture.request: picture.pixels for picture in made}
         return [self._made[request] for request in asked]
+
+    def forget(self) -> None:
+        """Make pictures anew that are asked for again."""
+        self._made.clear()
 
     def reconstructed(self, on: HeldOut) -> Pictures:
         """The pairs' pictures as they come back from the base's VAE: the ceiling."""
@@ -284,6 +289,28 @@ def by_steps(lab: Lab, scheduler: str) -> Report:
     return merged(measured, judged(on, made, none))
 
 
+SPEEDS = (("exact", 1.0), ("fast", 1.0), ("turbo", 1.0), ("exact", 0.4), ("fast", 0.4), ("turbo", 0.4), ("exact", 0.25))
+"""Speeds, and the share of the lab's steps that each is measured at."""
+
+
+def by_speed(lab: Lab, name: str) -> Report:
+    """A control's obedience and the pictures' quality at each speed, with seconds of one picture, made as a batch."""
+    on = lab.heldout(name)
+    plan = lab.plan(name, on.pairs)
+    none, mixed = (lab.pictures(plan, way=way) for way in ("no_control", "shuffled"))
+    made, seconds = dict[str, Pictures](), dict[str, float]()
+    for speed, share in SPEEDS:
+        steps = max(round(share * lab.steps), 1)
+        condition = f"{speed}, {steps} steps"
+        lab.forget()  # what is to be timed is made
+        began = time.perf_counter()
+        made[condition] = lab.pictures(plan, speed=speed, steps=steps)
+        seconds[condition] = (time.perf_counter() - began) / len(on.pairs)
+    measured = Conditions(plan, made, none, {"": mixed}, lab.reconstructed(on)).measured()
+    taken = {condition: {"seconds": value} for condition, value in seconds.items()}
+    return merged(measured, judged(on, made, none), taken)
+
+
 SEAM_PICTURES = 8
 """Of ``seams``, as each of them takes as long as seventeen others."""
 
@@ -342,6 +369,7 @@ FIGURES: dict[str, dict[str, Callable[[Lab], Report]]] = {
     },
     "in_a_hole": {name: partial(in_a_hole, name=name) for name in ("canny", "depth", "pose")},
     "by_steps": {name: partial(by_steps, scheduler=name) for name in SCHEDULERS},
+    "by_speed": {name: partial(by_speed, name=name) for name in ("canny", "depth")},
     "seams": {name: partial(seams, name=name) for name in ("tile", "canny")},
 }
 """Each figure with its parts, which are measured and written one after the other."""

@@ -84,6 +84,16 @@ def _by_steps(report: Report) -> str:
     return table(("obedience, FID (quality)", *(f"{n} steps" for n in steps)), rows)
 
 
+def _by_speed(report: Report) -> str:
+    rows = [
+        [name, used, obeyed(one), share(one), *quality(one), f"{one['seconds']:.2f}" if "seconds" in one else ""]
+        for name, found in report.items()
+        for used, one in found.items()
+    ]
+    head = ("control", "speed", "obedience", "of exact", "CLIP-score", "FID", "quality kept", "seconds a picture")
+    return table(head, rows)
+
+
 def _seams(report: Report) -> str:
     conditions = ("tiles", "tiles cut hard")
     rows = [
@@ -99,6 +109,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "half_silent": _half_silent,
     "in_a_hole": _in_a_hole,
     "by_steps": _by_steps,
+    "by_speed": _by_speed,
     "seams": _seams,
 }
 

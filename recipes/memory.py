@@ -13,7 +13,6 @@ at 1024 pixels then takes a minute instead of an hour.
 """
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated, Any
 
@@ -21,16 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from controlkit.annotators import contract
-from controlkit.backbones import FAMILIES, UNetBase
 from controlkit.backbones.memory import Meter, bytes_of
-from controlkit.backbones.text import TextTower
-from controlkit.backbones.unet_families import clip_tokenizer, part_configs, scheduler_config
+from controlkit.backbones.random import random_base
 from controlkit.controls import new_control
 from controlkit.formats import SavedControl
 from controlkit.precision import bf16_pays
@@ -39,41 +34,6 @@ from controlkit.sample import ControlRequest, Memory, Request, generate, plan_me
 GIB = 2**30
 STRIP = 2 * 2**20
 """Numbers of a strip's input, in float32."""
-
-
-def random_base(name: str, dtype: torch.dtype) -> UNetBase:
-    """A base of a family with small random weights, which are never held in another type."""
-    family = FAMILIES[name]
-    configs = part_configs(family)
-    wide = len(family.towers) > 1
-    vae, unet = (
-        drawn(lambda: AutoencoderKL(**configs["vae"]), dtype),
-        drawn(lambda: UNet2DConditionModel(**configs["unet"]), dtype),
-    )
-    towers = []
-    for part, row in zip(("text_encoder", "text_encoder_2"), family.towers, strict=False):
-        kind = CLIPTextModelWithProjection if row[-1] else CLIPTextModel
-        encoder = drawn(lambda kind=kind, part=part: kind(CLIPTextConfig(**configs[part])), dtype)
-        towers.append(TextTower(clip_tokenizer("!" if wide else "<|endoftext|>"), encoder, wide))
-    return UNetBase(name, vae, towers, unet, DDIMScheduler(**scheduler_config(family.prediction)), wide)
-
-
-@torch.no_grad()
-def drawn(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A network made without memory, then drawn layer by layer in its type."""
-    with torch.device("meta"):
-        network = make()
-    nn.Module.to(network, dtype)
-    network.to_empty(device="cpu")
-    for name, value in network.named_parameters():
-        if value.ndim > 1:
-            value.uniform_(-1 / value[0].numel() ** 0.5, 1 / value[0].numel() ** 0.5)
-        else:
-            value.fill_(float("norm" in name and name.endswith("weight")))
-    for module in network.modules():  # positions, which no file has either
-        if isinstance(getattr(module, "position_ids", None), Tensor):
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return network.eval()
 
 
 class Strips(TorchFunctionMode):

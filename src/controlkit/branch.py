@@ -40,6 +40,13 @@ class Tap:
     stride: int
 
 
+def in_rows(value: Any, count: int) -> Any:
+    """Rows (b, ...), or a mapping of such, repeated to ``count`` of them where they are fewer."""
+    if isinstance(value, Mapping):
+        return {name: in_rows(one, count) for name, one in value.items()}
+    return value if len(value) == count else value.repeat(count // len(value), *[1] * (value.dim() - 1))
+
+
 @dataclass(frozen=True)
 class ControlSpec:
     """The paper's ablation (Section 4.2, Figure 8) in three settings, and two more.
@@ -125,6 +132,9 @@ class ControlNetwork(nn.Module):
         Args:
             x: noisy latents (B, C, h, w).  t: timesteps (B,).  text: B prompts as the base reads them.
             hint_features: from ``encode_hint``.
+
+        Where the base shares rows (``Backbone.shares_rows``), all but the text may have fewer rows b, of which B is a
+        multiple; residuals that do not depend on the text may then have b rows, too.
         """
         raise NotImplementedError
 

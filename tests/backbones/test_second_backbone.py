@@ -85,7 +85,7 @@ class TransformerBase:
 
     name, size, stride, window = "transformer", 32, 4, 8
     device, dtype, multiple, latent_channels = torch.device("cpu"), torch.float32, 4, 48
-    network_config, placement = None, None
+    network_config, placement, shares_rows = None, None, False
 
     def __init__(self):
         torch.manual_seed(0)
@@ -190,6 +190,9 @@ class TransformerBase:
 
     def autocast(self):
         return nullcontext()
+
+    def inference(self):
+        return self.autocast()
 
     def to(self, device):
         return self

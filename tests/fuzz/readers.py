@@ -607,6 +607,8 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "annotate annotator",
             "annotate option",
             "annotate size",
+            "bench sample device",
+            "bench sample size",
             "convert annotator",
             "convert dtype",
             "convert prefix",
@@ -637,6 +639,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate negative_prompt",
             "generate prompt",
             "generate size",
+            "generate speed",
             "train changes",
             "train device",
             "where name",
@@ -646,6 +649,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "annotate out",
+            "bench sample report",
             "convert target",
             "data doctor out",
             "data make scenes out",

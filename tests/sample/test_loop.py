@@ -240,6 +240,22 @@ def test_a_hint_is_encoded_once_for_all_steps_and_both_halves_of_guidance(toy_ba
     assert calls == {"branch": 4, "hint": 1, "base": 4}
 
 
+def test_pictures_of_one_hint_read_it_once(toy_base, branches, monkeypatch):
+    read, real = [], branches[0].hint_encoder.forward
+    monkeypatch.setattr(branches[0].hint_encoder, "forward", lambda hint: read.append(len(hint)) or real(hint))
+    loaded = {"0": SavedControl(branches[0], CONTRACT)}
+
+    def made(*seeds):
+        hints = [ControlRequest(name="0", images=draw_hint(seed), ready=True) for seed in seeds]
+        requests = [Request(seed=i, steps=2, controls=(hint,)) for i, hint in enumerate(hints)]
+        return latents_of(toy_base, prepare(toy_base, requests, loaded))
+
+    same, others = made(5, 5, 5), made(5, 6, 5)
+    assert read == [1, 3]
+    assert all(torch.allclose(same[i], others[i], atol=1e-5) for i in (0, 2))
+    assert relative(same[1], others[1]) > 0.01
+
+
 # --- scales are one table ----------------------------------------------------------------------------------
 
 

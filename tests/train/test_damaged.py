@@ -127,6 +127,11 @@ def test_every_file_of_a_run_may_be_damaged(name, damage, run, recipe, toy_base)
         ("log.jsonl", LINE | {"relative_loss": [1]}),
         ("log.jsonl", LINE | {"residuals": {"middle": "x"}}),
         ("log.jsonl", LINE | {"fidelity": 1}),
+        ("log.jsonl", LINE | EVALUATED | {"fidelity": "0.2"}),
+        ("log.jsonl", LINE | EVALUATED | {"is_meaningful": "yes"}),
+        ("log.jsonl", LINE | {"colour_drift": {"red": "0.1"}}),
+        ("log.jsonl", LINE | {"relative_loss": {"": ["1"]}}),
+        ("log.jsonl", LINE | {"loss": "1"}),
         ("ending.json", {"step": 3, "reason": "x", "why": "", "verdict": None, "next": "", "words": []}),
         ("ending.json", {"step": 3, "reason": "steps", "why": 5, "verdict": None, "next": "", "words": []}),
         (

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from controlkit.backbones.noise import NoiseProcess
 from controlkit.backbones.placement import Mode, Part, Placement
-from controlkit.branch import ControlNetwork, ConvBody, Tap
-from controlkit.errors import Invalid
+from controlkit.branch import ControlNetwork, ConvBody, Tap, in_rows
+from controlkit.errors import Invalid, Unsupported
 from controlkit.hub import digest
 from controlkit.precision import autocast
 from controlkit.prompts import Words
@@ -78,10 +78,23 @@ class ActiveControl:
     """The result of the network's ``encode_hint``, for every row."""
     scale: Mapping[str, Tensor | float] | None = None
     """By tap, broadcastable to (rows, 1, h, w), a map of any size; None is 1 everywhere."""
+    silent: int = 0
+    """How many of the first rows it adds nothing to: it need not be run for them."""
 
     def scaled(self, residuals: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
         """(residuals, the scale of each), maps brought to the residual's size: as ``add_residuals`` takes them."""
         return residuals, {name: self._scale_at(name, residual) for name, residual in residuals.items()}
+
+    def residuals(
+        self, x: Tensor, t: Tensor, text: TextEmbedding
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor | float]]:
+        """The residuals of its network for B prompts, B rows each, with their scales; arguments as of ``forward``."""
+        found = self.network(x, t, text[self.silent :], self.features)
+        rows = len(text)
+        heard = in_rows(found, rows - self.silent)
+        if self.silent:
+            heard = {name: F.pad(one, (0, 0) * (one.dim() - 1) + (self.silent, 0)) for name, one in heard.items()}
+        return self.scaled(heard)
 
     def _scale_at(self, tap: str, residual: Tensor) -> Tensor | float:
         value = 1.0 if self.scale is None else self.scale[tap]
@@ -121,6 +134,13 @@ class Walker(Protocol):
         """Residuals (B, C, h, w) where skips arrive in the decoder, by skip, given its own features at the skips."""
 
 
+class Half(Protocol):
+    """The result of a denoiser's first half, of noisy latents under controls, for its second half."""
+
+    def of_rows(self, first: int) -> "Half":
+        """The same without the first rows of the text."""
+
+
 class Backbone(Protocol):
     """A frozen text-to-image base. It is never modified: control is an argument of ``predict``.
 
@@ -139,6 +159,11 @@ class Backbone(Protocol):
     """The process that adds noise in training and takes it away in sampling."""
     encoder: nn.Module
     """The part that ``copy_encoder`` copies."""
+    shares_rows: bool = False
+    """Whether ``predict`` takes fewer rows b of latents, timesteps and features of hints than prompts B, a multiple of
+    b: row i is that of the prompts i, i + b, ... What does not depend on the prompt is then computed once."""
+    has_halves: bool = False
+    """Whether it has ``first_half`` and ``second_half``."""
     placement: Placement | None = None
     """Where its networks are, if they may be moved; None where they stay on the device."""
 
@@ -233,6 +258,14 @@ class Backbone(Protocol):
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
         """The prediction (B, C, h, w) for noisy latents x at timesteps t (B,), under any number of controls."""
 
+    def first_half(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Half:
+        """The first half of ``predict``, where the latents are read and controls act; a U-Net's encoder."""
+        raise Unsupported(f'The base "{self.name}" predicts in one piece.')
+
+    def second_half(self, half: Half, t: Tensor, text: TextEmbedding) -> Tensor:
+        """The prediction (B, C, h, w) of a first half, perhaps an earlier step's, for timesteps t and prompts."""
+        raise Unsupported(f'The base "{self.name}" predicts in one piece.')
+
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -293,6 +326,10 @@ class Backbone(Protocol):
     def autocast(self) -> AbstractContextManager[object]:
         """The number format to compute in: the weights' own if they are in half precision, else the machine's."""
         return autocast(self.device.type) if self.dtype == torch.float32 else nullcontext()
+
+    def inference(self) -> AbstractContextManager[object]:
+        """The context that pictures are made in: ``autocast``, and what is faster where no gradient is asked for."""
+        return self.autocast()
 
     def to(self, device: str | torch.device) -> Self:
         """Move the weights; returns the base itself."""

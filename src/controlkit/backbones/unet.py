@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.backbones.protocol import ActiveControl, Backbone, Layer, Prompt, TextEmbedding, Walker
+from controlkit.backbones.protocol import ActiveControl, Backbone, Half, Layer, Prompt, TextEmbedding, Walker
 from controlkit.backbones.text import TextTower
-from controlkit.branch import Tap, add_residuals
+from controlkit.backbones.winograd import FewerProducts
+from controlkit.branch import Tap, add_residuals, in_rows
 from controlkit.errors import Unsupported
 from controlkit.hub import digest
-from controlkit.precision import number_format
+from controlkit.precision import SMALL, number_format
 from controlkit.prompts import Words
 
 
@@ -42,17 +43,66 @@ class Encoded:
     arriving: Mapping[str, Tensor] = field(default_factory=dict)
     """By skip: added to the decoder's feature where that skip arrives (ControlNet-XS)."""
 
+    def of_rows(self, first: int) -> "Encoded":
+        """The same without the first rows."""
+        arriving = {name: one[first:] for name, one in self.arriving.items()}
+        skips, middle = [one[first:] for one in self.skips], self.middle[first:]
+        return Encoded(skips, middle, self.embedding[first:], self.text[first:], arriving)
+
+
+@dataclass(frozen=True)
+class UNetHalf:
+    """A U-Net's encoder under its controls (``Half``)."""
+
+    encoded: Encoded
+    inject: Mapping[str, Tensor]
+    """Residuals of the controls, by tap."""
+
+    def of_rows(self, first: int) -> "UNetHalf":
+        """The same without the first rows of the text."""
+        return UNetHalf(self.encoded.of_rows(first), {name: one[first:] for name, one in self.inject.items()})
+
 
 def run_layer(block: Any, i: int, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
-    """Run a block's resnet ``i`` and its attention, if it has one, on h (B, C, h, w), as the block itself does."""
+    """Run a block's resnet ``i`` and its attention, if it has one, on h (B, C, h, w), as the block itself does.
+
+    h and the embedding may have fewer rows than the text, and the result has them where it does not depend on it.
+    """
     resnet = block.resnets[i]
+    h = in_rows(h, max(len(h), len(embedding)))
+    embedding = in_rows(embedding, len(h))
     if torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
         h = block._gradient_checkpointing_func(resnet, h, embedding)
     else:
         h = resnet(h, embedding)
     if getattr(block, "attentions", None) is None:
         return h
+    if len(h) < len(text.tokens):
+        return attended(block.attentions[i], h, text.tokens)
     return block.attentions[i](h, encoder_hidden_states=text.tokens, return_dict=False)[0]
+
+
+def attended(transformer: Any, h: Tensor, tokens: Tensor) -> Tensor:
+    """A ``Transformer2DModel`` on h (b, C, h, w) and tokens (B, L, D), B a multiple of b: (B, C, h, w).
+
+    The self-attention before the first cross-attention is computed once for all prompts.
+    """
+    first, *others = transformer.transformer_blocks
+    if first.norm_type != "layer_norm" or first.only_cross_attention or first.pos_embed is not None:
+        return transformer(in_rows(h, len(tokens)), encoder_hidden_states=tokens, return_dict=False)[0]
+    before, linear = h, transformer.use_linear_projection
+    h = transformer.norm(h)
+    h = h if linear else transformer.proj_in(h)
+    places = h.permute(0, 2, 3, 1).flatten(1, 2)
+    places = transformer.proj_in(places) if linear else places
+    places = in_rows(first.attn1(first.norm1(places)) + places, len(tokens))
+    places = first.attn2(first.norm2(places), encoder_hidden_states=tokens) + places
+    places = first.ff(first.norm3(places)) + places
+    for block in others:
+        places = block(places, encoder_hidden_states=tokens)
+    places = transformer.proj_out(places) if linear else places
+    h = places.unflatten(1, before.shape[-2:]).permute(0, 3, 1, 2)
+    return (h if linear else transformer.proj_out(h)) + in_rows(before, len(tokens))
 
 
 def run_plain(module: nn.Module, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
@@ -103,6 +153,7 @@ class UNetEncoder(nn.Module):
         embedding = self.time_embedding(self.time_proj(t).to(dtype))
         if not hasattr(self, "add_embedding"):
             return embedding
+        embedding = in_rows(embedding, len(text))
         assert text.pooled is not None and text.sizes is not None
         sizes = self.add_time_proj(text.sizes.flatten()).reshape(len(text), -1)
         return embedding + self.add_embedding(torch.cat([text.pooled, sizes.to(text.pooled.dtype)], -1).to(dtype))
@@ -117,7 +168,7 @@ class UNetEncoder(nn.Module):
         inject: Mapping[str, Tensor] | None = None,
         beside: Sequence[ActiveControl] = (),
     ) -> Encoded:
-        """Encode noisy latents x (B, C, h, w) at timesteps t (B,).
+        """Encode noisy latents x (B, C, h, w) at timesteps t (B,), or b rows of them (``Backbone.shares_rows``).
 
         Args:
             text: of B prompts.
@@ -130,9 +181,11 @@ class UNetEncoder(nn.Module):
             Skips (B, C, h, w), finest first, the middle feature, and all else that ``decode_noise`` needs.
         """
         inject = inject or {}
+        if beside:  # their features and the base's are added to each other from the first place on
+            x, t = in_rows(x, len(text)), in_rows(t, len(text))
         whole = self.embed(t, text, x.dtype)
         if embedding is not None:
-            whole = whole + embedding
+            whole = whole + in_rows(embedding, len(whole))
         walkers = [cast("Walker", control.network) for control in beside]
         for control, walker in zip(beside, walkers, strict=True):
             shift = walker.shift(self.time_proj(t).to(x.dtype), self.time_embedding)
@@ -147,7 +200,7 @@ class UNetEncoder(nn.Module):
             if place == 0 and hint is not None:
                 h = h + hint
             if tap in inject:
-                h = h + inject[tap]
+                h = in_rows(h, len(text)) + inject[tap]
             for control, walker, own, stage in zip(beside, walkers, walked, stages, strict=True):
                 feature, added = stage[place](own[-1] if own else control.features, before, whole, text)
                 own.append(feature)
@@ -156,7 +209,8 @@ class UNetEncoder(nn.Module):
             features.append(h)
         each = zip(beside, walkers, walked, strict=True)
         arriving = add_residuals([control.scaled(walker.arriving(own[:-1])) for control, walker, own in each])
-        return Encoded(features[:-1], features[-1], whole, text, arriving)
+        *skips, middle = (in_rows(feature, len(text)) for feature in features)
+        return Encoded(skips, middle, in_rows(whole, len(text)), text, arriving)
 
     def _places(self) -> Iterator[tuple[Layer, str]]:
         """For each feature of a branch: the layer that makes it, and the encoder tap at its end, or ""."""
@@ -172,6 +226,7 @@ class UNetEncoder(nn.Module):
 
     def _middle(self, h: Tensor, embedding: Tensor, text: TextEmbedding) -> Tensor:
         attends = getattr(self.mid_block, "has_cross_attention", False)
+        h, embedding = in_rows(h, len(text)), in_rows(embedding, len(text))
         return self.mid_block(h, embedding, **({"encoder_hidden_states": text.tokens} if attends else {}))
 
     def forward(
@@ -199,7 +254,7 @@ class UNetBase(Backbone):
         scheduler: Any,
         zeros_for_none: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.shares_rows, self.has_halves = name, True, True
         self.vae, self.towers, self.unet, self.scheduler = vae, tuple(towers), unet, scheduler
         self.zeros_for_none = zeros_for_none
         for module in self.networks().values():
@@ -344,10 +399,22 @@ class UNetBase(Backbone):
     # --- the denoiser, in two halves --------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> Tensor:
+        half = self.first_half(x, t, text, controls)
+        return self.decode_noise(half.encoded, half.inject)
+
+    def first_half(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> UNetHalf:
         x = self._with_mask(x)  # which may need the VAE
         self.bring("denoiser")
+        if self.device.type == "cpu" and not self._is_small:  # convolutions are faster there, and keep it so
+            x = x.contiguous(memory_format=torch.channels_last)
         inject, beside = self._split(x, t, text, controls)
-        return self.decode_noise(self.encode_noise(x, t, text, inject, beside), inject)
+        return UNetHalf(self.encode_noise(x, t, text, inject, beside), inject)
+
+    def second_half(self, half: Half, t: Tensor, text: TextEmbedding) -> Tensor:
+        assert isinstance(half, UNetHalf)
+        encoded = half.encoded
+        embedding = in_rows(self.encoder.embed(t, text, encoded.middle.dtype), len(text))
+        return self.decode_noise(replace(encoded, embedding=embedding, text=text), half.inject)
 
     def _split(
         self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
@@ -364,7 +431,8 @@ class UNetBase(Backbone):
                 "reads more. Take its text-to-image base, or another control."
             )
         x = x[:, : self.latent_channels]
-        return add_residuals([one.scaled(one.network(x, t, text, one.features)) for one in apart]), beside
+        beside = [replace(one, features=in_rows(one.features, len(text))) for one in beside]
+        return add_residuals([one.residuals(x, t, text) for one in apart]), beside
 
     @torch.no_grad()
     def control_effect(
@@ -422,6 +490,16 @@ class UNetBase(Backbone):
             for upsampler in block.upsamplers or ():
                 h = upsampler(h, size)
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        plain = self.device.type == "cpu" and self.dtype == torch.float32 and number_format("cpu") == "float32"
+        with self.autocast(), FewerProducts() if plain and not self._is_small else nullcontext():
+            yield
+
+    @cached_property
+    def _is_small(self) -> bool:
+        return sum(weight.numel() for weight in self.unet.parameters()) <= SMALL
 
     def with_own_denoiser(self) -> "UNetBase":
         unet = copy.deepcopy(self.unet)

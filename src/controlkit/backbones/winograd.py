@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_ROOM = 8 * 2**20
+_ROOM = 4 * 2**20
 """Numbers of inputs or kernels that are there at once, where there are more: as many as a CPU's caches hold."""
 _KERNEL = {
     2: torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2,

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from controlkit.cli import data, pictures, runs, weights
+from controlkit.cli import bench, data, pictures, runs, weights
 from controlkit.cli.shared import complain, warn
 from controlkit.errors import UserError, one_line, printable
 from controlkit.files import home_path
@@ -34,6 +34,7 @@ app = typer.Typer(
 for commands in (pictures, runs, weights):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 _PLACES = {

@@ -137,6 +137,13 @@ def generate(
     guider: Annotated[
         str, typer.Option(help="`cfg`; or `apg`, which keeps colours from glaring at high guidance.")
     ] = "cfg",
+    speed: Annotated[
+        str,
+        typer.Option(
+            help="`exact`; or `fast` and `turbo`, in which some steps reuse an earlier step's encoder and controls: "
+            "other pictures, as good on average."
+        ),
+    ] = "exact",
     scheduler: Annotated[
         str | None,
         typer.Option(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FIELDS = (
     "prompt", "negative_prompt", "dialect", "clip_skip", "scheduler", "guidance_rescale", "seed", "steps", "guidance",
-    "tile", "variation", "variation_seed", "guider",
+    "tile", "variation", "variation_seed", "guider", "speed",
 )  # fmt: skip
 """Options that are fields of a ``Request`` as they are."""
 SHARED = {"scale": "scale", "guess": "guess", "hint_ready": "ready", "hint_cfg": "hint_cfg_scale"}

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from controlkit.branch import ControlBranch, ControlNetwork, HintEncoder, add_residuals
+from controlkit.branch import ControlBranch, ControlNetwork, HintEncoder, add_residuals, in_rows
 
 
 class MultiBranch(ControlNetwork):
@@ -39,4 +39,4 @@ class MultiBranch(ControlNetwork):
     def forward(self, x: Tensor, t: Tensor, text: Any, hint_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sum of their residuals, by tap."""
         each = [branch(x, t, text, hint_features[name]) for name, branch in self.parts().items()]
-        return add_residuals([(residuals, dict.fromkeys(residuals, 1.0)) for residuals in each])
+        return add_residuals([(in_rows(residuals, len(text)), dict.fromkeys(residuals, 1.0)) for residuals in each])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from controlkit.annotators import union_types
 from controlkit.backbones import Backbone
-from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, Tap
+from controlkit.branch import ControlBranch, ControlNetwork, ControlSpec, Tap, in_rows
 from controlkit.errors import Invalid, NotFound, Unsupported, nearest
 
 
@@ -166,7 +166,8 @@ class UnionBranch(ControlBranch):
         residuals = self.residuals(self.body(x, t, text, hint_features["map"], hint_features["embedding"]))
         if "strength" not in hint_features:
             return residuals
-        return {name: residual * hint_features["strength"] for name, residual in residuals.items()}
+        strength = hint_features["strength"]
+        return {name: residual * in_rows(strength, len(residual)) for name, residual in residuals.items()}
 
 
 class OneType(ControlNetwork):

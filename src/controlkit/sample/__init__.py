@@ -1,6 +1,7 @@
 """Controlled sampling: a request, made ready for a base, and the pictures that come of it."""
 
-from controlkit.sample.loop import Denoised, HintTensors, Maker, Start, Steering, denoise, generate, maker, pictures
+from controlkit.sample.acting import HintTensors, Steering
+from controlkit.sample.loop import Denoised, Maker, Start, denoise, generate, maker, pictures
 from controlkit.sample.memory import MEMORY, Memory, plan_memory
 from controlkit.sample.prepare import (
     Prepared,

@@ -1,7 +1,8 @@
 """Controlled sampling: guidance and the loop over timesteps, as an iterator of steps and finished pictures.
 
-The hint is encoded once a picture; a control whose scale is zero on a step is not run on it; both halves of
-classifier-free guidance go through in one batch, after the hint was read once for both.
+The hint is encoded once a picture. A control whose scale is zero on a step is not run on it, nor on the unconditional
+half of classifier-free guidance where it is zero there. Both halves go through in one batch, in which what does not
+depend on the prompt is computed once.
 """
 
 import warnings
@@ -15,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from controlkit.backbones import ActiveControl, Backbone, TextEmbedding
+from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.backbones.noise import Noises, Sampler
+from controlkit.branch import in_rows
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.images import stretch, to_pictures, to_tensor
+from controlkit.sample.acting import Acting, HintTensors, Steering
 from controlkit.sample.guidance import Guide
 from controlkit.sample.memory import settle, settle_lower
 from controlkit.sample.prepare import Prepared, PreparedControl, SamplingSettings, picture_size, prepare
 from controlkit.sample.preview import LinearPreviewer, Previewer, clean_latents
 from controlkit.sample.request import Picture, Request, Step
-from controlkit.sample.scales import scale_table
+from controlkit.sample.reuse import Predict, Reusing
 from controlkit.sample.texts import Said
-from controlkit.sample.tiles import Tile, blended, tiles_of
+from controlkit.sample.tiles import blended, tiles_of
 
-HintTensors = Tensor | Mapping[str, Tensor]
-"""A control's hints (B, channels, H, W) as its network reads them; a Union's by type."""
 Maker = Callable[[Sequence[Request]], Iterable[Picture]]
 """Anything that makes the pictures of requests, in their order."""
 
@@ -78,37 +79,6 @@ class Start(NamedTuple):
         return torch.where(self.mask > 0, x, sampler.noised(self.edited, self.latents, step))
 
 
-class Steering(NamedTuple):
-    """One control of a batch of B pictures."""
-
-    control: PreparedControl
-    hints: HintTensors
-    """In its contracts' ranges."""
-    region: Tensor | None = None
-    """Where it acts, (B, 1, H, W) in [0, 1], of any size; None is everywhere."""
-    scales: Tensor | None = None
-    """Broadcastable to (row, tap, step, h, w), taps as the base's; by default ``scale_table``'s."""
-
-    def part(self, tile: Tile, stride: int, size: tuple[int, int]) -> "Steering":
-        """The same of a tile of pictures of ``size`` (height, width in latents)."""
-        region = None if self.region is None else tile.of_region(self.region, size)
-        if self.scales is not None and self.scales.shape[-2:] != (1, 1):
-            raise Invalid("Scales by place are of whole pictures: give them as a region, or make no tiles.")
-        return self._replace(hints=tile.of_hints(self.hints, stride), region=region)
-
-
-def _for_rows(features: HintTensors, times: int) -> HintTensors:
-    """Features of B pictures for ``times`` x B rows: read once, used for both halves of guidance."""
-    if isinstance(features, Tensor):
-        return features.repeat(times, *[1] * (features.dim() - 1))
-    return {name: one.repeat(times, *[1] * (one.dim() - 1)) for name, one in features.items()}
-
-
-def _encoded(control: PreparedControl, hints: HintTensors) -> HintTensors:
-    """The features of hints, read once for all steps."""
-    return control.network.encode_hint(hints, *([control.strengths] if control.strengths else []))
-
-
 @torch.no_grad()
 def denoise(
     base: Backbone,
@@ -126,7 +96,8 @@ def denoise(
         span: the steps to make, of 0 to ``settings.steps`` - 1; by default all that are not skipped.
     """
     start = Start(start) if isinstance(start, Tensor) else start
-    count, rows = len(start.latents), len(text)
+    count = len(start.latents)
+    rows = count if base.shares_rows else len(text)  # of all but the text
     sampler = base.noise.sampler(settings.steps, settings.scheduler, start.noises)
     span = range(settings.skipped, len(sampler.timesteps)) if span is None else span
     sampler.begin(span.start)
@@ -137,17 +108,12 @@ def denoise(
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
         t = timestep.to(x.device).expand(rows)
-        with base.autocast():  # not around the yield: whoever iterates computes in his own number format
+        with base.inference():  # not around the yield: whoever iterates computes in his own number format
             whole = read if start.beside is None else torch.cat([read, start.beside], 1)
-            both = whole.repeat(rows // count, 1, 1, 1).to(base.dtype)
-            prediction = predict(both, t, text.at(step), step)
+            prediction = predict(in_rows(whole, rows).to(base.dtype), t, text.at(step), step)
             prediction = guide(prediction, read, timestep)
             x = start.kept(sampler, sampler.step(prediction, timestep, x), step + 1)
         yield Denoised(step, x, read, prediction, timestep)
-
-
-Predict = Callable[[Tensor, Tensor, TextEmbedding, int], Tensor]
-"""(noisy latents, timesteps, text, step) -> the prediction (rows, C, h, w) in float32, under the controls there."""
 
 
 def _predictor(
@@ -159,61 +125,33 @@ def _predictor(
     size: tuple[int, int],
 ) -> Predict:
     """The prediction for ``count`` pictures of ``size`` (height, width in latents), as one or in tiles."""
+
+    def one_of(controls: Sequence[Steering]) -> Predict:
+        acting = Acting(base, controls, settings, count, span)
+        walks = any(one.control.network.walks for one in controls)
+        if settings.pace and base.has_halves and not walks:
+            return Reusing(base, acting, settings, count, span)
+        return lambda x, t, text, step: base.predict(x, t, text, acting.at(step))
+
     if settings.tile is None or settings.tile // base.stride >= max(size):
-        active_at = _active(base, controls, settings, count, span)
-        return lambda x, t, text, step: base.predict(x, t, text, active_at(step)).float()
+        whole = one_of(controls)
+        return lambda x, t, text, step: whole(x, t, text, step).float()
     tiles = tiles_of(size, settings.tile // base.stride)
-    active = [_active(base, [one.part(tile, base.stride, size) for one in controls], settings, count, span)
-              for tile in tiles]  # fmt: skip
-
-    def predict(x: Tensor, t: Tensor, text: TextEmbedding, step: int) -> Tensor:
-        return blended(tiles, x, lambda i, part: base.predict(part, t, text, active[i](step)))
-
-    return predict
-
-
-def _active(
-    base: Backbone, controls: Sequence[Steering], settings: SamplingSettings, count: int, span: range
-) -> Callable[[int], list[ActiveControl]]:
-    """The controls that act at a step, each with its scales there; hints are read now, once for all steps."""
-    times = len(settings.weights) + settings.is_guided
-    unconditional = count if settings.is_guided else 0
-    table = scale_table([one.control for one in controls], base.taps, times * count, unconditional, settings)
-    full = (times * count, len(base.taps), settings.steps)
-    given = [own if one.scales is None else one.scales for one, own in zip(controls, table, strict=True)]
-    scales = [one.expand(*full, *one.shape[-2:]).to(base.device) for one in given]
-    used = [one.ne(0).any(-1).any(-1).any(0).any(0).tolist() for one in scales]  # by step: no host sync in the loop
-    base.bring("denoiser")  # and the controls with it
-    with base.autocast():
-        features = [
-            _for_rows(_encoded(one.control, one.hints), times) if any(used[i][k] for k in span) else {}
-            for i, one in enumerate(controls)
-        ]
-    everywhere = torch.ones(1, device=base.device)
-    where = [
-        everywhere if one.region is None else one.region.to(base.device).repeat(times, 1, 1, 1) for one in controls
-    ]
-
-    def at(step: int) -> list[ActiveControl]:
-        found = []
-        for i, one in enumerate(controls):
-            if used[i][step]:
-                taps = {tap.name: scales[i][:, k, step][:, None] * where[i] for k, tap in enumerate(base.taps)}
-                found.append(ActiveControl(one.control.network, features[i], taps))
-        return found
-
-    return at
+    parts = [one_of([one.part(tile, base.stride, size) for one in controls]) for tile in tiles]
+    return lambda x, t, text, step: blended(tiles, x, lambda i, part: parts[i](part, t, text, step))
 
 
 def _hint_tensors(base: Backbone, controls: Sequence[PreparedControl], size: tuple[int, int]) -> HintTensors:
-    """The hints (B, channels, *size) of one control of several pictures, in the base's type."""
+    """The hints (B, channels, *size) of one control of several pictures, in the base's type; one, if all are equal."""
 
     def read(kind: str) -> Tensor:
         pixels = torch.cat([control.specs[kind].tensor(control.hints[kind], size) for control in controls])
         return base.hint_input(pixels.to(base.device, base.dtype))
 
-    first = controls[0]
-    with base.autocast():  # for a base whose hints are latents
+    first, *others = controls
+    if all(np.array_equal(one.hints[kind], hint) for one in others for kind, hint in first.hints.items()):
+        controls = [first]
+    with base.inference():  # for a base whose hints are latents
         return {kind: read(kind) for kind in first.hints} if first.network.hint_types else read("")
 
 
@@ -314,7 +252,7 @@ def _start(base: Backbone, alike: Sequence[Prepared], size: tuple[int, int]) -> 
     if not canvases:
         return Start(noise, noises)
     pixels = to_tensor([canvas.pixels for canvas in canvases]).to(base.device)
-    with base.autocast():
+    with base.inference():
         edited = base.mean_latents(base.encode_moments(pixels)).float()
     masks = [canvas.mask for canvas in canvases if canvas.mask is not None]
     if not masks:
@@ -323,7 +261,7 @@ def _start(base: Backbone, alike: Sequence[Prepared], size: tuple[int, int]) -> 
     mask = F.adaptive_max_pool2d(anew, noise.shape[-2:])  # a latent is made anew where any of its pixels is
     if not base.inpaints:
         return Start(noise, noises, edited, mask)
-    with base.autocast():
+    with base.inference():
         seen = base.mean_latents(base.encode_moments(pixels * (1 - anew))).float()
     return Start(noise, noises, edited, mask, torch.cat([mask, seen], 1))
 
@@ -358,7 +296,7 @@ def _unchanged(alike: Sequence[Prepared], start: Start) -> list[Picture]:
 
 def _pictures(base: Backbone, alike: Sequence[Prepared], final: Tensor) -> list[Picture]:
     """The pictures of final latents (B, C, h, w), pasted into those that are changed."""
-    with base.autocast():
+    with base.inference():
         decoded = base.decode_latents(final)
     for one, *values in zip(alike, final, decoded, strict=True):
         if not all(value.isfinite().all() for value in values):

@@ -29,6 +29,7 @@ from controlkit.images import (
 )
 from controlkit.prompts import Span
 from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
+from controlkit.sample.pace import PACES, Pace
 from controlkit.sample.request import ControlRequest, EditRequest, Guider, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
@@ -45,6 +46,8 @@ class SamplingSettings:
     scheduler: str | None = None
     guidance_rescale: float = 0.0
     guider: Guider = "cfg"
+    pace: Pace | None = None
+    """Which steps reuse what earlier ones computed; None is that all compute."""
     skipped: int = 0
     """How many of the first steps are not made, as a picture with the noise of there is changed."""
     changes: Literal["nothing", "picture", "masked"] = "nothing"
@@ -335,6 +338,7 @@ class _Preparation:
             scheduler=request.scheduler,
             guidance_rescale=request.guidance_rescale,
             guider=request.guider,
+            pace=PACES.get(request.speed),
             skipped=skipped,
             changes=changes,
             tile=tile if tile and tile < max(size) else None,

@@ -35,6 +35,7 @@ PLAIN_PROMPT = "a high-quality, detailed, and professional image"
 ARRAY_TYPES = ("uint8", "uint16", "float32")
 Mode = Literal["balanced", "prompt", "control"]
 Guider = Literal["cfg", "apg"]
+Speed = Literal["exact", "fast", "turbo"]
 MODES: dict[str | int, Mode] = {
     "Balanced": "balanced",
     "My prompt is more important": "prompt",
@@ -333,6 +334,9 @@ class Request(_Checked):
     guider: Guider = "cfg"
     """``cfg``, classifier-free guidance; ``apg``, adaptive projected guidance (Sadat et al., ICLR 2025), which keeps
     colours from glaring at high guidance."""
+    speed: Speed = "exact"
+    """``exact``; ``fast`` and ``turbo``, in which some steps read what an earlier one left of the U-Net's encoder and
+    the controls: pictures differ, and are as good and as obedient on average (docs/speed.md)."""
     scheduler: Text | None = None
     """Its usual name, such as ``Euler a`` or ``DPM++ 2M Karras``; None is the base's own."""
     controls: tuple[ControlRequest, ...] = ()

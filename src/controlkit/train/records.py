@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from controlkit.errors import Invalid, first_fault, one_line
 from controlkit.files import inside, read_bytes
@@ -77,16 +77,21 @@ _Values = dict[str, float]  # of which those that are not finite are not drawn
 
 
 class _Line(BaseModel):
-    """A line of a log, as ``Record.to_json`` writes it; other versions have other keys, too."""
+    """A line of a log, as ``Record.to_json`` writes it; other versions have other keys, too.
 
-    step: int = Field(ge=0, le=10**9, strict=True)
+    Strict: what reads the line takes it as it is, so that a number in quotes is none.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    step: int = Field(ge=0, le=10**9)
     loss: float
     seconds: float = Field(ge=0, le=1e9)
     fidelity: _Value = 0.0
     floor: _Value = 0.0
     ceiling: _Value = 0.0
     obedience: _Value = 0.0
-    obedience_interval: tuple[_Value, _Value] = (0.0, 0.0)
+    obedience_interval: Annotated[list[_Value], Field(min_length=2, max_length=2)] = [0.0, 0.0]
     is_meaningful: bool = False
     verdict: str | None = None
     colour_drift: _Values = {}

@@ -1,0 +1,73 @@
+"""Speed beside diffusers: both compute the same, each turn is timed, ratios are of medians."""
+
+import json
+
+import pytest
+import torch
+
+from controlkit.annotators import contract
+from controlkit.controls import new_control
+from controlkit.formats import SavedControl
+from controlkit.measure import bench
+from controlkit.measure.bench import Bench, BenchPlan, alternating, bench_sample, machine
+from controlkit.sample.pace import PACES, Pace, fresh_steps
+
+PLAN = BenchPlan(steps=3, turns=3)
+
+
+@pytest.fixture
+def small(toy_base, drawn_joins, monkeypatch):
+    """The toy in ``mini``'s place, and no processes of its own to measure memory in."""
+    saved = SavedControl(drawn_joins(new_control(toy_base), 2).eval().requires_grad_(False), contract("canny"))
+    monkeypatch.setattr(bench, "load_base", lambda *args, **options: toy_base)
+    monkeypatch.setattr(bench, "load_control", lambda *args: saved)
+    monkeypatch.setattr(bench, "_memory", lambda plan, system: 3 if system == "exact" else 4)
+
+
+def test_both_compute_the_same_latents(small):
+    made = Bench(PLAN)
+    ours, theirs = made.ours(), made.theirs()
+    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    assert (made.ours(pace=Pace(1.0, 0)) - theirs).norm() > 1e-4 * theirs.norm()
+
+
+def test_the_report(small, run, tmp_path):
+    words = []
+    found = bench_sample(PLAN, words.append)
+    seconds = found["seconds_a_step"]
+    assert found["distance"] <= 1e-4 and found["memory_ratio"] == 0.75
+    assert found["ratio_best"] == min(seconds["diffusers"], seconds["diffusers channels-last"]) / seconds["exact"]
+    assert found["ratio_eager_bf16"] is None and found["ratio_eager_fp32"] == seconds["diffusers"] / seconds["exact"]
+    assert found["share_of_limit"] == found["flops_a_step"] / found["rate_of_a_product"] / seconds["exact"]
+    fresh = len(fresh_steps(PACES["fast"], 20, range(20)))
+    reused = seconds["all, then reused"] - seconds["exact"]
+    assert seconds["fast, of 20 steps"] == pytest.approx((fresh * seconds["exact"] + (20 - fresh) * reused) / 20)
+    timed = [word for word in words if word.endswith(" s")]
+    assert len(timed) == PLAN.turns * (len(found["spread"]) - 2) + 2 * 2
+    assert all(low <= seconds[name] <= high for name, (low, high) in found["spread"].items())
+    code, out, _ = run("bench", "sample", "--steps", 2, "--turns", 1, "--json", tmp_path / "x.json")
+    assert code == 0 and "ratio_best" in out
+    assert json.loads((tmp_path / "x.json").read_text())["plan"]["steps"] == 2
+    code, _, err = run("bench", "sample", "--size", "sd14")
+    assert code == 2 and "sd15" in err
+
+
+def test_flops_are_those_of_the_networks(small):
+    made = Bench(PLAN)
+    flops = bench._flops(made)
+    larger = Bench(BenchPlan(side=2 * made.side))
+    assert 3.9 < bench._flops(larger) / flops < 6  # attention grows faster than pixels
+    weights = sum(w.numel() for network in (made.base.unet, made.pipeline.controlnet) for w in network.parameters())
+    assert flops > 2 * 2 * weights  # each weight is used once a place at least, on two rows
+
+
+def test_systems_alternate_after_a_warm_up():
+    calls = []
+    systems = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    assert [*alternating(systems, 2)] == [("a", 3), ("b", 4), ("a", 5), ("b", 6)]
+    assert calls == [*"ababab"]
+
+
+def test_the_machine_is_named():
+    facts = machine("cpu")
+    assert facts["cpu"] and facts["threads"] == torch.get_num_threads() and facts["gpu"] is None
