@@ -46,7 +46,7 @@ def limited(cpu_seconds=10, growth=2**30):
         signal.signal(signal.SIGPROF, before)
     if late or _cpu() - cpu > cpu_seconds:
         over()
-    grown = peak() - memory
+    grown = growth_since(memory)
     if grown > growth:
         raise OverLimit(f"grew by {grown / 2**20:,.0f} MiB of {growth / 2**20:,.0f} MiB")
 
@@ -58,18 +58,27 @@ def _cpu():
 
 
 def watch_peak():
-    """Set this process's largest resident size back to the present one, where the system can; that size in bytes."""
+    """Set this process's largest resident size back to the present one, where the system can; for ``growth_since``."""
     with suppress(OSError):  # not Linux, or not allowed: then a peak of before hides smaller ones
         Path("/proc/self/clear_refs").write_text("5")
-    return peak()
+    return _peaks()
 
 
-def peak():
-    """The largest resident size in bytes: of this process since ``watch_peak``, or of a child that ended."""
+def growth_since(before):
+    """Bytes by which this process grew since ``watch_peak``, or a child that ended is larger than it was then.
+
+    A child is seen where it is larger than all that ended before.
+    """
+    (own, children), (own_before, children_before) = _peaks(), before
+    return max(own, children if children > children_before else 0) - own_before
+
+
+def _peaks():
+    """The largest resident sizes in bytes: of this process, and of the children that ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         [own] = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
     except (OSError, ValueError):
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max(own, children)
+    return own, children

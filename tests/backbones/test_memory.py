@@ -1,5 +1,6 @@
 """The memory that making pictures takes, estimated and measured."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def base(toy_folder):
 def test_a_meter_measures_growth_since_it_was_made_or_reset_and_the_base_s_weights(toy_base, monkeypatch):
     held, most = 1_000, 1_000
     monkeypatch.setattr(memory.psutil.Process, "memory_info", lambda process: SimpleNamespace(rss=held))
-    monkeypatch.setattr(memory, "_high_water", lambda: most)
+    monkeypatch.setattr(memory, "high_water", lambda: most)
     meter = Meter(toy_base)
     base = sum(v.numel() * v.element_size() for m in toy_base.networks().values() for v in m.state_dict().values())
     assert meter.peak() == base
@@ -60,6 +61,14 @@ def test_the_high_water_mark_of_a_process_is_reset(toy_base):
     del block
     meter.reset()
     assert meter.peak() - before < 5e8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark is inherited on Linux alone")
+def test_the_high_water_mark_is_not_that_of_the_process_that_started_this_one():
+    asked = "from controlkit.backbones.memory import high_water; print(high_water())"
+    block = np.ones(250_000_000)  # 2 GB; importing takes some 500 MB
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert 5e7 < int(done.stdout) < block.nbytes
 
 
 def held_by(work):

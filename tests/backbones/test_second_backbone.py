@@ -85,7 +85,7 @@ class TransformerBase:
 
     name, size, stride, window = "transformer", 32, 4, 8
     device, dtype, multiple, latent_channels = torch.device("cpu"), torch.float32, 4, 48
-    network_config, placement, shares_rows = None, None, False
+    network_config, placement, shares_rows, has_halves = None, None, False, False
 
     def __init__(self):
         torch.manual_seed(0)

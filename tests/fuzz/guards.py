@@ -19,7 +19,7 @@ from typing import Any
 
 import controlkit
 from controlkit.errors import UserError
-from limits import peak, watch_peak
+from limits import growth_since, watch_peak
 
 CPU_SECONDS, WAIT, GROWTH, SENTENCE = 10, 100, 2**30, 1000
 """Limits of a reading: CPU time and time on the clock, in seconds; growth in bytes; letters of a refusal."""
@@ -212,7 +212,7 @@ class Guards:
             except BaseException as error:
                 kind, where = type(error).__name__, _place(error)
                 detail = "".join(traceback.format_exception(error)[-8:])
-        growth, seconds = peak() - memory, time.process_time() - before
+        growth, seconds = growth_since(memory), time.process_time() - before
         if growth > GROWTH:
             kind, where, detail = "growth", detail[:80], f"{growth / 2**20:,.0f} MiB; {detail}"
         if strange := [one for one in caught if not _is_ours(one)]:

@@ -7,6 +7,7 @@ import torch
 
 from controlkit.annotators import contract
 from controlkit.controls import new_control
+from controlkit.errors import OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.measure import bench
 from controlkit.measure.bench import Bench, BenchPlan, alternating, bench_sample, machine
@@ -50,6 +51,14 @@ def test_the_report(small, run, tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["plan"]["steps"] == 2
     code, _, err = run("bench", "sample", "--size", "sd14")
     assert code == 2 and "sd15" in err
+
+
+def test_where_memory_cannot_be_measured_it_is_said_before_anything_is_timed(small, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "alternating", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(bench.sys, "executable", "false")
+    with pytest.raises(OutOfRoom, match="memory of exact ended with 1"):
+        bench_sample(PLAN)
 
 
 def test_flops_are_those_of_the_networks(small):

@@ -41,6 +41,12 @@ def test_a_reader_that_catches_every_error_does_not_hide_that_it_was_too_slow():
             pass
 
 
+def test_growth_is_seen_though_a_larger_child_ended_before():
+    subprocess.run([sys.executable, "-c", "bytearray(2**31)"], check=True)
+    with pytest.raises(OverLimit, match=r"grew by .* of 50 MiB"), limited(growth=50 * 2**20):
+        bytearray(100 * 2**20)
+
+
 def test_growth_is_seen_though_the_memory_was_given_back():
     with pytest.raises(OverLimit, match=r"grew by .* of 50 MiB"), limited(growth=50 * 2**20):
         bytearray(100 * 2**20)

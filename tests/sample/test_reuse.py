@@ -1,11 +1,14 @@
 """Steps that reuse an earlier one's first half: which they are, what runs, and that nothing else changes."""
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import relative
+from conftest import draw_inputs, relative
+from controlkit.backbones import ActiveControl
+from controlkit.branch import ControlSpec
 from controlkit.controls import new_control
-from controlkit.errors import Invalid
+from controlkit.errors import Invalid, Unsupported
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec
 from controlkit.sample import ControlRequest, Request, generate, pictures, prepare
@@ -21,8 +24,6 @@ def branch(toy_base, drawn_joins):
 
 @pytest.fixture
 def latents_of(toy_base, branch):
-    import numpy as np
-
     hint = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     loaded = {"0": SavedControl(branch, HintSpec("canny"))}
 
@@ -130,3 +131,26 @@ def test_words_that_change_are_read(toy_base, calls, monkeypatch):
 def test_a_speed_that_is_none_is_refused():
     with pytest.raises(Invalid, match="speed"):
         Request(speed="ludicrous")
+
+
+@pytest.mark.parametrize(("steps", "body", "reason"), [(6, "copy", "too few"), (20, "xs", "walks beside")])
+def test_where_nothing_can_be_reused_a_note_says_so_and_pictures_are_exact(toy_base, steps, body, reason):
+    loaded = {"0": SavedControl(new_control(toy_base, ControlSpec(body=body)), HintSpec("canny"))}
+    hint = np.zeros((32, 32, 3), np.uint8)
+    hint[8:16] = 255
+    made = {}
+    for speed in ("exact", "fast"):
+        control = ControlRequest(name="0", images=hint, ready=True)
+        [one] = prepare(toy_base, [Request(steps=steps, speed=speed, controls=(control,))], loaded)
+        assert any(reason in note for note in one.notes) == (speed == "fast")
+        [made[speed]] = [picture.latents for picture in pictures(generate(toy_base, [one]))]
+    assert torch.equal(made["exact"], made["fast"])
+
+
+def test_the_second_half_refuses_what_walked_beside_the_first(toy_base):
+    x, t, text, hint = draw_inputs(toy_base)
+    branch = new_control(toy_base, ControlSpec(body="xs"))
+    with torch.no_grad():
+        half = toy_base.first_half(x, t, text, [ActiveControl(branch, branch.encode_hint(hint))])
+        with pytest.raises(Unsupported, match="every step"):
+            toy_base.second_half(half, t, text)

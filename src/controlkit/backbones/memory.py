@@ -5,6 +5,7 @@ it goes through each part's work once, and nothing is computed.
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -118,17 +119,27 @@ class Meter:
         """The most bytes held."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return self._held + _high_water()
+        return self._held + high_water()
 
     def free(self) -> int:
         """Bytes that are free now."""
         return _unused(self._device)
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """The largest resident size of this process in bytes, since it began or the mark was reset.
+
+    On Linux not ``getrusage``'s, which begins with that of the process that started this one.
+    """
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     import resource
 
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _unused(device: torch.device) -> int:

@@ -413,6 +413,8 @@ class UNetBase(Backbone):
     def second_half(self, half: Half, t: Tensor, text: TextEmbedding) -> Tensor:
         assert isinstance(half, UNetHalf)
         encoded = half.encoded
+        if encoded.arriving:
+            raise Unsupported("A ControlNet-XS walks beside the encoder at every step: nothing of it can be reused.")
         embedding = in_rows(self.encoder.embed(t, text, encoded.middle.dtype), len(text))
         return self.decode_noise(replace(encoded, embedding=embedding, text=text), half.inject)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from controlkit.cli.shared import say, say_table
+from controlkit.cli.shared import DeviceOption, ready, say, say_table
 from controlkit.errors import Invalid, nearest
 
 app = typer.Typer(help="Measure speed and memory beside diffusers, on the same random weights.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def sample(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Measure diffusers compiled, too, which takes minutes.")
     ] = False,
-    device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
+    device: DeviceOption = "auto",
     report: Annotated[Path | None, typer.Option("--json", help="File for all facts.")] = None,
 ) -> None:
     """Time controlled sampling beside diffusers, alternately in this process.
@@ -44,7 +44,7 @@ def sample(
 
     if size not in SIDES:
         raise Invalid(f'--size is "{size}": {nearest(size, SIDES)}')
-    plan = BenchPlan(size=size, steps=steps, turns=turns, side=side, compiled=compiled, device=device)  # type: ignore[arg-type]
+    plan = BenchPlan(size=size, steps=steps, turns=turns, side=side, compiled=compiled, device=ready(device))  # type: ignore[arg-type]
     found = bench_sample(plan, say)
     seconds, spread = found["seconds_a_step"], found["spread"]
     rows = [[name, f"{taken:.3f}", " to ".join(f"{end:.3f}" for end in spread.get(name, ()))]

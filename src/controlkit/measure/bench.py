@@ -24,9 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
+from controlkit.backbones.memory import high_water
 from controlkit.backbones.random import draw, random_base
 from controlkit.backbones.stock import stock_decode, stock_pipeline
 from controlkit.controls import KINDS, new_control
+from controlkit.errors import OutOfRoom, one_line
 from controlkit.formats import SavedControl, load_control
 from controlkit.formats.networks import network_weights
 from controlkit.precision import weights_type
@@ -157,6 +159,8 @@ def alternating(systems: dict[str, Callable[[], float]], turns: int) -> Iterator
 
 def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
     """The facts of a benchmark, ready for JSON: medians, spreads and ratios of seconds a step, memory, the machine."""
+    # First, as a process of its own needs the memory that the networks take here.
+    memory = {system: _memory(plan, system) for system in ("exact", "diffusers")}
     bench = Bench(plan)
     told(f"{plan.size}, {bench.side} pixels, {_name(bench.dtype)}, {plan.steps} steps a turn, {plan.turns} turns")
     distance = _distance(bench)
@@ -191,7 +195,10 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
     for name, taken in chain(alternating(systems, plan.turns), alternating(decoders, min(plan.turns, 2))):
         seconds[name].append(taken)
         told(f"{name}: {taken:.3f} s")
-    return _report(plan, bench, seconds, distance)
+    return _report(plan, bench, seconds, distance) | {
+        "memory": memory,
+        "memory_ratio": memory["exact"] / memory["diffusers"],
+    }
 
 
 _COMPILED: dict[str, dict[str, Any]] = {"cpu": {"freezing": True}, "cuda": {"triton.cudagraphs": True}}
@@ -228,7 +235,6 @@ def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]], dist
         "ratio_turbo": middle[best] / paced["turbo"],
         "ratio_decode": middle["decode, diffusers"] / middle["decode"],
         "distance": distance,
-        "memory_ratio": _memory(plan, "exact") / _memory(plan, best),
         "share_of_limit": flops / rate / exact,
         "flops_a_step": flops,
         "rate_of_a_product": rate,
@@ -273,7 +279,10 @@ def _flops(bench: Bench) -> float:
 def _memory(plan: BenchPlan, system: str) -> int:
     """The peak memory of one step and a picture's decoding in a process of its own, in bytes."""
     words = [sys.executable, "-m", "controlkit.measure.bench", system, plan.size, plan.device, str(plan.side or 0)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        last = one_line(done.stderr.strip().rpartition("\n")[2])
+        raise OutOfRoom(f"The process that measures the memory of {system} ended with {done.returncode} ({last}).")
     return int(done.stdout.split()[-1])
 
 
@@ -286,15 +295,11 @@ def peak_of(system: str, plan: BenchPlan) -> int:
     else:
         bench.pipeline  # noqa: B018  # made while the control is there
         bench.control = replace(bench.control, branch=nn.Identity())  # type: ignore[arg-type]  # the peer has its own
-        if system != "diffusers":
-            bench.laid_out(torch.channels_last)
         bench.theirs()
         bench.decode_theirs()
     if plan.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's peak: it is inherited from the process that started this one.
-    [line] = [one for one in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if "VmHWM" in one]
-    return int(line.split()[1]) * 1024
+    return high_water()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -128,8 +128,7 @@ def _predictor(
 
     def one_of(controls: Sequence[Steering]) -> Predict:
         acting = Acting(base, controls, settings, count, span)
-        walks = any(one.control.network.walks for one in controls)
-        if settings.pace and base.has_halves and not walks:
+        if settings.pace:
             return Reusing(base, acting, settings, count, span)
         return lambda x, t, text, step: base.predict(x, t, text, acting.at(step))
 

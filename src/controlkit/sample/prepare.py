@@ -29,7 +29,7 @@ from controlkit.images import (
 )
 from controlkit.prompts import Span
 from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
-from controlkit.sample.pace import PACES, Pace
+from controlkit.sample.pace import PACES, Pace, fresh_steps
 from controlkit.sample.request import ControlRequest, EditRequest, Guider, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
@@ -306,9 +306,28 @@ class _Preparation:
             notes += [] if used.of_first_pass else _empty(asked, used)
         settings = self._settings(request, canvas, size)
         script = Script.of(request, Span(settings.made, first.settings.made if first else 0, int(first is not None)))
-        settings = replace(settings, weights=script.weights)
+        pace, reasons = self._pace(request, settings, controls)
+        settings = replace(settings, weights=script.weights, pace=pace)
+        notes += reasons
         kept = tuple(dict.fromkeys(notes))
         return Prepared(request, settings, script, tuple(controls), kept, script.forms(self.base), canvas)
+
+    def _pace(
+        self, request: Request, settings: SamplingSettings, controls: Sequence[PreparedControl]
+    ) -> tuple[Pace | None, list[str]]:
+        """The pace of a request's speed; None, with a note on why, where nothing can be reused."""
+        pace = PACES.get(request.speed)
+        if pace is None:
+            return None, []
+        if not self.base.has_halves:
+            reason = f'the base "{self.base.name}" predicts in one piece'
+        elif any(control.network.walks for control in controls):
+            reason = "a ControlNet-XS walks beside the encoder"
+        elif len(fresh_steps(pace, settings.steps, range(settings.skipped, settings.steps))) == settings.made:
+            reason = f"{settings.steps} steps are too few for it"
+        else:
+            return pace, []
+        return None, [f"speed {request.speed} is exact here: {reason}"]
 
     def _check_steps(self, request: Request) -> None:
         most = self.base.noise.count
@@ -338,7 +357,6 @@ class _Preparation:
             scheduler=request.scheduler,
             guidance_rescale=request.guidance_rescale,
             guider=request.guider,
-            pace=PACES.get(request.speed),
             skipped=skipped,
             changes=changes,
             tile=tile if tile and tile < max(size) else None,
