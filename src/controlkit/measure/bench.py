@@ -159,11 +159,12 @@ def alternating(systems: dict[str, Callable[[], float]], turns: int) -> Iterator
 
 def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
     """The facts of a benchmark, ready for JSON: medians, spreads and ratios of seconds a step, memory, the machine."""
-    # First, as a process of its own needs the memory that the networks take here.
+    told("the memory of each, in a process of its own")  # first, as the networks here would leave it too little
     memory = {system: _memory(plan, system) for system in ("exact", "diffusers")}
     bench = Bench(plan)
     told(f"{plan.size}, {bench.side} pixels, {_name(bench.dtype)}, {plan.steps} steps a turn, {plan.turns} turns")
     distance = _distance(bench)
+    told("one turn to warm up, which is not counted")
     layouts = {"diffusers": torch.contiguous_format, "diffusers channels-last": torch.channels_last}
     plain = {name: getattr(bench.pipeline, name) for name in ("unet", "controlnet")}
 
