@@ -17,6 +17,7 @@ from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec, fit
 from controlkit.sample import (
     ControlRequest,
+    EditRequest,
     Picture,
     PreparedControl,
     Request,
@@ -174,15 +175,15 @@ def test_a_picture_does_not_depend_on_batch_or_order(toy_base, prepared):
 def test_where_memory_runs_out_fewer_pictures_are_made_at_once(toy_base, prepared, monkeypatch):
     ready = prepared([{}, {}], steps=2)
     alone = latents_of(toy_base, ready, batch=1)
-    real, given = loop.denoise, []
+    real, given = loop.denoising, []
 
-    def denoise(base, start, *more):
+    def denoising(base, start, *more):
         given.append(len(start.latents))
         if len(start.latents) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return real(base, start, *more)
 
-    monkeypatch.setattr(loop, "denoise", denoise)
+    monkeypatch.setattr(loop, "denoising", denoising)
     most = 1
     found = latents_of(toy_base, ready, batch=3)
     assert given == [3, 1, 1, 1] and len(found) == len(ready) == 3
@@ -346,12 +347,50 @@ def test_requests_with_different_settings_in_one_call_are_each_as_made_alone(toy
     ]
     found = list(generate(toy_base, mixed))
     advanced = [one.count for one in found if isinstance(one, Step)]
-    assert advanced == [3] * 3 + [1] * 3 + [2] * 2 + [1] * 3, "batches of what is alike, in the order given"
+    assert advanced == [3, 1] * 3 + [2] * 2 + [1] * 3, "of one size and control side by side"
     made = [one for one in found if isinstance(one, Picture)]
     assert [one.request for one in made] == [one.request for one in mixed]
     alone = [*latents_of(toy_base, mixed[:3]), *latents_of(toy_base, mixed[3:4])]
     alone += [*latents_of(toy_base, mixed[4:6]), *latents_of(toy_base, mixed[6:])]
-    assert all(torch.equal(picture.latents, other) for picture, other in zip(made, alone, strict=True))
+    for picture, other in zip(made, alone, strict=True):
+        assert torch.allclose(picture.latents, other, atol=1e-5)
+
+
+OTHERS: list[dict] = [
+    {"steps": 2, "scheduler": "Euler a"},
+    {"steps": 5, "guidance": 7.5},
+    {"steps": 3, "scheduler": "DPM++ 2M SDE", "guider": "apg"},
+    {"steps": 5, "edit": EditRequest(image=draw_hint(3), strength=0.5)},
+]
+
+
+@pytest.mark.parametrize("use", [{}, {"guess": True}, {"end": 0.5, "scale": 0.5}, {"mode": "control"}, None])
+def test_requests_of_other_steps_schedulers_and_guidance_share_passes_through_the_base(toy_base, prepared, calls, use):
+    uses = () if use is None else (use,)
+    some = [one for others in OTHERS for one in prepared(uses, TEXTS[:1], **others)]
+    alone = [latents_of(toy_base, [one])[0] for one in some]
+    assert calls["base"] == sum(one.settings.made for one in some)
+    calls |= dict.fromkeys(calls, 0)
+    together = latents_of(toy_base, some)
+    assert calls["base"] == (5 if use != {"end": 0.5, "scale": 0.5} else 6), "a pass for those under control, and not"
+    assert calls["hint"] == len(some) * len(uses)
+    assert max(relative(one, other) for one, other in zip(together, alone, strict=True)) < 1e-4
+
+
+def test_what_cannot_share_a_pass_is_made_beside_and_in_its_order(toy_base, prepared, calls):
+    long = "a cup, " * 60
+    some = [
+        *prepared([{}], TEXTS[:1], steps=2),
+        *prepared([{}], ["a AND b"], steps=2, dialect="a1111"),
+        *prepared([{}], TEXTS[:1], steps=2, guidance=1.0),
+        *prepared([{}], [long], steps=2, dialect="comfy"),
+        *prepared([{}], TEXTS[1:2], steps=2),
+    ]
+    alone = [latents_of(toy_base, [one])[0] for one in some]
+    calls |= dict.fromkeys(calls, 0)
+    together = latents_of(toy_base, some)
+    assert calls["base"] == 2 * 4, "the first and the last share theirs"
+    assert max(relative(one, other) for one, other in zip(together, alone, strict=True)) < 1e-4
 
 
 def test_plain_requests_are_prepared_and_their_notes_are_warnings(toy_base, tmp_path):

@@ -57,8 +57,7 @@ def test_steps_come_before_their_pictures_and_each_group_ends_with_none(toy_base
 def test_seconds_are_a_share_of_the_batch_s_and_batches_are_timed_apart(toy_base, monkeypatch):
     clock = iter([0.0, 10.0, 16.0])
     monkeypatch.setattr(makers.time, "perf_counter", lambda: next(clock))
-    long = {"prompt": "red apple " * 60, "dialect": "comfy"}  # of more windows: a batch of its own
-    group = [job("a", dialect="comfy"), job("b", dialect="comfy"), job("c", **long)]
+    group = [job("a"), job("b"), job("c", size=(32, 48))]
     made = [one for one in JobMaker(toy_base).make([group]) if isinstance(one, Made)]
     assert [(one.name, one.seconds) for one in made] == [("a", 5.0), ("b", 5.0), ("c", 6.0)]
 

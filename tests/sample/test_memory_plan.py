@@ -81,16 +81,16 @@ def test_rows_hints_and_controls_of_a_request_are_the_work(base):
 def full(monkeypatch):
     """``full(modes)``: memory runs out in these modes; the modes that pictures were tried in."""
     tried = []
-    real = loop.denoise
+    real = loop.denoising
 
     def set_to(*modes):
-        def denoise(base, *given, **more):
+        def denoising(base, *given, **more):
             tried.append(base.placement and base.placement.mode)
             if tried[-1] in modes:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return real(base, *given, **more)
 
-        monkeypatch.setattr(loop, "denoise", denoise)
+        monkeypatch.setattr(loop, "denoising", denoising)
         return tried
 
     return set_to

@@ -139,7 +139,7 @@ class _Following:
         self.progress, self.output, self.count = progress, output, len(prepared)
         self.task = progress.add_task("generating", total=sum(one.steps for one in prepared), figures="")
         self.together = 1
-        """How many pictures the last step advanced."""
+        """How many pictures were being made at the last step."""
 
     def seen(self, records: "Iterable[Step | Picture]") -> "Iterator[Step | Picture]":
         """The records, after their steps are shown."""
@@ -151,7 +151,7 @@ class _Following:
             yield record
 
     def _show(self, step: "Step") -> None:
-        self.together = step.count
+        self.together = step.together
         self.progress.advance(self.task, step.count)
         task = self.progress.tasks[self.task]
         if task.elapsed:

@@ -8,7 +8,7 @@ depend on the prompt is computed once.
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from controlkit.backbones.noise import Noises, Sampler
 from controlkit.branch import in_rows
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
+from controlkit.heap import kept_heap
 from controlkit.images import stretch, to_pictures, to_tensor
 from controlkit.sample.acting import Acting, HintTensors, Steering
 from controlkit.sample.guidance import Guide
@@ -31,6 +32,7 @@ from controlkit.sample.request import Picture, Request, Step
 from controlkit.sample.reuse import Predict, Reusing
 from controlkit.sample.texts import Said
 from controlkit.sample.tiles import blended, tiles_of
+from controlkit.sample.together import Ask, Batch, relayed, side_by_side
 
 Maker = Callable[[Sequence[Request]], Iterable[Picture]]
 """Anything that makes the pictures of requests, in their order."""
@@ -79,7 +81,6 @@ class Start(NamedTuple):
         return torch.where(self.mask > 0, x, sampler.noised(self.edited, self.latents, step))
 
 
-@torch.no_grad()
 def denoise(
     base: Backbone,
     start: Tensor | Start,
@@ -95,6 +96,20 @@ def denoise(
         text: of B prompts for each of ``settings.weights``; with guidance, B unconditional ones before them.
         span: the steps to make, of 0 to ``settings.steps`` - 1; by default all that are not skipped.
     """
+    with kept_heap(base.device.type):
+        yield from side_by_side(base, [denoising(base, start, text, controls, settings, span)])
+
+
+@torch.no_grad()
+def denoising(
+    base: Backbone,
+    start: Tensor | Start,
+    text: TextEmbedding | Said,
+    controls: Sequence[Steering],
+    settings: SamplingSettings,
+    span: range | None = None,
+) -> Batch[None]:
+    """The same as a batch that asks for its predictions, to be run beside others."""
     start = Start(start) if isinstance(start, Tensor) else start
     count = len(start.latents)
     rows = count if base.shares_rows else len(text)  # of all but the text
@@ -108,10 +123,12 @@ def denoise(
         timestep = sampler.timesteps[step]
         read = sampler.scaled(x, timestep)
         t = timestep.to(x.device).expand(rows)
-        with base.inference():  # not around the yield: whoever iterates computes in his own number format
+        with base.inference():  # not around a yield: whoever iterates computes in his own number format
             whole = read if start.beside is None else torch.cat([read, start.beside], 1)
-            prediction = predict(in_rows(whole, rows).to(base.dtype), t, text.at(step), step)
-            prediction = guide(prediction, read, timestep)
+            found = predict(in_rows(whole, rows).to(base.dtype), t, text.at(step), step)
+        answer = (yield found) if isinstance(found, Ask) else found
+        with base.inference():
+            prediction = guide(answer.float(), read, timestep)
             x = start.kept(sampler, sampler.step(prediction, timestep, x), step + 1)
         yield Denoised(step, x, read, prediction, timestep)
 
@@ -123,18 +140,24 @@ def _predictor(
     count: int,
     span: range,
     size: tuple[int, int],
-) -> Predict:
-    """The prediction for ``count`` pictures of ``size`` (height, width in latents), as one or in tiles."""
+) -> Predict | Callable[[Tensor, Tensor, TextEmbedding, int], Ask]:
+    """The prediction for ``count`` pictures of ``size`` (height, width in latents), in tiles or as one: asked for."""
 
-    def one_of(controls: Sequence[Steering]) -> Predict:
-        acting = Acting(base, controls, settings, count, span)
-        if settings.pace:
-            return Reusing(base, acting, settings, count, span)
-        return lambda x, t, text, step: base.predict(x, t, text, acting.at(step))
+    def acting(controls: Sequence[Steering]) -> Acting:
+        return Acting(base, controls, settings, count, span)
 
     if settings.tile is None or settings.tile // base.stride >= max(size):
-        whole = one_of(controls)
-        return lambda x, t, text, step: whole(x, t, text, step).float()
+        whole = acting(controls)
+        if settings.pace:
+            return Reusing(base, whole, settings, count, span)
+        return lambda x, t, text, step: Ask(x, t, text, whole.at(step), count)
+
+    def one_of(controls: Sequence[Steering]) -> Predict:
+        part = acting(controls)
+        if settings.pace:
+            return Reusing(base, part, settings, count, span)
+        return lambda x, t, text, step: base.predict(x, t, text, part.at(step))
+
     tiles = tiles_of(size, settings.tile // base.stride)
     parts = [one_of([one.part(tile, base.stride, size) for one in controls]) for tile in tiles]
     return lambda x, t, text, step: blended(tiles, x, lambda i, part: parts[i](part, t, text, step))
@@ -171,8 +194,9 @@ def generate(
 ) -> Generator[Step | Picture, None, None]:
     """Make pictures, in the order of the requests: a ``Step`` for each step of a batch, then its ``Picture`` records.
 
-    Neighbours that share all but prompts, seeds and hints are made together, ``batch`` at most; where memory runs out,
-    half as many from then on. ``previewer`` shows unfinished latents, by default the linear map. Close the iterator to
+    Neighbours of one size and the same controls are made together, ``batch`` at most: those that share all but prompts,
+    seeds and hints in all things, others in the predictions of the base. Where memory runs out, half as many from then
+    on. ``previewer`` shows unfinished latents, by default the linear map. Close the iterator to
     cancel: nothing is computed after the step last yielded. Requests are prepared here, their notes given as warnings;
     see ``prepare`` for what it raises.
     """
@@ -192,42 +216,65 @@ def _generate(
     base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
 ) -> Generator[Step | Picture, None, None]:
     batch = settle(base, prepared, batch)
+    with kept_heap(base.device.type):
+        yield from _batches(base, prepared, batch, previewer)
+
+
+def _batches(
+    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
+) -> Generator[Step | Picture, None, None]:
     while prepared:
-        alike = list(takewhile(prepared[0].is_like, prepared[:batch]))
+        some = list(takewhile(prepared[0].goes_with, prepared[:batch]))
         try:
-            made = yield from _one_batch(base, alike, previewer)
+            made = yield from _some_batches(base, some, previewer)
         except torch.OutOfMemoryError as error:
-            if len(alike) == 1 and settle_lower(base, prepared):
+            if len(some) == 1 and settle_lower(base, prepared):
                 continue
-            if len(alike) == 1:
+            if len(some) == 1:
                 raise OutOfRoom(
                     f"The device's memory does not hold one picture of this size ({str(error).splitlines()[0]}). "
                     "Take a smaller size, weights of half precision, or another device."
                 ) from error
-            batch = len(alike) // 2
+            batch = len(some) // 2
             continue
         yield from made
-        prepared = prepared[len(alike) :]
+        prepared = prepared[len(some) :]
+
+
+def _some_batches(
+    base: Backbone, some: Sequence[Prepared], previewer: Previewer
+) -> Generator[Step, None, list[Picture]]:
+    """Pictures made together in batches of those alike, side by side; in their order."""
+    alike: list[list[int]] = []
+    for place, one in enumerate(some):
+        batch = next((batch for batch in alike if some[batch[0]].is_like(one)), None)
+        if batch is None:
+            alike.append(batch := [])
+        batch.append(place)
+    batches = [_one_batch(base, [some[place] for place in batch], previewer, len(some)) for batch in alike]
+    made = yield from side_by_side(base, batches)
+    found = zip(chain.from_iterable(alike), chain.from_iterable(made), strict=True)
+    return [picture for _, picture in sorted(found, key=lambda pair: pair[0])]
 
 
 def _one_batch(
-    base: Backbone, alike: Sequence[Prepared], previewer: Previewer, before: int = 0
-) -> Generator[Step, None, list[Picture]]:
-    """Pictures made together, of all their passes; ``before``: steps of the passes before this one."""
+    base: Backbone, alike: Sequence[Prepared], previewer: Previewer, together: int, before: int = 0
+) -> Batch[list[Picture]]:
+    """Pictures that are alike, of all their passes; ``before``: steps of the passes before this one."""
     settings, final = alike[0].settings, torch.zeros(0)
     size = picture_size(base, settings.size)
     start = _start(base, alike, size)
     text = Said(base, [one.script for one in alike], settings.is_guided, size, settings.skipped)
     columns = zip(*(one.controls for one in alike), strict=True)
     controls = [Steering(column[0], _hint_tensors(base, column, size), _region(column, size)) for column in columns]
-    for done in denoise(base, start, text, controls, settings):
 
-        def preview(done: Denoised = done) -> list:
-            return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))
-
+    def step_of(done: Denoised) -> Step:
+        nonlocal final
         final = done.latents
         number = before + done.step - settings.skipped + 1
-        yield Step(number, before + alike[0].steps, len(alike), preview)
+        return Step(number, before + alike[0].steps, len(alike), lambda: _preview(base, previewer, done), together)
+
+    yield from relayed(denoising(base, start, text, controls, settings), step_of)
     made = _pictures(base, alike, final) if settings.made else _unchanged(alike, start)
     if not alike[0].second:
         return made
@@ -237,8 +284,13 @@ def _one_batch(
         enlarged = stretch(picture.pixels, one.second.canvas.pixels.shape[:2])
         reading = tuple(control.reading(enlarged) for control in one.second.controls)
         seconds.append(replace(one.second, canvas=replace(one.second.canvas, pixels=enlarged), controls=reading))
-    larger = yield from _one_batch(base, seconds, previewer, before + settings.made)
+    larger = yield from _one_batch(base, seconds, previewer, together, before + settings.made)
     return [replace(picture, request=one.request) for one, picture in zip(alike, larger, strict=True)]
+
+
+def _preview(base: Backbone, previewer: Previewer, done: Denoised) -> list[np.ndarray]:
+    """Rough pictures of a step."""
+    return to_pictures(previewer(clean_latents(base.noise, done.read, done.prediction, done.timestep)))
 
 
 def _start(base: Backbone, alike: Sequence[Prepared], size: tuple[int, int]) -> Start:

@@ -62,22 +62,22 @@ class JobMaker:
             yield None
 
     def _make(self, group: Group) -> Iterator[Step | Made]:
-        began, seconds, count, is_first = time.perf_counter(), 0.0, 0, True
+        began, seconds, count, finished = time.perf_counter(), 0.0, 0, True
         prepared = self._prepared(group)
-        alike = len(list(takewhile(prepared[0].is_like, prepared[: self._batch])))
+        together = len(list(takewhile(prepared[0].goes_with, prepared[: self._batch])))
         left = iter(zip(group, prepared, strict=True))
         try:
             for record in generate(self.base, prepared, self._batch):
                 if isinstance(record, Step):
-                    count, is_first = record.count, True
+                    count, finished = record.together, False
                     yield record
                     continue
-                if is_first:  # of its batch
+                if not finished:
                     now = time.perf_counter()
-                    began, seconds, is_first = now, (now - began) / count, False
-                    if count < alike:  # memory ran out: the next groups need not find that out again
+                    began, seconds, finished = now, (now - began) / count, True
+                    if count < together:  # memory ran out: the next groups need not find that out again
                         self._batch = count
-                    alike = 0
+                    together = 0
                 job, one = next(left)
                 facts = self._facts | {"annotators": one.annotators(), "batch": count}
                 yield Made(job.name, record.pixels, one.settled(), facts, seconds)

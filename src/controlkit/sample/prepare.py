@@ -169,8 +169,19 @@ class Prepared:
             return self.second is other.second and self._key() == other._key()
         return self._key() == other._key() and self.second.is_like(other.second)
 
+    def goes_with(self, other: "Prepared") -> bool:
+        """Whether both can be sampled side by side: alike, or of one pass, one size and the same networks."""
+        company = self._company()
+        return self.is_like(other) or (company is not None and company == other._company())
+
     def _key(self) -> tuple[object, ...]:
         return self.settings, self.controls, self.forms
+
+    def _company(self) -> tuple[object, ...] | None:
+        """Equal with those that it can be predicted with; None where it is predicted by itself."""
+        if self.second or self.settings.tile or self.settings.pace:
+            return None
+        return self.settings.size, [id(control.network) for control in self.controls]
 
 
 def picture_size(base: Backbone, size: tuple[int, int] | None) -> tuple[int, int]:

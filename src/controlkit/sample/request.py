@@ -367,6 +367,8 @@ class Step:
     steps: int
     count: int
     draw: Callable[[], list[np.ndarray]]
+    together: int
+    """How many pictures are being made, those of batches beside this one included."""
 
     def preview(self) -> list[np.ndarray]:
         """A rough picture of each, uint8 (h, w, 3), at the latents' size; nothing is computed before this call."""
