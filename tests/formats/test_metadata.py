@@ -107,6 +107,9 @@ CONFIGS = {
     "a time embedding": {"addition_time_embed_dim": 10**12},
     "a truth in words": {"flip_sin_to_cos": "yes"},
     "a number of a thousand digits": {"freq_shift": 10**1000},
+    "an order of colours": {"controlnet_conditioning_channel_order": "grb"},
+    "an order of colours that is none": {"conditioning_channel_order": None},
+    "pooling in words": {"global_pool_conditions": "yes"},
 }
 
 

@@ -223,8 +223,23 @@ def test_the_ending_in_the_folder_is_plain(tiny_recipe, toy_base, tmp_path):
     assert set(held) == {"step", "reason", "why", "verdict", "next", "words"}
 
 
+ENDED = {"step": 1, "reason": "steps", "why": "All steps.", "verdict": None, "next": "controlkit"}
+LONG = "af Ended " * 400
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"words": [], "verdict": null, "colour": 1}', '{"words": [], "verdict": {"x": 1}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"words": [], "verdict": null, "colour": 1}',
+        '{"words": [], "verdict": {"x": 1}}',
+        *(json.dumps(ENDED | {key: LONG}) for key in ("why", "next")),
+        json.dumps(
+            {"step": 1, "reason": "steps", "why": "w", "next": "n", "verdict": {"finding": "found", "why": LONG}}
+        ),
+    ],
 )
 def test_a_damaged_ending_is_named(text, tmp_path):
     (tmp_path / ENDING).write_text(text)

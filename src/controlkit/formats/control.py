@@ -318,8 +318,8 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
     ``Invalid`` for a contract that is none, ``Mismatch`` if the file names another annotator.
     """
     keys = ("controlnet_conditioning_channel_order", "conditioning_channel_order")
-    order = next((str(weights.config[key]).upper() for key in keys if key in weights.config), "RGB")
-    foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
+    order = next((weights.config[key] for key in keys if key in weights.config), "rgb")
+    foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "bgr" else "RGB")
     hint = metadata_entry(weights.metadata, name, "controlkit.hint", contract_from_json, foreign)
     if not annotator or kind_or_bare(annotator).name == hint.annotator:
         return hint

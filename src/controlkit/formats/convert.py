@@ -255,7 +255,7 @@ def _in_low_rank(
 
 def as_rgb(weights: Weights) -> Weights:
     """A ControlNet that reads its hints in BGR, made to read RGB: the original layout knows no other order."""
-    if str(weights.config.get("controlnet_conditioning_channel_order", "rgb")).lower() != "bgr":
+    if weights.config.get("controlnet_conditioning_channel_order") != "bgr":
         return weights
     first = "controlnet_cond_embedding.conv_in.weight"
     metadata = dict(weights.metadata)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from controlkit.measure.metrics import METRICS
 from controlkit.measure.obedience import FOUND, Obedience
@@ -25,7 +27,7 @@ class Verdict:
     """
 
     finding: Finding
-    why: str
+    why: Annotated[str, Field(max_length=3000)]
     quality_kept: bool | None = None
 
     def __str__(self) -> str:

@@ -4,9 +4,9 @@ import json
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from controlkit.errors import Invalid, first_fault, one_line
 from controlkit.files import inside, read_json, write_atomic
@@ -15,6 +15,8 @@ from controlkit.train.recipe import Recipe
 
 Reason = Literal["steps", "max_minutes", "target", "patience", "interruption", "divergence"]
 
+Sentence = Annotated[str, Field(max_length=3000)]
+"""As long as a command with two paths may be; a file may hold more."""
 ENDING = "ending.json"
 """The file in a run's folder; it is not there while the run goes on."""
 
@@ -29,9 +31,9 @@ class Ending:
 
     step: int
     reason: Reason
-    why: str
+    why: Sentence
     verdict: Verdict | None
-    next: str
+    next: Sentence
 
     def lines(self) -> list[str]:
         """Tell it to the user."""
