@@ -1,4 +1,9 @@
-"""The threads that small networks are computed on."""
+"""The threads that small networks are computed on, and where large tensors lie."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +87,22 @@ def test_a_busy_machine_is_not_probed_for_long(machine, monkeypatch):
 def test_pictures_are_made_with_the_fastest_type_of_weights(device, pays, expected, monkeypatch):
     monkeypatch.setattr(precision, "bf16_pays", lambda asked: pays and asked == device)
     assert precision.weights_type(device) == expected
+
+
+_FLAGS = """
+import re, controlkit, torch
+place = torch.empty(25_000_000).data_ptr()
+for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
+    low, high = (int(end, 16) for end in area.split()[0].split("-"))
+    if low <= place < high:
+        print(area.split("VmFlags:")[1])
+"""
+
+
+def test_large_tensors_lie_in_huge_pages():
+    if not all(Path(file).exists() for file in ("/proc/self/smaps", "/sys/kernel/mm/transparent_hugepage")):
+        pytest.skip("only Linux says where memory lies")
+    # In a process of its own: torch decides at its first tensor, which here was made before the package was imported.
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", _FLAGS], capture_output=True, text=True, check=True, env=environment)
+    assert "hg" in done.stdout.split()

@@ -7,7 +7,12 @@ The names below are the public surface; they load on first use, so that importin
 """
 
 import importlib
+import os
 from typing import Any
+
+# Torch lays large tensors on a CPU into huge pages, where Linux leaves that choice to programs. Each step frees and
+# takes gigabytes, and 4 KB at a time the system needs longer for it than the arithmetic that follows.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
     "ControlBranch": "branch",

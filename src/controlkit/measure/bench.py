@@ -31,7 +31,6 @@ from controlkit.controls import KINDS, new_control
 from controlkit.errors import OutOfRoom, one_line
 from controlkit.formats import SavedControl, load_control
 from controlkit.formats.networks import network_weights
-from controlkit.heap import kept_heap
 from controlkit.precision import weights_type
 from controlkit.sample import ControlRequest, Request, prepare
 from controlkit.sample.acting import Steering
@@ -126,7 +125,7 @@ class Bench:
 
     def decode(self) -> None:
         """Decode the noise."""
-        with kept_heap(self.base.device.type), torch.no_grad(), self.base.inference():
+        with torch.no_grad(), self.base.inference():
             self.base.decode_latents(self.noise.to(self.base.device, self.dtype))
 
     def decode_theirs(self) -> None:

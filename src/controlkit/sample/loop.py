@@ -21,7 +21,6 @@ from controlkit.backbones.noise import Noises, Sampler
 from controlkit.branch import in_rows
 from controlkit.errors import Invalid, OutOfRoom
 from controlkit.formats import SavedControl
-from controlkit.heap import kept_heap
 from controlkit.images import stretch, to_pictures, to_tensor
 from controlkit.sample.acting import Acting, HintTensors, Steering
 from controlkit.sample.guidance import Guide
@@ -96,8 +95,7 @@ def denoise(
         text: of B prompts for each of ``settings.weights``; with guidance, B unconditional ones before them.
         span: the steps to make, of 0 to ``settings.steps`` - 1; by default all that are not skipped.
     """
-    with kept_heap(base.device.type):
-        yield from side_by_side(base, [denoising(base, start, text, controls, settings, span)])
+    yield from side_by_side(base, [denoising(base, start, text, controls, settings, span)])
 
 
 @torch.no_grad()
@@ -216,13 +214,6 @@ def _generate(
     base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
 ) -> Generator[Step | Picture, None, None]:
     batch = settle(base, prepared, batch)
-    with kept_heap(base.device.type):
-        yield from _batches(base, prepared, batch, previewer)
-
-
-def _batches(
-    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
-) -> Generator[Step | Picture, None, None]:
     while prepared:
         some = list(takewhile(prepared[0].goes_with, prepared[:batch]))
         try:

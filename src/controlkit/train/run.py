@@ -24,7 +24,6 @@ from controlkit.data import Cached, FolderPairs, Pair, build_cache, open_store
 from controlkit.errors import Invalid, Mismatch, Unsupported
 from controlkit.files import inside
 from controlkit.formats import SavedControl, save_control, save_control_lora
-from controlkit.heap import kept_heap
 from controlkit.images import HintSpec
 from controlkit.measure import EvaluationPlan, Obedience, Verdict, meaningless, unmeasurable, verdict_on
 from controlkit.precision import HALVES, number_format
@@ -99,7 +98,6 @@ def train_control(
     """
     prepared = prepare(recipe, out, base, estimate_first)
     with ExitStack() as opened:
-        opened.enter_context(kept_heap(prepared.frozen.device.type))
         run = Run(prepared, out, Reports(on_stage, on_advance, stopping), opened)
         del prepared, base  # the run's own may be narrower
         while not run.reason:
