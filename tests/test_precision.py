@@ -91,10 +91,10 @@ def test_pictures_are_made_with_the_fastest_type_of_weights(device, pays, expect
 
 _FLAGS = """
 import re, controlkit, torch
-place = torch.empty(25_000_000).data_ptr()
+tensor = torch.empty(25_000_000)
 for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
     low, high = (int(end, 16) for end in area.split()[0].split("-"))
-    if low <= place < high:
+    if low <= tensor.data_ptr() < high:
         print(area.split("VmFlags:")[1])
 """
 
