@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -180,14 +181,15 @@ def _check_name(name: str, where: str, first: dict[str, str]) -> None:
 
 
 def groups_of(jobs: Sequence[Job], most: int = BATCH) -> list[list[Job]]:
-    """Jobs that differ in prompts, seeds and pictures alone, at most so many together; those with the same controls
-    one after another, so that each is loaded once."""
-    alike: dict[str, dict[str, list[Job]]] = {}
+    """Jobs that can be made together (``Prepared.goes_with``), at most so many in a group; those that are alike but for
+    prompts, seeds and pictures as neighbours, and those with the same controls, so that each is loaded once."""
+    rows: dict[str, dict[str, dict[str, list[Job]]]] = {}
     for job in jobs:
         request = job.request
         loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
-        plain = with_sources(request, lambda source: EACH)
-        shared = plain.model_copy(update=_OWN).to_json()
-        alike.setdefault(loaded, {}).setdefault(shared, []).append(job)
-    rows = [row for same in alike.values() for row in same.values()]
-    return [row[first : first + most] for row in rows for first in range(0, len(row), most)]
+        shared = with_sources(request, lambda source: EACH).model_copy(update=_OWN).to_json()
+        apart = request.tile or request.hires or request.speed != "exact"
+        company = shared if apart else json.dumps(request.size)
+        rows.setdefault(loaded, {}).setdefault(company, {}).setdefault(shared, []).append(job)
+    companies = [list(chain.from_iterable(alike.values())) for same in rows.values() for alike in same.values()]
+    return [row[first : first + most] for row in companies for first in range(0, len(row), most)]
