@@ -93,7 +93,7 @@ def _pictures_in(folder: Path, out: Path) -> Iterator[Path]:
     written = os.path.realpath(out)
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_leftover(name))
-        if os.path.realpath(place) == written:
+        if place != str(folder) and os.path.realpath(place) == written:
             folders.clear()
             continue
         for name in sorted(names):
