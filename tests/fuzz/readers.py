@@ -368,7 +368,7 @@ READERS: dict[str, Reader] = {
     ),
     "annotate": Reader(
         lambda path, setting: command("annotate", "canny", path, "--out", setting.folder / "out" / "hints"),
-        ("annotate images",),
+        ("annotate images", "data.hints.hint_files"),
     ),
     "doctor": Reader(
         _doctor, ("decoding.pictures.sides_of", "data doctor path", "data doctor column", "data doctor base"), 3
@@ -605,6 +605,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "annotate annotator",
+            "annotate device",
             "annotate option",
             "annotate size",
             "bench sample device",

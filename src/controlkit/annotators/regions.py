@@ -7,14 +7,18 @@ import cv2
 import numpy as np
 from pydantic import Field
 
+from controlkit.annotators.options import Slider
 from controlkit.errors import Invalid
 from controlkit.seeds import numpy_rng
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 """A share of the picture."""
 
+Shrink = Annotated[float, Field(ge=1, le=1000), Slider(1, 32, 0.5)]
+"""How many times smaller a picture is made."""
 
-def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1, le=1000)] = 8.0) -> np.ndarray:
+
+def tile(picture: np.ndarray, shrink: Shrink = 8.0) -> np.ndarray:
     """The picture low-passed: made ``shrink`` (1 to 1000) times smaller and grown back; 1 leaves it as it is."""
     height, width = picture.shape[:2]
     small = (max(round(width / shrink), 1), max(round(height / shrink), 1))
@@ -22,6 +26,11 @@ def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1, le=1000)] = 8
         return picture
     shrunk = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
     return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def whole(picture: np.ndarray) -> np.ndarray:
+    """The picture as it is."""
+    return picture
 
 
 def inpaint(picture: np.ndarray, least: Part = 0.1, most: Part = 0.4) -> np.ndarray:
@@ -41,6 +50,24 @@ def inpaint(picture: np.ndarray, least: Part = 0.1, most: Part = 0.4) -> np.ndar
     hole = _hole(picture.shape[:2], numpy_rng("inpaint", *picture.shape, content), least, most)
     alpha = np.where(hole, 0, 255).astype(np.uint8)
     return np.dstack([np.where(hole[..., None], 0, picture), alpha]).astype(np.uint8)
+
+
+def outpaint(picture: np.ndarray, margin: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> np.ndarray:
+    """The picture without its margin, uint8 RGBA (H, W, 4): alpha 0 (and black) there, 255 elsewhere.
+
+    A picture that has a mask, (H, W, 4), keeps it.
+
+    Args:
+        margin: its width at each side, as a share of the picture's height and width.
+    """
+    if picture.shape[-1] == 4:
+        return picture
+    height, width = picture.shape[:2]
+    above, left = max(round(margin * height), 1), max(round(margin * width), 1)
+    shown = np.zeros((height, width), bool)
+    shown[above : height - above, left : width - left] = True
+    alpha = np.where(shown, 255, 0).astype(np.uint8)
+    return np.dstack([np.where(shown[..., None], picture, 0), alpha]).astype(np.uint8)
 
 
 def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: float) -> np.ndarray:
