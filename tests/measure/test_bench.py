@@ -1,6 +1,7 @@
 """Speed beside diffusers: both compute the same, each turn is timed, ratios are of medians."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def test_the_report(small, run, tmp_path):
     code, out, _ = run("bench", "sample", "--steps", 2, "--turns", 1, "--json", tmp_path / "x.json")
     assert code == 0 and "ratio_best" in out
     assert json.loads((tmp_path / "x.json").read_text())["plan"]["steps"] == 2
+    assert found["pictures_a_minute"] == {}
+    code, out, _ = run("bench", "sample", "--steps", 1, "--turns", 1, "--together", 1, "--together", 3)
+    assert code == 0 and "pictures a minute" in out
     code, _, err = run("bench", "sample", "--size", "sd14")
     assert code == 2 and "sd15" in err
 
@@ -80,3 +84,20 @@ def test_systems_alternate_after_a_warm_up():
 def test_the_machine_is_named():
     facts = machine("cpu")
     assert facts["cpu"] and facts["threads"] == torch.get_num_threads() and facts["gpu"] is None
+
+
+def test_requests_made_together_have_steps_and_guidance_of_their_own(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "generate", lambda base, prepared: seen.append(prepared) or [])
+    made = Bench(PLAN)
+    words = []
+    found = bench._throughput(replace_plan(made, (1, 4)), words.append)
+    assert set(found) == {1, 4} and all(rate > 0 for rate in found.values())
+    assert [len(prepared) for prepared in seen] == [1, 4] * (1 + PLAN.turns)
+    assert len({(one.settings.steps, one.settings.guidance) for one in seen[1]}) == 4
+    assert words[0].startswith("1 together")
+
+
+def replace_plan(made, together):
+    made.plan = replace(made.plan, together=together)
+    return made

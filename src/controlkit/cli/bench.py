@@ -28,6 +28,10 @@ def sample(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Measure diffusers compiled, too, which takes minutes.")
     ] = False,
+    together: Annotated[
+        list[int] | None,
+        typer.Option(help="So many requests made together, too: pictures a minute. May be given again.", min=1, max=64),
+    ] = None,
     device: DeviceOption = "auto",
     report: Annotated[Path | None, typer.Option("--json", help="File for all facts.")] = None,
 ) -> None:
@@ -38,13 +42,15 @@ def sample(
         controlkit bench sample --size mini --steps 20
 
         controlkit bench sample --size sd15 --turns 3 --json sd15.json
+
+        controlkit bench sample --steps 20 --together 1 --together 4 --together 16
     """
     from controlkit.files import write_atomic
     from controlkit.measure.bench import SIDES, BenchPlan, bench_sample
 
     if size not in SIDES:
         raise Invalid(f'--size is "{size}": {nearest(size, SIDES)}')
-    plan = BenchPlan(size=size, steps=steps, turns=turns, side=side, compiled=compiled, device=ready(device))  # type: ignore[arg-type]
+    plan = BenchPlan(size, steps, turns, side, compiled, tuple(together or ()), ready(device))  # type: ignore[arg-type]
     found = bench_sample(plan, say)
     seconds, spread = found["seconds_a_step"], found["spread"]
     rows = [[name, f"{taken:.3f}", " to ".join(f"{end:.3f}" for end in spread.get(name, ()))]
@@ -54,5 +60,12 @@ def sample(
     say_table(f"Controlled sampling, {size}", ["system", "seconds a step", "spread"], rows, on)
     ratios = [[name, f"{value:.3g}"] for name, value in found.items() if isinstance(value, float)]
     say_table("Ratios to the best of diffusers, above 1 where ours is faster", ["figure", "value"], ratios, on)
+    if made := found["pictures_a_minute"]:
+        say_table(
+            "Requests made together",
+            ["requests", "pictures a minute"],
+            [[str(n), f"{rate:.3g}"] for n, rate in made.items()],
+            on,
+        )
     if report:
         write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())

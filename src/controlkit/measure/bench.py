@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -32,7 +33,7 @@ from controlkit.errors import OutOfRoom, one_line
 from controlkit.formats import SavedControl, load_control
 from controlkit.formats.networks import network_weights
 from controlkit.precision import weights_type
-from controlkit.sample import ControlRequest, Request, prepare
+from controlkit.sample import ControlRequest, Request, generate, prepare
 from controlkit.sample.acting import Steering
 from controlkit.sample.loop import Start, denoise
 from controlkit.sample.pace import PACES, Pace, fresh_steps
@@ -55,6 +56,8 @@ class BenchPlan:
     """Of the pictures, in pixels; None is the base's own."""
     compiled: bool = False
     """Whether the peer is also measured compiled (``torch.compile``, frozen on a CPU), which takes minutes."""
+    together: tuple[int, ...] = ()
+    """Numbers of requests that are also made together, each with steps and guidance of its own."""
     device: str = "cpu"
 
 
@@ -93,6 +96,15 @@ class Bench:
         for done in denoise(self.base, start, text, [Steering(one.controls[0], hints)], settings):
             latents = done.latents
         return latents
+
+    def made(self, count: int) -> None:
+        """Make so many requests, each with a prompt, a seed, steps and guidance of its own, decoded."""
+        changes = [
+            {"prompt": f"{_PROMPT}, {i}", "seed": i, "steps": self.plan.steps + i % 2, "guidance": 4 + i / 4}
+            for i in range(count)
+        ]
+        requests = [self.request.model_copy(update=own) for own in changes]
+        deque(generate(self.base, prepare(self.base, requests, {"canny": self.control})), 0)
 
     # --- the peer
 
@@ -196,10 +208,22 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
     for name, taken in chain(alternating(systems, plan.turns), alternating(decoders, min(plan.turns, 2))):
         seconds[name].append(taken)
         told(f"{name}: {taken:.3f} s")
+    bench.laid_out(torch.contiguous_format)
     return _report(plan, bench, seconds, distance) | {
+        "pictures_a_minute": _throughput(bench, told),
         "memory": memory,
         "memory_ratio": memory["exact"] / memory["diffusers"],
     }
+
+
+def _throughput(bench: Bench, told: Callable[[str], None]) -> dict[int, float]:
+    """Pictures a minute, by how many requests are made together: the median of the turns."""
+    works = {str(count): partial(timed, partial(bench.made, count), bench.plan.device) for count in bench.plan.together}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for name, taken in alternating(works, bench.plan.turns):
+        seconds[name].append(taken)
+        told(f"{name} together: {taken:.3f} s")
+    return {int(name): 60 * int(name) / statistics.median(taken) for name, taken in seconds.items()}
 
 
 _COMPILED: dict[str, dict[str, Any]] = {"cpu": {"freezing": True}, "cuda": {"triton.cudagraphs": True}}
