@@ -61,11 +61,7 @@ def sample(
     ratios = [[name, f"{value:.3g}"] for name, value in found.items() if isinstance(value, float)]
     say_table("Ratios to the best of diffusers, above 1 where ours is faster", ["figure", "value"], ratios, on)
     if made := found["pictures_a_minute"]:
-        say_table(
-            "Requests made together",
-            ["requests", "pictures a minute"],
-            [[str(n), f"{rate:.3g}"] for n, rate in made.items()],
-            on,
-        )
+        rows = [[str(count), f"{rate:.3g}"] for count, rate in made.items()]
+        say_table("Requests made together", ["requests", "pictures a minute"], rows, on)
     if report:
         write_atomic(report, (json.dumps(found, indent=1) + "\n").encode())

@@ -218,7 +218,8 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
 
 def _throughput(bench: Bench, told: Callable[[str], None]) -> dict[int, float]:
     """Pictures a minute, by how many requests are made together: the median of the turns."""
-    works = {str(count): partial(timed, partial(bench.made, count), bench.plan.device) for count in bench.plan.together}
+    counts, device = bench.plan.together, bench.plan.device
+    works: dict[str, Callable[[], float]] = {str(n): partial(timed, partial(bench.made, n), device) for n in counts}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for name, taken in alternating(works, bench.plan.turns):
         seconds[name].append(taken)
