@@ -103,7 +103,7 @@ def _black_pictures(base: Any, prepared: Any, *_: Any, **__: Any) -> Any:
 
 def _no_batch(base: Any, prepared: Any, batch: int) -> Any:
     """As ``_black_pictures``, for jobs."""
-    yield Step(1, 1, len(prepared), list, len(prepared))
+    yield Step(1, 1, range(len(prepared)), len(prepared), list)
     for one in prepared:
         yield Picture(one.request, np.zeros((8, 8, 3), np.uint8))
 

@@ -180,16 +180,23 @@ def _check_name(name: str, where: str, first: dict[str, str]) -> None:
         raise Invalid(f'the name "{short}" is that of {other}, too: give each its own.')
 
 
+def likeness(request: Request) -> tuple[str, str, str]:
+    """(the controls that it loads, all that is shared where pictures are made together, where they are alike), as texts.
+
+    Requests that are alike differ in prompts, seeds and pictures alone; see ``Prepared.is_like`` and ``goes_with``.
+    """
+    loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
+    shared = with_sources(request, lambda source: EACH).model_copy(update=_OWN).to_json()
+    apart = request.tile or request.hires or request.speed != "exact"
+    return loaded, shared if apart else json.dumps(request.size), shared
+
+
 def groups_of(jobs: Sequence[Job], most: int = BATCH) -> list[list[Job]]:
-    """Jobs that can be made together (``Prepared.goes_with``), at most so many in a group; those that are alike but for
-    prompts, seeds and pictures as neighbours, and those with the same controls, so that each is loaded once."""
+    """Jobs that are made together, at most so many in a group; those that are alike as neighbours, and those with the
+    same controls, so that each is loaded once."""
     rows: dict[str, dict[str, dict[str, list[Job]]]] = {}
     for job in jobs:
-        request = job.request
-        loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
-        shared = with_sources(request, lambda source: EACH).model_copy(update=_OWN).to_json()
-        apart = request.tile or request.hires or request.speed != "exact"
-        company = shared if apart else json.dumps(request.size)
+        loaded, company, shared = likeness(job.request)
         rows.setdefault(loaded, {}).setdefault(company, {}).setdefault(shared, []).append(job)
     companies = [list(chain.from_iterable(alike.values())) for same in rows.values() for alike in same.values()]
     return [row[first : first + most] for row in companies for first in range(0, len(row), most)]

@@ -242,16 +242,19 @@ def _some_batches(
         if batch is None:
             alike.append(batch := [])
         batch.append(place)
-    batches = [_one_batch(base, [some[place] for place in batch], previewer, len(some)) for batch in alike]
+    batches = [_one_batch(base, [some[i] for i in places], previewer, (places, len(some))) for places in alike]
     made = yield from side_by_side(base, batches)
     found = zip(chain.from_iterable(alike), chain.from_iterable(made), strict=True)
     return [picture for _, picture in sorted(found, key=lambda pair: pair[0])]
 
 
 def _one_batch(
-    base: Backbone, alike: Sequence[Prepared], previewer: Previewer, together: int, before: int = 0
+    base: Backbone, alike: Sequence[Prepared], previewer: Previewer, among: tuple[Sequence[int], int], before: int = 0
 ) -> Batch[list[Picture]]:
-    """Pictures that are alike, of all their passes; ``before``: steps of the passes before this one."""
+    """Pictures that are alike, of all their passes.
+
+    ``among``: their places, and how many pictures are made beside each other. ``before``: steps of the passes before.
+    """
     settings, final = alike[0].settings, torch.zeros(0)
     size = picture_size(base, settings.size)
     start = _start(base, alike, size)
@@ -263,7 +266,7 @@ def _one_batch(
         nonlocal final
         final = done.latents
         number = before + done.step - settings.skipped + 1
-        return Step(number, before + alike[0].steps, len(alike), lambda: _preview(base, previewer, done), together)
+        return Step(number, before + alike[0].steps, *among, lambda: _preview(base, previewer, done))
 
     yield from relayed(denoising(base, start, text, controls, settings), step_of)
     made = _pictures(base, alike, final) if settings.made else _unchanged(alike, start)
@@ -275,7 +278,7 @@ def _one_batch(
         enlarged = stretch(picture.pixels, one.second.canvas.pixels.shape[:2])
         reading = tuple(control.reading(enlarged) for control in one.second.controls)
         seconds.append(replace(one.second, canvas=replace(one.second.canvas, pixels=enlarged), controls=reading))
-    larger = yield from _one_batch(base, seconds, previewer, together, before + settings.made)
+    larger = yield from _one_batch(base, seconds, previewer, among, before + settings.made)
     return [replace(picture, request=one.request) for one, picture in zip(alike, larger, strict=True)]
 
 

@@ -5,7 +5,7 @@ option of ``cli/pictures.py`` too, which ``cli/requests.py`` reads (``FIELDS``);
 """
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -372,14 +372,20 @@ class Request(_Checked):
 
 @dataclass(frozen=True)
 class Step:
-    """One step made of a batch of ``count`` pictures: number ``step`` of ``steps``, from 1."""
+    """One step made of a batch of pictures that are alike: number ``step`` of ``steps``, from 1."""
 
     step: int
     steps: int
-    count: int
-    draw: Callable[[], list[np.ndarray]]
+    places: Sequence[int]
+    """Those of its pictures, from 0, among all that are being made, batches beside this one included."""
     together: int
-    """How many pictures are being made, those of batches beside this one included."""
+    """How many these are in all."""
+    draw: Callable[[], list[np.ndarray]]
+
+    @property
+    def count(self) -> int:
+        """How many pictures it advanced."""
+        return len(self.places)
 
     def preview(self) -> list[np.ndarray]:
         """A rough picture of each, uint8 (h, w, 3), at the latents' size; nothing is computed before this call."""
