@@ -181,7 +181,7 @@ def _check_name(name: str, where: str, first: dict[str, str]) -> None:
 
 
 def likeness(request: Request) -> tuple[str, str, str]:
-    """(the controls that it loads, all that is shared where pictures are made together, where they are alike), as texts.
+    """(the controls that it loads, what pictures made together share, what pictures that are alike share), as texts.
 
     Requests that are alike differ in prompts, seeds and pictures alone; see ``Prepared.is_like`` and ``goes_with``.
     """
