@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -256,6 +257,12 @@ def test_files_of_weights_are_opened_at_one_door():
     """``tensors`` opens them: no other module gives a library the path of one, and nothing loads pickles."""
     found = {str(path.relative_to(SOURCE)): re.findall(OPENS, path.read_text()) for path in SOURCE.rglob("*.py")}
     assert {name: [one[0] for one in calls] for name, calls in found.items() if calls} == OPENED
+
+
+def test_test_modules_have_names_of_their_own():
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    twice = [name for name, count in names.items() if count > 1]
+    assert not twice, "pytest imports them by their names alone"
 
 
 def test_nothing_tracked_is_a_pickle_and_the_tree_is_small():
