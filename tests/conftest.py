@@ -356,7 +356,7 @@ CODES = {  # concept -> code point; of these, three concepts and seven pictures 
 def _packages_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cache")
     for style, package in PACKAGES.items():
-        folder = root / "packages" / package.tarball.removesuffix(".tgz")
+        folder = root / "packages" / package.file.removesuffix(".tgz")
         (folder / "assets").mkdir(parents=True)
         if style == "3d":
             for i, code in enumerate(CODES.values()):

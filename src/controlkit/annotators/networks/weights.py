@@ -1,0 +1,121 @@
+"""Public files of weights: where they lie on this machine, and networks made of them.
+
+A file is looked for in the folder that ``CONTROLKIT_ANNOTATORS`` names, else in the cache's ``annotators``, and in the
+folders in it, as A1111's extension keeps them; then in the hub's own cache. Nothing is fetched from a hub: that is left
+to its client, whose command the error says.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from controlkit.errors import Invalid, NotFound
+from controlkit.files import home_path
+from controlkit.hub import cache_dir
+from controlkit.tensors import open_tensors
+
+FOLDER = "CONTROLKIT_ANNOTATORS"
+"""The environment variable that names the folder of annotators' weights."""
+
+
+def weights_folder() -> Path:
+    """The folder of annotators' weights: ``$CONTROLKIT_ANNOTATORS``, else ``annotators`` in the cache."""
+    chosen = os.environ.get(FOLDER)
+    return home_path(chosen) if chosen else cache_dir() / "annotators"
+
+
+@dataclass(frozen=True)
+class PublicFile:
+    """A file of weights that people have, by the name it was published under."""
+
+    name: str
+    repository: str
+    """Where the hub keeps it, ``owner/name``."""
+    inner: str = ""
+    """Its path there, if it is another than its name."""
+
+    def find(self) -> Path | None:
+        """The path of the file on this machine; None where it is not there."""
+        folder = weights_folder()
+        try:
+            near = [folder / self.name, *sorted(folder.glob(f"*/{self.name}"))]
+            if found := next((path for path in near if path.is_file()), None):
+                return found
+        except OSError:  # a folder that cannot be read
+            pass
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.repository, self.inner or self.name)
+        return Path(cached) if isinstance(cached, str) else None
+
+    def path(self) -> Path:
+        """The path of the file on this machine; ``NotFound``, with the command that fetches it, where it is not there."""
+        if found := self.find():
+            return found
+        raise NotFound(
+            f"The weights {self.name} are not on this machine. Fetch them with: hf download {self.repository} "
+            f"{self.inner or self.name} - or put the file into {weights_folder()} ({FOLDER} names another folder)."
+        )
+
+    def digest(self) -> str:
+        """The SHA-256 of the file; raises as ``path`` does."""
+        return file_digest(self.path())
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 (hexadecimal) of a file's bytes, found once for each state of the file."""
+    return _digest(path, *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    known = path.stat()
+    return known.st_size, known.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def network_of(make: Callable[[], nn.Module], path: Path, device: str = "cpu", prefix: str = "") -> nn.Module:
+    """The network that ``make`` builds, with the weights of a file, in float32 for inference on ``device``.
+
+    ``prefix``: the part before the network's names in the file. The last few networks are kept. Raises ``Invalid``
+    where the file is damaged, or its names or shapes are others than the network's.
+    """
+    return _network(make, path, _state(path), device, prefix)
+
+
+@lru_cache(maxsize=4)
+def _network(make: Callable[[], nn.Module], path: Path, state: tuple[int, int], device: str, prefix: str) -> nn.Module:
+    header = open_tensors(path)
+    with torch.device("meta"):
+        network = make()
+    check_shapes(network, {n.removeprefix(prefix): s for n, s in header.shapes.items() if n.startswith(prefix)}, path)
+    tensors = header.read([prefix + name for name in network.state_dict()])
+    return fill(network, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, device)
+
+
+def check_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise ``Invalid`` where tensors of a network are not among ``shapes``, or have another shape there."""
+    for name, tensor in network.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            came = f"has {name} of {shapes[name]}" if name in shapes else f"lacks {name}"
+            raise Invalid(
+                f"{path} {came}; a {type(network).__name__} has it of {tuple(tensor.shape)}. "
+                "It is another network's file, or a damaged one: get it anew."
+            )
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], device: str) -> nn.Module:
+    """A network built on the meta device, with these tensors as its weights; ready for inference."""
+    floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    network.load_state_dict(floats, assign=True)
+    return network.requires_grad_(False).eval().to(device)
