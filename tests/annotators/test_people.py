@@ -76,7 +76,9 @@ def test_only_what_is_asked_for_and_seen_is_drawn():
     assert not draw_people([Person()], (64, 64)).any()
     person.left_hand[:, 2] = 0.04
     only = Person(left_hand=person.left_hand, right_hand=person.right_hand)
-    assert np.array_equal(draw_people([only], (512, 512)), draw_people([Person(right_hand=only.right_hand)], (512, 512)))
+    assert np.array_equal(
+        draw_people([only], (512, 512)), draw_people([Person(right_hand=only.right_hand)], (512, 512))
+    )
 
 
 def test_points_far_outside_are_not_drawn():
