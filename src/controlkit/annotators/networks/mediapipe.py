@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from controlkit.annotators.networks.boxes import overlap
 from controlkit.annotators.networks.weights import lack_of
 from controlkit.annotators.people import FACE, HAND, Person, unseen
 from controlkit.hub import Package, fetch_package
@@ -178,13 +179,6 @@ def _merged(scores: np.ndarray, points: np.ndarray) -> list[tuple[float, np.ndar
         found.append((float(scores[left[0]]), mean))
         left = left[~over]
     return found
-
-
-def overlap(low: np.ndarray, high: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of a box with boxes, of their corners (2,) and (N, 2)."""
-    inner = np.clip(np.minimum(high, highs) - np.maximum(low, lows), 0, None).prod(-1)
-    union = (high - low).prod() + (highs - lows).prod(-1) - inner
-    return np.where(union > 0, inner / np.maximum(union, 1e-12), 0.0)
 
 
 POSES = Detector("pose_detection", 224, (8, 16, 32, 32, 32), signed=True)

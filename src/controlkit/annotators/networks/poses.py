@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from controlkit.annotators.networks import mediapipe
+
+from controlkit.annotators.networks import dwpose, mediapipe
 from controlkit.annotators.options import Switch
 from controlkit.annotators.people import Person, draw_people
 
@@ -25,6 +26,13 @@ def mediapipe_pose(
     return _drawn(mediapipe, pictures, body, hands, face)
 
 
+def dwpose_pose(
+    pictures: Sequence[np.ndarray], device: str, body: Switch = 1.0, hands: Switch = 1.0, face: Switch = 1.0
+) -> list[np.ndarray]:
+    """People found by DWPose. ``body``, ``hands``, ``face``: whether those points are drawn."""
+    return _drawn(dwpose, pictures, body, hands, face)
+
+
 def openpose(
     pictures: Sequence[np.ndarray], device: str, body: Switch = 1.0, hands: Switch = 1.0, face: Switch = 1.0
 ) -> list[np.ndarray]:
@@ -33,7 +41,8 @@ def openpose(
 
 
 def _best() -> Any:
-    return mediapipe
+    """The module of the best network that is here: DWPose where its files are, else MediaPipe's."""
+    return mediapipe if dwpose.lack() else dwpose
 
 
 def lack() -> str:

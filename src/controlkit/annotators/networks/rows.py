@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from controlkit.annotators.kinds import HintKind, maker, register
-from controlkit.annotators.networks import hed, mediapipe, poses
+from controlkit.annotators.networks import dwpose, hed, mediapipe, poses
 
 _HED: dict[str, Any] = {"weights": hed.weights, "lack": hed.lack}
 _BEST: dict[str, Any] = {"weights": poses.weights, "lack": poses.lack, "extra": mediapipe.EXTRA}
@@ -25,6 +25,8 @@ for _kind in (
     maker("openpose_face", partial(poses.openpose, hands=0.0), of="pose", **_BEST),
     maker("openpose_faceonly", partial(poses.openpose, body=0.0, hands=0.0), of="pose", **_BEST),
     maker("openpose_full", poses.openpose, of="pose", **_BEST),
+    maker("dwpose", poses.dwpose_pose, of="pose", aliases=("dw_openpose_full",), weights=dwpose.weights,
+          lack=dwpose.lack, extra=dwpose.EXTRA, modules=(dwpose.MODULE,)),
     maker("mediapipe_pose", poses.mediapipe_pose, of="pose", weights=mediapipe.weights, lack=mediapipe.lack,
           extra=mediapipe.EXTRA, modules=(mediapipe.MODULE,)),
 ):  # fmt: skip

@@ -39,6 +39,8 @@ class PublicFile:
     """Where the hub keeps it, ``owner/name``."""
     inner: str = ""
     """Its path there, if it is another than its name."""
+    sha256: str = ""
+    """Its digest, where no other file of that name may be opened."""
 
     def find(self) -> Path | None:
         """The path of the file on this machine; None where it is not there."""
@@ -55,10 +57,19 @@ class PublicFile:
         return Path(cached) if isinstance(cached, str) else None
 
     def path(self) -> Path:
-        """The path of the file on this machine; ``NotFound``, with ``lack``'s words, where it is not there."""
-        if found := self.find():
-            return found
-        raise NotFound(self.lack())
+        """The path of the file on this machine.
+
+        ``NotFound``, with ``lack``'s words, where it is not there; ``Invalid`` where its digest is another.
+        """
+        found = self.find()
+        if found is None:
+            raise NotFound(self.lack())
+        if self.sha256 and (digest := file_digest(found)) != self.sha256:
+            raise Invalid(
+                f"{found} has SHA-256 {digest}, expected {self.sha256}: it is not the public {self.name}. Delete it, "
+                f"and fetch it with: hf download {self.repository} {self.inner or self.name}"
+            )
+        return found
 
     def lack(self) -> str:
         """A sentence on how to get the file; "" where it is on this machine."""
