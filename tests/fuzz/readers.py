@@ -368,7 +368,7 @@ READERS: dict[str, Reader] = {
     ),
     "annotate": Reader(
         lambda path, setting: command("annotate", "canny", path, "--out", setting.folder / "out" / "hints"),
-        ("annotate images",),
+        ("annotate images", "data.hints.hint_files"),
     ),
     "doctor": Reader(
         _doctor, ("decoding.pictures.sides_of", "data doctor path", "data doctor column", "data doctor base"), 3
@@ -575,6 +575,7 @@ EXCUSED: dict[str, str] = {
             "data.layouts.rows.text_of",
             "data.layouts.tree.Tree.leave_out",
             "data.layouts.tree.Tree.under",
+            "data.hints.kept_hints",
             "data.store.key_of",
             "data.store.remembered",
             "data.workers.parallel_map",
@@ -605,6 +606,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "annotate annotator",
+            "annotate device",
             "annotate option",
             "annotate size",
             "bench sample device",

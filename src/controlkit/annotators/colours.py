@@ -87,8 +87,10 @@ def shuffle(picture: np.ndarray, grain: Cell = 1 / 2) -> np.ndarray:
 
 def _smooth(rng: np.random.Generator, size: tuple[int, int], grain: float) -> np.ndarray:
     """Smooth noise, float32 (H, W), whose least value is 0 and largest 1."""
-    drawn = [max(int(np.ceil(side / (grain * min(size)))), 1) + 1 for side in size]
+    cell = max(round(grain * min(size)), 1)
+    drawn = [-(-side // cell) + 2 for side in size]
     noise = rng.uniform(size=drawn).astype(np.float32)
-    grown = cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC)
+    grown = cv2.resize(noise, (drawn[1] * cell, drawn[0] * cell), interpolation=cv2.INTER_CUBIC)
+    grown = grown[cell:, cell:][: size[0], : size[1]]  # at a margin it would not change
     low, high = float(grown.min()), float(grown.max())
     return (grown - low) / max(high - low, 1e-6)

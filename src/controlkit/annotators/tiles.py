@@ -8,7 +8,7 @@ SIDE = 2048
 """The side of a tile, in pixels. A picture of at most four times as many pixels is worked on whole."""
 
 
-def tiled(local: Callable[[np.ndarray], np.ndarray], picture: np.ndarray, reach: float, side: int = SIDE) -> np.ndarray:
+def tiled(local: Callable[[np.ndarray], np.ndarray], picture: np.ndarray, reach: float) -> np.ndarray:
     """The values of ``local`` on a picture (H, W, C), which is large in memory; tile by tile, where it is large itself.
 
     Each tile is given with the pixels around it, so that no seam is seen, and only its own part is kept. What lies
@@ -19,9 +19,9 @@ def tiled(local: Callable[[np.ndarray], np.ndarray], picture: np.ndarray, reach:
         reach: how many pixels away a pixel may matter.
     """
     height, width = picture.shape[:2]
-    if height * width <= 4 * side * side:
+    if height * width <= 4 * SIDE**2:
         return local(picture)
-    margin, values = int(np.ceil(reach)), None
+    side, margin, values = SIDE, int(np.ceil(reach)), None
     for top in range(0, height, side):
         for left in range(0, width, side):
             above, before = max(top - margin, 0), max(left - margin, 0)

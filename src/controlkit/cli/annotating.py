@@ -1,6 +1,5 @@
 """Hints from pictures."""
 
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +49,6 @@ def annotate(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes; several need Ray (the extra `scale`).", min=1)] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="As many processes as this machine has cores.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Turn pictures into hints: `OUT/NAME.png` for each, in the folders that they lie in; lines are white on black.
@@ -68,9 +66,8 @@ def annotate(
         raise Unsupported(lack)
     files = hint_files([home_path(path) for path in images], out)
     on = "cuda" if kind.weights and on_cuda(device) else "cpu"
-    count = (os.cpu_count() or 1) if ray else workers
     with Stopping("", "stopped: run again to go on"):
-        _show(write_hints(files, contract, sides, on, count), len(files), out)
+        _show(write_hints(files, contract, sides, on, workers), len(files), out)
 
 
 def _show(files: Iterable["HintFile"], count: int, out: Path) -> None:
