@@ -55,7 +55,7 @@ def test_the_pen_s_width_and_the_detail_are_options(disc):
     assert detailed[plain].all() and detailed[:14, :14].any() and not plain[:14, :14].any(), "the speck"
 
 
-@pytest.mark.parametrize("name", names_of(lambda kind: kind.is_made_here))
+@pytest.mark.parametrize("name", names_of(lambda kind: kind.is_made_here and not kind.lack))
 def test_every_annotator_keeps_to_the_common_form(name, disc):
     known = annotator(name)
     options = {

@@ -311,7 +311,6 @@ _TABLE = (
              union_type=3, folders=("mlsd",),
              thresholds=(Threshold("", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
                          Threshold("", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
-    HintKind("ted", family="softedge", metric="ms_ssim", union_type=2),
     HintKind("normal", ground="#8080ff", metric="normal_angle", union_type=4, folders=("normal", "normals"),
              truth=world.normal,
              mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high)),

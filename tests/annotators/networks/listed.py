@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 KEYS = Path(__file__).parents[1] / "keys"
@@ -27,3 +28,8 @@ def drawn(name, seed=0):
         else torch.randn(shape, generator=generator) * 0.1 + key.endswith("running_mean")
         for key, shape in listed(name).items()
     }
+
+
+def noise(height, width, seed=0):
+    """A picture of random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

