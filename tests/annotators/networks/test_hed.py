@@ -145,8 +145,8 @@ def test_safe_edges_have_four_steps():
 
 
 def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(folder):
-    file = weights.PublicFile("net.pth", "someone/Some", inner="some/net.pth")
-    assert "hf download someone/Some some/net.pth" in file.lack() and weights.FOLDER in file.lack()
+    file = weights.PublicFile("net.pth", "someone/Some")
+    assert "hf download someone/Some net.pth" in file.lack() and weights.FOLDER in file.lack()
     with pytest.raises(UserError, match="hf download"):
         file.path()
     (folder / "net.pth").touch()

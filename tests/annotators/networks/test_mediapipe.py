@@ -101,7 +101,7 @@ def test_heat_moves_a_point_to_where_it_is_hot():
 
 
 def standing(models, points, sure=1.0, score=0.9, calls=1):
-    """A person: the detector finds hips and top ``calls`` times; the second model these points, in shares of a region."""
+    """A person: the detector finds hips and top ``calls`` times; the second model these points of a region."""
     found, nothing = (
         detection(POSES, (score, (0.5, 0.5, 0.2, 0.2), [(0.5, 0.5), (0.5, 0.3)] * 2)),
         models["pose_detection"],

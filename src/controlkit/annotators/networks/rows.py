@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from controlkit.annotators.kinds import HintKind, maker, register
-from controlkit.annotators.networks import drawing, dwpose, hed, mediapipe, mlsd, pidinet, poses
+from controlkit.annotators.networks import depth, drawing, dwpose, hed, mediapipe, mlsd, pidinet, poses
 from controlkit.annotators.networks.weights import PublicFile
 from controlkit.annotators.options import Threshold
 
@@ -14,6 +14,10 @@ _HED: dict[str, Any] = {"weights": hed.weights, "lack": hed.lack}
 def _of(file: PublicFile) -> dict[str, Any]:
     """The fields of a row that say which weights it needs."""
     return {"weights": file.digest, "lack": file.lack}
+
+
+def _of_depth(models: tuple[depth.DepthModel, ...]) -> dict[str, Any]:
+    return {"weights": partial(depth.weights, models), "lack": partial(depth.lack, models)}
 
 
 _BEST: dict[str, Any] = {"weights": poses.weights, "lack": poses.lack, "extra": mediapipe.EXTRA}
@@ -46,6 +50,15 @@ for _kind in (
     maker("mlsd_large", mlsd.mlsd_large, of="mlsd", **_of(mlsd.PUBLIC),
           thresholds=(Threshold("score", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
                       Threshold("distance", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
+    maker("depth_anything_v2", partial(depth.depth, depth.ANYTHING_V2), of="depth",
+          **_of_depth(depth.ANYTHING_V2)),
+    maker("depth_midas", partial(depth.depth, depth.MIDAS), of="depth", aliases=("midas",),
+          **_of_depth(depth.MIDAS)),
+    maker("normal_depth_anything", partial(depth.normal, depth.ANYTHING_V2), of="normal",
+          **_of_depth(depth.ANYTHING_V2)),
+    maker("normal_midas", partial(depth.normal, depth.MIDAS), of="normal", aliases=("normal_map",),
+          thresholds=(Threshold("background", "Normal Background Threshold", 0.4, 0, 1, 0.01),),
+          **_of_depth(depth.MIDAS)),
     maker("scribble_hed", hed.scribble_hed, of="scribble", aliases=("fake_scribble",), **_HED),
     # The first of a family serves controls of which nothing else is said: bodies alone, which every control knows.
     maker("openpose_body", partial(poses.openpose, hands=0.0, face=0.0), of="pose", **_BEST),

@@ -40,24 +40,36 @@ class PublicFile:
     name: str
     repository: str
     """Where the hub keeps it, ``owner/name``."""
-    inner: str = ""
-    """Its path there, if it is another than its name."""
+    also: tuple[str, ...] = ()
+    """Other names of it in the same place."""
     sha256: str = ""
     """Its digest, where no other file of that name may be opened."""
 
     def find(self) -> Path | None:
         """The path of the file on this machine; None where it is not there."""
-        folder = weights_folder()
-        try:
-            near = [folder / self.name, *sorted(folder.glob(f"*/{self.name}"))]
-            if found := next((path for path in near if path.is_file()), None):
-                return found
-        except OSError:  # a folder that cannot be read
-            pass
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(self.repository, self.inner or self.name)
-        return Path(cached) if isinstance(cached, str) else None
+        folder, own = weights_folder(), self.repository.rpartition("/")[2]
+        for name in (self.name, *self.also):
+            near = [folder / own / name]
+            if not self.is_common:
+                near += [folder / name, *sorted(folder.glob(f"*/{name}"))]
+            if found := next((path for path in near if path.is_file()), None):
+                return found
+            cached = try_to_load_from_cache(self.repository, name)
+            if isinstance(cached, str):
+                return Path(cached)
+        return None
+
+    @property
+    def is_common(self) -> bool:
+        """Whether many repositories have a file of this name, so that it tells nothing without its folder's."""
+        return self.name == "model.safetensors"
+
+    @property
+    def own_folder(self) -> Path:
+        """The folder into which people may put it."""
+        return weights_folder() / (self.repository.rpartition("/")[2] if self.is_common else "")
 
     def path(self) -> Path:
         """The path of the file on this machine.
@@ -70,7 +82,7 @@ class PublicFile:
         if self.sha256 and (digest := file_digest(found)) != self.sha256:
             raise Invalid(
                 f"{found} has SHA-256 {digest}, expected {self.sha256}: it is not the public {self.name}. Delete it, "
-                f"and fetch it with: hf download {self.repository} {self.inner or self.name}"
+                f"and fetch it with: hf download {self.repository} {self.name}"
             )
         return found
 
@@ -79,8 +91,8 @@ class PublicFile:
         if self.find():
             return ""
         return (
-            f"The weights {self.name} are not on this machine. Fetch them with: hf download {self.repository} "
-            f"{self.inner or self.name} (or put the file into {weights_folder()}; {FOLDER} names another folder)."
+            f"The weights {self.name} of {self.repository} are not on this machine. Fetch them with: hf download "
+            f"{self.repository} {self.name} (or put the file into {self.own_folder}; {FOLDER} names another folder)."
         )
 
     def digest(self) -> str:
@@ -95,10 +107,11 @@ def lack_of(package: Package | Wheel) -> str:
 
 def file_digest(path: Path) -> str:
     """The SHA-256 (hexadecimal) of a file's bytes, found once for each state of the file."""
-    return _digest(path, *_state(path))
+    return _digest(path, *file_state(path))
 
 
-def _state(path: Path) -> tuple[int, int]:
+def file_state(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file: equal ones are taken for the same content."""
     known = path.stat()
     return known.st_size, known.st_mtime_ns
 
@@ -115,7 +128,7 @@ def network_of(make: Callable[[], nn.Module], path: Path, device: str = "cpu", p
     ``prefix``: the part before the network's names in the file. The last few networks are kept. Raises ``Invalid``
     where the file is damaged, or its names or shapes are others than the network's.
     """
-    return _network(make, path, _state(path), device, prefix)
+    return _network(make, path, file_state(path), device, prefix)
 
 
 @lru_cache(maxsize=4)
