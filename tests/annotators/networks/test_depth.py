@@ -13,7 +13,7 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 
 from controlkit.annotators import annotator
 from controlkit.annotators.maps import normals_of
-from controlkit.annotators.networks import depth
+from controlkit.annotators.networks import depth, pretrained
 from controlkit.annotators.networks.depth import ANYTHING_V2, MIDAS, DepthModel, normals_of_depth
 from controlkit.annotators.networks.weights import PublicFile
 from controlkit.errors import Invalid, Unsupported
@@ -50,11 +50,11 @@ def saved(tmp_path_factory):
 
 MODELS = {
     "Tiny-Anything": DepthModel(
-        PublicFile("model.safetensors", "x/Tiny-Anything"), tiny_anything, "DepthAnythingForDepthEstimation",
+        PublicFile("model.safetensors", "x/Tiny-Anything"), "DepthAnythingForDepthEstimation", tiny_anything,
         56, 14, True, depth.IMAGENET,
     ),
     "tiny-dpt": DepthModel(
-        PublicFile("model.safetensors", "x/tiny-dpt"), tiny_dpt, "DPTForDepthEstimation", 64, 32, False, depth._HALVES
+        PublicFile("model.safetensors", "x/tiny-dpt"), "DPTForDepthEstimation", tiny_dpt, 64, 32, False, depth._HALVES
     ),
 }  # fmt: skip
 
@@ -118,15 +118,15 @@ def test_another_network_s_file_is_refused(saved, monkeypatch):
 
 
 def test_the_best_model_that_is_here_is_taken(folder):
-    assert depth.best(ANYTHING_V2) is ANYTHING_V2[-1]
+    assert pretrained.best(ANYTHING_V2) is ANYTHING_V2[-1]
     assert "depth-anything/Depth-Anything-V2-Small-hf model.safetensors" in annotator("depth_anything_v2").lacks()
     with pytest.raises(Unsupported, match="hf download"):
         annotator("depth_anything_v2").make([noise(8, 8)])
     (folder / "Depth-Anything-V2-Base-hf").mkdir()
     (folder / "Depth-Anything-V2-Base-hf" / "model.safetensors").touch()
-    assert depth.best(ANYTHING_V2) is ANYTHING_V2[1] and not annotator("depth_anything_v2").lacks()
+    assert pretrained.best(ANYTHING_V2) is ANYTHING_V2[1] and not annotator("depth_anything_v2").lacks()
     (folder / "model.safetensors").touch()
-    assert depth.best(MIDAS) is MIDAS[-1], "a file of that name alone is anybody's"
+    assert pretrained.best(MIDAS) is MIDAS[-1], "a file of that name alone is anybody's"
 
 
 def test_normals_of_the_depth_of_a_ball_point_away_from_its_middle():

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from controlkit.annotators.maps import normal_picture
-from controlkit.annotators.networks.pretrained import IMAGENET, grown, normalised, pretrained
+from controlkit.annotators.networks.pretrained import IMAGENET, Pretrained, best, grown, normalised
 from controlkit.annotators.networks.running import grey
 from controlkit.annotators.networks.weights import PublicFile
 
@@ -20,12 +20,9 @@ _BICUBIC = 3  # Pillow's number
 
 
 @dataclass(frozen=True)
-class DepthModel:
-    """A network of depth: its public file, and how it reads pictures."""
+class DepthModel(Pretrained):
+    """A network of depth, and how it reads pictures."""
 
-    file: PublicFile
-    settings: Callable[[], Any]
-    kind: str
     side: int
     """Of the pictures it reads; of the shorter side, where shapes are kept."""
     multiple: int
@@ -82,12 +79,12 @@ def _dpt_hybrid() -> Any:
 
 def _of_anything(repository: str, settings: Callable[[], Any]) -> DepthModel:
     file = PublicFile("model.safetensors", f"depth-anything/{repository}")
-    return DepthModel(file, settings, "DepthAnythingForDepthEstimation", 518, 14, True, IMAGENET)
+    return DepthModel(file, "DepthAnythingForDepthEstimation", settings, 518, 14, True, IMAGENET)
 
 
 def _of_midas(repository: str, settings: Callable[[], Any]) -> DepthModel:
     file = PublicFile("model.safetensors", f"Intel/{repository}", also=("pytorch_model.bin",))
-    return DepthModel(file, settings, "DPTForDepthEstimation", 384, 32, False, _HALVES)
+    return DepthModel(file, "DPTForDepthEstimation", settings, 384, 32, False, _HALVES)
 
 
 _SMALL, _BASE = (384, 6, 12), (12 * 64, 12, 12)
@@ -102,14 +99,9 @@ ANYTHING_V2 = (  # the best first; only the small one's weights are free for any
 MIDAS = (_of_midas("dpt-large", _dpt_large), _of_midas("dpt-hybrid-midas", _dpt_hybrid))
 
 
-def best(models: Sequence[DepthModel]) -> DepthModel:
-    """The first of the models whose file is on this machine; the last where none is."""
-    return next((model for model in models if model.file.find()), models[-1])
-
-
 def depth_of(pictures: Sequence[np.ndarray], device: str, model: DepthModel) -> list[np.ndarray]:
     """Inverse depth (H, W) of pictures, stretched to [0, 1]: what is near is 1."""
-    network = pretrained(model.kind, model.settings, model.file.path(), device)
+    network = model.network(device)
     found = []
     for picture in pictures:
         pixels = normalised(picture, model.size(*picture.shape[:2]), _BICUBIC, model.colours).to(device)
@@ -150,13 +142,3 @@ def normals_of_depth(depth: np.ndarray, background: float) -> np.ndarray:
     across[flat], down[flat] = 0, 0
     normals = np.stack([-across, down, np.full_like(light, 2 * np.pi)], -1)
     return np.asarray(normals / np.linalg.norm(normals, axis=-1, keepdims=True))
-
-
-def lack(models: Sequence[DepthModel]) -> str:
-    """A sentence on how to get the last of the models; "" where one is here."""
-    return best(models).file.lack()
-
-
-def weights(models: Sequence[DepthModel]) -> str:
-    """The digest of the weights of the best model that is here."""
-    return best(models).file.digest()

@@ -1,10 +1,22 @@
 """The rows of the annotators that are networks, for the table of kinds of hints."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from controlkit.annotators.kinds import HintKind, maker, register
-from controlkit.annotators.networks import depth, drawing, dwpose, hed, mediapipe, mlsd, pidinet, poses
+from controlkit.annotators.networks import (
+    depth,
+    drawing,
+    dwpose,
+    hed,
+    mediapipe,
+    mlsd,
+    pidinet,
+    poses,
+    pretrained,
+    segmentation,
+)
 from controlkit.annotators.networks.weights import PublicFile
 from controlkit.annotators.options import Threshold
 
@@ -16,8 +28,9 @@ def _of(file: PublicFile) -> dict[str, Any]:
     return {"weights": file.digest, "lack": file.lack}
 
 
-def _of_depth(models: tuple[depth.DepthModel, ...]) -> dict[str, Any]:
-    return {"weights": partial(depth.weights, models), "lack": partial(depth.lack, models)}
+def _best_of(models: Sequence[pretrained.Pretrained]) -> dict[str, Any]:
+    """The same fields for networks of which the best one that is here is used."""
+    return {"weights": partial(pretrained.weights, models), "lack": partial(pretrained.lack, models)}
 
 
 _BEST: dict[str, Any] = {"weights": poses.weights, "lack": poses.lack, "extra": mediapipe.EXTRA}
@@ -51,14 +64,19 @@ for _kind in (
           thresholds=(Threshold("score", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
                       Threshold("distance", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
     maker("depth_anything_v2", partial(depth.depth, depth.ANYTHING_V2), of="depth",
-          **_of_depth(depth.ANYTHING_V2)),
+          **_best_of(depth.ANYTHING_V2)),
     maker("depth_midas", partial(depth.depth, depth.MIDAS), of="depth", aliases=("midas",),
-          **_of_depth(depth.MIDAS)),
+          **_best_of(depth.MIDAS)),
     maker("normal_depth_anything", partial(depth.normal, depth.ANYTHING_V2), of="normal",
-          **_of_depth(depth.ANYTHING_V2)),
+          **_best_of(depth.ANYTHING_V2)),
     maker("normal_midas", partial(depth.normal, depth.MIDAS), of="normal", aliases=("normal_map",),
           thresholds=(Threshold("background", "Normal Background Threshold", 0.4, 0, 1, 0.01),),
-          **_of_depth(depth.MIDAS)),
+          **_best_of(depth.MIDAS)),
+    maker("oneformer_ade20k", partial(segmentation.segmentation, segmentation.ONEFORMER), of="seg",
+          aliases=("seg_ofade20k",), extra=segmentation.EXTRA, modules=(segmentation.MODULE,),
+          **_best_of(segmentation.ONEFORMER)),
+    maker("upernet_ade20k", partial(segmentation.segmentation, segmentation.UPERNET), of="seg",
+          aliases=("seg_ufade20k",), **_best_of(segmentation.UPERNET)),
     maker("scribble_hed", hed.scribble_hed, of="scribble", aliases=("fake_scribble",), **_HED),
     # The first of a family serves controls of which nothing else is said: bodies alone, which every control knows.
     maker("openpose_body", partial(poses.openpose, hands=0.0, face=0.0), of="pose", **_BEST),
