@@ -345,12 +345,12 @@ _MAKERS = (
     maker("tile_colorfix", each(regions.whole), of="tile",
           thresholds=(Threshold("", "Variation", 8, 3, 32), Threshold("", "Sharpness", 1, 0, 2, 0.01)),
           aliases=("tile_colorfix+sharp",)),
-    maker("blur_gaussian", each(colours.blur), of="tile", aliases=("blur",),
+    maker("blur_gaussian", each(colours.blur), of="tile",
           thresholds=(Threshold("width", "Sigma", 9, 0.01, 64, 0.01, per=1 / 512),)),
     maker("recolor_intensity", each(colours.intensity), of="recolor", thresholds=(_GAMMA,)),
     maker("outpaint", each(regions.outpaint), of="inpaint"),
-    *(maker(f"mini_{of}", world.observed(draw), of=of, weights=world.weights, own_world=True)
-      for of, draw in world.DRAWN.items()),
+    *(maker(f"mini_{kind.name}", world.observed(kind.truth), of=kind.name, weights=world.weights, own_world=True)
+      for kind in _TABLE if kind.truth),
 )  # fmt: skip
 for _kind in _MAKERS:
     register(_kind)

@@ -42,10 +42,6 @@ def normal(truth: Truth) -> np.ndarray:
     return maps.normal_picture(truth.normals)
 
 
-DRAWN = {"pose": pose, "depth": depth, "normal": normal, "seg": labels}
-"""The kinds of hints that are drawn of a scene, and how."""
-
-
 def observed(draw: Callable[[Truth], np.ndarray]) -> Callable[[Sequence[np.ndarray], str], list[np.ndarray]]:
     """An annotator that draws what the observer reads off each picture."""
 

@@ -72,7 +72,7 @@ def annotate(
 
 def _show(files: Iterable["HintFile"], count: int, out: Path) -> None:
     """A line for each hint as it is written, a bar with pictures a second, and what could not be read at the end."""
-    began, made, faults = time.perf_counter(), 0, []
+    began, made, rate, faults = time.perf_counter(), 0, 0.0, []
     with progress_bars(disable=count == 1) as progress:
         task = progress.add_task("annotating", total=count, figures="")
         for one in files:

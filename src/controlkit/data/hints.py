@@ -93,7 +93,7 @@ def _pictures_in(folder: Path, out: Path) -> Iterator[Path]:
     written = os.path.realpath(out)
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_leftover(name))
-        if os.path.realpath(place) == written:
+        if place != str(folder) and os.path.realpath(place) == written:
             folders.clear()
             continue
         for name in sorted(names):
@@ -119,7 +119,7 @@ def write_hints(
 
 @dataclass(frozen=True)
 class _Writer:
-    """What a process needs to write its part of the hints."""
+    """The facts that a process needs to write its part of the hints."""
 
     files: Sequence[HintFile]
     contract: HintSpec
@@ -148,7 +148,7 @@ class _Writer:
         yield from self._written(batch)
 
     def _settings(self, data: bytes) -> dict[str, Any]:
-        """What a hint's file says of itself: what made it, of which picture."""
+        """The facts in a hint's file: which annotator made it, of which picture."""
         made_by = [kind_of(part.annotator).digest()[:16] for part in parts_of(self.contract)]
         options = {name: float(value) for name, value in self.contract.options.items()}
         return {

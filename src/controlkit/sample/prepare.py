@@ -165,7 +165,7 @@ class Prepared:
 
     def annotators(self) -> list[dict[str, str]]:
         """Of each control, by type of hint, what makes such hints."""
-        return [{k: spec.annotator for k, spec in (one.specs | one.makers).items()} for one in self.controls]
+        return [{k: spec.annotator for k, spec in {**one.specs, **one.makers}.items()} for one in self.controls]
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint.
