@@ -201,7 +201,7 @@ def _person(entry: _PersonEntry, size: tuple[int, int]) -> Person:
         _points(entry.face_keypoints_2d, "face", (FACE, FACE - 2)),
     ]
     if all((abs(part[:, :2]) <= 1).all() for part in parts):
-        parts = [part * np.float32((size[1], size[0], 1)) for part in parts]
+        parts = [part * np.array((size[1], size[0], 1), np.float32) for part in parts]
     parts[3] = np.concatenate([parts[3], unseen(FACE - len(parts[3]))])  # a face without pupils
     return Person(*parts)
 

@@ -117,15 +117,15 @@ def test_another_network_s_file_is_refused(saved, monkeypatch):
             depth.depth_of([noise(32, 32)], "cpu", wrong)
 
 
-def test_the_best_model_that_is_here_is_taken(folder):
+def test_the_best_model_that_is_here_is_taken(weights_folder):
     assert pretrained.best(ANYTHING_V2) is ANYTHING_V2[-1]
     assert "depth-anything/Depth-Anything-V2-Small-hf model.safetensors" in annotator("depth_anything_v2").lacks()
     with pytest.raises(Unsupported, match="hf download"):
         annotator("depth_anything_v2").make([noise(8, 8)])
-    (folder / "Depth-Anything-V2-Base-hf").mkdir()
-    (folder / "Depth-Anything-V2-Base-hf" / "model.safetensors").touch()
+    (weights_folder / "Depth-Anything-V2-Base-hf").mkdir()
+    (weights_folder / "Depth-Anything-V2-Base-hf" / "model.safetensors").touch()
     assert pretrained.best(ANYTHING_V2) is ANYTHING_V2[1] and not annotator("depth_anything_v2").lacks()
-    (folder / "model.safetensors").touch()
+    (weights_folder / "model.safetensors").touch()
     assert pretrained.best(MIDAS) is MIDAS[-1], "a file of that name alone is anybody's"
 
 

@@ -40,20 +40,20 @@ def lineart(x, weights):
     return conv(up(up(x, "model3.0"), "model3.3"), "model4.1", 3).sigmoid()
 
 
-def test_fine_and_coarse_lines_are_their_files_light_on_black(folder):
+def test_fine_and_coarse_lines_are_their_files_light_on_black(weights_folder):
     picture = noise(32, 40)
     for seed, (name, file) in enumerate((("lineart_realistic", "sk_model.pth"), ("lineart_coarse", "sk_model2.pth"))):
         tensors = drawn("sk_model", seed)
-        torch.save(tensors, folder / file)
+        torch.save(tensors, weights_folder / file)
         [hint] = annotator(name).make([picture])
         light = lineart(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255.0, tensors)[0, 0].numpy()
         assert abs(hint[..., 0] - (255 - 255 * light)).max() <= 0.51 and hint.std() > 5
 
 
 @pytest.mark.slow
-def test_anime_lines_are_made_of_a_u_net_of_eight_levels(folder):
+def test_anime_lines_are_made_of_a_u_net_of_eight_levels(weights_folder):
     tensors = drawn("netG")
-    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, folder / "netG.pth")
+    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, weights_folder / "netG.pth")
     picture = noise(200, 256)
     [hint] = annotator("lineart_anime").make([picture])
     padded = np.concatenate([picture, picture[-1:].repeat(56, 0)])

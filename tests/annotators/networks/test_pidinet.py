@@ -43,9 +43,11 @@ def test_kernels_do_to_pixels_what_their_kind_does_to_differences():
         assert torch.allclose(made, wanted, atol=1e-5), kind
 
 
-def test_the_public_file_is_read_and_makes_hints_of_bgr(folder, monkeypatch):
+def test_the_public_file_is_read_and_makes_hints_of_bgr(weights_folder, monkeypatch):
     torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in drawn("table5_pidinet").items()}}, folder / pidinet.PUBLIC.name
+        {"state_dict": {f"module.{k}": v for k, v in drawn("table5_pidinet").items()}},
+        weights_folder / pidinet.PUBLIC.name,
+        weights_folder / pidinet.PUBLIC.name,
     )
     picture = noise(40, 48)
     [hint] = annotator("softedge_pidinet").make([picture])
@@ -59,7 +61,7 @@ def test_the_public_file_is_read_and_makes_hints_of_bgr(folder, monkeypatch):
     assert set(np.unique(annotator("pidi_safe").make([picture])[0])) <= {0, 128, 255}
 
 
-def test_without_the_file_the_row_says_how_to_get_it(folder):
+def test_without_the_file_the_row_says_how_to_get_it(weights_folder):
     assert "hf download lllyasviel/Annotators table5_pidinet.pth" in annotator("pidi").lacks()
     with pytest.raises(Unsupported, match="hf download"):
         annotator("pidi").make([noise(16, 16)])

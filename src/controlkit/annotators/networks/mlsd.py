@@ -160,8 +160,8 @@ def segments(maps: np.ndarray, score: float, distance: float) -> np.ndarray:
 def mlsd_large(
     pictures: Sequence[np.ndarray],
     device: str,
-    score: Annotated[float, Field(ge=0.01, le=1)] = 0.1,
-    distance: Annotated[float, Field(ge=0.01, le=1000)] = 0.1,
+    score: Annotated[float, Field(ge=0.01, le=2)] = 0.1,
+    distance: Annotated[float, Field(ge=0.01, le=20)] = 0.1,
 ) -> list[np.ndarray]:
     """Straight lines, white on black, one pixel wide at a short side of 512.
 

@@ -132,5 +132,5 @@ def largest(scores: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def segmentation(models: Sequence[SegmentationModel], pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:
-    """What is where, in ADE20K's colours, by the best of the models that is here."""
+    """Maps of what is where, in ADE20K's colours, by the best of the models that is here."""
     return [label_picture(labels_of(picture, device, best(models)), ADE20K) for picture in pictures]
