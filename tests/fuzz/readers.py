@@ -580,7 +580,6 @@ EXCUSED: dict[str, str] = {
             "data.layouts.rows.text_of",
             "data.layouts.tree.Tree.leave_out",
             "data.layouts.tree.Tree.under",
-            "data.hints.kept_hints",
             "data.store.key_of",
             "data.store.remembered",
             "data.workers.parallel_map",
