@@ -37,18 +37,12 @@ _BEST: dict[str, Any] = {"weights": poses.weights, "lack": poses.lack, "extra": 
 
 for _kind in (
     # Each is a type of a ControlNet-Union by itself.
-    HintKind("hed", hed.hed, "softedge", ("softedge_hed",), metric="ms_ssim", union_type=2, folders=("hed",), **_HED),
-    HintKind(
-        "pidi",
-        pidinet.pidi,
-        "softedge",
-        ("softedge_pidinet", "pidinet"),
-        metric="ms_ssim",
-        union_type=2,
-        **_of(pidinet.PUBLIC),
-    ),
-    HintKind("ted", family="softedge", metric="ms_ssim", union_type=2),
-):
+    HintKind("hed", hed.hed, "softedge", ("softedge_hed",), lines=True, metric="ms_ssim", union_type=2,
+             folders=("hed",), **_HED),
+    HintKind("pidi", pidinet.pidi, "softedge", ("softedge_pidinet", "pidinet"), lines=True, metric="ms_ssim",
+             union_type=2, **_of(pidinet.PUBLIC)),
+    HintKind("ted", family="softedge", lines=True, metric="ms_ssim", union_type=2),
+):  # fmt: skip
     register(_kind)
 
 for _kind in (
