@@ -43,12 +43,9 @@ def test_kernels_do_to_pixels_what_their_kind_does_to_differences():
         assert torch.allclose(made, wanted, atol=1e-5), kind
 
 
-def test_the_public_file_is_read_and_makes_hints_of_bgr(weights_folder, monkeypatch):
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in drawn("table5_pidinet").items()}},
-        weights_folder / pidinet.PUBLIC.name,
-        weights_folder / pidinet.PUBLIC.name,
-    )
+def test_the_public_file_is_read_and_makes_hints_of_bgr(weights_folder):
+    held = {"state_dict": {f"module.{name}": tensor for name, tensor in drawn("table5_pidinet").items()}}
+    torch.save(held, weights_folder / pidinet.PUBLIC.name)
     picture = noise(40, 48)
     [hint] = annotator("softedge_pidinet").make([picture])
     network = weights.network_of(PiDiNet, pidinet.PUBLIC.path())

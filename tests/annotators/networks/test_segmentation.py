@@ -123,7 +123,7 @@ def test_the_palette_is_ade20k_s():
 
 
 def test_without_files_rows_say_how_to_get_them(weights_folder):
-    assert "hf download shi-labs/oneformer_ade20k_swin_tiny model.safetensors" in annotator("seg_ofade20k").lacks()
+    assert "hf download shi-labs/oneformer_ade20k_swin_tiny model.safetensors" in annotator("seg_ofade20k").lack()
     (weights_folder / "upernet-convnext-tiny").mkdir()
     (weights_folder / "upernet-convnext-tiny" / "pytorch_model.bin").touch()
     assert not annotator("upernet_ade20k").lacks(), "by its other name"
