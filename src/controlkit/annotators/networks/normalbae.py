@@ -213,7 +213,10 @@ class NormalBAE(nn.Module):
 
 
 def normal_bae(pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:
-    """Normals as colours, as the network and the controls trained on it have them: red is left, green up, blue near."""
+    """Normals as colours, (n + 1) x 127.5, as the network has them: by ScanNet's protocol.
+
+    ControlNet 1.1's control of normals was trained on these. They are not brought into the convention of ``maps``.
+    """
     network = network_of(NormalBAE, PUBLIC.path(), device)
     mean, spread = (torch.tensor(one, device=device).reshape(1, 3, 1, 1) for one in IMAGENET)
     made = run(lambda pixels: network((pixels / 255 - mean) / spread), pictures, device, 32)
