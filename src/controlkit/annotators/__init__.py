@@ -28,6 +28,7 @@ from controlkit.annotators.kinds import (
     register,
     union_types,
 )
+from controlkit.annotators.networks import rows  # noqa: F401  # puts them into the table
 from controlkit.annotators.options import Slider, Threshold
 
 __all__ = [
