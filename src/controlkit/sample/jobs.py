@@ -179,15 +179,22 @@ def _check_name(name: str, where: str, first: dict[str, str]) -> None:
         raise Invalid(f'the name "{short}" is that of {other}, too: give each its own.')
 
 
+def likeness(request: Request) -> tuple[str, str]:
+    """(the controls that a request loads, all that pictures made together share), as texts to compare.
+
+    Requests with the same two differ in prompts, seeds and pictures alone.
+    """
+    plain = with_sources(request, lambda source: EACH)
+    loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
+    return loaded, plain.model_copy(update=_OWN).to_json()
+
+
 def groups_of(jobs: Sequence[Job], most: int = BATCH) -> list[list[Job]]:
     """Jobs that differ in prompts, seeds and pictures alone, at most so many together; those with the same controls
     one after another, so that each is loaded once."""
     alike: dict[str, dict[str, list[Job]]] = {}
     for job in jobs:
-        request = job.request
-        loaded = json.dumps([(one.name, one.annotator) for one in request.controls])
-        plain = with_sources(request, lambda source: EACH)
-        shared = plain.model_copy(update=_OWN).to_json()
+        loaded, shared = likeness(job.request)
         alike.setdefault(loaded, {}).setdefault(shared, []).append(job)
     rows = [row for same in alike.values() for row in same.values()]
     return [row[first : first + most] for row in rows for first in range(0, len(row), most)]

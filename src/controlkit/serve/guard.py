@@ -1,0 +1,154 @@
+"""The guard before every route: Host, Origin, token, the size of bodies; and headers that answers have."""
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from controlkit.serve.settings import Settings, is_loopback
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_OPEN = ("/healthz",)
+"""Routes that need no token."""
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class _TooLarge(Exception):  # noqa: N818  # no error of ours
+    pass
+
+
+class Guard:
+    """An ASGI application before another one, which sees no request that is refused here."""
+
+    def __init__(self, app: App, settings: Settings, refused: Callable[[str], None] = lambda reason: None) -> None:
+        self.app, self.settings, self._refused = app, settings, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # web sockets are not spoken
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        if fault := self._fault(scope, headers):
+            self._refused(fault[1])
+            await _answer(send, *fault)
+            return
+        await self._bounded(scope, receive, send)
+
+    def _fault(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        """(status, reason, sentence) where a request is refused."""
+        host = headers.get("host", "")
+        if sum(key.lower() == b"host" for key, _ in scope["headers"]) != 1 or not self._is_own(host):
+            return 421, "host", f"This server does not answer as {host[:100]!a}: ask for it by its own address."
+        origin = headers.get("origin")
+        if origin is not None and not self._may_ask(origin, host):
+            return 403, "origin", "A page of another site may not ask this server; see --allow-origin."
+        if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            return 403, "origin", "A page of another site may not ask this server; see --allow-origin."
+        if self.settings.token and scope["path"] not in _OPEN and not self._knows(headers.get("authorization", "")):
+            return 401, "token", "Send the server's token: Authorization: Bearer TOKEN."
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15:
+            return 400, "size", "Content-Length is no number."
+        if int(length) > self.settings.limits.body:
+            return 413, "size", f"The body has {length} bytes; expected at most {self.settings.limits.body}."
+        if headers.get("content-encoding", "identity") != "identity":
+            return 415, "size", "The body is packed; send it as it is."
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        """Whether a Host header names this server: pages elsewhere can have their name lead here (DNS rebinding).
+
+        Beyond this machine names cannot be known; the token, which such a page has not, is asked for there.
+        """
+        name = _name_of(host)
+        return bool(name) and (not self.settings.is_local or is_loopback(name))
+
+    def _may_ask(self, origin: str, host: str) -> bool:
+        if origin in self.settings.origins:
+            return True
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+    def _knows(self, authorization: str) -> bool:
+        """Whether the token came: as Bearer's (OpenAI's clients), or as the password of Basic (A1111's)."""
+        scheme, _, given = authorization.partition(" ")
+        given = given.strip()
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode("latin-1").partition(":")[2]
+            except (binascii.Error, ValueError):
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return hmac.compare_digest(given.encode("latin-1", "replace"), self.settings.token.encode())
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; one whose body is longer than it may be, whatever its head said, is refused."""
+        read, begun = 0, False
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.settings.limits.body:
+                raise _TooLarge
+            return message
+
+        async def headed(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                names = {key.lower() for key, _ in message.get("headers", [])}
+                more = [one for one in _HEADERS if one[0] not in names] + self._cors(scope)
+                message = {**message, "headers": [*message.get("headers", []), *more]}
+            await send(message)
+
+        try:
+            await self.app(scope, counted, headed)
+        except _TooLarge:
+            self._refused("size")
+            if not begun:
+                await _answer(send, 413, "size", f"The body has more than {self.settings.limits.body} bytes.")
+
+    def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What a browser is told of the pages that may read answers: those that are allowed by name, no others."""
+        origin = next((value for key, value in scope["headers"] if key.lower() == b"origin"), b"")
+        if origin.decode("latin-1") not in self.settings.origins:
+            return []
+        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host header, without its port; "" where it is none."""
+    try:
+        parts = urlsplit(f"//{host}")
+        parts.port  # noqa: B018  # raises for what is no port
+    except ValueError:
+        return ""
+    plain = not (parts.path or parts.query or parts.fragment or parts.username is not None)
+    return (parts.hostname or "").rstrip(".") if plain else ""
+
+
+async def _answer(send: Send, status: int, reason: str, sentence: str) -> None:
+    body = json.dumps({"error": {"message": sentence, "type": reason, "code": status}, "detail": sentence}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *_HEADERS]
+    if status == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="controlkit", Basic realm="controlkit"'))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

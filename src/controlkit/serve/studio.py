@@ -1,0 +1,362 @@
+"""The studio of a worker: a base with its controls, and the orders of jobs carried out on it."""
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.annotators import annotate_all, annotator, kind_or_bare
+from controlkit.backbones import Backbone
+from controlkit.backbones.schedulers import SCHEDULERS, SPACINGS, has_spacing, own_name
+from controlkit.controls import TYPES
+from controlkit.errors import NotFound, Unsupported, UserError, nearest
+from controlkit.formats import SavedControl, describe, shipped_controls
+from controlkit.formats.convert import dtype_name
+from controlkit.formats.metadata import json_object, metadata_entry, weights_file
+from controlkit.images import HintSpec, fit, inner_size, png_bytes, stretch, write_png
+from controlkit.precision import number_format, settle_threads
+from controlkit.sample import Picture, Prepared, Request, Step, generate, load, maker, prepare
+from controlkit.sample.embedded import embedded
+from controlkit.sample.jobs import BATCH
+from controlkit.serve.orders import Annotation, Evaluation, HintMaker, Order, Pictures
+from controlkit.tensors import PICKLES, open_tensors
+
+_KEPT = 4
+"""Controls that are kept in memory."""
+_PREVIEWS = 0.7
+"""Seconds between two previews."""
+
+Result = dict[str, Any]
+Outcomes = dict[str, Result]
+"""By a job's id: ``result``, what came of it; or ``fault``, the kind of error, and ``error``, its sentence; or
+``cancelled``."""
+Tell = Callable[[dict[str, Any]], bool]
+"""Takes how far the work is; says whether to stop."""
+
+log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):  # noqa: N818  # no error
+    pass
+
+
+@dataclass(frozen=True)
+class ControlEntry:
+    """A control that can be asked for."""
+
+    name: str
+    hash: str
+    """Eight hex digits, as A1111 computes them of a file."""
+    annotator: str
+    """What makes its hints; "" where nobody knows."""
+    types: tuple[str, ...] = ()
+    """Of a Union: the types of hint it reads."""
+    source: str = ""
+    """As ``load_control`` takes it; never told to clients."""
+    is_guessed: bool = False
+    """Whether the annotator was read off the file's name."""
+
+
+def old_hash(path: Path) -> str:
+    """A1111's short hash of a file: of the 64 KiB after its first MiB, or of a smaller file as a whole."""
+    with path.open("rb") as file:
+        file.seek(1 << 20)
+        part = file.read(1 << 16)
+        if not part:
+            file.seek(0)
+            part = file.read(1 << 20)
+    return hashlib.sha256(part).hexdigest()[:8]
+
+
+def controls_for(base: Backbone, folder: Path | None) -> list[ControlEntry]:
+    """The controls that can be asked for: those that are shipped for this base, and those in a folder."""
+    found = dict[str, ControlEntry]()
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)):
+            continue
+        try:
+            entry = _entry(path)
+        except UserError as error:
+            log.warning("%s is left out: %s", path, error)
+            continue
+        if entry:
+            found[entry.name] = entry
+    for name, (path, kind) in shipped_controls().items():
+        metadata = open_tensors(weights_file(path)).metadata
+        if metadata_entry(metadata, path, "controlkit.signature", json_object, None) != _as_json(base.signature):
+            continue
+        entry = _entry(path, name)
+        if entry and name not in found:
+            found[name] = replace(entry, annotator=kind, types=(), source=name) if kind else replace(entry, source=name)
+    return list(found.values())
+
+
+def _as_json(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value))
+
+
+def _entry(path: Path, name: str = "") -> ControlEntry | None:
+    """What can be told of a file or folder of weights; None where it is no control that runs."""
+    described = describe(path)
+    if described.kind is None:
+        return None
+    file = weights_file(path)
+    metadata = open_tensors(file).metadata
+    hint = metadata_entry(metadata, path, "controlkit.hint", HintSpec.from_json, None)
+    types = tuple(metadata_entry(metadata, path, "controlkit.hints", json_object, {}))
+    if described.kind == "union" and not types:
+        types = tuple(kind for kind, number in TYPES.items() if number < described.config["num_control_type"])
+    guess = "" if types or (hint and hint.annotator) else _guessed(path.stem)
+    known = hint.annotator if hint else ""
+    return ControlEntry(name or path.stem, old_hash(file), known or guess, types, str(path), bool(guess))
+
+
+def _guessed(name: str) -> str:
+    """The kind of hints that a file's name speaks of, as ``control_v11p_sd15_canny`` does; "" where none."""
+    words = name.lower().replace("-", "_").split("_")
+    return next((kind.name for word in reversed(words) if (kind := kind_or_bare(word)).resize and _is_kind(word)), "")
+
+
+def _is_kind(word: str) -> bool:
+    with suppress(UserError):
+        annotator(word)
+        return True
+    from controlkit.annotators import all_kinds
+
+    return any(word in (kind.name, *kind.aliases) for kind in all_kinds())
+
+
+class Studio:
+    """A base and its controls; the files that jobs leave lie in ``folder``, one folder a job."""
+
+    def __init__(self, base: Backbone, folder: Path, controls: Path | None = None) -> None:
+        self.base, self.folder = base, folder
+        self.entries = {entry.name: entry for entry in controls_for(base, controls)}
+        self._threads = settle_threads(base.networks().values())
+        self._loaded: OrderedDict[str, tuple[SavedControl, list[str]]] = OrderedDict()
+
+    def facts(self) -> dict[str, Any]:
+        """All that requests are checked by, and that is told of the server, in plain values."""
+        base = self.base
+        told = [{key: value for key, value in asdict(one).items() if key != "source"} for one in self.entries.values()]
+        spacings = {kind: [one for one in SPACINGS if has_spacing(kind, one)] for kind in SCHEDULERS}
+        return {
+            "base": base.name,
+            "digest": base.digest,
+            "size": base.size,
+            "multiple": base.multiple,
+            "most_steps": base.noise.count,
+            "samplers": spacings,
+            "controls": told,
+            **self._facts(),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        device = self.base.device.type
+        return {
+            "format": number_format(device),
+            "dtype": dtype_name(self.base.dtype),
+            "threads": self._threads,
+            "sampler": own_name(self.base.noise),
+            "device": str(self.base.device),
+        }
+
+    def carry_out(self, orders: Mapping[str, Order], tell: Tell) -> Outcomes:
+        """Carry out the orders of jobs, those of pictures in one batch; what came of each."""
+        pictures = {name: order for name, order in orders.items() if isinstance(order, Pictures)}
+        found = self._make(pictures, tell) if pictures else {}
+        for name, order in orders.items():
+            if isinstance(order, Annotation):
+                found[name] = _outcome(lambda name=name, order=order: self._annotate(name, order))
+            elif isinstance(order, Evaluation):
+                found[name] = _outcome(lambda order=order: self._evaluate(order, tell))
+        return found
+
+    # --- pictures -------------------------------------------------------------------------------------------------
+
+    def _make(self, orders: Mapping[str, Pictures], tell: Tell) -> Outcomes:
+        found, prepared = Outcomes(), dict[str, list[Prepared]]()
+        for name, order in orders.items():
+            failed = _outcome(lambda name=name, order=order: prepared.update({name: self.prepared(order)}) or {})
+            if "fault" in failed:
+                found[name] = failed
+        try:
+            return found | self._sample({name: orders[name] for name in prepared}, prepared, tell)
+        except UserError as error:
+            if len(prepared) == 1:
+                return found | dict.fromkeys(prepared, _failed(error))
+        for name in prepared:  # one of them is at fault: each by itself
+            found |= self._make({name: orders[name]}, tell)
+        return found
+
+    def prepared(self, order: Pictures) -> list[Prepared]:
+        """An order's pictures, ready to be sampled; raises as ``prepare`` does."""
+        loaded, notes, controls = dict[str, SavedControl](), list[str](), []
+        for number, asked in enumerate(order.request.controls):
+            saved, told = self.control(asked.name)
+            if how := order.makers.get(number):
+                saved = _with_maker(saved, how, next(iter(asked.images), ""))
+            called = asked.name if asked.name not in loaded else f"{asked.name} ({number + 1})"
+            loaded[called], notes = saved, [*notes, *told]
+            controls.append(asked.model_copy(update={"name": called, "annotator": None}))
+        requests = [one.model_copy(update={"controls": tuple(controls)}) for one in order.requests()]
+        ready = prepare(self.base, requests, loaded)
+        kept = tuple(dict.fromkeys([*notes, *(note for one in ready for note in one.notes)]))
+        return [replace(one, request=asked, notes=kept) for one, asked in zip(ready, order.requests(), strict=True)]
+
+    def control(self, name: str) -> tuple[SavedControl, list[str]]:
+        """A control by the name it is listed under, and notes on it; the last few stay in memory."""
+        if name not in self.entries:
+            raise NotFound(f'There is no control "{name}": {nearest(name, self.entries)}')
+        if name not in self._loaded:
+            entry = self.entries[name]
+            while len(self._loaded) >= _KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[name] = load(entry.source, self.base, entry.annotator if entry.is_guessed else None)
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+    def _sample(self, orders: Mapping[str, Pictures], prepared: Mapping[str, list[Prepared]], tell: Tell) -> Outcomes:
+        began = time.perf_counter()
+        ready = [one for name in orders for one in prepared[name]]
+        made, last, stopped = list[Picture](), None, False
+        total, done, shown = sum(one.steps for one in ready), 0, 0.0
+        records = generate(self.base, ready, BATCH)
+        together = 1
+        for record in records:
+            if isinstance(record, Picture):
+                made.append(record)
+                continue
+            done, last, together = done + record.count, record, record.count
+            news: dict[str, Any] = {"step": record.step, "steps": record.steps, "share": done / max(total, 1)}
+            if time.perf_counter() - shown > _PREVIEWS:
+                owners = [name for name, order in orders.items() for _ in range(order.count)]
+                news["previews"] = _previews(record, owners[len(made) :])
+                shown = time.perf_counter()
+            if stopped := tell(news):
+                records.close()
+                break
+        pictures: list[np.ndarray | None] = [one.pixels for one in made]
+        if stopped:
+            pictures += _unfinished(last, ready[len(made) :])
+        pictures += [None] * (len(ready) - len(pictures))
+        seconds = time.perf_counter() - began
+        found, first = Outcomes(), 0
+        for name, order in orders.items():
+            own = list(zip(prepared[name], pictures[first : first + order.count], strict=True))
+            whole = first + order.count <= len(made)
+            first += order.count
+            if whole or order.takes_parts:
+                result = self._write(name, order, own, together)
+                found[name] = {"result": result | {"is_whole": whole, "seconds": round(seconds, 3)}}
+            else:
+                found[name] = {"cancelled": True}
+        return found
+
+    def _write(
+        self, name: str, order: Pictures, made: Sequence[tuple[Prepared, np.ndarray | None]], together: int
+    ) -> Result:
+        """Write a job's pictures and hints; their files' names, and what is told of them."""
+        folder, texts = self.folder / name, list[str]()
+        files = list[str]()
+        for number, (one, pixels) in enumerate(made):
+            if pixels is None:
+                continue
+            facts = {"base": self.base.name} | self._facts() | {"annotators": one.annotators(), "batch": together}
+            text = embedded(one.settled(), facts, pixels)
+            write_png(folder / f"{number}.png", pixels, **text)
+            files.append(f"{number}.png")
+            texts.append(text["infotext"])
+        first, hints = made[0][0], list[str]()
+        for number, control in enumerate(first.controls if order.shows_hints else ()):
+            for kind, hint in control.pictures().items():
+                write_png(folder / f"hint-{number}{kind and '-'}{kind}.png", hint)
+                hints.append(f"hint-{number}{kind and '-'}{kind}.png")
+        height, width = first.settings.size or (0, 0)
+        told = {"pictures": files, "hints": hints, "texts": texts, "notes": list(first.notes)}
+        return told | {"width": width, "height": height}
+
+    # --- hints and figures ----------------------------------------------------------------------------------------
+
+    def _annotate(self, name: str, order: Annotation) -> Result:
+        spec = annotator(order.annotator).spec(**order.options)
+        assert isinstance(order.picture, np.ndarray)
+        size = order.picture.shape[:2]
+        if order.side:
+            scale = order.side / min(size)
+            size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
+        [hint] = annotate_all([order.picture], spec, size, self.base.device.type)
+        write_png(self.folder / name / "0.png", hint)
+        return {"pictures": ["0.png"], "width": size[1], "height": size[0]}
+
+    def _evaluate(self, order: Evaluation, tell: Tell) -> Result:
+        from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
+        from controlkit.sample import ControlRequest
+
+        saved, notes = self.control(order.control)
+        if saved.branch.hint_types:
+            raise Unsupported(f'"{order.control}" is a Union: measure one of its types.')
+        metric_of(saved.hint)
+        told = saved.trained_on["size"]
+        base = self.base.of_size(told) if told and saved.is_own else self.base
+        pairs, real = heldout_for(saved, base.size, order.num)
+        control = ControlRequest(name=order.control, scale=order.scale, hint_cfg_scale=saved.hint_cfg_scale)
+        plan = EvaluationPlan(control, saved.hint, pairs, order.steps, order.guidance)
+        total, done = 3 * len(pairs) * order.steps, 0
+
+        def advanced(count: int) -> None:
+            nonlocal done
+            done += count
+            if tell({"step": done, "steps": total, "share": min(done / total, 1.0)}):
+                raise _Stopped
+
+        make = maker(base, {order.control: saved}, on_step=advanced)
+        report = evaluate_base(base, make, plan, real)
+        judge(make, plan, report, ceiling_of(base))
+        return {"report": report, "notes": notes}
+
+
+def _with_maker(saved: SavedControl, how: HintMaker, kind: str) -> SavedControl:
+    """A control whose hints, of one type if it is a Union, are made in another way."""
+    made = annotator(how.annotator).spec(**how.options)
+    contract = saved.contract_of(kind).made_by(made)
+    return replace(saved, hints={**saved.hints, kind: contract}) if kind else replace(saved, hint=contract)
+
+
+def _previews(step: Step, owners: Sequence[str]) -> dict[str, bytes]:
+    """By a job's id: the first of its pictures that are being made, as a small PNG."""
+    found = dict[str, bytes]()
+    for name, picture in zip(owners, step.preview(), strict=False):
+        if name not in found:
+            found[name] = png_bytes(picture)
+    return found
+
+
+def _unfinished(last: Step | None, left: Sequence[Prepared]) -> list[np.ndarray | None]:
+    """The pictures of the batch that was stopped, as they were, at the size they would have had."""
+    if last is None:
+        return []
+    rough = zip(last.preview(), left, strict=False)
+    return [stretch(picture, one.settings.size) if one.settings.size else picture for picture, one in rough]
+
+
+def _failed(error: UserError) -> Result:
+    return {"fault": type(error).__name__, "error": str(error)}
+
+
+def _outcome(work: Callable[[], Result]) -> Result:
+    try:
+        return {"result": work()}
+    except _Stopped:
+        return {"cancelled": True}
+    except UserError as error:
+        return _failed(error)
