@@ -69,7 +69,7 @@ def test_settings_of_controls_are_all_of_them_or_one_s():
         ("sceduler", "DDIM", 'did you mean "scheduler"'),
         ("scael", "1", 'did you mean "scale"'),
         ("edegs.scale", "1", "Known: all, runs/edges.pth"),
-        ("all:canny.end", "1", "only a scale each"),
+        ("all:canny.end", "1", "scale and annotator each"),
         ("controls", "x", "has no key"),
         ("steps", "many", "\"steps\" is 'many'"),
         ("all.end", "2", "\"end\" is '2'"),

@@ -11,6 +11,7 @@ from controlkit.annotators.hints import (
     light_lines,
     parts_of,
     white_on_black,
+    with_maker,
 )
 from controlkit.annotators.kinds import (
     HintKind,
@@ -19,13 +20,19 @@ from controlkit.annotators.kinds import (
     each,
     kind_of,
     kind_or_bare,
+    maker,
+    makers_of,
     names_of,
     register,
+    same_family,
     union_types,
 )
+from controlkit.annotators.options import Slider, Threshold
 
 __all__ = [
     "HintKind",
+    "Slider",
+    "Threshold",
     "all_kinds",
     "annotate",
     "annotate_all",
@@ -39,9 +46,13 @@ __all__ = [
     "kind_of",
     "kind_or_bare",
     "light_lines",
+    "maker",
+    "makers_of",
     "names_of",
     "parts_of",
     "register",
+    "same_family",
     "union_types",
     "white_on_black",
+    "with_maker",
 ]

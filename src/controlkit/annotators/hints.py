@@ -1,12 +1,12 @@
 """Hints as their contracts say: contracts by name, and pictures or drawings turned into hints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from controlkit.annotators.kinds import kind_of, kind_or_bare
-from controlkit.errors import Unsupported
+from controlkit.annotators.kinds import annotator, kind_of, kind_or_bare, makers_of
+from controlkit.errors import Mismatch, Unsupported
 from controlkit.images import Ground, HintSpec, fit
 
 
@@ -15,7 +15,7 @@ def contract(name: str, foreign: bool = False) -> HintSpec:
 
     ``foreign``: as controls from elsewhere read them, whose files do not say. ``NotFound`` for an unknown name.
     """
-    if "+" in name:
+    if "+" in name and not kind_or_bare(name).is_made_here:
         return joined(name.split("+"))
     kind = kind_of(name)
     return kind.spec(**kind.foreign) if foreign else kind.spec()
@@ -56,6 +56,29 @@ def grounds_of(hint: HintSpec | None) -> list[Ground]:
     kinds = [kind_or_bare(part.annotator) for part in parts_of(hint)]
     masked = hint.mask_value is not None or hint.channels == 4  # or the fourth is a channel like the others
     return [None if masked else "ink" if kind.lines else kind.ground for kind in kinds]
+
+
+def with_maker(hint: HintSpec, name: str | None = None, options: Mapping[str, float] | None = None) -> HintSpec:
+    """The contract of a control's hints, made by another maker of its family; without a name, as the contract says.
+
+    Where nothing makes the contract's own kind, it is the first maker of the family that has all it needs here, if
+    there is one. ``options``: of the maker, instead of its defaults or the contract's own. Range, channels and order of
+    colours stay the contract's. ``NotFound`` for an unknown name, ``Mismatch`` for one of another family.
+    """
+    own = kind_or_bare(hint.annotator)
+    kind = kind_of(name) if name else own
+    if kind.contract_name != own.contract_name:
+        makers = ", ".join(one.name for one in makers_of(own.name)) or "none"
+        raise Mismatch(
+            f'The hints are to be of "{hint.annotator}", and {kind.name} makes those of "{kind.contract_name}": '
+            f"expected one of {makers}."
+        )
+    if kind.name == own.name and not own.is_made_here:
+        ready = (one for one in makers_of(own.name) if not (one.own_world or one.lacks()))
+        kind = next(ready, own)
+    if kind.name == own.name:
+        return replace(hint, options=kind.checked({**hint.options, **options})) if options else hint
+    return hint.made_by(annotator(kind.name).spec(**(options or {})))
 
 
 def is_empty(hint: np.ndarray, kind: HintSpec) -> bool:

@@ -1,23 +1,25 @@
 """The table of kinds of hints: one row says all there is to know of a kind, and everything else reads it.
 
 A new kind is a function (in ``lines``, ``regions`` or a module of its own) and a row; or, outside this package, a call
-of ``register``. No other module lists kinds by name.
+of ``register``. Another way to make hints of a kind that is there is a row of its family (``maker``): controls of that
+kind read its hints too. No other module lists kinds by name.
 """
 
 import hashlib
-import inspect
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ValidationError
 
 from controlkit.annotators import lines, maps, regions
+from controlkit.annotators.options import Options, Threshold, options_of, slider_of
 from controlkit.errors import Invalid, NotFound, Unsupported, first_fault, nearest
 from controlkit.images import HintSpec, Resize
 from controlkit.mini.truth import Truth
@@ -37,12 +39,6 @@ def each(function: Callable[..., np.ndarray]) -> Annotate:
     return annotate
 
 
-class Options(BaseModel):
-    """The options of a kind: one field for each keyword of its function."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 @dataclass(frozen=True)
 class HintKind:
     """A kind of hint. Only ``name`` must be given; a kind without a function is given as a file, never made here."""
@@ -50,7 +46,12 @@ class HintKind:
     name: str
     function: Annotate | None = None
     """Makes hints of pictures; ``each`` adapts a function of one picture."""
+    family: str = ""
+    """The kind whose hints these are, made in another way; "" where they are a kind by themselves. See ``maker``."""
     aliases: tuple[str, ...] = ()
+    """Other names, such as A1111's names of modules; one with a plus stands for no channels of two hints."""
+    thresholds: tuple[Threshold, ...] = ()
+    """A1111's ``threshold_a`` and ``threshold_b``, in this order."""
     foreign: Mapping[str, float] = field(default_factory=dict)
     """Options of the hints that controls from elsewhere read, where they are not the defaults."""
     resize: Resize = "area"
@@ -78,22 +79,43 @@ class HintKind:
     """The digest of its network's weights, where it is one."""
     extra: str = ""
     """The optional dependencies (of ``pip install 'controlkit[...]'``) that its function imports."""
+    modules: tuple[str, ...] = ()
+    """The modules of that extra that it imports."""
+    lack: Callable[[], str] | None = None
+    """Says which of its weights are not on this machine, in a sentence that says how to get them; "" where all are. It
+    asks no network."""
+    own_world: bool = False
+    """Whether it knows the pictures of the embedded world alone; then it makes hints where it is named, and never by
+    itself."""
 
     @property
     def is_made_here(self) -> bool:
         """Whether hints can be made of pictures."""
         return self.function is not None
 
+    @property
+    def contract_name(self) -> str:
+        """The kind whose contract its hints keep: its family, or itself."""
+        return self.family or self.name
+
+    def lacks(self) -> str:
+        """A sentence on what is missing here to make such hints, and how to get it; "" where nothing is."""
+        if self.function is None:
+            return f'Nothing here makes hints of "{self.name}" of a picture: give them as files.'
+        if absent := [name for name in self.modules if importlib.util.find_spec(name) is None]:
+            return self._without(f"no module named {absent[0]}")
+        return self.lack() if self.lack else ""
+
+    def _without(self, reason: object) -> str:
+        return (
+            f"Making hints of {self.name} needs the extra {self.extra} ({reason}). "
+            f"Install it with: pip install 'controlkit[{self.extra}]'"
+        )
+
     @cached_property
     def options(self) -> type[Options]:
         """The model of its options, read off its function's keywords."""
-        found = inspect.signature(self.function, eval_str=True).parameters.values() if self.function else ()
-        fields: dict[str, Any] = {
-            p.name: (float if p.annotation is p.empty else p.annotation, p.default)
-            for p in found
-            if p.default is not p.empty and p.name != "device"
-        }
-        return create_model(f"{self.name.title()}Options", __base__=Options, **fields)
+        return options_of(self.name, self.function)
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """These options and the defaults of the others; ``Invalid`` for an unknown one or a value out of range."""
@@ -101,6 +123,24 @@ class HintKind:
             return self.options.model_validate(dict(options)).model_dump()
         except ValidationError as error:
             raise Invalid(first_fault(error, self.name, self.options.model_fields)) from None
+
+    @cached_property
+    def sliders(self) -> list[dict[str, Any]]:
+        """Its options as sliders, ``{name, value, min, max, step}``, in their order (``options.slider_of``)."""
+        return [slider_of(name, info) for name, info in self.options.model_fields.items()]
+
+    def of_thresholds(self, *numbers: float | None) -> dict[str, float]:
+        """Options of A1111's ``threshold_a`` and ``threshold_b``; below 0 or None, a number is its default there.
+
+        ``Invalid`` where one is out of the option's range.
+        """
+        given = dict(zip(self.thresholds, numbers, strict=False))
+        read = {
+            one.option: (one.value if number is None or number < 0 else number) * one.per
+            for one, number in given.items()
+            if one.option
+        }
+        return self.checked(read)
 
     def spec(self, **options: Any) -> HintSpec:
         """The contract of its hints: made with these options, and the defaults of the others."""
@@ -113,18 +153,15 @@ class HintKind:
 
         ``Invalid`` for wrong options; ``Unsupported`` where nothing makes such hints, or an extra is missing.
         """
-        if self.function is None:
-            raise Unsupported(f'Nothing here makes hints of "{self.name}" of a picture: give them as files.')
+        if self.function is None or (self.lack and self.lack()):
+            raise Unsupported(self.lacks())
         checked = self.checked(options or {})
         try:
             return list(self.function(pictures, device, **checked))
         except ModuleNotFoundError as error:
             if not self.extra:
                 raise
-            raise Unsupported(
-                f"Making hints of {self.name} needs the extra {self.extra} ({error}). "
-                f"Install it with: pip install 'controlkit[{self.extra}]'"
-            ) from error
+            raise Unsupported(self._without(error)) from error
 
     def digest(self) -> str:
         """A digest of what makes its hints: equal ones make the same of a picture, so that a cache may keep it.
@@ -155,9 +192,34 @@ _NAMELESS = HintKind("")  # hints of which nobody says what they are
 def register(kind: HintKind) -> HintKind:
     """Add a kind to the table; ``Invalid`` where one of its names is taken, or cannot be a name."""
     for name in (kind.name, *kind.aliases):
-        if not name or "+" in name or _found(name):
+        if not name or "+" in kind.name or _found(name):
             raise Invalid(f'A kind of hint cannot be called "{name}": expected a name of its own, without +.')
     return _KINDS.setdefault(kind.name, kind)
+
+
+def maker(name: str, function: Annotate, *, of: str, **facts: Any) -> HintKind:
+    """Another way to make hints of a kind: a row of the family ``of``, for ``register``.
+
+    It has what the family's row says of hints: how they are scaled, their ground and mask value, whether they are
+    lines, how they are measured and mirrored. Its own are the function and ``facts``, the fields in ``_OWN``. It is no
+    type of a ControlNet-Union: its hints are of the family's. ``NotFound`` for an unknown family.
+    """
+    row = kind_of(of)
+    return replace(row, **_OWN | {"name": name, "function": function, "family": row.contract_name} | facts)
+
+
+_OWN: dict[str, Any] = {
+    "aliases": (), "foreign": {}, "thresholds": (), "truth": None, "needs_person": False, "union_type": None,
+    "folders": (), "version": 1, "weights": None, "extra": "", "modules": (), "lack": None, "own_world": False,
+}  # fmt: skip
+"""Fields that a maker does not have from its family."""
+
+
+def makers_of(name: str) -> list[HintKind]:
+    """All rows that make hints of the kind of that name, or of its family; the family's own row first."""
+    own = kind_or_bare(name).contract_name
+    made = [kind for kind in all_kinds() if kind.is_made_here and kind.contract_name == own]
+    return sorted(made, key=lambda kind: kind.name != own)
 
 
 def all_kinds() -> list[HintKind]:
@@ -186,6 +248,11 @@ def kind_of(name: str) -> HintKind:
 def kind_or_bare(name: str) -> HintKind:
     """The kind of that name or alias; of an unknown name (a file may hold any), a kind of which nothing is known."""
     return _found(name) or HintKind(name)
+
+
+def same_family(one: str, other: str) -> bool:
+    """Whether hints of two names, known or not, keep one contract."""
+    return kind_or_bare(one).contract_name == kind_or_bare(other).contract_name
 
 
 def annotator(name: str) -> HintKind:
@@ -220,16 +287,20 @@ _TABLE = (
     HintKind("depth", metric="depth_rmse", union_type=1, folders=("depth",),
              truth=lambda truth: maps.depth_picture(truth.depth)),
     HintKind("canny", each(lines.canny), resize="lines", lines=True, metric="edge_f1", union_type=3,
+             thresholds=(Threshold("low", "Canny Low Threshold", 100, 1, 255),
+                         Threshold("high", "Canny High Threshold", 200, 1, 255)),
              folders=("canny", "edge", "edges")),
     HintKind("scribble", each(lines.scribble), resize="lines", lines=True, metric="edge_f1", union_type=2,
              folders=("scribble", "sketch")),
     HintKind("softedge", each(lines.softedge), lines=True, metric="ms_ssim", union_type=2, folders=("softedge",)),
     HintKind("lineart", each(lines.lineart), resize="lines", lines=True, metric="ms_ssim", union_type=3,
              folders=("lineart", "lines")),
-    HintKind("mlsd", each(lines.mlsd), resize="lines", lines=True, metric="ms_ssim", union_type=3, folders=("mlsd",)),
-    HintKind("hed", metric="ms_ssim", union_type=2, folders=("hed",)),
-    HintKind("pidi", metric="ms_ssim", union_type=2),
-    HintKind("ted", metric="ms_ssim", union_type=2),
+    HintKind("mlsd", each(lines.mlsd), resize="lines", lines=True, metric="ms_ssim", union_type=3, folders=("mlsd",),
+             thresholds=(Threshold("", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
+                         Threshold("", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
+    HintKind("hed", family="softedge", metric="ms_ssim", union_type=2, folders=("hed",)),
+    HintKind("pidi", family="softedge", metric="ms_ssim", union_type=2),
+    HintKind("ted", family="softedge", metric="ms_ssim", union_type=2),
     HintKind("normal", ground="#8080ff", metric="normal_angle", union_type=4, folders=("normal", "normals"),
              truth=lambda truth: maps.normal_picture(truth.normals),
              mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high)),

@@ -9,10 +9,14 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-Level = Annotated[float, Field(ge=0, le=10_000)]
+from controlkit.annotators.options import Slider
+
+Level = Annotated[float, Field(ge=0, le=10_000), Slider(0, 255)]
 """A threshold in grey levels."""
+Pen = Annotated[float, Field(gt=0, le=1), Slider(0.001, 0.1, 0.001)]
+"""A line's width as a share of the short side."""
 Share = Annotated[float, Field(gt=0, le=1)]
-"""A share of the picture's short side, or of the full contrast."""
+"""A share of the full contrast."""
 Width = Annotated[float, Field(gt=0, le=1 / 16)]
 """A blur's width as a share of the short side; the work grows with it."""
 Least = Annotated[float, Field(ge=0, le=1)]
@@ -24,7 +28,7 @@ def canny(picture: np.ndarray, low: Level = 100.0, high: Level = 200.0) -> np.nd
     return np.repeat(cv2.Canny(np.ascontiguousarray(picture), low, high)[..., None], 3, axis=2)
 
 
-def scribble(picture: np.ndarray, width: Share = 2 / 64, detail: Least = 0.12) -> np.ndarray:
+def scribble(picture: np.ndarray, width: Pen = 2 / 64, detail: Least = 0.12) -> np.ndarray:
     """A synthetic user scribble: the main outlines, straightened as a quick hand would, with a thick pen.
 
     The paper makes its scribbles from HED boundaries with random morphology; this needs no network: blurred Canny
@@ -99,7 +103,7 @@ def lineart(picture: np.ndarray, width: Width = 1 / 200, contrast: Share = 0.01)
     return _as_hint(((darker - contrast) / (3 * contrast)).clip(0, 1))
 
 
-def mlsd(picture: np.ndarray, length: Least = 0.15, width: Share = 1 / 128) -> np.ndarray:
+def mlsd(picture: np.ndarray, length: Least = 0.15, width: Pen = 1 / 128) -> np.ndarray:
     """Straight segments only, white on black, found by OpenCV's LSD; the released annotator, M-LSD, is a network.
 
     Args:

@@ -7,14 +7,18 @@ import cv2
 import numpy as np
 from pydantic import Field
 
+from controlkit.annotators.options import Slider
 from controlkit.errors import Invalid
 from controlkit.seeds import numpy_rng
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 """A share of the picture."""
 
+Shrink = Annotated[float, Field(ge=1, le=1000), Slider(1, 32, 0.5)]
+"""How many times smaller a picture is made."""
 
-def tile(picture: np.ndarray, shrink: Annotated[float, Field(ge=1, le=1000)] = 8.0) -> np.ndarray:
+
+def tile(picture: np.ndarray, shrink: Shrink = 8.0) -> np.ndarray:
     """The picture low-passed: made ``shrink`` (1 to 1000) times smaller and grown back; 1 leaves it as it is."""
     height, width = picture.shape[:2]
     small = (max(round(width / shrink), 1), max(round(height / shrink), 1))

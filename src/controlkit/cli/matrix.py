@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from controlkit.cli.requests import EDIT, HIRES, KEYS, changed_control, drawn_seed, edit_of, hires_of
+from controlkit.cli.requests import BY_TYPE, EDIT, HIRES, KEYS, changed_control, drawn_seed, edit_of, hires_of
 from controlkit.cli.shared import parse_size
 from controlkit.errors import Invalid, nearest, one_line
 from controlkit.files import read_text
@@ -184,7 +184,9 @@ def _type_in(name: str, control: "ControlRequest") -> str:
 
 def _changed_control(control: "ControlRequest", name: str, setting: str, text: str) -> "ControlRequest":
     if kind := _type_in(name, control):
-        if setting != "scale":
-            raise Invalid(f'--grid varies "{one_line(name)}.{setting}": a Union\'s types have only a scale each.')
-        return changed_control(control, {"scales": {**control.scales, kind: text}})
+        if setting not in BY_TYPE:
+            known = " and ".join(BY_TYPE)
+            raise Invalid(f'--grid varies "{one_line(name)}.{setting}": a Union\'s types have {known} each.')
+        table = BY_TYPE[setting]
+        return changed_control(control, {table: {**getattr(control, table), kind: text}})
     return changed_control(control, {KEYS[setting]: text if text != "" else None})

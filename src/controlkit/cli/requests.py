@@ -313,6 +313,10 @@ def _beyond_loads(loads: Loads, given: Mapping[str, Any]) -> Iterator[str]:
 # --- controls -----------------------------------------------------------------------------------------------------
 
 
+BY_TYPE = {"scale": "scales", "annotator": "annotators"}
+"""Settings that each type of a Union has by itself, and their names in a ``ControlRequest``."""
+
+
 def control_requests(
     given: Sequence[str], shared: Mapping[str, Any], annotator: str | None = None
 ) -> tuple["ControlRequest", ...]:
@@ -328,8 +332,8 @@ def control_requests(
         if path is None:
             found.append((name, {}, own))
             continue
-        if kind and "scale" in own:
-            own["scales"] = {kind: own.pop("scale")}
+        for key in [key for key in BY_TYPE if kind and key in own]:
+            own[BY_TYPE[key]] = {kind: own.pop(key)}
         same = next((one for one in found if kind and "" not in one[1] and one[0] == name), None)
         if same is None:
             found.append((name, {kind: path}, own))
@@ -337,8 +341,9 @@ def control_requests(
         _, images, settings = same
         if kind in images:
             raise Invalid(f"--control {name}:{kind} was given twice; expected one picture for a type.")
-        own["scales"] = settings.get("scales", {}) | own.get("scales", {})
-        if twice := [key for key in own.keys() - {"scales"} if settings.get(key, own[key]) != own[key]]:
+        for key in BY_TYPE.values():
+            own[key] = settings.get(key, {}) | own.get(key, {})
+        if twice := [key for key in own.keys() - {*BY_TYPE.values()} if settings.get(key, own[key]) != own[key]]:
             raise Invalid(f'--control {name} has two values of "{twice[0]}": a Union\'s types share one.')
         images[kind] = path
         settings |= own

@@ -163,7 +163,7 @@ class _Check:
             check_pictures(request.edit)
         for control in request.controls:
             paths = tuple(source for source in control.images.values() if isinstance(source, Path))
-            facts = (control.name, control.annotator, control.ready, paths)
+            facts = (control.name, control.annotator, *control.annotators.values(), control.ready, paths)
             if facts not in self._checked:
                 control_path(type_of(control.name)[0])
                 check_pictures(control)

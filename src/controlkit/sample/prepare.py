@@ -9,7 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from controlkit.annotators import annotate, contract, grounds_of, is_empty, kind_or_bare, light_lines
+from controlkit.annotators import (
+    annotate,
+    contract,
+    grounds_of,
+    is_empty,
+    kind_or_bare,
+    light_lines,
+    same_family,
+    with_maker,
+)
 from controlkit.backbones import Backbone
 from controlkit.branch import ControlNetwork
 from controlkit.errors import Invalid, Mismatch, nearest, one_line
@@ -79,6 +88,8 @@ class PreparedControl:
     network: ControlNetwork
     specs: Mapping[str, HintSpec]
     """The contract of its hint, under ""; of a Union's hints, by type."""
+    makers: Mapping[str, HintSpec] = field(default_factory=dict, compare=False)
+    """The same with what makes them of pictures, where that is not the contract's own annotator."""
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -103,10 +114,12 @@ class PreparedControl:
         """A control that was loaded, used as asked for."""
         counted = saved.hint_cfg_scale if asked.hint_cfg_scale is None else asked.hint_cfg_scale
         specs = {kind: saved.contract_of(kind) for kind in hints or [""]}
+        makers = {} if asked.ready else {kind: _maker(spec, asked, kind) for kind, spec in specs.items()}
         strengths = {kind: asked.scales.get(kind, asked.scale) for kind in hints if kind}
         return cls(
             network=saved.branch,
             specs=specs,
+            makers=makers,
             scale=float(any(strengths.values())) if strengths else asked.scale,
             hint_cfg_scale=counted,
             strengths=strengths,
@@ -123,7 +136,8 @@ class PreparedControl:
         """The same with the hint of what the first pass made, uint8 (H, W, 3), where it is to read that."""
         if not self.of_first_pass:
             return self
-        return replace(self, hints={"": annotate(picture, self.specs[""], picture.shape[:2])}, of_first_pass=False)
+        spec = self.makers.get("", self.specs[""])
+        return replace(self, hints={"": annotate(picture, spec, picture.shape[:2])}, of_first_pass=False)
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ class Prepared:
 
     def annotators(self) -> list[dict[str, str]]:
         """Of each control, by type of hint, what makes such hints."""
-        return [{kind: spec.annotator for kind, spec in control.specs.items()} for control in self.controls]
+        return [{k: spec.annotator for k, spec in (one.specs | one.makers).items()} for one in self.controls]
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint.
@@ -194,8 +208,8 @@ def check_pictures(asked: ControlRequest | EditRequest) -> None:
         check_edit(asked)
         return
     control = asked
-    if control.annotator:
-        contract(control.annotator)
+    for name in filter(None, (control.annotator, *control.annotators.values())):
+        contract(name)
     for source in control.images.values():
         if isinstance(source, Path):
             _read(source, control.ready)
@@ -303,7 +317,7 @@ class _Preparation:
             used = self.ready[key]
             is_silent = asked.passes == ("first" if first else "second")
             controls.append(replace(used, scale=0.0) if is_silent else used)
-            notes += [] if used.of_first_pass else _empty(asked, used)
+            notes += [] if used.of_first_pass else [*_empty(asked, used), *_found(asked, used)]
         settings = self._settings(request, canvas, size)
         script = Script.of(request, Span(settings.made, first.settings.made if first else 0, int(first is not None)))
         pace, reasons = self._pace(request, settings, controls)
@@ -377,7 +391,7 @@ class _Preparation:
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):
-            if asked.annotator and kind_or_bare(asked.annotator).name != saved.hint.annotator:
+            if asked.annotator and not same_family(asked.annotator, saved.hint.annotator):
                 raise Invalid(
                     f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
                 )
@@ -393,7 +407,7 @@ class _Preparation:
         if not asked.images and not follows and (not shown or asked.ready):
             raise Invalid(f'The control "{name}" needs a picture: none was given.')
         if types and asked.annotator:
-            raise Invalid(f'"{name}" has hints by type, and the types say what makes them: leave out annotator.')
+            raise Invalid(f'"{name}" has hints by type: leave out annotator, and give annotators by type.')
         network = (saved := self._loaded(asked)[0]).branch
         if network.hint_types and not types:
             known = ", ".join(network.hint_types)
@@ -404,13 +418,16 @@ class _Preparation:
             raise Invalid(f'"{name}" knows no type "{unknown[0]}": {nearest(unknown[0], network.hint_types)}')
         specs = {kind: saved.contract_of(kind) for kind in asked.images or [""]}
         if asked.images:
-            hints = {kind: _hint(source, asked, specs[kind], size, shown) for kind, source in asked.images.items()}
+            hints = {
+                kind: _hint(source, asked, specs[kind], _maker(specs[kind], asked, kind), size, shown)
+                for kind, source in asked.images.items()
+            }
         elif follows:
             hints = {"": np.zeros((*size, specs[""].channels), np.uint8)}
         else:
             assert shown is not None
             masks = specs[""].mask_value is not None
-            hints = {"": annotate(shown.hint_picture() if masks else shown.pixels, specs[""], size)}
+            hints = {"": annotate(shown.hint_picture() if masks else shown.pixels, _maker(specs[""], asked), size)}
         prepared = replace(PreparedControl.of(saved, asked, hints), of_first_pass=follows)
         taps = len(network.taps)
         if asked.by_tap and len(asked.by_tap) != taps:
@@ -425,6 +442,22 @@ def _region(source: HintSource | None, size: tuple[int, int]) -> np.ndarray | No
     if source is None:
         return None
     return fit(light_of(source, "the region")[..., None], size)[..., 0].astype(np.float32) / 255
+
+
+def _maker(spec: HintSpec, asked: ControlRequest, kind: str = "") -> HintSpec:
+    """The contract of a control's hints (of a type), by what makes them as asked for."""
+    name = asked.annotators.get(kind) if kind else asked.annotator
+    return with_maker(spec, name, asked.options)
+
+
+def _found(asked: ControlRequest, prepared: PreparedControl) -> list[str]:
+    """Notes on hints that were made by another annotator than the contract's, which nobody named."""
+    return [
+        f'the hint of "{asked.name}{f":{kind}" if kind else ""}" was made by {spec.annotator}; a picture that is a '
+        "hint already is given as such (--hint-ready)"
+        for kind, spec in prepared.makers.items()
+        if spec.annotator != prepared.specs[kind].annotator and not (asked.annotators.get(kind) or asked.annotator)
+    ]
 
 
 def _empty(asked: ControlRequest, prepared: PreparedControl) -> list[str]:
@@ -444,14 +477,20 @@ def _read(path: Path, ready: bool, ground: Ground = "black") -> np.ndarray:
 
 
 def _hint(
-    source: HintSource, asked: ControlRequest, spec: HintSpec, size: tuple[int, int], canvas: Canvas | None
+    source: HintSource,
+    asked: ControlRequest,
+    spec: HintSpec,
+    maker: HintSpec,
+    size: tuple[int, int],
+    canvas: Canvas | None,
 ) -> np.ndarray:
-    """A hint (*size, channels) of a source: as it is where it is ready, else annotated.
+    """A hint (*size, channels) of a source: as it is where it is ready, else annotated as ``maker`` says.
 
     Where only a part of ``canvas`` is worked on, the source shows the whole of it, and the hint is of that part.
     """
     ground, where = grounds_of(spec)[0], f'of "{asked.name}"'
-    if ground and not asked.ready and kind_or_bare(spec.annotator).is_made_here:
+    is_made = not asked.ready and kind_or_bare(maker.annotator).is_made_here
+    if ground and is_made:
         ground = "white"  # of the photograph that hints are made of
     drawn = not isinstance(source, Path) and source.dtype == np.uint8 and source.shape[-1] in (3, 4)
     if isinstance(source, Path):
@@ -467,11 +506,11 @@ def _hint(
         if words := spec.fault(pixels):
             raise Invalid(f"The hint {where} {words}.")
         pixels = light_lines(pixels, spec) if isinstance(source, Path) else pixels
-    how = "area" if not asked.ready and kind_or_bare(spec.annotator).is_made_here else spec.resize
+    how = "area" if is_made else spec.resize
     if canvas and canvas.box:
         pixels = canvas.part_of(pixels, how, asked.resize)
     elif asked.resize == "stretch":
         pixels = stretch(pixels, size, how)
     inner = inner_size(pixels.shape, size) if asked.resize == "fill" and not (canvas and canvas.box) else size
-    hint = fit(pixels, inner, spec.resize) if asked.ready else annotate(pixels, spec, inner)
+    hint = fit(pixels, inner, spec.resize) if asked.ready else annotate(pixels, maker, inner)
     return hint if inner == size else surround(hint, size, spec.resize)

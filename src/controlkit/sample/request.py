@@ -187,7 +187,14 @@ class ControlRequest(_Checked):
     """Whether these are hints already. If not, the control's annotator makes hints of them. A file in which lines are
     drawn dark on light is inverted; arrays are taken as they are."""
     annotator: str | None = None
-    """Name of the annotator, for a control that does not say it itself."""
+    """Name of the annotator: for a control that does not say it itself, or another maker of the same hints, as the
+    contract's family has them. None: what the contract says or, where that cannot be made here, the first maker of the
+    family that has all it needs."""
+    annotators: Mapping[str, Text] = {}
+    """Of a Union: the same of each type, by its name."""
+    options: Mapping[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Options of the annotator, in its own ranges; of a Union, where it reads one type alone. Those left out have the
+    contract's values, or the defaults."""
     scale: Factor = 1.0
     """A factor on its residuals, -100 to 100; 0 is no control. Of several types of a Union, on their features."""
     scales: Mapping[str, Factor] = {}
@@ -228,8 +235,11 @@ class ControlRequest(_Checked):
     def _in_order(self) -> Self:
         if self.start > self.end:
             raise ValueError(f"start is {self.start:g} and end is {self.end:g}; expected start <= end")
-        if self.images and (strange := self.scales.keys() - (self.images.keys() - {""})):
-            raise ValueError(f'scales names the type "{min(strange)}", of which there is no picture')
+        for key in ("scales", "annotators"):
+            if self.images and (strange := getattr(self, key).keys() - (self.images.keys() - {""})):
+                raise ValueError(f'{key} names the type "{min(strange)}", of which there is no picture')
+        if self.options and len(self.images) > 1:
+            raise ValueError("options are of one annotator, and there are several types of hint; expected one")
         if (self.mode != "balanced") + self.guess + self.cfg_weights > 1:
             raise ValueError("it has two of mode, guess and cfg_weights; expected one, as each weighs the taps")
         return self
@@ -237,9 +247,10 @@ class ControlRequest(_Checked):
     def _key(self) -> tuple[Any, ...]:
         """All of it, to compare: of arrays their type, shape and bytes."""
         images = {kind: _comparable(source) for kind, source in self.images.items()}
-        pictures = {"images", "scales", "region"}
-        others = (getattr(self, name) for name in type(self).model_fields if name not in pictures)
-        return frozenset(images.items()), frozenset(self.scales.items()), _comparable(self.region), *others
+        tables = ("scales", "annotators", "options")
+        others = (getattr(self, name) for name in type(self).model_fields if name not in {"images", "region", *tables})
+        held = (frozenset(getattr(self, name).items()) for name in tables)
+        return frozenset(images.items()), *held, _comparable(self.region), *others
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, ControlRequest) and self._key() == other._key())
