@@ -20,15 +20,17 @@ _DATA_URL = re.compile(r"data:[\w.+/-]{0,60}(;[\w=.+-]{0,60})*;base64,", re.IGNO
 _URL = re.compile(r"\s*([a-z][a-z0-9+.-]{1,20}):", re.IGNORECASE)
 
 
-async def json_body(http: HttpRequest) -> Any:
-    """The value of a body, which the guard has bounded; ``Invalid`` for what is no JSON. An empty one is ``{}``."""
-    data = await http.body()
-    return parse_json(data, "the request's body") if data.strip() else {}
-
-
 async def json_fields(http: HttpRequest) -> dict[str, Any]:
-    """The keys and values of a body; an empty text, which some clients send, has none."""
-    found = await json_body(http)
+    """The keys and values of a request's body, as ``fields_of`` gives them."""
+    return fields_of(await http.body())
+
+
+def fields_of(data: bytes) -> dict[str, Any]:
+    """The keys and values of a body, which the guard has bounded; none in an empty one, or an empty text in JSON.
+
+    ``Invalid`` for what is no JSON, and for other values.
+    """
+    found = parse_json(data, "the request's body") if data.strip() else {}
     if found in ("", None):
         return {}
     if not isinstance(found, dict):

@@ -1,7 +1,7 @@
 """Orders: what a job is to do, as values that are written into the queue and read by a worker."""
 
 import hashlib
-import json
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -29,15 +29,6 @@ class _Order(BaseModel):
         return ""
 
 
-class HintMaker(BaseModel):
-    """What makes the hints of a control, where that is not the control's own annotator with its own options."""
-
-    model_config = ConfigDict(frozen=True)
-
-    annotator: str
-    options: Mapping[str, float] = {}
-
-
 class Pictures(_Order):
     """Pictures to make: one request, and the seeds of each."""
 
@@ -45,8 +36,6 @@ class Pictures(_Order):
     request: Request
     seeds: tuple[tuple[int, int], ...]
     """Of each picture its seed, and that of its variation."""
-    makers: Mapping[int, HintMaker] = {}
-    """By the number of a control."""
     shows_hints: bool = False
     """Whether the hints are wanted, too."""
     takes_parts: bool = False
@@ -60,9 +49,7 @@ class Pictures(_Order):
     @property
     def alike(self) -> str:
         """A digest of all but prompts, seeds and pictures."""
-        makers = {number: maker.model_dump() for number, maker in self.makers.items()}
-        text = json.dumps([likeness(self.request), makers], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(repr(likeness(self.request)).encode()).hexdigest()[:32]
 
     def requests(self) -> list[Request]:
         """The request of each picture."""
@@ -93,6 +80,11 @@ class Evaluation(_Order):
     steps: int = 20
     guidance: float = 4.0
     scale: float = 1.0
+
+
+def drawn_seed() -> int:
+    """A seed that nobody chose, of 32 bits."""
+    return secrets.randbelow(2**32)
 
 
 Order = Pictures | Annotation | Evaluation

@@ -1,18 +1,18 @@
 """The studio of a worker: a base with its controls, and the orders of jobs carried out on it."""
 
 import hashlib
+import json
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from controlkit.annotators import annotate_all, annotator, kind_or_bare
+from controlkit.annotators import all_kinds, annotate_all, annotator
 from controlkit.backbones import Backbone
 from controlkit.backbones.schedulers import SCHEDULERS, SPACINGS, has_spacing, own_name
 from controlkit.controls import TYPES
@@ -20,12 +20,12 @@ from controlkit.errors import NotFound, Unsupported, UserError, nearest
 from controlkit.formats import SavedControl, describe, shipped_controls
 from controlkit.formats.convert import dtype_name
 from controlkit.formats.metadata import json_object, metadata_entry, weights_file
-from controlkit.images import HintSpec, fit, inner_size, png_bytes, stretch, write_png
+from controlkit.images import HintSpec, png_bytes, stretch, write_png
 from controlkit.precision import number_format, settle_threads
-from controlkit.sample import Picture, Prepared, Request, Step, generate, load, maker, prepare
+from controlkit.sample import Picture, Prepared, Step, generate, load, maker, prepare
 from controlkit.sample.embedded import embedded
 from controlkit.sample.jobs import BATCH
-from controlkit.serve.orders import Annotation, Evaluation, HintMaker, Order, Pictures
+from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures
 from controlkit.tensors import PICKLES, open_tensors
 
 _KEPT = 4
@@ -99,8 +99,7 @@ def controls_for(base: Backbone, folder: Path | None) -> list[ControlEntry]:
 
 
 def _as_json(value: Any) -> Any:
-    import json
-
+    """A value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 
@@ -121,18 +120,10 @@ def _entry(path: Path, name: str = "") -> ControlEntry | None:
 
 
 def _guessed(name: str) -> str:
-    """The kind of hints that a file's name speaks of, as ``control_v11p_sd15_canny`` does; "" where none."""
+    """The kind of hints that a file's name speaks of, as ``control_v11p_sd15_canny`` does; "" where it names none."""
+    kinds = {known: kind.name for kind in all_kinds() for known in (kind.name, *kind.aliases)}
     words = name.lower().replace("-", "_").split("_")
-    return next((kind.name for word in reversed(words) if (kind := kind_or_bare(word)).resize and _is_kind(word)), "")
-
-
-def _is_kind(word: str) -> bool:
-    with suppress(UserError):
-        annotator(word)
-        return True
-    from controlkit.annotators import all_kinds
-
-    return any(word in (kind.name, *kind.aliases) for kind in all_kinds())
+    return next((kinds[word] for word in reversed(words) if word in kinds), "")
 
 
 class Studio:
@@ -200,18 +191,11 @@ class Studio:
 
     def prepared(self, order: Pictures) -> list[Prepared]:
         """An order's pictures, ready to be sampled; raises as ``prepare`` does."""
-        loaded, notes, controls = dict[str, SavedControl](), list[str](), []
-        for number, asked in enumerate(order.request.controls):
-            saved, told = self.control(asked.name)
-            if how := order.makers.get(number):
-                saved = _with_maker(saved, how, next(iter(asked.images), ""))
-            called = asked.name if asked.name not in loaded else f"{asked.name} ({number + 1})"
-            loaded[called], notes = saved, [*notes, *told]
-            controls.append(asked.model_copy(update={"name": called, "annotator": None}))
-        requests = [one.model_copy(update={"controls": tuple(controls)}) for one in order.requests()]
-        ready = prepare(self.base, requests, loaded)
-        kept = tuple(dict.fromkeys([*notes, *(note for one in ready for note in one.notes)]))
-        return [replace(one, request=asked, notes=kept) for one, asked in zip(ready, order.requests(), strict=True)]
+        used = {asked.name: self.control(asked.name) for asked in order.request.controls}
+        ready = prepare(self.base, order.requests(), {name: saved for name, (saved, _) in used.items()})
+        told = [note for _, notes in used.values() for note in notes]
+        notes = tuple(dict.fromkeys([*told, *(note for one in ready for note in one.notes)]))
+        return [replace(one, notes=notes) for one in ready]
 
     def control(self, name: str) -> tuple[SavedControl, list[str]]:
         """A control by the name it is listed under, and notes on it; the last few stay in memory."""
@@ -323,13 +307,6 @@ class Studio:
         report = evaluate_base(base, make, plan, real)
         judge(make, plan, report, ceiling_of(base))
         return {"report": report, "notes": notes}
-
-
-def _with_maker(saved: SavedControl, how: HintMaker, kind: str) -> SavedControl:
-    """A control whose hints, of one type if it is a Union, are made in another way."""
-    made = annotator(how.annotator).spec(**how.options)
-    contract = saved.contract_of(kind).made_by(made)
-    return replace(saved, hints={**saved.hints, kind: contract}) if kind else replace(saved, hint=contract)
 
 
 def _previews(step: Step, owners: Sequence[str]) -> dict[str, bytes]:
