@@ -250,6 +250,7 @@ class _Bench(threading.Thread):
                 self._died()
                 failures += 1
             hand.kill()
+            hand.pipe.close()
             if failures >= _FAILURES:
                 self.broken = ("OutOfRoom", f"The worker died {failures} times before it was ready.")
                 self.settled.set()

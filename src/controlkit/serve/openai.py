@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -92,22 +93,18 @@ class OpenAI(Front):
         if not http.headers.get("content-type", "").startswith(("multipart/form-data", "application/x-www-form")):
             raise Invalid("The body is no form: expected multipart/form-data with prompt and image.")
         limits = self.desk.limits
-        try:
-            form = await http.form(max_files=limits.pictures_given, max_fields=100, max_part_size=limits.body)
-        except (MultiPartException, ValueError, KeyError, AssertionError) as error:
-            raise Invalid(f"The form cannot be read ({one_line(error)}).") from None
-        except Exception as error:
-            if type(error).__name__ == "HTTPException":  # Starlette's own word for a damaged form
-                raise Invalid(f"The form cannot be read ({one_line(getattr(error, 'detail', error))}).") from None
-            raise
         fields: dict[str, Any] = {}
         files: dict[str, list[bytes]] = {}
-        async with form:
-            for key, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    files.setdefault(key.removesuffix("[]"), []).append(await value.read())
-                else:
-                    fields[key.removesuffix("[]")] = value
+        try:
+            bounds = {"max_files": limits.pictures_given, "max_fields": 100, "max_part_size": limits.body}
+            async with http.form(**bounds) as form:
+                for key, value in form.multi_items():
+                    if isinstance(value, UploadFile):
+                        files.setdefault(key.removesuffix("[]"), []).append(await value.read())
+                    else:
+                        fields[key.removesuffix("[]")] = value
+        except (HTTPException, MultiPartException, ValueError, KeyError) as error:
+            raise Invalid(f"The form cannot be read ({one_line(getattr(error, 'detail', error))}).") from None
         return fields, files
 
     def _read_edit(self, fields: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> Asked:

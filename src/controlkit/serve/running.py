@@ -1,6 +1,6 @@
 """A server run: its desk opened, the application served by uvicorn until it is told to stop."""
 
-import logging
+import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,6 @@ def serve(
         try:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             ready(f"http://{host}:{settings.port}")
-            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             config = uvicorn.Config(
                 app_of(desk),
                 host=settings.host,
@@ -59,6 +58,17 @@ def serve(
                 timeout_graceful_shutdown=5,
                 limit_concurrency=1024,
             )
-            uvicorn.Server(config).run()
+            _run(uvicorn.Server(config))
         finally:
             desk.close()
+
+
+def _run(server: Any) -> None:
+    """Run uvicorn's server until SIGINT or SIGTERM, which it raises once more when it has ended."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)

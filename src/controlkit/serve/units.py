@@ -71,8 +71,9 @@ class Units:
             return None
         control = self.catalogue.control_named(model)
         named = self.catalogue.type_for(control, incoming.text(unit, "union_control_type"), kind)
+        values: dict[str, Any] = {"name": control["name"]} | self._weights(unit) | self._when(unit)
         pixels = self._pixels(unit, kind, named or control["annotator"])
-        values: dict[str, Any] = {"name": control["name"], "ready": kind is None and pixels is not None}
+        values["ready"] = kind is None and pixels is not None
         if pixels is not None or named:
             if pixels is None:
                 raise Invalid("it has no image, which a Union's type needs.")
@@ -81,7 +82,6 @@ class Units:
             raise Invalid("it has no image: send one as base64.")
         if kind is not None:
             values |= self._maker(unit, kind, named, control)
-        values |= self._weights(unit) | self._when(unit)
         if region := unit.get("effective_region_mask"):
             values["region"] = incoming.picture(region, "effective_region_mask", self.limits)
         return ControlRequest(**values)
