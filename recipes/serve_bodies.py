@@ -7,7 +7,7 @@ Call = tuple[str, str, Any]
 
 
 def programs(picture: str, steps: int = 6) -> dict[str, list[Call]]:
-    """Each program's calls, in its order; ``picture``: base64 of a PNG. Only steps and sizes are smaller than theirs."""
+    """Each program's calls, in its order; ``picture``: base64 of a PNG. Steps and sizes alone are smaller."""
     return {
         "SillyTavern": _silly_tavern(steps),
         "Open WebUI (automatic1111)": _open_webui(steps),
@@ -26,7 +26,8 @@ def _silly_tavern(steps: int) -> list[Call]:
     body = {
         "url": "http://localhost:7860", "auth": "", "prompt": "best quality, a lighthouse", "negative_prompt": "lowres",
         "sampler_name": "Euler a", "scheduler": "Karras", "steps": steps, "cfg_scale": 7, "width": 128, "height": 128,
-        "restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 1.0, "hr_additional_modules": [],
+        "restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 1.0,
+        "hr_additional_modules": [],
         "denoising_strength": 0.7, "hr_second_pass_steps": 0, "seed": None, "clip_skip": 1, "save_images": True,
         "send_images": True, "do_not_save_grid": False, "do_not_save_samples": False,
         "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic", "forge_additional_modules": []},
@@ -42,10 +43,18 @@ def _silly_tavern(steps: int) -> list[Call]:
 def _open_webui(steps: int) -> list[Call]:
     """It sends back all options that it was given, with others that it knows."""
     options = {
-        "sd_model_checkpoint": "mini", "samples_save": True, "samples_format": "png", "grid_save": True, "jpeg_quality": 80,
+        "sd_model_checkpoint": "mini", "samples_save": True, "samples_format": "png", "grid_save": True,
+        "jpeg_quality": 80,
         "upscaler_for_img2img": None, "face_restoration": False, "CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic",
     }  # fmt: skip
-    body = {"prompt": "a lighthouse", "batch_size": 1, "width": 128, "height": 128, "steps": steps, "negative_prompt": ""}
+    body = {
+        "prompt": "a lighthouse",
+        "batch_size": 1,
+        "width": 128,
+        "height": 128,
+        "steps": steps,
+        "negative_prompt": "",
+    }
     return [
         ("GET", "/sdapi/v1/options", None),
         ("POST", "/sdapi/v1/options", options),

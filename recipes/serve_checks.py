@@ -153,13 +153,17 @@ def _webuiapi(at: Server) -> None:
     made = api.txt2img(prompt="a red apple", seed=3, width=128, height=128, controlnet_units=units)
     assert len(made.images) == 3 and made.image.size == (128, 128), len(made.images)
     assert "ControlNet 1" in made.info["infotexts"][0], made.info
-    changed = api.img2img(images=[photo], prompt="a red apple", width=128, height=128, controlnet_units=units, steps=STEPS)
+    changed = api.img2img(
+        images=[photo], prompt="a red apple", width=128, height=128, controlnet_units=units, steps=STEPS
+    )
     assert len(changed.images) == 3
     found = api.controlnet_detect(images=[photo, photo], module="canny", threshold_a=100, threshold_b=200)
     assert len(found.images) == 2 and np.asarray(found.images[0]).max() == 255
     assert api.controlnet_version() and "canny" in api.controlnet_module_list()
     waiting: list[Any] = []
-    thread = threading.Thread(target=lambda: waiting.append(api.txt2img(prompt="slow", steps=150, width=128, height=128)))
+    thread = threading.Thread(
+        target=lambda: waiting.append(api.txt2img(prompt="slow", steps=150, width=128, height=128))
+    )
     thread.start()
     while api.get_progress()["state"]["sampling_step"] < 3:
         time.sleep(0.05)
@@ -354,7 +358,9 @@ def restart() -> None:
     """kill -9 of the server with jobs queued: after a restart each accepted job ends."""
     with server() as at:
         asked = {"prompt": "a red apple", "steps": 20, "size": [128, 128]}
-        names = [at.post("/v1/generate", {**asked, "seed": seed, "guidance": 3 + seed % 2})[1]["id"] for seed in range(12)]
+        names = [
+            at.post("/v1/generate", {**asked, "seed": seed, "guidance": 3 + seed % 2})[1]["id"] for seed in range(12)
+        ]
         time.sleep(1)
         at.end(signal.SIGKILL)
         at.start()
@@ -387,9 +393,7 @@ def openapi() -> None:
         say("schemathesis", f"exit code {done.returncode}, {cases} cases")
 
 
-CHECKS: dict[str, Callable[[], None]] = {
-    one.__name__: one for one in (clients, bodies, load, kills, restart, openapi)
-}
+CHECKS: dict[str, Callable[[], None]] = {one.__name__: one for one in (clients, bodies, load, kills, restart, openapi)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

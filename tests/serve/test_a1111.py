@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from standin import StandIn, client, client_of, desk_of, photo, picture  # noqa: F401
+from recipes.serve_bodies import programs
+from standin import StandIn, picture
 
 from controlkit.serve.front import IGNORED
-from recipes.serve_bodies import programs
+
+pytest_plugins = "standin"
 
 STATE = {
     "skipped", "interrupted", "stopping_generation", "job", "job_count", "job_timestamp", "job_no", "sampling_step",
@@ -33,19 +35,19 @@ def studio(tmp_path):
 
 
 @pytest.fixture
-def seen(desk_of, client_of, studio):  # noqa: F811
+def seen(desk_of, client_of, studio):
     """(client, the request of the last order)."""
     at = client_of(desk_of([studio]))
     return at, lambda: next(iter(studio.batches[-1].values())).request
 
 
-def made(client, body, route="txt2img"):  # noqa: F811
+def made(client, body, route="txt2img"):
     answer = client.post(f"/sdapi/v1/{route}", json=body)
     assert answer.status_code == 200, answer.text
     return answer
 
 
-def refused(client, body, route="txt2img", status=422):  # noqa: F811
+def refused(client, body, route="txt2img", status=422):
     answer = client.post(f"/sdapi/v1/{route}", json=body)
     assert answer.status_code == status, answer.text
     return answer.json()["detail"]
@@ -60,14 +62,14 @@ def shade(text):
 
 
 @pytest.mark.parametrize("program", programs("", 1))
-def test_calls_as_programs_send_them(client, photo, program):  # noqa: F811
+def test_calls_as_programs_send_them(client, photo, program):
     for method, path, body in programs(photo, 2)[program]:
         answer = client.request(method, path, **({"json": body} if method == "POST" else {}))
         assert answer.status_code == 200, (path, answer.text)
         answer.json()
 
 
-def test_pictures_come_first_then_the_hints_and_info_is_whole(seen, photo):  # noqa: F811
+def test_pictures_come_first_then_the_hints_and_info_is_whole(seen, photo):
     at, request = seen
     answer = made(at, {"prompt": "a", "seed": 7, "steps": 1, "batch_size": 2, "n_iter": "1"} | unit(image=photo)).json()
     assert [shade(one) for one in answer["images"]] == [7, 8, 0]
@@ -78,7 +80,7 @@ def test_pictures_come_first_then_the_hints_and_info_is_whole(seen, photo):  # n
     assert control.name == "canny" and not control.ready and control.images[""].shape == (32, 32, 3)
 
 
-def test_unknown_fields_at_the_top_are_ignored_and_named(client):  # noqa: F811
+def test_unknown_fields_at_the_top_are_ignored_and_named(client):
     answer = made(client, {"steps": 1, "auth": "x", "clip_skip": 1, "restore_faces": True})
     assert answer.headers[IGNORED] == "auth; clip_skip; restore_faces"
     assert IGNORED not in made(client, {"steps": 1, "restore_faces": False, "styles": []}).headers
@@ -111,11 +113,11 @@ def test_unknown_fields_at_the_top_are_ignored_and_named(client):  # noqa: F811
         ({"width": "NaN"}, "expected a number"),
     ],
 )
-def test_what_is_refused_is_named_with_the_nearest(client, body, words):  # noqa: F811
+def test_what_is_refused_is_named_with_the_nearest(client, body, words):
     assert words in refused(client, {"steps": 1} | body)
 
 
-def test_units_as_they_come(seen, photo):  # noqa: F811
+def test_units_as_they_come(seen, photo):
     at, request = seen
     off = {"enabled": False, "model": "no such", "module": "no such"}
     both = [
@@ -136,7 +138,7 @@ def test_units_as_they_come(seen, photo):  # noqa: F811
     assert "weight 7" in answer.headers[IGNORED] and "mask" in answer.headers[IGNORED]
 
 
-def test_a_masked_hint_is_transparent_where_it_is_made_anew(seen, photo):  # noqa: F811
+def test_a_masked_hint_is_transparent_where_it_is_made_anew(seen, photo):
     at, request = seen
     mask = picture(colour=(0, 0, 0))
     made(at, {"steps": 1} | unit(module="none", model="inpaint", image=photo, mask=mask))
@@ -144,10 +146,10 @@ def test_a_masked_hint_is_transparent_where_it_is_made_anew(seen, photo):  # noq
     assert (alpha[8:20, 8:20] == 0).all() and (alpha[:8] == 255).all()
 
 
-def test_img2img(seen, photo):  # noqa: F811
+def test_img2img(seen, photo):
     at, request = seen
-    made(at, {"init_images": [photo], "steps": 1, "mask": picture(colour=(0, 0, 0)), "mask_blur": 2,
-              "inpainting_mask_invert": 1, "inpainting_fill": 1, "denoising_strength": "0.5"} | unit(), "img2img")  # fmt: skip
+    mask = {"mask": picture(colour=(0, 0, 0)), "mask_blur": 2, "inpainting_mask_invert": 1, "inpainting_fill": 1}
+    made(at, {"init_images": [photo], "steps": 1, "denoising_strength": "0.5"} | mask | unit(), "img2img")
     edit = request().edit
     assert (edit.strength, edit.blur, edit.fill, edit.margin, edit.resize) == (0.5, 2, False, 0, "stretch")
     assert edit.mask[0, 0, 0] == 255 and edit.mask[10, 10, 0] == 0, "inverted"
@@ -166,7 +168,7 @@ def test_the_second_pass_and_sizes_that_the_base_cannot_make(seen):
     assert request().scheduler == "Euler a" and "Euler a has no Karras" in answer.headers[IGNORED]
 
 
-def test_progress_and_interrupt(desk_of, client_of, studio):  # noqa: F811
+def test_progress_and_interrupt(desk_of, client_of, studio):
     studio.pause = 0.02
     at = client_of(desk_of([studio]))
     idle = at.get("/sdapi/v1/progress").json()
@@ -184,7 +186,7 @@ def test_progress_and_interrupt(desk_of, client_of, studio):  # noqa: F811
     assert at.post("/sdapi/v1/skip").json() is None
 
 
-def test_lists_and_settings(client, photo):  # noqa: F811
+def test_lists_and_settings(client, photo):
     get = lambda path: client.get(path).json()  # noqa: E731
     assert "controlnet m2m" in get("/sdapi/v1/scripts")["txt2img"], "else webuiapi sends no units"
     assert get("/controlnet/model_list")["model_list"][0] == "canny [00112233]"
@@ -206,14 +208,14 @@ def test_lists_and_settings(client, photo):  # noqa: F811
 
 
 @pytest.mark.parametrize("key", ["controlnet_input_images", "controlnet_images"])
-def test_detect(client, photo, key):  # noqa: F811
+def test_detect(client, photo, key):
     answer = client.post("/controlnet/detect", json={"controlnet_module": "canny", key: [photo, photo]})
     assert answer.json()["info"] == "Success" and len(answer.json()["images"]) == 2
     for body in ({"controlnet_module": "canny"}, {"controlnet_module": "none", key: [photo]}):
         assert client.post("/controlnet/detect", json=body).status_code == 422
 
 
-def test_poses_are_drawn(client):  # noqa: F811
+def test_poses_are_drawn(client):
     points = [0.0] * 54
     points[:3] = [0.5, 0.5, 1.0]
     body = [{"people": [{"pose_keypoints_2d": points}], "canvas_width": 64, "canvas_height": 32}]

@@ -21,7 +21,9 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on. By default this machine alone; others need --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 7860 is where A1111's clients look.", min=1, max=65535)] = 7860,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 7860 is where A1111's clients look.", min=1, max=65535)
+    ] = 7860,
     token: Annotated[
         str,
         typer.Option(
@@ -63,4 +65,6 @@ def serve(
     settings = Settings(folder, host, port, token, tuple(allow_origin or ()))
     loads = Loads.of({"base": base, "lora": lora, "vae": vae, "dtype": dtype})
     load = making.loader(loads, memory)
-    run(settings, load, [device], home_path(controls) if controls else None, lambda url: say(f"serving {base} at {url}"))
+    run(
+        settings, load, [device], home_path(controls) if controls else None, lambda url: say(f"serving {base} at {url}")
+    )

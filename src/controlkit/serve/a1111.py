@@ -35,8 +35,10 @@ from controlkit.serve.settings import Limits
 
 _UNITS = 3
 """Control units that clients are told of; more are taken."""
-_EMPTY_LISTS = ("loras", "embeddings", "hypernetworks", "prompt-styles", "face-restorers", "realesrgan-models", "sd-vae",
-                "sd-modules", "latent-upscale-modes", "extensions")  # fmt: skip
+_EMPTY_LISTS = (
+    "loras", "hypernetworks", "prompt-styles", "face-restorers", "realesrgan-models", "sd-vae", "sd-modules",
+    "latent-upscale-modes", "extensions",
+)  # fmt: skip
 _DETECT = {
     "controlnet_module": "none", "controlnet_input_images": None, "controlnet_images": None,
     "controlnet_processor_res": -1, "controlnet_threshold_a": -1, "controlnet_threshold_b": -1,
@@ -101,7 +103,7 @@ class A1111(Front):
 
     async def _generate(self, http: HttpRequest, is_edit: bool) -> Response:
         data = await http.body()
-        asked: Asked = await self.apart(self._read, data, is_edit)
+        asked: Asked = await self.apart(self._read_generate, data, is_edit)
         job = await self.made(asked.order)
         result, names = job.result, [*job.result["pictures"], *job.result["hints"]]
         images = [as_base64(data) for data in await self.files(job, names if asked.send else [])]
@@ -113,7 +115,7 @@ class A1111(Front):
         notes = [*asked.ignored, *result["notes"]]
         return JSONResponse(answer, headers=named(notes) | {JOB: job.id})
 
-    def _read(self, data: bytes, is_edit: bool) -> Asked:
+    def _read_generate(self, data: bytes, is_edit: bool) -> Asked:
         body = incoming.fields_of(data)
         return read(body, is_edit, self.catalogue, self.desk.limits, {"clip_skip": clip_skip(self._options)})
 
@@ -304,7 +306,7 @@ class A1111(Front):
         return JSONResponse({"txt2img": list(SCRIPTS), "img2img": list(SCRIPTS)})
 
     async def script_info(self, http: HttpRequest) -> Response:
-        """What the one script takes."""
+        """The arguments of the one script."""
         units = [{"label": "unit", "value": None, "minimum": None, "maximum": None, "step": None, "choices": None}]
         return JSONResponse(
             [

@@ -46,14 +46,12 @@ def module_sliders(kind: HintKind) -> list[dict[str, Any]]:
     """An annotator's sliders as A1111 lists them: its resolution, then the two thresholds."""
     sliders: list[dict[str, Any]] = [{"name": "Resolution", "value": 512, "min": 64, "max": 2048, "step": 8}]
     for one in kind.thresholds:
-        sliders.append(
-            {"name": one.title, "value": one.value, "min": one.least, "max": one.most, "step": one.step}
-        )
+        sliders.append({"name": one.title, "value": one.value, "min": one.least, "max": one.most, "step": one.step})
     return sliders
 
 
 class Catalogue:
-    """What a worker told of its base and controls (``Studio.facts``), to be asked by name."""
+    """The base and the controls, as a worker told of them (``Studio.facts``), to be asked by name."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = facts
@@ -114,9 +112,9 @@ class Catalogue:
             wanted = kind.contract_name
         if wanted in types:
             return wanted
-        if (number := union_types().get(wanted)) is not None:  # of another name for the same
-            if same := [one for one in types if union_types().get(one) == number]:
-                return same[0]
+        number = union_types().get(wanted)
+        if same := [one for one in types if number is not None and union_types().get(one) == number]:
+            return same[0]  # another name for the same type
         raise Invalid(
             f'"{control["name"]}" is a Union: say which type of hint it is to read by union_control_type: '
             f"{nearest(named or wanted, types)}"
@@ -124,7 +122,7 @@ class Catalogue:
 
     # --- samplers ---------------------------------------------------------------------------------------------------
 
-    def scheduler(self, sampler: str, spacing: str) -> tuple[str | None, str]:
+    def steps_by(self, sampler: str, spacing: str) -> tuple[str | None, str]:
         """(a scheduler's name, "" or a note) of A1111's sampler and schedule type; None is the base's own.
 
         A type that this sampler does not have is left out, with a note. ``Invalid`` for names that are not known.
@@ -137,7 +135,9 @@ class Catalogue:
         else:
             known = {one.lower(): one for one in spacings}
             if wanted not in known:
-                raise Invalid(f'There is no scheduler "{one_line(spacing)}": {nearest(spacing, ["Automatic", *spacings])}')
+                raise Invalid(
+                    f'There is no scheduler "{one_line(spacing)}": {nearest(spacing, ["Automatic", *spacings])}'
+                )
             chosen = known[wanted]
         kind = kind or (next(iter(self.samplers)) if chosen else "")
         if not kind:

@@ -55,7 +55,7 @@ class Desk:
         self.queue = Queue(settings.state, settings.limits)
         self.queue.recover()
         self.facts: dict[str, Any] = {}
-        """What the first worker told of itself (``Studio.facts``)."""
+        """As the first worker told them (``Studio.facts``)."""
         self.progress: dict[str, Progress] = {}
         """Of the jobs at work."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -311,5 +311,3 @@ class _Bench(threading.Thread):
 def _error_of(kind: str, sentence: str) -> errors.UserError:
     found = getattr(errors, kind, OutOfRoom)
     return found(sentence) if issubclass(found, errors.UserError) else OutOfRoom(sentence)
-
-

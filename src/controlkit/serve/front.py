@@ -63,7 +63,7 @@ class Front:
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        """What can be asked for by name."""
+        """All that can be asked for by name."""
         return Catalogue(self.desk.facts)
 
     async def apart(self, read: Callable[..., T], *values: Any) -> T:
@@ -124,7 +124,9 @@ def as_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def body_of(properties: Mapping[str, Any], required: Sequence[str] = (), media: str = "application/json") -> dict[str, Any]:
+def body_of(
+    properties: Mapping[str, Any], required: Sequence[str] = (), media: str = "application/json"
+) -> dict[str, Any]:
     """A route's body in OpenAPI."""
     schema = {"type": "object", "properties": dict(properties), "required": list(required)}
     if not required:
@@ -144,4 +146,16 @@ def schema_of(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-__all__ = ["IGNORED", "JOB", "Failed", "Front", "Invalid", "OutOfRoom", "as_base64", "body_of", "named", "schema_of", "status_of"]
+__all__ = [
+    "IGNORED",
+    "JOB",
+    "Failed",
+    "Front",
+    "Invalid",
+    "OutOfRoom",
+    "as_base64",
+    "body_of",
+    "named",
+    "schema_of",
+    "status_of",
+]

@@ -27,10 +27,6 @@ _HEADERS = (
 )
 
 
-class _TooLarge(Exception):  # noqa: N818  # no error of ours
-    pass
-
-
 class Guard:
     """An ASGI application before another one, which sees no request that is refused here."""
 
@@ -38,6 +34,7 @@ class Guard:
         self.app, self.settings, self._refused = app, settings, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with the reason why not."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -100,34 +97,31 @@ class Guard:
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; one whose body is longer than it may be, whatever its head said, is refused."""
-        read, begun = 0, False
+        read, is_over = 0, False
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal read
+            nonlocal read, is_over
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.settings.limits.body:
-                raise _TooLarge
-            return message
+            is_over = is_over or read > self.settings.limits.body
+            return {"type": "http.disconnect"} if is_over else message
 
         async def headed(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
+            if is_over:  # in the place of whatever is said of half a body
+                if message["type"] == "http.response.start":
+                    self._refused("size")
+                    await _answer(send, 413, "size", f"The body has over {self.settings.limits.body} bytes.")
+                return
             if message["type"] == "http.response.start":
-                begun = True
                 names = {key.lower() for key, _ in message.get("headers", [])}
                 more = [one for one in _HEADERS if one[0] not in names] + self._cors(scope)
                 message = {**message, "headers": [*message.get("headers", []), *more]}
             await send(message)
 
-        try:
-            await self.app(scope, counted, headed)
-        except _TooLarge:
-            self._refused("size")
-            if not begun:
-                await _answer(send, 413, "size", f"The body has more than {self.settings.limits.body} bytes.")
+        await self.app(scope, counted, headed)
 
     def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """What a browser is told of the pages that may read answers: those that are allowed by name, no others."""
+        """Headers that let a page read an answer: one that is allowed by name, and no other."""
         origin = next((value for key, value in scope["headers"] if key.lower() == b"origin"), b"")
         if origin.decode("latin-1") not in self.settings.origins:
             return []

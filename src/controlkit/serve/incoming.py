@@ -1,4 +1,4 @@
-"""What comes in: bodies as JSON, pictures as base64, numbers that may be texts; all of it bounded, no text ever a path."""
+"""Values that come in: bodies as JSON, pictures as base64, numbers that may be texts; bounded, and none a path."""
 
 import base64
 import binascii

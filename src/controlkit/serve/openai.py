@@ -168,7 +168,9 @@ class OpenAI(Front):
             raise Invalid(f'size is "{one_line(text)}"; expected WIDTHxHEIGHT in pixels, such as 512x512, or auto.')
         return self.catalogue.floored(int(width)), self.catalogue.floored(int(height))
 
-    def _controls(self, body: Mapping[str, Any], hint: np.ndarray | None, has_picture: bool) -> tuple[ControlRequest, ...]:
+    def _controls(
+        self, body: Mapping[str, Any], hint: np.ndarray | None, has_picture: bool
+    ) -> tuple[ControlRequest, ...]:
         name = incoming.text(body, "control")
         if hint is None and body.get("hint"):
             hint = incoming.picture(body["hint"], "hint", self.desk.limits)
@@ -214,5 +216,3 @@ def _mask(pixels: np.ndarray, given: bytes | None, limits: Any) -> np.ndarray | 
     if clear.min() == 255:
         return None
     return np.ascontiguousarray(np.repeat((255 - clear)[..., None], 3, axis=2))
-
-

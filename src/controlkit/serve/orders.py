@@ -53,9 +53,7 @@ class Pictures(_Order):
 
     def requests(self) -> list[Request]:
         """The request of each picture."""
-        return [
-            self.request.model_copy(update={"seed": seed, "variation_seed": other}) for seed, other in self.seeds
-        ]
+        return [self.request.model_copy(update={"seed": seed, "variation_seed": other}) for seed, other in self.seeds]
 
 
 class Annotation(_Order):

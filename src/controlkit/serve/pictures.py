@@ -67,7 +67,9 @@ class Asked:
     """Whether the pictures are to be sent back."""
 
 
-def read(body: Mapping[str, Any], is_edit: bool, catalogue: Catalogue, limits: Limits, options: Mapping[str, Any]) -> Asked:
+def read(
+    body: Mapping[str, Any], is_edit: bool, catalogue: Catalogue, limits: Limits, options: Mapping[str, Any]
+) -> Asked:
     """The order of a body; ``options``: the server's settings that such a request may override.
 
     Raises ``Invalid`` for what is out of range and for unknown scripts, modules, models and samplers; ``NotFound``
@@ -76,21 +78,24 @@ def read(body: Mapping[str, Any], is_edit: bool, catalogue: Catalogue, limits: L
     known = DEFAULTS | (IMAGE_ONLY if is_edit else TEXT_ONLY)
     ignored = [str(key) for key in body if key not in known]
     taken = {key: value if (value := body.get(key)) is not None else default for key, default in known.items()}
-    ignored += [key for key in _MEANINGLESS if key in known and body.get(key) not in (None, known[key], "", [], {}, 0, False)]
-    settings = _settings(body, catalogue, ignored) 
+    ignored += [
+        key for key in _MEANINGLESS if key in known and body.get(key) not in (None, known[key], "", [], {}, 0, False)
+    ]
+    settings = _settings(body, catalogue, ignored)
     scripts = _scripts(body)
     edit = _edit(body, limits) if is_edit else None
     hires = None if is_edit else _hires(body, catalogue, limits, ignored)
     units = Units(catalogue, limits, has_picture=edit is not None, has_second=hires is not None)
     controls = units.controls(scripts)
     sampler = incoming.text(body, "sampler_name") or incoming.text(body, "sampler_index")
-    scheduler, note = catalogue.scheduler(sampler, incoming.text(body, "scheduler"))
+    scheduler, note = catalogue.steps_by(sampler, incoming.text(body, "scheduler"))
     ignored += [note] if note else []
     size = _size(body, edit, catalogue)
     steps = incoming.whole(body, "steps", DEFAULTS["steps"], 1, limits.steps)
     count = incoming.whole(body, "batch_size", 1, 1, limits.count) * incoming.whole(body, "n_iter", 1, 1, limits.count)
     factor = hires.factor if hires else 1
-    check_limits(limits, *(round(side * factor) for side in size or (1, 1)), max(steps, (hires and hires.steps) or 1), count)
+    width, height = (round(side * factor) for side in size or (1, 1))
+    check_limits(limits, width, height, max(steps, (hires and hires.steps) or 1), count)
     request = Request(
         prompt=_prompt(body, "prompt"),
         negative_prompt=_prompt(body, "negative_prompt"),
@@ -188,9 +193,7 @@ def _edit(body: Mapping[str, Any], limits: Limits) -> EditRequest:
     return EditRequest(**values)
 
 
-def _hires(
-    body: Mapping[str, Any], catalogue: Catalogue, limits: Limits, ignored: list[str]
-) -> HiresRequest | None:
+def _hires(body: Mapping[str, Any], catalogue: Catalogue, limits: Limits, ignored: list[str]) -> HiresRequest | None:
     """The second pass, where ``enable_hr`` asks for one; nothing of it is read otherwise."""
     if not incoming.truth(body, "enable_hr", False):
         return None
@@ -202,7 +205,9 @@ def _hires(
     factor = incoming.number(body, "hr_scale", 2.0, 1, 8)
     wanted = [incoming.whole(body, key, 0, 0, 1 << 16) for key in ("hr_resize_x", "hr_resize_y")]
     if any(wanted):
-        sides = [incoming.whole(body, key, 0, 0, 1 << 16) or int(catalogue.facts["size"]) for key in ("width", "height")]
+        sides = [
+            incoming.whole(body, key, 0, 0, 1 << 16) or int(catalogue.facts["size"]) for key in ("width", "height")
+        ]
         factor = max(side / own for side, own in zip(wanted, sides, strict=True))
     if not 1 < factor <= 8:
         if factor == 1:

@@ -52,7 +52,7 @@ class Job:
     alike: str
     count: int
     result: Mapping[str, Any] = field(default_factory=dict)
-    """What the worker found: names of files, texts, figures."""
+    """Names of files, texts, figures, as the worker found them."""
     fault: str = ""
     """The kind of error, such as ``Invalid``; "" where there is none."""
     error: str = ""
@@ -104,9 +104,9 @@ class Queue:
             )
         with self.changed:
             self.changed.notify_all()
-        job = self.get(name)
-        assert job is not None
-        return job
+        accepted = self.get(name)
+        assert accepted is not None
+        return accepted
 
     def get(self, name: str) -> Job | None:
         """The job of that id; None where there is none, or it is forgotten."""
@@ -153,11 +153,15 @@ class Queue:
                 return []
             taken = [waiting[0]]
             for job in waiting[1:] if taken[0].alike and not taken[0].tries else ():
-                if job.alike == taken[0].alike and not job.tries and sum(one.count for one in taken) + job.count <= most:
+                if (
+                    job.alike == taken[0].alike
+                    and not job.tries
+                    and sum(one.count for one in taken) + job.count <= most
+                ):
                     taken.append(job)
             for job in taken:
                 self._set(job, "running", "tries = tries + 1, begun = ?", time.time())
-        return [job for one in taken if (job := self.get(one.id))]
+        return [now for one in taken if (now := self.get(one.id))]
 
     def finish(self, job: Job, result: Mapping[str, Any]) -> None:
         """Say that a job is done, with what came of it."""
@@ -235,7 +239,7 @@ class Queue:
     def _select(self, where: str, *values: Any) -> list[Job]:
         with self._lock:
             rows = self._base.execute(f"SELECT {_COLUMNS} FROM jobs {where}", values).fetchall()
-        return [Job(*row[:8], json.loads(row[8] or "{}"), row[9] or "", row[10] or "", *row[11:]) for row in rows]
+        return [_job(row) for row in rows]
 
     def _set(self, job: Job, state: State, more: str, *values: Any) -> None:
         self._base.execute(f"UPDATE jobs SET state = ?, {more} WHERE id = ?", (state, *values, job.id))
@@ -248,6 +252,14 @@ class Queue:
                 self._set(job, state, f"asked = '', ended = ?, {more}", time.time(), *values)
 
 
+def _job(row: Sequence[Any]) -> Job:
+    """The job of a row of ``_COLUMNS``."""
+    held = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    held |= {"result": json.loads(held["result"] or "{}"), "fault": held["fault"] or "", "error": held["error"] or ""}
+    return Job(**held)
+
+
 _DIED = (
-    f"The worker died {TRIES} times while it made this job; most often memory ran out. Ask for fewer or smaller pictures."
+    f"The worker died {TRIES} times while it made this job; most often memory ran out. Ask for fewer or smaller "
+    "pictures."
 )

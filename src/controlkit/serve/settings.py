@@ -48,7 +48,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7860
     token: str = ""
-    """What a client must send; "": nothing."""
+    """The word that a client must send; "": none."""
     origins: Sequence[str] = ()
     """Origins of web pages that may ask, such as ``http://localhost:3000``, beside the server's own."""
     limits: Limits = field(default_factory=Limits)
@@ -58,7 +58,7 @@ class Settings:
             raise Invalid("--token is none: expected 8 to 200 letters, digits and signs of ASCII, without spaces.")
         if not self.token and not self.is_local:
             raise Invalid(
-                f'--host {one_line(self.host)} lets other machines in: give a token, too, by --token or '
+                f"--host {one_line(self.host)} lets other machines in: give a token, too, by --token or "
                 "CONTROLKIT_TOKEN, or leave --host out."
             )
         for origin in self.origins:

@@ -55,7 +55,7 @@ class ControlEntry:
     hash: str
     """Eight hex digits, as A1111 computes them of a file."""
     annotator: str
-    """What makes its hints; "" where nobody knows."""
+    """The kind of its hints; "" where nobody knows."""
     types: tuple[str, ...] = ()
     """Of a Union: the types of hint it reads."""
     source: str = ""
@@ -104,7 +104,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _entry(path: Path, name: str = "") -> ControlEntry | None:
-    """What can be told of a file or folder of weights; None where it is no control that runs."""
+    """The entry of a file or folder of weights; None where it is no control that runs."""
     described = describe(path)
     if described.kind is None:
         return None
@@ -167,9 +167,9 @@ class Studio:
         found = self._make(pictures, tell) if pictures else {}
         for name, order in orders.items():
             if isinstance(order, Annotation):
-                found[name] = _outcome(lambda name=name, order=order: self._annotate(name, order))
+                found[name] = _outcome(self._annotate, name, order)
             elif isinstance(order, Evaluation):
-                found[name] = _outcome(lambda order=order: self._evaluate(order, tell))
+                found[name] = _outcome(self._evaluate, order, tell)
         return found
 
     # --- pictures -------------------------------------------------------------------------------------------------
@@ -177,9 +177,10 @@ class Studio:
     def _make(self, orders: Mapping[str, Pictures], tell: Tell) -> Outcomes:
         found, prepared = Outcomes(), dict[str, list[Prepared]]()
         for name, order in orders.items():
-            failed = _outcome(lambda name=name, order=order: prepared.update({name: self.prepared(order)}) or {})
-            if "fault" in failed:
-                found[name] = failed
+            try:
+                prepared[name] = self.prepared(order)
+            except UserError as error:
+                found[name] = _failed(error)
         try:
             return found | self._sample({name: orders[name] for name in prepared}, prepared, tell)
         except UserError as error:
@@ -330,9 +331,9 @@ def _failed(error: UserError) -> Result:
     return {"fault": type(error).__name__, "error": str(error)}
 
 
-def _outcome(work: Callable[[], Result]) -> Result:
+def _outcome(work: Callable[..., Result], *values: Any) -> Result:
     try:
-        return {"result": work()}
+        return {"result": work(*values)}
     except _Stopped:
         return {"cancelled": True}
     except UserError as error:

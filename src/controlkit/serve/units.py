@@ -19,10 +19,10 @@ _HONOURED = (
     "advanced_weighting", "effective_region_mask", "union_control_type",
 )  # fmt: skip
 _UNUSED = (
-    "low_vram", "lowvram", "processor_res", "pixel_perfect", "save_detected_map", "ipadapter_input", "is_ui", "use_preview_as_input",
-    "generated_image", "inpaint_crop_input_image", "batch_images", "output_dir", "loopback", "input_mode", "pulid_mode",
-    "batch_mask_gallery", "batch_input_gallery", "multi_inputs_gallery", "mask_image_fg", "image_fg", "batch_modifiers",
-    "animatediff_batch", "hint", "unit_index",
+    "low_vram", "lowvram", "processor_res", "pixel_perfect", "save_detected_map", "ipadapter_input", "is_ui",
+    "use_preview_as_input", "generated_image", "inpaint_crop_input_image", "batch_images", "output_dir", "loopback",
+    "input_mode", "pulid_mode", "batch_mask_gallery", "batch_input_gallery", "multi_inputs_gallery", "mask_image_fg",
+    "image_fg", "batch_modifiers", "animatediff_batch", "hint", "unit_index",
 )  # fmt: skip
 """Fields that clients send and that mean nothing here: hints are made at the size of the picture to be made."""
 FIELDS = (*_HONOURED, *_UNUSED)
@@ -104,7 +104,8 @@ class Units:
                 raise Invalid(f"it has {len(given)} images; expected one.")
             given, mask = (given[0], mask) if isinstance(given[0], Mapping) else (given[0], (*given[1:], mask)[0])
         if isinstance(given, Mapping):
-            given, mask = given.get("image"), given.get("mask") or mask
+            mask = given.get("mask") or mask
+            given = given.get("image")
         if not given:
             return None
         is_masked = kind_or_bare(reads).mask_value is not None
@@ -120,7 +121,7 @@ class Units:
         return np.dstack([pixels[..., :3], np.where(anew > 127, 0, 255).astype(np.uint8)])
 
     def _maker(self, unit: Mapping[str, Any], kind: HintKind, named: str, control: Mapping[str, Any]) -> dict[str, Any]:
-        """What makes the hints, and with which options; thresholds out of range are the defaults, as there."""
+        """The annotator and its options, as fields of a control; thresholds out of range are the defaults, as there."""
         numbers = [incoming.number(unit, f"threshold_{one}", -1, -1e9, 1e9) for one in "ab"]
         options: dict[str, float] = {}
         if max(numbers) >= 0 and kind.thresholds:
@@ -129,14 +130,16 @@ class Units:
             except Invalid as error:
                 self.notes.append(f"thresholds are the defaults: {error}")
         own = named or control["annotator"]
-        if kind.name == own or not own and not control["types"]:
+        if kind.name == own or (not own and not control["types"]):
             return {"options": options} | ({} if own else {"annotator": kind.name})
         return {"options": options} | ({"annotators": {named: kind.name}} if named else {"annotator": kind.name})
 
     def _weights(self, unit: Mapping[str, Any]) -> dict[str, Any]:
         weight = incoming.number(unit, "weight", 1.0, -1e9, 1e9)
         if not 0 <= weight <= 2:
-            self.notes.append(f"weight {weight:g} of a control unit is out of 0 to 2, and taken as the nearest of these")
+            self.notes.append(
+                f"weight {weight:g} of a control unit is out of 0 to 2, and taken as the nearest of these"
+            )
         found: dict[str, Any] = {"scale": min(max(weight, 0.0), 2.0)}
         if taps := unit.get("advanced_weighting"):
             if not isinstance(taps, list) or not all(isinstance(one, int | float) for one in taps):

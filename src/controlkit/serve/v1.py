@@ -219,8 +219,14 @@ class V1(Front):
             found["before"] = self.desk.queue.waiting_before(job)
         if job.fault:
             found["error"] = {"type": job.fault, "message": job.error}
-        files = {key: [f"/v1/jobs/{job.id}/files/{n}" for n in job.result.get(key, [])] for key in ("pictures", "hints")}
-        more = {key: job.result[key] for key in ("texts", "notes", "width", "height", "report", "seconds") if key in job.result}
+        files = {
+            key: [f"/v1/jobs/{job.id}/files/{n}" for n in job.result.get(key, [])] for key in ("pictures", "hints")
+        }
+        more = {
+            key: job.result[key]
+            for key in ("texts", "notes", "width", "height", "report", "seconds")
+            if key in job.result
+        }
         return found | ({**files, **more} if job.state == "done" else {})
 
     # --- names --------------------------------------------------------------------------------------------------------
@@ -266,7 +272,9 @@ def _with_pictures(value: Any, key: str, limits: Limits) -> Any:
         several = images if isinstance(images, Mapping) else {"": images}
         if len(several) > limits.pictures_given:
             raise Invalid(f"images has {len(several)} pictures; expected at most {limits.pictures_given}.")
-        found["images"] = {str(kind): _plain(incoming.picture(one, "images", limits, None)) for kind, one in several.items()}
+        found["images"] = {
+            str(kind): _plain(incoming.picture(one, "images", limits, None)) for kind, one in several.items()
+        }
     return found
 
 

@@ -23,11 +23,13 @@ log = logging.getLogger(__name__)
 
 
 class Maker(Protocol):
-    """What a worker does: ``studio.Studio``, or a stand-in of tests."""
+    """The work of a worker: ``studio.Studio``, or a stand-in of tests."""
 
-    def facts(self) -> dict[str, Any]: ...
+    def facts(self) -> dict[str, Any]:
+        """All that requests are checked by, in plain values."""
 
-    def carry_out(self, orders: dict[str, Order], tell: Callable[[dict[str, Any]], bool]) -> dict[str, Any]: ...
+    def carry_out(self, orders: dict[str, Order], tell: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The outcomes of jobs, by their ids; ``tell`` takes news, and says whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _carried_out(studio: Maker, orders: dict[str, Order], tell: Callable[[dict[s
     except Exception as error:
         log.error("%s", traceback.format_exc())
         words = f"This is a mistake of the server ({type(error).__name__}: {one_line(error)})."
-        return dict.fromkeys(orders, {"fault": "Mistake", "error": words})
+        return {name: {"fault": "Mistake", "error": words} for name in orders}
 
 
 def _main(pipe: Any, stop: Any, open_studio: Callable[[], Maker]) -> None:
