@@ -1,23 +1,12 @@
-"""A server without a process of its own: a stand-in for the worker, in a thread, and clients of the application.
-
-Test modules import its fixtures by name.
-"""
+"""A stand-in for a worker's studio, and what tests of the server send and wait for."""
 
 import base64
-import multiprocessing
-import threading
 import time
 
 import numpy as np
-import pytest
-from fastapi.testclient import TestClient
 
 from controlkit.images import png_bytes, write_png
-from controlkit.serve.app import app_of
-from controlkit.serve.desk import Desk
 from controlkit.serve.orders import Pictures
-from controlkit.serve.settings import Settings
-from controlkit.serve.worker import Hand, work
 
 HOST = "http://127.0.0.1:7860"
 FACTS = {
@@ -74,79 +63,6 @@ class StandIn:
         return {"result": told | {"width": 64, "height": 64}}
 
 
-class _Mortal:
-    """A worker's end of its pipe, which breaks when the worker is killed."""
-
-    def __init__(self, pipe, dead):
-        self.pipe, self.dead = pipe, dead
-
-    def recv(self):
-        while not self.pipe.poll(0.01):
-            if self.dead.is_set():
-                raise EOFError
-        return self.pipe.recv()
-
-    def send(self, message):
-        if self.dead.is_set():
-            raise BrokenPipeError
-        self.pipe.send(message)
-
-
-@pytest.fixture
-def desk_of(tmp_path):
-    """``desk_of(studios, **settings)``: an open desk whose workers are these, one after another; the last stays."""
-    desks = []
-
-    def make(studios=None, **settings):
-        found = Settings(tmp_path / "state", **settings)
-        left = list(studios or [StandIn(tmp_path / "state" / "pictures")])
-
-        def hire():
-            ours, theirs = multiprocessing.Pipe()
-            stop, dead = threading.Event(), threading.Event()
-            studio = left.pop(0) if len(left) > 1 else left[0]
-
-            def run():
-                try:
-                    work(_Mortal(theirs, dead), stop, lambda: studio)
-                except SystemExit:  # a stand-in that dies
-                    pass
-                finally:
-                    theirs.close()
-
-            threading.Thread(target=run, daemon=True).start()
-            return Hand(ours, stop, dead.set)
-
-        desk = Desk(found, [hire])
-        desk.open()
-        desks.append(desk)
-        return desk
-
-    yield make
-    for desk in desks:
-        desk.close()
-
-
-@pytest.fixture
-def client_of():
-    """``client_of(desk)``: a client of the desk's application."""
-    opened = []
-
-    def make(desk, **headers):
-        client = TestClient(app_of(desk), base_url=HOST, headers=headers, raise_server_exceptions=False)
-        opened.append(client.__enter__())
-        return client
-
-    yield make
-    for client in opened:
-        client.__exit__(None, None, None)
-
-
-@pytest.fixture
-def client(desk_of, client_of):
-    return client_of(desk_of())
-
-
 def picture(side=32, colour=(200, 40, 40), alpha=None):
     """A PNG in base64."""
     pixels = np.full((side, side, 3), colour, np.uint8)
@@ -155,11 +71,6 @@ def picture(side=32, colour=(200, 40, 40), alpha=None):
         pixels = np.dstack([pixels, np.full((side, side), 255, np.uint8)])
         pixels[: side // 2, :, 3] = alpha
     return base64.b64encode(png_bytes(pixels)).decode()
-
-
-@pytest.fixture
-def photo():
-    return picture()
 
 
 def ended(client, name):

@@ -14,7 +14,7 @@ from standin import StandIn, picture
 
 from controlkit.serve.front import IGNORED
 
-pytest_plugins = "standin"
+pytest_plugins = "serving"
 
 STATE = {
     "skipped", "interrupted", "stopping_generation", "job", "job_count", "job_timestamp", "job_no", "sampling_step",

@@ -13,7 +13,7 @@ from controlkit.serve.orders import Evaluation, Pictures, order_of
 from controlkit.serve.queue import Queue, QueueFull
 from controlkit.serve.settings import Limits, Settings
 
-pytest_plugins = "standin"
+pytest_plugins = "serving"
 
 
 def order(seed=0, count=1, **values):
@@ -81,6 +81,18 @@ def test_accepted_jobs_outlive_the_process(tmp_path):
     failed = third.get(names[0])
     assert failed.state == "failed" and "died 2 times" in failed.error
     assert [third.take(16)[0].id for _ in range(2)] == names[1:]
+
+
+def test_a_server_that_ends_is_no_fault_of_the_job_at_work(desk_of, tmp_path):
+    studio = studio_of(tmp_path)
+    studio.pause = 0.05
+    desk = desk_of([studio])
+    job = desk.accept(order(steps=100), "v1")
+    while not studio.batches:
+        time.sleep(0.005)
+    desk.close()
+    again = Queue(tmp_path / "state", Limits()).get(job.id)
+    assert (again.state, again.tries) == ("waiting", 0)
 
 
 def test_old_jobs_are_forgotten_with_their_files(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from controlkit.errors import Invalid
 from controlkit.serve.settings import Limits, Settings
 
-pytest_plugins = "standin"
+pytest_plugins = "serving"
 
 TOKEN = "a-long-token"
 
@@ -49,6 +49,14 @@ def test_pages_of_other_sites_may_not_ask(desk_of, client_of, headers, status):
         assert answer.headers.get("access-control-allow-origin") == allowed
 
 
+def test_a_page_that_is_allowed_may_ask_before_it_sends(desk_of, client_of):
+    at = client_of(desk_of(origins=("http://localhost:3000",), token=TOKEN))
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    answer = at.options("/v1/generate", headers={"Origin": "http://localhost:3000", **asks})
+    assert answer.status_code == 204 and answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert at.options("/v1/generate", headers={"Origin": "http://localhost:3001", **asks}).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("given", "status"),
     [
@@ -86,6 +94,12 @@ def test_bodies_are_bounded_whatever_their_heads_say(desk_of, client_of):
     assert at.post("/sdapi/v1/txt2img", content=chunks).status_code == 413
     assert at.post("/sdapi/v1/txt2img", content=b"{}", headers={"Content-Encoding": "gzip"}).status_code == 415
     assert at.post("/v1/images/edits", content=b"x" * 1001).status_code == 413
+    assert at.get("/v1/models").status_code == 200
+
+
+def test_all_bodies_together_are_bounded_too(desk_of, client_of):
+    at = client_of(desk_of(limits=Limits(bodies=1000)))
+    assert [at.post("/v1/generate", content=b" " * size).status_code for size in (999, 1001, 999)] == [202, 503, 202]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from standin import StandIn, picture
 
 from controlkit.serve.front import IGNORED
 
-pytest_plugins = "standin"
+pytest_plugins = "serving"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from standin import StandIn, ended, picture
 
 from controlkit.sample import ControlRequest, Request
 
-pytest_plugins = "standin"
+pytest_plugins = "serving"
 
 
 @pytest.fixture

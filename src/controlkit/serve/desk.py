@@ -20,8 +20,10 @@ from controlkit.serve.worker import Hand, Hire
 _PATIENCE = 60.0
 """Seconds after which a worker that does not stop is ended."""
 _POLL = 0.2
-_FAILURES = 5
-"""Workers that die one after another before any is ready."""
+_FAILURES = 3
+"""Workers that may die before the first is ready."""
+_LONGEST_WAIT = 30.0
+"""Seconds until a worker is tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Desk:
         """As the first worker told them (``Studio.facts``)."""
         self.progress: dict[str, Progress] = {}
         """Of the jobs at work."""
+        self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._benches = [_Bench(self, hire) for hire in hires]
@@ -74,10 +77,13 @@ class Desk:
 
     def close(self) -> None:
         """End the workers; jobs that they are at wait for the next start."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for bench in self._benches:
             bench.end()
-        with suppress(Exception):
-            self.queue.close()
+        self.queue.release()
+        self.queue.close()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have news told to waiters of this event loop."""
@@ -86,7 +92,7 @@ class Desk:
     @property
     def is_alive(self) -> bool:
         """Whether a worker is ready."""
-        return any(bench.settled.is_set() and not bench.broken for bench in self._benches)
+        return any(bench.is_ready for bench in self._benches)
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
@@ -192,7 +198,10 @@ class _Bench(threading.Thread):
         self.desk, self._hire = desk, hire
         self.settled = threading.Event()
         """Set when the first worker is ready, or broken."""
+        self.is_ready = False
+        """Whether a worker is there, and its base loaded."""
         self.broken: tuple[str, str] | None = None
+        """(kind of error, sentence) of a first worker that could not begin."""
         self._hand: Hand | None = None
         self._jobs: list[Job] = []
         self._interrupted: set[str] = set()
@@ -227,34 +236,47 @@ class _Bench(threading.Thread):
         return now is None or now.has_ended
 
     def run(self) -> None:
-        """Keep a worker at work until ``end``."""
+        """Keep a worker at work until ``end``; one that does not come to be is tried again, ever less often."""
         failures = 0
         while not self._ends:
             hand = self._hand = self._hire()
             try:
-                kind, told = hand.pipe.recv()
-                if kind == "broken":
-                    self.broken = told
-                    self.settled.set()
-                    return
-                self.desk.facts = self.desk.facts or told
-                self.settled.set()
+                self._begin(*hand.pipe.recv())
                 failures = 0
                 while not self._ends:
                     self._one_batch(hand)
             except Exception as error:  # of a pipe that broke, and whatever else: no job may be left at work for ever
-                if self._ends:
-                    return
-                if not isinstance(error, EOFError | OSError):
-                    log.exception("a mistake of the server")
-                self._died()
-                failures += 1
+                if not (self._ends or isinstance(error, EOFError | OSError)):
+                    log.exception("a worker is ended")
+            self.is_ready = False
             hand.kill()
             hand.pipe.close()
-            if failures >= _FAILURES:
-                self.broken = ("OutOfRoom", f"The worker died {failures} times before it was ready.")
+            if self._ends:
+                return
+            failures += 1
+            self._died()
+            if self.settled.is_set():
+                self._wait(min(0.1 * 2**failures, _LONGEST_WAIT))
+            elif self.broken or failures >= _FAILURES:
+                self.broken = self.broken or ("OutOfRoom", f"The worker died {failures} times before it was ready.")
                 self.settled.set()
                 return
+
+    def _begin(self, kind: str, told: Any) -> None:
+        """Take a worker's first message; ``EOFError`` where it could not begin."""
+        if kind == "broken":
+            log.error("the worker cannot begin: %s", told[1])
+            self.broken = None if self.settled.is_set() else told
+            raise EOFError
+        self.desk.facts = self.desk.facts or told
+        self.is_ready = True
+        self.settled.set()
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, unless the server ends."""
+        until = time.monotonic() + seconds
+        while not self._ends and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _one_batch(self, hand: Hand) -> None:
         queue = self.desk.queue
@@ -298,6 +320,8 @@ class _Bench(threading.Thread):
         """Have the jobs of a worker that died made by the next one, or fail."""
         with self._lock:
             jobs, self._jobs = self._jobs, []
+        if not jobs and self.broken:
+            return
         self.desk.meters.deaths.inc()
         log.warning("the worker died; %d jobs were at work", len(jobs))
         failed = {job.id for job in self.desk.queue.back(jobs)}

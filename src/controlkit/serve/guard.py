@@ -27,11 +27,21 @@ _HEADERS = (
 )
 
 
+_PREFLIGHT = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"authorization, content-type"),
+    (b"access-control-max-age", b"600"),
+)
+"""Of an answer to a page that is allowed by name, which asks before it sends."""
+
+
 class Guard:
     """An ASGI application before another one, which sees no request that is refused here."""
 
     def __init__(self, app: App, settings: Settings, refused: Callable[[str], None] = lambda reason: None) -> None:
         self.app, self.settings, self._refused = app, settings, refused
+        self._held = 0
+        """Bytes of bodies of requests that are being answered."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with the reason why not."""
@@ -45,6 +55,10 @@ class Guard:
             self._refused(fault[1])
             await _answer(send, *fault)
             return
+        if scope["method"] == "OPTIONS" and (cors := self._cors(scope)):
+            await send({"type": "http.response.start", "status": 204, "headers": [*cors, *_PREFLIGHT, *_HEADERS]})
+            await send({"type": "http.response.body"})
+            return
         await self._bounded(scope, receive, send)
 
     def _fault(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
@@ -57,7 +71,8 @@ class Guard:
             return 403, "origin", "A page of another site may not ask this server; see --allow-origin."
         if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return 403, "origin", "A page of another site may not ask this server; see --allow-origin."
-        if self.settings.token and scope["path"] not in _OPEN and not self._knows(headers.get("authorization", "")):
+        is_open = scope["path"] in _OPEN or scope["method"] == "OPTIONS"
+        if self.settings.token and not is_open and not self._knows(headers.get("authorization", "")):
             return 401, "token", "Send the server's token: Authorization: Bearer TOKEN."
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15:
@@ -96,21 +111,32 @@ class Guard:
         return hmac.compare_digest(given.encode("latin-1", "replace"), self.settings.token.encode())
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; one whose body is longer than it may be, whatever its head said, is refused."""
-        read, is_over = 0, False
+        """Pass a request on; one whose body is longer than it may be, whatever its head said, is refused.
+
+        So is one that came while others' bodies take all the room there is for them.
+        """
+        read, refusal, limits = 0, 0, self.settings.limits
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal read, is_over
+            nonlocal read, refusal
             message = await receive()
-            read += len(message.get("body", b""))
-            is_over = is_over or read > self.settings.limits.body
-            return {"type": "http.disconnect"} if is_over else message
+            size = len(message.get("body", b""))
+            read, self._held = read + size, self._held + size
+            if read > limits.body:
+                refusal = 413
+            elif self._held > limits.bodies:
+                refusal = 503
+            return {"type": "http.disconnect"} if refusal else message
 
         async def headed(message: MutableMapping[str, Any]) -> None:
-            if is_over:  # in the place of whatever is said of half a body
+            if refusal:  # in the place of whatever is said of half a body
                 if message["type"] == "http.response.start":
                     self._refused("size")
-                    await _answer(send, 413, "size", f"The body has over {self.settings.limits.body} bytes.")
+                    words = {
+                        413: f"The body has over {limits.body} bytes.",
+                        503: "Too much is sent at once: ask again.",
+                    }
+                    await _answer(send, refusal, "size", words[refusal])
                 return
             if message["type"] == "http.response.start":
                 names = {key.lower() for key, _ in message.get("headers", [])}
@@ -118,7 +144,10 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", []), *more]}
             await send(message)
 
-        await self.app(scope, counted, headed)
+        try:
+            await self.app(scope, counted, headed)
+        finally:
+            self._held -= read
 
     def _cors(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         """Headers that let a page read an answer: one that is allowed by name, and no other."""

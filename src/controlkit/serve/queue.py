@@ -197,6 +197,12 @@ class Queue:
             self.changed.notify_all()
         return failed
 
+    def release(self) -> None:
+        """Have the jobs at work wait again, as if they had not been begun: the server ends, and not by their fault."""
+        with self._writing():
+            for job in self.running():
+                self._set(job, "waiting", "begun = NULL, tries = tries - 1")
+
     def recover(self) -> None:
         """Take up what a server that was killed left: what was running waits again."""
         self.back(self.running())

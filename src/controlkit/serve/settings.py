@@ -19,6 +19,8 @@ class Limits:
 
     body: int = 64 << 20
     """Bytes of a request's body."""
+    bodies: int = 512 << 20
+    """Bytes of all bodies that are read at the same time; then 503."""
     pictures_given: int = 16
     """Pictures in a request."""
     pixels_given: int = 1 << 24
