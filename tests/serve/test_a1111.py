@@ -1,4 +1,4 @@
-"""A1111's dialect, as its clients use it."""
+"""A1111's API, as its clients use it."""
 
 import base64
 import io

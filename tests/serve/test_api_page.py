@@ -15,7 +15,7 @@ BLOCKS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
 CALLS = re.findall(r"^curl -s (?:-X (\w+) )?localhost:7860(\S+)((?:.|\n  )*)$", BLOCKS, re.MULTILINE)
 
 
-def test_there_are_examples_of_each_dialect():
+def test_there_are_examples_of_each_api():
     assert len(CALLS) > 12
     assert {path.split("/")[1] for _, path, _ in CALLS} == {"sdapi", "controlnet", "v1"}
 

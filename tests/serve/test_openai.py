@@ -1,4 +1,4 @@
-"""OpenAI's dialect, with hints and controls as further fields."""
+"""OpenAI's API, with hints and controls as further fields."""
 
 import base64
 

@@ -1,4 +1,4 @@
-"""Our own dialect: requests of the library, and jobs that are watched and cancelled."""
+"""Our own API: requests of the library, and jobs that are watched and cancelled."""
 
 import base64
 import json
@@ -141,7 +141,7 @@ def test_models_annotators_health_and_metrics(at):
     at.post("/v1/generate", json={"steps": 1, "wait": True})
     text = at.get("/metrics").text
     assert (
-        'controlkit_jobs_ended_total{dialect="v1",state="done"} 1.0' in text
+        'controlkit_jobs_ended_total{api="v1",state="done"} 1.0' in text
         and 'controlkit_jobs{state="waiting"} 0' in text
     )
 

@@ -49,7 +49,7 @@ def serve(
     memory: Annotated[str, typer.Option(help="`fast`, `balanced`, `low` or `auto`, as `generate` has it.")] = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Serve pictures over HTTP, in the dialects of A1111 and OpenAI and in one of its own (docs/api.md).
+    """Serve pictures over HTTP, by the APIs of A1111 and OpenAI and by one of its own (docs/api.md).
 
     Accepted jobs are kept on the disk and outlive a restart. Ctrl-C ends the server.
     """

@@ -1,4 +1,4 @@
-"""A1111's dialect: ``/sdapi/v1`` and the ControlNet extension's ``/controlnet``, as clients use them."""
+"""A1111's API: ``/sdapi/v1`` and the ControlNet extension's ``/controlnet``, as clients use them."""
 
 import json
 import time
@@ -47,9 +47,9 @@ _DETECT = {
 
 
 class A1111(Front):
-    """The routes of A1111's dialect."""
+    """The routes of A1111's API."""
 
-    dialect = "a1111"
+    api = "a1111"
 
     def router(self) -> APIRouter:
         """All routes, for an application."""
@@ -166,7 +166,7 @@ class A1111(Front):
     async def progress(self, http: HttpRequest) -> Response:
         """How far the job at work is, with all nine values of ``state``."""
         running = self.desk.queue.running()
-        job = next((one for one in running if one.dialect == self.dialect), running[0] if running else None)
+        job = next((one for one in running if one.api == self.api), running[0] if running else None)
         at = self.desk.progress.get(job.id) if job else None
         skip = http.query_params.get("skip_current_image", "false").lower() in ("true", "1")
         self._interrupted &= {one.id for one in running}
@@ -193,7 +193,7 @@ class A1111(Front):
         )
 
     async def interrupt(self, http: HttpRequest) -> Response:
-        """Have what this dialect's clients wait for end with what there is."""
+        """Have what this API's clients wait for end with what there is."""
         self._stop()
         return JSONResponse({})
 
@@ -203,8 +203,8 @@ class A1111(Front):
         return JSONResponse(None)
 
     def _stop(self) -> None:
-        self._interrupted |= {job.id for job in self.desk.queue.running() if job.dialect == self.dialect}
-        self.desk.interrupt(self.dialect)
+        self._interrupted |= {job.id for job in self.desk.queue.running() if job.api == self.api}
+        self.desk.interrupt(self.api)
 
     # --- settings and lists -----------------------------------------------------------------------------------------
 

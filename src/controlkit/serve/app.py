@@ -1,4 +1,4 @@
-"""The web application: the three dialects behind the guard, with metrics and a word on health."""
+"""The web application: the three APIs behind the guard, with metrics and a word on health."""
 
 import asyncio
 import logging
@@ -32,15 +32,15 @@ def app_of(desk: Desk) -> Guard:
         yield
 
     app = FastAPI(title="ControlKit", version=__version__, lifespan=living, docs_url=None, redoc_url=None)
-    dialects: tuple[Front, ...] = (A1111(desk), OpenAI(desk), V1(desk))
-    for dialect in dialects:
-        app.include_router(dialect.router())  # type: ignore[attr-defined]
+    apis: tuple[Front, ...] = (A1111(desk), OpenAI(desk), V1(desk))
+    for api in apis:
+        app.include_router(api.router())
     _add_own(app, desk)
     return Guard(app, desk.settings, lambda reason: desk.meters.refused.labels(reason).inc())
 
 
 def _add_own(app: FastAPI, desk: Desk) -> None:
-    """Add the routes that belong to no dialect."""
+    """Add the routes that belong to no API."""
 
     async def front_page() -> Response:
         return HTMLResponse(_PAGE)

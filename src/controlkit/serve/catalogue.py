@@ -1,4 +1,4 @@
-"""The catalogue: what can be asked for by name, as the dialects show it, and the nearest name of what cannot."""
+"""The catalogue: what can be asked for by name, as the APIs show it, and the nearest name of what cannot."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -48,7 +48,7 @@ class Progress:
 
 
 class Desk:
-    """The one place that the dialects speak to; its workers each have a thread of this process."""
+    """The one place that the APIs speak to; its workers each have a thread of this process."""
 
     def __init__(self, settings: Settings, hires: Sequence[Hire]) -> None:
         self.settings = settings
@@ -96,10 +96,10 @@ class Desk:
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    def accept(self, order: Order, dialect: str) -> Job:
+    def accept(self, order: Order, api: str) -> Job:
         """Accept a job; ``QueueFull`` where as many wait as may."""
-        job = self.queue.add(order, dialect)
-        self.meters.accepted.labels(dialect, job.kind).inc()
+        job = self.queue.add(order, api)
+        self.meters.accepted.labels(api, job.kind).inc()
         return job
 
     async def ended(self, job: Job) -> Job:
@@ -132,15 +132,15 @@ class Desk:
         if job is None:
             raise NotFound(f'There is no job "{errors.one_line(name)}".')
         if self.queue.cancel(job):
-            self.meters.ended.labels(job.dialect, "cancelled").inc()
+            self.meters.ended.labels(job.api, "cancelled").inc()
             self.tell(name)
             for bench in self._benches:
                 bench.reconsider()
         return self.queue.get(name) or job
 
-    def interrupt(self, dialect: str) -> int:
-        """Have the jobs of a dialect that are at work end with what they have; how many."""
-        names = [job.id for job in self.queue.running() if job.dialect == dialect]
+    def interrupt(self, api: str) -> int:
+        """Have the jobs of an API that are at work end with what they have; how many."""
+        names = [job.id for job in self.queue.running() if job.api == api]
         for bench in self._benches:
             bench.reconsider(names)
         return len(names)
@@ -185,7 +185,7 @@ class Desk:
         self.progress.pop(job.id, None)
         if now := self.queue.get(job.id):
             if now.state != "cancelled":
-                self.meters.ended.labels(now.dialect, now.state).inc()
+                self.meters.ended.labels(now.api, now.state).inc()
             self.meters.seconds.labels(now.kind).observe((now.ended or time.time()) - now.accepted)
         self.tell(job.id)
 

@@ -1,4 +1,4 @@
-"""The front that all dialects share: bodies read beside the event loop, jobs waited for, errors as answers."""
+"""The front that all APIs share: bodies read beside the event loop, jobs waited for, errors as answers."""
 
 import asyncio
 import base64
@@ -8,11 +8,12 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastapi import APIRouter
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from controlkit.errors import Invalid, NotFound, OutOfRoom, UserError, printable
+from controlkit.errors import NotFound, UserError, printable
 from controlkit.serve.catalogue import Catalogue
 from controlkit.serve.desk import Desk
 from controlkit.serve.orders import Order
@@ -53,9 +54,9 @@ def status_of(error: UserError) -> int:
 
 
 class Front:
-    """A dialect's routes; what they share."""
+    """An API's routes; what they share."""
 
-    dialect = ""
+    api = ""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
@@ -66,6 +67,10 @@ class Front:
         """All that can be asked for by name."""
         return Catalogue(self.desk.facts)
 
+    def router(self) -> APIRouter:
+        """All routes, for an application."""
+        raise NotImplementedError
+
     async def apart(self, read: Callable[..., T], *values: Any) -> T:
         """Run a function that decodes pictures in a thread of its own, a few at once."""
         async with self._decoding:
@@ -73,7 +78,7 @@ class Front:
 
     async def made(self, order: Order) -> Job:
         """The job of an order, when it is done; ``Failed`` where it failed or was cancelled."""
-        job = await self.desk.ended(await asyncio.to_thread(self.desk.accept, order, self.dialect))
+        job = await self.desk.ended(await asyncio.to_thread(self.desk.accept, order, self.api))
         if job.state != "done":
             raise Failed(job)
         return job
@@ -87,7 +92,7 @@ class Front:
             raise NotFound("The pictures of this job are not kept any more: ask for it again.") from None
 
     def refusal(self, status: int, sentence: str, kind: str) -> Response:
-        """The answer that says an error in this dialect."""
+        """The answer that says an error in this API."""
         return JSONResponse({"detail": sentence, "error": kind}, status)
 
     def guarded(self, handler: Handler) -> Handler:
@@ -144,18 +149,3 @@ def schema_of(defaults: Mapping[str, Any]) -> dict[str, Any]:
         name = next((name for kind, name in _TYPES if isinstance(value, kind)), None)
         found[key] = {"type": name, "default": value} if name else {}
     return found
-
-
-__all__ = [
-    "IGNORED",
-    "JOB",
-    "Failed",
-    "Front",
-    "Invalid",
-    "OutOfRoom",
-    "as_base64",
-    "body_of",
-    "named",
-    "schema_of",
-    "status_of",
-]

@@ -10,8 +10,8 @@ class Meters:
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
-        self.accepted = Counter("controlkit_jobs_accepted", "Jobs accepted", ("dialect", "kind"), registry=own)
-        self.ended = Counter("controlkit_jobs_ended", "Jobs ended", ("dialect", "state"), registry=own)
+        self.accepted = Counter("controlkit_jobs_accepted", "Jobs accepted", ("api", "kind"), registry=own)
+        self.ended = Counter("controlkit_jobs_ended", "Jobs ended", ("api", "state"), registry=own)
         self.refused = Counter("controlkit_requests_refused", "Requests refused", ("reason",), registry=own)
         self.deaths = Counter("controlkit_worker_deaths", "Workers that died", registry=own)
         self.seconds = Histogram(

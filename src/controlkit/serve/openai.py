@@ -1,4 +1,4 @@
-"""OpenAI's dialect: ``/v1/images/generations`` and ``/v1/images/edits``, with hints and controls as further fields."""
+"""OpenAI's API: ``/v1/images/generations`` and ``/v1/images/edits``, with hints and controls as further fields."""
 
 import time
 from collections.abc import Mapping
@@ -55,9 +55,9 @@ class Asked:
 
 
 class OpenAI(Front):
-    """The routes of OpenAI's dialect."""
+    """The routes of OpenAI's API."""
 
-    dialect = "openai"
+    api = "openai"
 
     def router(self) -> APIRouter:
         """All routes, for an application."""

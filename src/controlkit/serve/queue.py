@@ -23,14 +23,14 @@ TRIES = 2
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, dialect TEXT NOT NULL, kind TEXT NOT NULL,
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, api TEXT NOT NULL, kind TEXT NOT NULL,
     state TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0, alike TEXT NOT NULL, count INTEGER NOT NULL,
     asked TEXT NOT NULL, result TEXT, fault TEXT, error TEXT,
     accepted REAL NOT NULL, begun REAL, ended REAL
 );
 CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state, number);
 """
-_COLUMNS = "number, id, dialect, kind, state, tries, alike, count, result, fault, error, accepted, begun, ended"
+_COLUMNS = "number, id, api, kind, state, tries, alike, count, result, fault, error, accepted, begun, ended"
 
 
 class QueueFull(OutOfRoom):
@@ -43,7 +43,7 @@ class Job:
 
     number: int
     id: str
-    dialect: str
+    api: str
     """``a1111``, ``openai`` or ``v1``."""
     kind: str
     state: State
@@ -88,7 +88,7 @@ class Queue:
 
     # --- accepted -------------------------------------------------------------------------------------------------
 
-    def add(self, order: Order, dialect: str) -> Job:
+    def add(self, order: Order, api: str) -> Job:
         """Accept a job; from then on it is on the disk. ``QueueFull`` where as many wait as may."""
         text, name = order.to_json(), uuid.uuid4().hex
         with self._writing():
@@ -98,9 +98,9 @@ class Queue:
             if waiting >= self.limits.waiting or size + len(text) > self.limits.bytes_waiting:
                 raise QueueFull(f"The queue is full: {waiting} jobs wait. Ask again when some of them are done.")
             self._base.execute(
-                "INSERT INTO jobs (id, dialect, kind, state, alike, count, asked, accepted) "
+                "INSERT INTO jobs (id, api, kind, state, alike, count, asked, accepted) "
                 "VALUES (?, ?, ?, 'waiting', ?, ?, ?, ?)",
-                (name, dialect, order.kind, order.alike, order.count, text, time.time()),
+                (name, api, order.kind, order.alike, order.count, text, time.time()),
             )
         with self.changed:
             self.changed.notify_all()

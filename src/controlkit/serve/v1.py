@@ -1,4 +1,4 @@
-"""Our own dialect: ``/v1``, whose requests are those of the library, and whose jobs can be watched and cancelled."""
+"""Our own API: ``/v1``, whose requests are those of the library, and whose jobs can be watched and cancelled."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -39,9 +39,9 @@ _ANNOTATION = {
 
 
 class V1(Front):
-    """The routes of our own dialect."""
+    """The routes of our own API."""
 
-    dialect = "v1"
+    api = "v1"
 
     def router(self) -> APIRouter:
         """All routes, for an application."""
@@ -105,7 +105,7 @@ class V1(Front):
     async def _asked(self, order: Order, waits: bool) -> Response:
         """The job of an order: with its pictures when it is done, or at once."""
         if not waits:
-            job = await self.apart(self.desk.accept, order, self.dialect)
+            job = await self.apart(self.desk.accept, order, self.api)
             return JSONResponse(self._told(job), 202)
         job = await self.made(order)
         told = self._told(job)
