@@ -33,10 +33,10 @@ class _Mortal:
 
 @pytest.fixture
 def desk_of(tmp_path):
-    """``desk_of(studios, **settings)``: an open desk whose workers are these, one after another; the last stays."""
+    """``desk_of(studios, workers, **settings)``: an open desk with these for workers, the last of them more than once."""
     desks = []
 
-    def make(studios=None, **settings):
+    def make(studios=None, workers=1, **settings):
         found = Settings(tmp_path / "state", **settings)
         left = list(studios or [StandIn(tmp_path / "state" / "pictures")])
 
@@ -56,7 +56,7 @@ def desk_of(tmp_path):
             threading.Thread(target=run, daemon=True).start()
             return Hand(ours, stop, dead.set)
 
-        desk = Desk(found, [hire])
+        desk = Desk(found, [hire] * workers)
         desk.open()
         desks.append(desk)
         return desk

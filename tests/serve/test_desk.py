@@ -134,6 +134,17 @@ def test_a_job_that_workers_die_of_fails_alone(desk_of, tmp_path):
     assert desk.meters.deaths._value.get() >= 2
 
 
+def test_several_workers_share_the_jobs(desk_of, tmp_path):
+    studios = [studio_of(tmp_path), studio_of(tmp_path)]
+    for studio in studios:
+        studio.pause = 0.02
+    desk = desk_of(studios, workers=2)
+    names = [desk.accept(order(seed, steps=10 + seed), "v1").id for seed in range(6)]
+    assert {job.state for job in wait(desk.queue, *names)} == {"done"}
+    made = [name for studio in studios for batch in studio.batches for name in batch]
+    assert sorted(made) == sorted(names) and all(studio.batches for studio in studios)
+
+
 def test_a_mistake_ends_one_batch_and_the_worker_stays(desk_of, tmp_path):
     def errs(orders):
         if any("bad" in one.request.prompt for one in orders.values()):

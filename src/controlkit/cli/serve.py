@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from controlkit.cli.shared import BaseOption, DeviceOption, LoraOption, VaeOption, say
+from controlkit.cli.shared import BaseOption, DeviceOption, LoraOption, VaeOption, on_cuda, say
 from controlkit.errors import Invalid
 from controlkit.files import home_path
 
@@ -48,6 +48,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Of the base's weights: `fp32`, `bf16`, `fp16` or `auto`.")] = "auto",
     memory: Annotated[str, typer.Option(help="`fast`, `balanced`, `low` or `auto`, as `generate` has it.")] = "auto",
     device: DeviceOption = "auto",
+    workers: Annotated[
+        int, typer.Option(help="Processes, each with a base; by default one for each GPU, or one.", min=0, max=64)
+    ] = 0,
 ) -> None:
     """Serve pictures over HTTP, by the APIs of A1111 and OpenAI and by one of its own (docs/api.md).
 
@@ -65,6 +68,15 @@ def serve(
     settings = Settings(folder, host, port, token, tuple(allow_origin or ()))
     loads = Loads.of({"base": base, "lora": lora, "vae": vae, "dtype": dtype})
     load = making.loader(loads, memory)
-    run(
-        settings, load, [device], home_path(controls) if controls else None, lambda url: say(f"serving {base} at {url}")
-    )
+    folder_of_controls = home_path(controls) if controls else None
+    run(settings, load, _devices(device, workers), folder_of_controls, lambda url: say(f"serving {base} at {url}"))
+
+
+def _devices(device: str, workers: int) -> list[str]:
+    """The device of each worker; GPUs in turn."""
+    import torch
+
+    count = torch.cuda.device_count() if on_cuda(device) else 0
+    if not count:
+        return [device] * (workers or 1)
+    return [f"cuda:{i % count}" for i in range(workers or count)]

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable
@@ -105,7 +106,11 @@ def hire(open_studio: Callable[[], Maker]) -> Hand:
 
 
 def opened(load: Callable[[str], Any], device: str, folder: Path, controls: Path | None) -> Maker:
-    """The studio of a worker, with the base that ``load`` gives for a device."""
+    """The studio of a worker, with the base that ``load`` gives for a device; of ``cuda:1`` it sees no other."""
     from controlkit.serve.studio import Studio
 
+    device, _, number = device.partition(":")
+    if number:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(number)] if int(number) < len(seen) and seen[0] else number
     return Studio(load(device), folder, controls)
