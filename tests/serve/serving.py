@@ -33,7 +33,7 @@ class _Mortal:
 
 @pytest.fixture
 def desk_of(tmp_path):
-    """``desk_of(studios, workers, **settings)``: an open desk with these for workers, the last of them more than once."""
+    """``desk_of(studios, workers, **settings)``: an open desk with these workers, the last more than once."""
     desks = []
 
     def make(studios=None, workers=1, **settings):

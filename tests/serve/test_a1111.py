@@ -87,6 +87,15 @@ def test_unknown_fields_at_the_top_are_ignored_and_named(client):
 
 
 @pytest.mark.parametrize(
+    ("key", "said"),
+    [(" ", '""'), ("a\r\nX-Evil: 1", "a  X-Evil: 1"), ("\u00e9\u202e", "??"), (" b ", "b"), ("c" * 9000, "c")],
+)
+def test_the_header_holds_no_more_than_a_header_may(client, key, said):
+    told = made(client, {"steps": 1, key: None}).headers[IGNORED]
+    assert told.startswith(said) and told == told.strip() and told.isascii() and len(told) < 2100
+
+
+@pytest.mark.parametrize(
     ("body", "words"),
     [
         ({"sampler_name": "Euler b"}, 'did you mean "Euler a"'),

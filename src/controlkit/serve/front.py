@@ -119,7 +119,8 @@ def named(values: Sequence[str]) -> dict[str, str]:
     """The header that names what was not read, in ASCII and of bounded length; none where all was."""
     if not values:
         return {}
-    text = printable("; ".join(dict.fromkeys(values)), 2000).encode("ascii", "replace").decode()
+    words = (one.strip() or '""' for one in dict.fromkeys(values))
+    text = printable("; ".join(words), 2000).encode("ascii", "replace").decode().strip()
     log.info("ignored: %s", text)
     return {IGNORED: text}
 
