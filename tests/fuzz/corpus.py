@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from controlkit.annotators import contract
+from controlkit.annotators.people import Person, people_to_json
 from controlkit.backbones import FAMILIES, load_base, save_difference, unet_families
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control, new_union
@@ -290,6 +291,9 @@ def _recipes(folder: Path, toy: Path) -> None:
 
 
 def _requests(folder: Path, toy: Path) -> None:
+    points = np.random.default_rng(0).uniform(0, 32, (70, 3)).round(1).astype(np.float32)
+    person = Person(points[:18], points[:21], points[:21], points)
+    (folder / "poses.json").write_text(json.dumps(people_to_json([person, Person()], (32, 40))))
     _control_folders(folder / "made", toy)
     shutil.move(folder / "made" / "copy", folder / "file")
     shutil.rmtree(folder / "made")
@@ -492,8 +496,8 @@ KINDS = [
         "request",
         _requests,
         "request.json",
-        ("request.json", "jobs.jsonl", "photo.txt", JOURNAL),
-        ("request", "posted body", "generate --request", "jobs", "jobs of a folder"),
+        ("request.json", "jobs.jsonl", "photo.txt", "poses.json", JOURNAL),
+        ("request", "posted body", "generate --request", "jobs", "jobs of a folder", "poses"),
     ),
     Kind("metadata.jsonl", partial(_metadata, ".jsonl"), "set", ("set/metadata.jsonl",), _SET),
     Kind("metadata.csv", partial(_metadata, ".csv"), "set", ("set/metadata.csv",), _SET),

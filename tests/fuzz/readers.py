@@ -31,6 +31,7 @@ from guards import SENTENCE, UncouthError
 import controlkit
 from controlkit import cli, sample
 from controlkit.annotators import contract
+from controlkit.annotators.people import draw_people, people_from_json
 from controlkit.backbones import Backbone, load_base
 from controlkit.backbones.taesd import load_taesd
 from controlkit.cli import making, shared
@@ -38,6 +39,7 @@ from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
 from controlkit.errors import Invalid, UserError
+from controlkit.files import read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
@@ -395,7 +397,7 @@ READERS: dict[str, Reader] = {
     ),
     "annotate": Reader(
         lambda path, setting: command("annotate", "canny", path, "--out", setting.folder / "out" / "hints"),
-        ("annotate images",),
+        ("annotate images", "data.hints.hint_files"),
     ),
     "doctor": Reader(
         _doctor, ("decoding.pictures.sides_of", "data doctor path", "data doctor column", "data doctor base"), 3
@@ -501,6 +503,9 @@ READERS: dict[str, Reader] = {
     ),
     "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe"), 1, True),
     "train recipe": Reader(_train_recipe, (), 2, True),
+    "poses": Reader(
+        lambda path, setting: draw_people(*people_from_json(read_text(path.with_name("poses.json"), 2**20))), ()
+    ),
     "listing": Reader(lambda path, setting: read_listing(_folder(path)), _SETS),
     "training pairs": Reader(_pairs, ("data.pairs.split_folder",), 3),
     "train": Reader(_train, (), 12),
@@ -630,6 +635,26 @@ EXCUSED: dict[str, str] = {
     ),
     "serve.front.as_base64": _WRITES,
     **dict.fromkeys(("serve.running.serve", "serve.worker.opened"), "gives the folder of controls to controls_for"),
+    **dict.fromkeys(
+        (
+            "hub.Package.check",
+            "hub.Package.command",
+            "hub.Package.unpack",
+            "hub.Wheel.check",
+            "hub.Wheel.command",
+            "hub.Wheel.unpack",
+        ),
+        "packages of the registries, each known by its digest before anything in it is read",
+    ),
+    **dict.fromkeys(
+        (
+            "annotators.networks.weights.check_shapes",
+            "annotators.networks.weights.file_digest",
+            "annotators.networks.weights.file_state",
+            "annotators.networks.weights.network_of",
+        ),
+        "annotators' weights, which go through ``tensors.open_tensors``",
+    ),
     "data.blip.read_blip": "a captioner, whose folder goes through the doors of a base's folder",
     "mini.stored.Stored.load": "reads what is shipped in the package alone",
 }
@@ -638,6 +663,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     **dict.fromkeys(
         (
             "annotate annotator",
+            "annotate device",
             "annotate option",
             "annotate size",
             "bench sample device",

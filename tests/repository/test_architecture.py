@@ -234,7 +234,7 @@ def test_the_readme_fits_on_three_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
-@pytest.mark.parametrize("name", ["cli.md", "tree.md", "decisions.md"])
+@pytest.mark.parametrize("name", ["cli.md", "tree.md", "decisions.md", "annotators.md"])
 def test_pages_that_are_generated_are_up_to_date(name):
     sys.path.insert(0, str(ROOT / "docs"))
     import generate

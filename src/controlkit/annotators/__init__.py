@@ -18,15 +18,17 @@ from controlkit.annotators.kinds import (
     all_kinds,
     annotator,
     each,
+    fits,
     kind_of,
     kind_or_bare,
     maker,
     makers_of,
     names_of,
+    ready_maker,
     register,
-    same_family,
     union_types,
 )
+from controlkit.annotators.networks import rows  # noqa: F401  # puts them into the table
 from controlkit.annotators.options import Slider, Threshold
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "contract",
     "contract_from_json",
     "each",
+    "fits",
     "grounds_of",
     "is_empty",
     "joined",
@@ -50,8 +53,8 @@ __all__ = [
     "makers_of",
     "names_of",
     "parts_of",
+    "ready_maker",
     "register",
-    "same_family",
     "union_types",
     "white_on_black",
     "with_maker",

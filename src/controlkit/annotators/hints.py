@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from controlkit.annotators.kinds import annotator, kind_of, kind_or_bare, makers_of
+from controlkit.annotators.kinds import annotator, fits, kind_of, kind_or_bare, makers_of, ready_maker
 from controlkit.errors import Mismatch, Unsupported
 from controlkit.images import Ground, HintSpec, fit
 
@@ -67,15 +67,14 @@ def with_maker(hint: HintSpec, name: str | None = None, options: Mapping[str, fl
     """
     own = kind_or_bare(hint.annotator)
     kind = kind_of(name) if name else own
-    if kind.contract_name != own.contract_name:
+    if not fits(kind.name, own.name):
         makers = ", ".join(one.name for one in makers_of(own.name)) or "none"
         raise Mismatch(
             f'The hints are to be of "{hint.annotator}", and {kind.name} makes those of "{kind.contract_name}": '
             f"expected one of {makers}."
         )
     if kind.name == own.name and not own.is_made_here:
-        ready = (one for one in makers_of(own.name) if not (one.own_world or one.lacks()))
-        kind = next(ready, own)
+        kind = ready_maker(own.name) or own
     if kind.name == own.name:
         return replace(hint, options=kind.checked({**hint.options, **options})) if options else hint
     return hint.made_by(annotator(kind.name).spec(**(options or {})))

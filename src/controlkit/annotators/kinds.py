@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, wraps
+from functools import cache, cached_property, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from pydantic import ValidationError
 
-from controlkit.annotators import lines, maps, regions
+from controlkit.annotators import colours, lines, maps, regions, world
 from controlkit.annotators.options import Options, Threshold, options_of, slider_of
 from controlkit.errors import Invalid, NotFound, Unsupported, first_fault, nearest
 from controlkit.images import HintSpec, Resize
@@ -61,6 +61,8 @@ class HintKind:
     """The value of masked pixels, where hints have masks."""
     lines: bool = False
     """Whether hints are grey lines, light on a black ground: inverted or coloured ones are a mistake."""
+    any_lines: bool = False
+    """Whether what it makes, of drawings, serves the controls of every kind of lines."""
     metric: str = ""
     """Name of the metric of obedience (``measure``); "" where none is known."""
     truth: Callable[[Truth], np.ndarray] | None = None
@@ -216,10 +218,13 @@ _OWN: dict[str, Any] = {
 
 
 def makers_of(name: str) -> list[HintKind]:
-    """All rows that make hints of the kind of that name, or of its family; the family's own row first."""
-    own = kind_or_bare(name).contract_name
-    made = [kind for kind in all_kinds() if kind.is_made_here and kind.contract_name == own]
-    return sorted(made, key=lambda kind: kind.name != own)
+    """All rows that make hints of the kind of that name, or of its family; the kind's own row and the family's first.
+
+    None for an unknown name.
+    """
+    own = kind_or_bare(name)
+    made = [kind for kind in all_kinds() if kind.is_made_here and fits(kind.name, name)]
+    return sorted(made, key=lambda kind: (kind.name != own.name, kind.name != own.family, kind.any_lines))
 
 
 def all_kinds() -> list[HintKind]:
@@ -250,19 +255,32 @@ def kind_or_bare(name: str) -> HintKind:
     return _found(name) or HintKind(name)
 
 
-def same_family(one: str, other: str) -> bool:
-    """Whether hints of two names, known or not, keep one contract."""
-    return kind_or_bare(one).contract_name == kind_or_bare(other).contract_name
+def fits(made: str, hints: str) -> bool:
+    """Whether what the annotator of one name makes are hints of the other name, known or not: of one family."""
+    one, other = kind_or_bare(made), kind_or_bare(hints)
+    return one.contract_name == other.contract_name or (one.any_lines and other.lines)
+
+
+def ready_maker(name: str) -> HintKind | None:
+    """The first maker of hints of a name, or of its family, that has all it needs and knows pictures of any kind."""
+    return next((one for one in makers_of(name) if not (one.own_world or one.lacks())), None)
 
 
 def annotator(name: str) -> HintKind:
-    """The kind of that name or alias, whose hints can be made here; ``NotFound`` for any other name."""
+    """The row of that name or alias that makes hints; of a kind that has no function, the first of its ready makers.
+
+    ``NotFound`` for a name that is unknown, or of which no maker is ready here.
+    """
     made = names_of(lambda kind: kind.is_made_here)
     if not name:
         raise NotFound(f"No annotator of these hints is named: expected one of {', '.join(made)}.")
-    if (kind := _found(name)) is None or not kind.is_made_here:
+    kind = _found(name)
+    if kind is None or not makers_of(name):
         raise NotFound(f'There is no annotator "{name}": {nearest(name, made)}')
-    return kind
+    if found := kind if kind.is_made_here else ready_maker(name):
+        return found
+    reasons = [one.lacks() or f"{one.name} knows pictures of the embedded world alone." for one in makers_of(name)]
+    raise NotFound(f'There is no annotator "{name}" that can be used here without being named: {" ".join(reasons)}')
 
 
 def union_types() -> dict[str, int]:
@@ -274,18 +292,12 @@ def union_types() -> dict[str, int]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def _labels(truth: Truth) -> np.ndarray:
-    from controlkit.mini.scenes import PALETTE  # numba's import takes a second
-
-    return maps.label_picture(truth.labels, PALETTE)
-
-
+_GAMMA = Threshold("gamma", "Gamma Correction", 1, 0.1, 2, 0.001)
 _TABLE = (
     HintKind("pose", aliases=("openpose",), resize="nearest", metric="pck", union_type=0, needs_person=True,
-             truth=lambda truth: maps.pose_picture(truth.keypoints, truth.labels.shape),
+             truth=world.pose,
              mirror=lambda flipped, spec: maps.swap_sides(flipped), folders=("pose", "openpose")),
-    HintKind("depth", metric="depth_rmse", union_type=1, folders=("depth",),
-             truth=lambda truth: maps.depth_picture(truth.depth)),
+    HintKind("depth", metric="depth_rmse", union_type=1, folders=("depth",), truth=world.depth),
     HintKind("canny", each(lines.canny), resize="lines", lines=True, metric="edge_f1", union_type=3,
              thresholds=(Threshold("low", "Canny Low Threshold", 100, 1, 255),
                          Threshold("high", "Canny High Threshold", 200, 1, 255)),
@@ -295,24 +307,50 @@ _TABLE = (
     HintKind("softedge", each(lines.softedge), lines=True, metric="ms_ssim", union_type=2, folders=("softedge",)),
     HintKind("lineart", each(lines.lineart), resize="lines", lines=True, metric="ms_ssim", union_type=3,
              folders=("lineart", "lines")),
-    HintKind("mlsd", each(lines.mlsd), resize="lines", lines=True, metric="ms_ssim", union_type=3, folders=("mlsd",),
+    HintKind("mlsd", each(lines.mlsd), foreign={"length": 0.05}, resize="lines", lines=True, metric="ms_ssim",
+             union_type=3, folders=("mlsd",),
              thresholds=(Threshold("", "MLSD Value Threshold", 0.1, 0.01, 2, 0.01),
                          Threshold("", "MLSD Distance Threshold", 0.1, 0.01, 20, 0.01))),
-    HintKind("hed", family="softedge", metric="ms_ssim", union_type=2, folders=("hed",)),
-    HintKind("pidi", family="softedge", metric="ms_ssim", union_type=2),
-    HintKind("ted", family="softedge", metric="ms_ssim", union_type=2),
     HintKind("normal", ground="#8080ff", metric="normal_angle", union_type=4, folders=("normal", "normals"),
-             truth=lambda truth: maps.normal_picture(truth.normals),
+             truth=world.normal,
              mirror=lambda flipped, spec: maps.turn_normals(flipped, spec.low + spec.high)),
-    HintKind("seg", resize="nearest", metric="miou", truth=_labels, union_type=5, folders=("seg", "segmentation")),
+    HintKind("seg", resize="nearest", metric="miou", truth=world.labels, union_type=5, folders=("seg", "segmentation")),
     # Released tile controls read the picture as it is; one trained here stores by how much its hints were shrunk.
     HintKind("tile", each(regions.tile), ground="white", foreign={"shrink": 1.0}, metric="low_pass_psnr",
              union_type=6, folders=("tile",)),
-    HintKind("inpaint", each(regions.inpaint), mask_value=-1.0, metric="inpaint_distance", union_type=7,
-             folders=("mask", "masks")),
+    HintKind("inpaint", each(regions.inpaint), aliases=("inpaint_only", "inpaint_global_harmonious"), mask_value=-1.0,
+             metric="inpaint_distance", union_type=7, folders=("mask", "masks")),
     HintKind("repaint", mask_value=0.0, metric="inpaint_distance", union_type=7),  # a Union's, black where masked
     HintKind("ip2p", ground="white"),  # the picture to be edited
-    HintKind("shuffle", ground="white"),  # the picture whose colours are to be used
+    HintKind("shuffle", each(colours.shuffle), ground="white"),
+    HintKind("color", each(colours.color), aliases=("t2ia_color_grid",), resize="nearest", ground="white",
+             metric="low_pass_psnr"),
+    HintKind("recolor", each(colours.luminance), aliases=("recolor_luminance",), ground="white",
+             metric="low_pass_psnr", thresholds=(_GAMMA,)),
+    # Of drawings; they serve the controls of all lines.
+    HintKind("invert", each(colours.invert), ground="white", lines=True, any_lines=True, metric="ms_ssim"),
+    HintKind("threshold", each(colours.threshold), ground="white", lines=True, any_lines=True, metric="ms_ssim",
+             thresholds=(Threshold("level", "Binarization Threshold", 127, 0, 255),)),
 )  # fmt: skip
 for _kind in _TABLE:
+    register(_kind)
+
+_MAKERS = (
+    maker("scribble_xdog", each(lines.xdog), of="scribble",
+          thresholds=(Threshold("contrast", "XDoG Threshold", 32, 1, 64, per=1 / 510),)),
+    maker("lineart_standard", each(lines.lineart_standard), of="lineart"),
+    maker("tile_resample", each(partial(regions.tile, shrink=1.0)), of="tile",
+          thresholds=(Threshold("shrink", "Down Sampling Rate", 1, 1, 8, 0.01),)),
+    # What its name promises happens there after sampling, to the colours of what was made; as a hint it is the picture.
+    maker("tile_colorfix", each(regions.whole), of="tile",
+          thresholds=(Threshold("", "Variation", 8, 3, 32), Threshold("", "Sharpness", 1, 0, 2, 0.01)),
+          aliases=("tile_colorfix+sharp",)),
+    maker("blur_gaussian", each(colours.blur), of="tile",
+          thresholds=(Threshold("width", "Sigma", 9, 0.01, 64, 0.01, per=1 / 512),)),
+    maker("recolor_intensity", each(colours.intensity), of="recolor", thresholds=(_GAMMA,)),
+    maker("outpaint", each(regions.outpaint), of="inpaint"),
+    *(maker(f"mini_{kind.name}", world.observed(kind.truth), of=kind.name, weights=world.weights, own_world=True)
+      for kind in _TABLE if kind.truth),
+)  # fmt: skip
+for _kind in _MAKERS:
     register(_kind)

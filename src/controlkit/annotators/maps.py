@@ -6,26 +6,13 @@ A hint picture is uint8 RGB (H, W, 3).
 import cv2
 import numpy as np
 
+from controlkit.annotators.people import POSE_COLOURS, POSE_LIMBS, Person, draw_people, limb_colour
 from controlkit.errors import Invalid
 from controlkit.images import DEEPEST
 from controlkit.mini.truth import MIRRORED
 
 FACING = (128, 128, 255)
 """The colour of a normal that points at the camera, and of where there is nothing."""
-
-POSE_LIMBS = (
-    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
-    (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
-)  # fmt: skip
-"""Pairs of joints that OpenPose joins, in the order it draws them. Joints are in its COCO-18 order: nose, neck,
-right shoulder, elbow, wrist, the left ones, right hip, knee, ankle, the left ones, eyes and ears, right before left."""
-
-POSE_COLOURS = (
-    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0),
-    (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
-    (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
-)  # fmt: skip
-"""OpenPose's colour (RGB) of each joint; a limb has the colour of its own number, darkened to 60%."""
 
 
 def depth_picture(depth: np.ndarray) -> np.ndarray:
@@ -88,30 +75,13 @@ def labels_of(picture: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def pose_picture(keypoints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Skeletons as OpenPose draws them, on black.
-
-    Limbs are sticks 1/64 of the short side thick; over them lies each joint, a disc of 1/80 radius in its own full
-    colour. Nothing is smoothed, so that colours tell which joint is which.
+    """Bodies as OpenPose draws them, on black (``people.draw_people``). No smoothing: colours tell the joints apart.
 
     Args:
         keypoints: (P, 18, 3), of each person and joint x and y in pixels, and 1 where it is visible, else 0.
         size: height and width of the picture.
     """
-    picture = np.zeros((*size, 3), np.uint8)
-    stick, radius = (max(round(share * min(size)), 1) for share in (1 / 64, 1 / 80))
-    for person in keypoints:
-        at = [(round(float(x)), round(float(y))) if visible else None for x, y, visible in person]
-        for number, (start, end) in enumerate(POSE_LIMBS):
-            if at[start] and at[end]:
-                cv2.line(picture, at[start], at[end], _limb_colour(number), stick)
-        for joint, colour in zip(at, POSE_COLOURS, strict=True):
-            if joint:
-                cv2.circle(picture, joint, radius, colour, -1)
-    return picture
-
-
-def _limb_colour(number: int) -> tuple[int, ...]:
-    return tuple(round(0.6 * value) for value in POSE_COLOURS[number])
+    return draw_people([Person(joints) for joints in keypoints], size)
 
 
 def swap_sides(picture: np.ndarray) -> np.ndarray:
@@ -125,7 +95,7 @@ def swap_sides(picture: np.ndarray) -> np.ndarray:
     ]
     for number, (start, end) in enumerate(POSE_LIMBS):
         other = number_of[frozenset((MIRRORED[start], MIRRORED[end]))]
-        pairs.append((_limb_colour(number), _limb_colour(other)))
+        pairs.append((limb_colour(number), limb_colour(other)))
     swapped, known = np.zeros_like(picture), ~picture.any(-1)
     for colour, other_side in pairs:
         drawn = (picture == colour).all(-1)

@@ -8,9 +8,9 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
 
@@ -21,6 +21,10 @@ class Slider:
     least: float
     most: float
     step: float = 1.0
+
+
+Switch = Annotated[float, Field(ge=0, le=1), Slider(0, 1)]
+"""An option that is 0 for no, or 1 for yes: contracts of hints hold numbers alone."""
 
 
 @dataclass(frozen=True)

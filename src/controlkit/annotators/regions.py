@@ -28,6 +28,11 @@ def tile(picture: np.ndarray, shrink: Shrink = 8.0) -> np.ndarray:
     return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
+def whole(picture: np.ndarray) -> np.ndarray:
+    """The picture as it is."""
+    return picture
+
+
 def inpaint(picture: np.ndarray, least: Part = 0.1, most: Part = 0.4) -> np.ndarray:
     """The picture with a hole, uint8 RGBA (H, W, 4): alpha 0 (and black) in the hole, 255 elsewhere.
 
@@ -45,6 +50,24 @@ def inpaint(picture: np.ndarray, least: Part = 0.1, most: Part = 0.4) -> np.ndar
     hole = _hole(picture.shape[:2], numpy_rng("inpaint", *picture.shape, content), least, most)
     alpha = np.where(hole, 0, 255).astype(np.uint8)
     return np.dstack([np.where(hole[..., None], 0, picture), alpha]).astype(np.uint8)
+
+
+def outpaint(picture: np.ndarray, margin: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> np.ndarray:
+    """The picture without its margin, uint8 RGBA (H, W, 4): alpha 0 (and black) there, 255 elsewhere.
+
+    A picture that has a mask, (H, W, 4), keeps it.
+
+    Args:
+        margin: its width at each side, as a share of the picture's height and width.
+    """
+    if picture.shape[-1] == 4:
+        return picture
+    height, width = picture.shape[:2]
+    above, left = max(round(margin * height), 1), max(round(margin * width), 1)
+    shown = np.zeros((height, width), bool)
+    shown[above : height - above, left : width - left] = True
+    alpha = np.where(shown, 255, 0).astype(np.uint8)
+    return np.dstack([np.where(shown[..., None], picture, 0), alpha]).astype(np.uint8)
 
 
 def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: float) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""Pictures from prompts and hints; hints from pictures."""
+"""Pictures from prompts and hints."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -13,17 +12,13 @@ from controlkit.cli.shared import (
     BaseOption,
     DeviceOption,
     GuidanceOption,
-    KindsCommand,
     LoraOption,
     OutOption,
     SizeOption,
     StepsOption,
     VaeOption,
     check_folder,
-    key_values,
-    parse_size,
     say,
-    warn,
 )
 from controlkit.errors import Invalid
 from controlkit.files import home_path
@@ -309,41 +304,3 @@ def generate(
         count = making.write_all(model, prepared, pictures, output, asked.batch if len(prepared) == 1 else 0)
     drawn = f", seed {asked.request.seed}" if context.params["seed"] == -1 else ""
     say(f"{count} picture{'s' if count > 1 else ''} in {out}{drawn}; side by side in {out / 'grid.png'}")
-
-
-@app.command(
-    cls=KindsCommand,
-    epilog="Examples:\n\n    controlkit annotate canny photo.png drawing.jpg --out hints\n\n"
-    "    controlkit annotate canny photo.png --option low=50 --option high=100 --out hints",
-)
-def annotate(
-    annotator: Annotated[str, typer.Argument(metavar="ANNOTATOR", help="The kind of hint to make: {annotators}.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to annotate.")],
-    out: OutOption = Path("out"),
-    size: SizeOption = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the annotator: {options}. Repeatable.")
-    ] = None,
-) -> None:
-    """Turn pictures into hints: `OUT/NAME.png` for each; lines are white on black."""
-    from controlkit.annotators import annotate as annotate_picture
-    from controlkit.annotators import annotator as find
-    from controlkit.annotators import is_empty
-    from controlkit.images import read_picture, write_png
-
-    contract = find(annotator).spec(**key_values(option, "--option", "KEY=VALUE, such as low=50"))
-    sides = parse_size(size)
-    check_folder(out)
-    if len({path.stem for path in images}) < len(images):
-        raise Invalid("Two of the pictures have the same name, and one hint would overwrite the other: rename one.")
-    targets = [out / f"{path.stem}.png" for path in images]
-    read = {os.path.realpath(path) for path in images}  # Path.resolve raises for links in a circle
-    if clash := next((target for target in targets if os.path.realpath(target) in read), None):
-        raise Invalid(f"A hint would overwrite the picture {clash}: give another --out.")
-    pictures = [read_picture(path) for path in images]
-    for target, picture in zip(targets, pictures, strict=True):
-        hint = annotate_picture(picture, contract, sides)
-        write_png(target, hint, {"annotator": annotator, "options": contract.options})
-        say(str(target))
-        if is_empty(hint, contract):
-            warn(f"{target} is empty: {annotator} finds nothing in that picture")

@@ -13,6 +13,7 @@ from controlkit.data.captions import (
 )
 from controlkit.data.doctor import Finding, Report, add_up, examine, sheet_rows
 from controlkit.data.drawn import make_fill50k, make_scenes
+from controlkit.data.hints import HintFile, hint_files, kept_hints, write_hints
 from controlkit.data.layouts import folder_of, read_listing, sound_listing
 from controlkit.data.layouts.rows import Listing
 from controlkit.data.mirror import mirrored
@@ -37,6 +38,7 @@ __all__ = [
     "EmojiPairs",
     "Finding",
     "FolderPairs",
+    "HintFile",
     "Listing",
     "Over",
     "Pair",
@@ -50,7 +52,9 @@ __all__ = [
     "evaluation_pairs",
     "examine",
     "folder_of",
+    "hint_files",
     "hint_for_pair",
+    "kept_hints",
     "load_captioner",
     "make_fill50k",
     "make_scenes",
@@ -65,4 +69,5 @@ __all__ = [
     "unwritten",
     "wanting",
     "write_captions",
+    "write_hints",
 ]

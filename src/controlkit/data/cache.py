@@ -1,6 +1,5 @@
 """The inputs of training steps, made once of every pair: latents, text embeddings, hints."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit.annotators import annotate_all, kind_of, parts_of
 from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.data.buckets import Size
+from controlkit.data.hints import kept_hints
 from controlkit.data.mirror import mirrored
 from controlkit.data.pairs import FolderPairs, Pair, hint_for_pair, is_annotated
 from controlkit.data.store import Entry, Like, Store, key_of, remembered
@@ -220,20 +219,6 @@ class _Builder:
             else:
                 hints[i] = hint_for_pair(pair, self.contracts[pair.kind])
         for kind, places in groups.items():
-            hints |= zip(places, self._annotations([pairs[i].picture for i in places], kind), strict=True)
+            pictures, contract = [pairs[i].picture for i in places], self.contracts[kind]
+            hints |= zip(places, kept_hints(pictures, contract, str(self.base.device), self.store), strict=True)
         return [hints[i] for i in range(len(pairs))]
-
-    def _annotations(self, pictures: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
-        contract = self.contracts[kind]
-
-        def make(absent: list[int]) -> list[Entry]:
-            made = annotate_all([pictures[i] for i in absent], contract, device=str(self.base.device))
-            return [{"hint": torch.from_numpy(hint)} for hint in made]
-
-        parts = parts_of(contract)
-        made_by = [kind_of(part.annotator).digest() for part in parts]
-        channels = 3 * len(parts) + (contract.mask_value is not None)
-        like: list[Like] = [{"hint": ((*picture.shape[:2], channels), torch.uint8)} for picture in pictures]
-        options = json.dumps([contract.annotator, *made_by, *sorted(contract.options.items())])
-        keys = [key_of("hint", options, picture) for picture in pictures]
-        return [entry["hint"].numpy() for entry in remembered(self.store, keys, like, make, dense=False)]

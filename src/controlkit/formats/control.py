@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from controlkit.annotators import contract, contract_from_json, same_family
+from controlkit.annotators import contract, contract_from_json, fits
 from controlkit.backbones import Backbone
 from controlkit.backbones.unet_families import family_of_width
 from controlkit.branch import ControlNetwork, ControlSpec
@@ -321,7 +321,7 @@ def spec_of_weights(name: str | Path, weights: Weights, described: Description, 
     order = next((str(weights.config[key]).upper() for key in keys if key in weights.config), "RGB")
     foreign = HintSpec("", channels=described.hint_channels or 3, colour_order="BGR" if order == "BGR" else "RGB")
     hint = metadata_entry(weights.metadata, name, "controlkit.hint", contract_from_json, foreign)
-    if not annotator or (hint.annotator and same_family(annotator, hint.annotator)):
+    if not annotator or (hint.annotator and fits(annotator, hint.annotator)):
         return hint
     if hint.annotator:
         raise Mismatch(f'The hints of "{name}" are made by {hint.annotator}, not by {annotator}.')

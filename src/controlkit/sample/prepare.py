@@ -12,11 +12,11 @@ import torch
 from controlkit.annotators import (
     annotate,
     contract,
+    fits,
     grounds_of,
     is_empty,
     kind_or_bare,
     light_lines,
-    same_family,
     with_maker,
 )
 from controlkit.backbones import Backbone
@@ -165,7 +165,7 @@ class Prepared:
 
     def annotators(self) -> list[dict[str, str]]:
         """Of each control, by type of hint, what makes such hints."""
-        return [{k: spec.annotator for k, spec in (one.specs | one.makers).items()} for one in self.controls]
+        return [{k: spec.annotator for k, spec in {**one.specs, **one.makers}.items()} for one in self.controls]
 
     def settled(self) -> Request:
         """The request with what it left to the base and its controls filled in: size, guidance by the hint.
@@ -391,7 +391,7 @@ class _Preparation:
 
     def _loaded(self, asked: ControlRequest) -> tuple[SavedControl, list[str]]:
         if saved := self.loaded.get(asked.name):
-            if asked.annotator and not same_family(asked.annotator, saved.hint.annotator):
+            if asked.annotator and not fits(asked.annotator, saved.hint.annotator):
                 raise Invalid(
                     f'"{asked.name}" was loaded with hints of "{saved.hint.annotator}", not {asked.annotator}.'
                 )

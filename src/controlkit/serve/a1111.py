@@ -12,9 +12,12 @@ from starlette.responses import JSONResponse, Response
 
 from controlkit import __version__
 from controlkit.annotators import makers_of
+from controlkit.annotators.people import draw_people, people_from_json
 from controlkit.backbones.schedulers import SPACINGS
 from controlkit.decoding import settings_texts
 from controlkit.errors import Invalid, one_line
+from controlkit.files import parse_json
+from controlkit.images import png_bytes
 from controlkit.sample import infotext
 from controlkit.serve import incoming
 from controlkit.serve.catalogue import TYPES, module_named, module_names, module_sliders, modules
@@ -431,34 +434,15 @@ def _annotations(data: bytes, limits: Limits) -> list[Annotation]:
 
 
 def _poses(data: bytes, limits: Limits) -> dict[str, Any]:
-    """Poses in OpenPose's JSON, drawn; bodies of 18 points."""
-    import numpy as np
-
-    from controlkit.annotators.maps import pose_picture
-    from controlkit.files import parse_json
-    from controlkit.images import png_bytes
-
+    """Poses in OpenPose's JSON, drawn."""
     body = parse_json(data, "the request's body")
     poses = body if isinstance(body, list) else [body]
     if len(poses) > limits.pictures_given:
         raise Invalid(f"There are {len(poses)} poses; expected at most {limits.pictures_given}.")
     images = []
     for pose in poses:
-        if not isinstance(pose, Mapping):
-            raise Invalid("A pose is none: expected people, canvas_width and canvas_height.")
-        width, height = (incoming.whole(pose, f"canvas_{side}", 512, 1, limits.side) for side in ("width", "height"))
-        people = [_joints(one, width, height) for one in incoming.listed(pose, "people", 100)]
-        images.append(as_base64(png_bytes(pose_picture(np.array(people).reshape(-1, 18, 3), (height, width)))))
+        people, size = people_from_json(pose)
+        if max(size) > limits.side:
+            raise Invalid(f"The canvas is {size[1]}x{size[0]}; this server draws sides of at most {limits.side}.")
+        images.append(as_base64(png_bytes(draw_people(people, size))))
     return {"images": images, "info": "Success"}
-
-
-def _joints(person: Any, width: int, height: int) -> list[list[float]]:
-    """The 18 joints of a person: x and y in pixels, and whether it is there. Shares of the canvas are understood."""
-    given = person.get("pose_keypoints_2d") if isinstance(person, Mapping) else None
-    if not isinstance(given, list) or len(given) != 54 or not all(isinstance(one, int | float) for one in given):
-        raise Invalid("pose_keypoints_2d is none: expected 54 numbers, x, y and confidence of 18 joints.")
-    points = [[float(x) for x in given[i : i + 3]] for i in range(0, 54, 3)]
-    shares = all(abs(x) <= 1 and abs(y) <= 1 for x, y, _ in points)
-    scale = (width, height) if shares else (1, 1)
-    bounded = [[min(max(p[i] * scale[i], -1e4), 1e4) for i in (0, 1)] for p in points]
-    return [[x, y, float(p[2] > 0)] for (x, y), p in zip(bounded, points, strict=True)]
