@@ -450,7 +450,7 @@ def _store(folder: Path, toy: Path) -> None:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-_PICTURE = ("picture", "hint", "request's picture", "picture to be changed", "annotate", "doctor")
+_PICTURE = ("picture", "hint", "posted picture", "request's picture", "picture to be changed", "annotate", "doctor")
 _CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate")
 _SET = ("listing", "doctor", "build", "training pairs", "train")
 
@@ -497,7 +497,7 @@ KINDS = [
         _requests,
         "request.json",
         ("request.json", "jobs.jsonl", "photo.txt", "poses.json", JOURNAL),
-        ("request", "generate --request", "jobs", "jobs of a folder", "poses"),
+        ("request", "posted body", "generate --request", "jobs", "jobs of a folder", "poses"),
     ),
     Kind("metadata.jsonl", partial(_metadata, ".jsonl"), "set", ("set/metadata.jsonl",), _SET),
     Kind("metadata.csv", partial(_metadata, ".csv"), "set", ("set/metadata.csv",), _SET),

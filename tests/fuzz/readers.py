@@ -38,13 +38,17 @@ from controlkit.cli import making, shared
 from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
-from controlkit.errors import Invalid
+from controlkit.errors import Invalid, UserError
 from controlkit.files import read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
 from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
+from controlkit.serve import incoming
+from controlkit.serve.a1111 import A1111
+from controlkit.serve.settings import Limits
+from controlkit.serve.v1 import V1
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
 from controlkit.train.checkpoints import go_back
@@ -158,6 +162,27 @@ def _request_picture(path: Path, setting: Setting) -> None:
     check_pictures(ControlRequest(name="x", images=path, annotator="canny", ready=path.suffix == ".npy"))
     if path.is_file() and not path.is_symlink():
         Request.from_json(json.dumps({"controls": [{"name": "x", "images": _uri(path)}]}))
+
+
+def _posted_picture(path: Path, setting: Setting) -> None:
+    if path.is_file() and not path.is_symlink():
+        incoming.picture(base64.b64encode(path.read_bytes()).decode(), "image", Limits(), None)
+
+
+def _posted_body(path: Path, setting: Setting) -> None:
+    """Through each dialect that has bodies in JSON."""
+    control = {"name": "canny", "hash": "0", "annotator": "canny", "types": ()}
+    facts = {"base": "toy", "digest": "0", "size": 32, "multiple": 32, "samplers": {"DDIM": []}, "controls": [control]}
+    desk = cast(Any, SimpleNamespace(facts=facts, limits=Limits()))
+    data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+    faults = []
+    for read in (V1(desk)._read_generate, lambda data: A1111(desk)._read_generate(data, False)):
+        try:
+            read(data)
+        except UserError as error:
+            faults.append(error)
+    if faults:
+        raise faults[0]
 
 
 def _picture(path: Path, setting: Setting) -> None:
@@ -348,6 +373,8 @@ READERS: dict[str, Reader] = {
     "hint": Reader(
         _hint, ("images.read_hint", "images.decode_hint", "decoding.arrays.array_of", "decoding.arrays.is_array")
     ),
+    "posted picture": Reader(_posted_picture, ("serve.incoming.decoded",)),
+    "posted body": Reader(_posted_body, ("serve.incoming.fields_of",)),
     "request's picture": Reader(_request_picture, ("sample.request._Checked.from_json",)),
     "picture to be changed": Reader(
         lambda path, setting: check_pictures(EditRequest(image=path, mask=path)),
@@ -603,6 +630,12 @@ EXCUSED: dict[str, str] = {
         _INNER,
     ),
     **dict.fromkeys(
+        ("serve.studio.controls_for", "serve.studio.old_hash"),
+        "reads a folder of one's own by describe and metadata_entry, which are in the list",
+    ),
+    "serve.front.as_base64": _WRITES,
+    **dict.fromkeys(("serve.running.serve", "serve.worker.opened"), "gives the folder of controls to controls_for"),
+    **dict.fromkeys(
         (
             "hub.Package.check",
             "hub.Package.command",
@@ -666,6 +699,12 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate prompt",
             "generate size",
             "generate speed",
+            "serve allow_origin",
+            "serve device",
+            "serve dtype",
+            "serve host",
+            "serve memory",
+            "serve token",
             "train changes",
             "train device",
             "where name",
@@ -681,6 +720,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "data make scenes out",
             "evaluate json_file",
             "generate out",
+            "serve state",
             "watch html",
         ),
         "a place to write",
@@ -688,6 +728,8 @@ EXCUSED_OPTIONS: dict[str, str] = {
     "data build captioner": "a model of the transformers library, read by that alone: not promised (docs/safety.md)",
     "data caption captioner": "as data build's",
     "generate captioner": "as data build's",
+    **dict.fromkeys(("serve base", "serve lora", "serve vae"), "read as generate's"),
+    "serve controls": "read by controls_for",
 }
 """Options of commands that take text or a path, and why no reader is theirs."""
 

@@ -23,6 +23,7 @@ LONG = {  # commands, whose options are parameters
     "cli/data.py doctor",
     "cli/pictures.py generate",
     "cli/runs.py evaluate",
+    "cli/serve.py serve",
     "cli/weights.py convert",
 }
 # Imports against the direction.

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from controlkit.cli import annotating, bench, data, pictures, runs, weights
+from controlkit.cli import annotating, bench, data, pictures, runs, serve, weights
 from controlkit.cli.shared import complain, warn
 from controlkit.errors import UserError, one_line, printable
 from controlkit.files import home_path
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (pictures, annotating, runs, weights):
+for commands in (pictures, annotating, runs, weights, serve):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

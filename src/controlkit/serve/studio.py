@@ -1,0 +1,355 @@
+"""The studio of a worker: a base with its controls, and the orders of jobs carried out on it."""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.annotators import all_kinds, annotate_all, annotator
+from controlkit.backbones import Backbone
+from controlkit.backbones.schedulers import SCHEDULERS, SPACINGS, has_spacing, own_name
+from controlkit.controls import TYPES
+from controlkit.errors import NotFound, Unsupported, UserError, nearest
+from controlkit.formats import SavedControl, describe, shipped_controls
+from controlkit.formats.convert import dtype_name
+from controlkit.formats.metadata import json_object, metadata_entry, weights_file
+from controlkit.images import HintSpec, png_bytes, stretch, write_png
+from controlkit.precision import number_format, settle_threads
+from controlkit.sample import Picture, Prepared, Step, generate, load, maker, prepare
+from controlkit.sample.embedded import embedded
+from controlkit.sample.jobs import BATCH
+from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures
+from controlkit.tensors import PICKLES, open_tensors
+
+_KEPT = 4
+"""Controls that are kept in memory."""
+_PREVIEWS = 0.7
+"""Seconds between two previews."""
+
+Result = dict[str, Any]
+Outcomes = dict[str, Result]
+"""By a job's id: ``result``, what came of it; or ``fault``, the kind of error, and ``error``, its sentence; or
+``cancelled``."""
+Tell = Callable[[dict[str, Any]], bool]
+"""Takes how far the work is; says whether to stop."""
+
+log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):  # noqa: N818  # no error
+    pass
+
+
+@dataclass(frozen=True)
+class ControlEntry:
+    """A control that can be asked for."""
+
+    name: str
+    hash: str
+    """Eight hex digits, as A1111 computes them of a file."""
+    annotator: str
+    """The kind of its hints; "" where nobody knows."""
+    types: tuple[str, ...] = ()
+    """Of a Union: the types of hint it reads."""
+    source: str = ""
+    """As ``load_control`` takes it; never told to clients."""
+    is_guessed: bool = False
+    """Whether the annotator was read off the file's name."""
+
+
+def old_hash(path: Path) -> str:
+    """A1111's short hash of a file: of the 64 KiB after its first MiB, or of a smaller file as a whole."""
+    with path.open("rb") as file:
+        file.seek(1 << 20)
+        part = file.read(1 << 16)
+        if not part:
+            file.seek(0)
+            part = file.read(1 << 20)
+    return hashlib.sha256(part).hexdigest()[:8]
+
+
+def controls_for(base: Backbone, folder: Path | None) -> list[ControlEntry]:
+    """The controls that can be asked for: those that are shipped for this base, and those in a folder."""
+    found = dict[str, ControlEntry]()
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)):
+            continue
+        try:
+            entry = _entry(path)
+        except UserError as error:
+            log.warning("%s is left out: %s", path, error)
+            continue
+        if entry:
+            found[entry.name] = entry
+    for name, (path, kind) in shipped_controls().items():
+        metadata = open_tensors(weights_file(path)).metadata
+        if metadata_entry(metadata, path, "controlkit.signature", json_object, None) != _as_json(base.signature):
+            continue
+        entry = _entry(path, name)
+        if entry and name not in found:
+            found[name] = replace(entry, annotator=kind, types=(), source=name) if kind else replace(entry, source=name)
+    return list(found.values())
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _entry(path: Path, name: str = "") -> ControlEntry | None:
+    """The entry of a file or folder of weights; None where it is no control that runs."""
+    described = describe(path)
+    if described.kind is None:
+        return None
+    file = weights_file(path)
+    metadata = open_tensors(file).metadata
+    hint = metadata_entry(metadata, path, "controlkit.hint", HintSpec.from_json, None)
+    types = tuple(metadata_entry(metadata, path, "controlkit.hints", json_object, {}))
+    if described.kind == "union" and not types:
+        types = tuple(kind for kind, number in TYPES.items() if number < described.config["num_control_type"])
+    guess = "" if types or (hint and hint.annotator) else _guessed(path.stem)
+    known = hint.annotator if hint else ""
+    return ControlEntry(name or path.stem, old_hash(file), known or guess, types, str(path), bool(guess))
+
+
+def _guessed(name: str) -> str:
+    """The kind of hints that a file's name speaks of, as ``control_v11p_sd15_canny`` does; "" where it names none."""
+    kinds = {known: kind.name for kind in all_kinds() for known in (kind.name, *kind.aliases)}
+    words = name.lower().replace("-", "_").split("_")
+    return next((kinds[word] for word in reversed(words) if word in kinds), "")
+
+
+class Studio:
+    """A base and its controls; the files that jobs leave lie in ``folder``, one folder a job."""
+
+    def __init__(self, base: Backbone, folder: Path, controls: Path | None = None) -> None:
+        self.base, self.folder = base, folder
+        self.entries = {entry.name: entry for entry in controls_for(base, controls)}
+        self._threads = settle_threads(base.networks().values())
+        self._loaded: OrderedDict[str, tuple[SavedControl, list[str]]] = OrderedDict()
+
+    def facts(self) -> dict[str, Any]:
+        """All that requests are checked by, and that is told of the server, in plain values."""
+        base = self.base
+        told = [{key: value for key, value in asdict(one).items() if key != "source"} for one in self.entries.values()]
+        spacings = {kind: [one for one in SPACINGS if has_spacing(kind, one)] for kind in SCHEDULERS}
+        return {
+            "base": base.name,
+            "digest": base.digest,
+            "size": base.size,
+            "multiple": base.multiple,
+            "most_steps": base.noise.count,
+            "samplers": spacings,
+            "controls": told,
+            **self._facts(),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        device = self.base.device.type
+        return {
+            "format": number_format(device),
+            "dtype": dtype_name(self.base.dtype),
+            "threads": self._threads,
+            "sampler": own_name(self.base.noise),
+            "device": str(self.base.device),
+        }
+
+    def carry_out(self, orders: Mapping[str, Order], tell: Tell) -> Outcomes:
+        """Carry out the orders of jobs, those of pictures in one batch; what came of each."""
+        pictures = {name: order for name, order in orders.items() if isinstance(order, Pictures)}
+        found = self._make(pictures, tell) if pictures else {}
+        for name, order in orders.items():
+            if isinstance(order, Annotation):
+                found[name] = _outcome(self._annotate, name, order)
+            elif isinstance(order, Evaluation):
+                found[name] = _outcome(self._evaluate, name, order, tell)
+        return found
+
+    # --- pictures -------------------------------------------------------------------------------------------------
+
+    def _make(self, orders: Mapping[str, Pictures], tell: Tell) -> Outcomes:
+        found, prepared = Outcomes(), dict[str, list[Prepared]]()
+        for name, order in orders.items():
+            try:
+                prepared[name] = self.prepared(order)
+            except UserError as error:
+                found[name] = _failed(error)
+        try:
+            return found | self._sample({name: orders[name] for name in prepared}, prepared, tell)
+        except UserError as error:
+            if len(prepared) == 1:
+                return found | dict.fromkeys(prepared, _failed(error))
+        for name in prepared:  # one of them is at fault: each by itself
+            found |= self._make({name: orders[name]}, tell)
+        return found
+
+    def prepared(self, order: Pictures) -> list[Prepared]:
+        """An order's pictures, ready to be sampled; raises as ``prepare`` does."""
+        used = {asked.name: self.control(asked.name) for asked in order.request.controls}
+        ready = prepare(self.base, order.requests(), {name: saved for name, (saved, _) in used.items()})
+        told = [note for _, notes in used.values() for note in notes]
+        notes = tuple(dict.fromkeys([*told, *(note for one in ready for note in one.notes)]))
+        return [replace(one, notes=notes) for one in ready]
+
+    def control(self, name: str) -> tuple[SavedControl, list[str]]:
+        """A control by the name it is listed under, and notes on it; the last few stay in memory."""
+        if name not in self.entries:
+            raise NotFound(f'There is no control "{name}": {nearest(name, self.entries)}')
+        if name not in self._loaded:
+            entry = self.entries[name]
+            while len(self._loaded) >= _KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[name] = load(entry.source, self.base, entry.annotator if entry.is_guessed else None)
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+    def _sample(self, orders: Mapping[str, Pictures], prepared: Mapping[str, list[Prepared]], tell: Tell) -> Outcomes:
+        began = time.perf_counter()
+        ready = [one for name in orders for one in prepared[name]]
+        owners = [name for name, order in orders.items() for _ in range(order.count)]
+        following = _Following(ready, owners, tell)
+        pictures, finished = following.pictures(generate(self.base, ready, BATCH))
+        seconds = time.perf_counter() - began
+        found, first = Outcomes(), 0
+        for name, order in orders.items():
+            own = list(zip(prepared[name], pictures[first : first + order.count], strict=True))
+            whole = first + order.count <= finished
+            first += order.count
+            if whole or order.takes_parts:
+                result = self._write(name, order, own, following.together)
+                found[name] = {"result": result | {"is_whole": whole, "seconds": round(seconds, 3)}}
+            else:
+                found[name] = {"cancelled": True}
+        return found
+
+    def _write(
+        self, name: str, order: Pictures, made: Sequence[tuple[Prepared, np.ndarray | None]], together: int
+    ) -> Result:
+        """Write a job's pictures and hints; their files' names, and what is told of them."""
+        folder, texts = self.folder / name, list[str]()
+        files = list[str]()
+        for number, (one, pixels) in enumerate(made):
+            if pixels is None:
+                continue
+            facts = {"base": self.base.name} | self._facts() | {"annotators": one.annotators(), "batch": together}
+            text = embedded(one.settled(), facts, pixels)
+            write_png(folder / f"{number}.png", pixels, **text)
+            files.append(f"{number}.png")
+            texts.append(text["infotext"])
+        first, hints = made[0][0], list[str]()
+        for number, control in enumerate(first.controls if order.shows_hints else ()):
+            for kind, hint in control.pictures().items():
+                write_png(folder / f"hint-{number}{kind and '-'}{kind}.png", hint)
+                hints.append(f"hint-{number}{kind and '-'}{kind}.png")
+        height, width = first.settings.size or (0, 0)
+        told = {"pictures": files, "hints": hints, "texts": texts, "notes": list(first.notes)}
+        return told | {"width": width, "height": height}
+
+    # --- hints and figures ----------------------------------------------------------------------------------------
+
+    def _annotate(self, name: str, order: Annotation) -> Result:
+        spec = annotator(order.annotator).spec(**order.options)
+        assert isinstance(order.picture, np.ndarray)
+        size = order.picture.shape[:2]
+        if order.side:
+            scale = order.side / min(size)
+            size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
+        [hint] = annotate_all([order.picture], spec, size, self.base.device.type)
+        write_png(self.folder / name / "0.png", hint)
+        return {"pictures": ["0.png"], "width": size[1], "height": size[0]}
+
+    def _evaluate(self, name: str, order: Evaluation, tell: Tell) -> Result:
+        from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
+        from controlkit.sample import ControlRequest
+
+        saved, notes = self.control(order.control)
+        if saved.branch.hint_types:
+            raise Unsupported(f'"{order.control}" is a Union: measure one of its types.')
+        metric_of(saved.hint)
+        told = saved.trained_on["size"]
+        base = self.base.of_size(told) if told and saved.is_own else self.base
+        pairs, real = heldout_for(saved, base.size, order.num)
+        control = ControlRequest(name=order.control, scale=order.scale, hint_cfg_scale=saved.hint_cfg_scale)
+        plan = EvaluationPlan(control, saved.hint, pairs, order.steps, order.guidance)
+        total, done = 3 * len(pairs) * order.steps, 0
+
+        def advanced(count: int) -> None:
+            nonlocal done
+            done += count
+            if tell({"step": done, "steps": total, "shares": {name: min(done / total, 1.0)}}):
+                raise _Stopped
+
+        make = maker(base, {order.control: saved}, on_step=advanced)
+        report = evaluate_base(base, make, plan, real)
+        judge(make, plan, report, ceiling_of(base))
+        return {"report": report, "notes": notes}
+
+
+class _Following:
+    """A run of several jobs' pictures, followed: news for each step, and what there is of them at the end."""
+
+    def __init__(self, ready: Sequence[Prepared], owners: Sequence[str], tell: Tell) -> None:
+        """``owners``: the id of each picture's job."""
+        self._ready, self._owners, self._tell = ready, owners, tell
+        self._totals = Counter[str]()
+        for one, owner in zip(ready, owners, strict=True):
+            self._totals[owner] += one.steps
+        self._done = Counter[str]()
+        self._last = dict[tuple[int, ...], Step]()
+        """The last step of each batch, by its pictures' places."""
+        self._shown = dict[tuple[int, ...], float]()
+        self.together = 1
+        """How many pictures were made at once."""
+
+    def pictures(self, records: Generator[Step | Picture, None, None]) -> tuple[list[np.ndarray | None], int]:
+        """(All pictures, how many are finished): where ``tell`` says to stop, the others as they were, or None."""
+        made = list[np.ndarray | None]()
+        for record in records:
+            if isinstance(record, Picture):
+                made.append(record.pixels)
+            elif self._advanced(record, tuple(len(made) + place for place in record.places)):
+                records.close()
+                return self._with_unfinished(made), len(made)
+        return made, len(made)
+
+    def _advanced(self, step: Step, places: tuple[int, ...]) -> bool:
+        """Tell of a step; whether to stop."""
+        owners = [self._owners[place] for place in places]
+        self._done.update(owners)
+        self.together, self._last[places] = step.together, step
+        shares = {owner: self._done[owner] / self._totals[owner] for owner in owners}
+        news: dict[str, Any] = {"step": step.step, "steps": step.steps, "shares": shares}
+        if time.perf_counter() - self._shown.get(places, 0.0) > _PREVIEWS:
+            firsts = dict(reversed([*zip(owners, step.preview(), strict=True)]))
+            news["previews"] = {owner: png_bytes(picture) for owner, picture in firsts.items()}
+            self._shown[places] = time.perf_counter()
+        return self._tell(news)
+
+    def _with_unfinished(self, made: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        pictures = [*made, *[None] * (len(self._ready) - len(made))]
+        for places, step in self._last.items():
+            for place, rough in zip(places, step.preview(), strict=True):
+                if place >= len(made):
+                    size = self._ready[place].settings.size
+                    pictures[place] = stretch(rough, size) if size else rough
+        return pictures
+
+
+def _failed(error: UserError) -> Result:
+    return {"fault": type(error).__name__, "error": str(error)}
+
+
+def _outcome(work: Callable[..., Result], *values: Any) -> Result:
+    try:
+        return {"result": work(*values)}
+    except _Stopped:
+        return {"cancelled": True}
+    except UserError as error:
+        return _failed(error)
