@@ -11,7 +11,7 @@ from controlkit.baselines.curves import Curve, write_curve
 from controlkit.errors import Invalid, Mismatch
 from controlkit.formats import WEIGHTS
 
-SETTINGS = Settings(steps=6, batch=2, rate=1e-3, warmup=2, scenes=8, checkpoint_every=2)
+SETTINGS = Settings(steps=4, batch=2, rate=1e-3, scenes=8, checkpoint_every=2)
 
 
 def trained(base, material, out, name="piti", settings=SETTINGS, **more):
@@ -24,10 +24,11 @@ def same(a, b):
 
 
 def log_of(out):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").open()]
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize(("name", "stop"), [("piti", 3), ("piti", 2), ("sketch-guided", 3)])
+@pytest.mark.parametrize(("name", "stop"), [("piti", 1), ("piti", 2), ("sketch-guided", 3)])
 def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(toy_base, material_for, tmp_path, name, stop):
     material = material_for("canny" if name == "sketch-guided" else "seg")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -37,7 +38,7 @@ def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(toy_base, mater
         made.append(record)
     assert len(made) == stop and not (cut / WEIGHTS).exists()
     rest = trained(toy_base, material, cut, name)
-    assert [one.step for one in rest] == list(range(stop + 1, 7))
+    assert [one.step for one in rest] == list(range(stop + 1, 5))
     assert same(whole, cut) and log_of(whole) == log_of(cut)
     assert read_about(whole).flops == read_about(cut).flops > 0
 
@@ -46,25 +47,25 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(toy_base, material_f
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     trained(toy_base, material_for("seg"), whole)
     running = train_baseline("piti", toy_base, SETTINGS, killed, material=material_for("seg"))
-    for _ in range(5):
+    for _ in range(3):
         next(running)
     running.close()
-    assert len(log_of(killed)) == 5
-    assert trained(toy_base, material_for("seg"), killed)[0].step == 5  # the checkpoint of step 4
+    assert len(log_of(killed)) == 3
+    assert trained(toy_base, material_for("seg"), killed)[0].step == 3  # after the checkpoint of step 2
     assert same(whole, killed) and log_of(whole) == log_of(killed)
 
 
 def test_stages_rates_and_cost_are_in_the_records(toy_base, material_for, tmp_path):
     records = trained(toy_base, material_for("seg"), tmp_path)
-    assert [one.stage for one in records] == ["encoder"] * 3 + ["all"] * 3
+    assert [one.stage for one in records] == ["encoder"] * 2 + ["all"] * 2
     assert records[0].flops < records[-1].flops  # gradients of the denoiser's weights, too
-    assert records[-1].rate < max(one.rate for one in records) == 1e-3
+    assert records[-1].rate < records[0].rate == 1e-3
     about = read_about(tmp_path)
-    assert about.step == 6 and about.flops == sum(one.flops for one in records) and about.seconds > 0
+    assert about.step == 4 and about.flops == sum(one.flops for one in records) and about.seconds > 0
     assert about.parameters == sum(p.numel() for p in load_baseline(tmp_path, toy_base)[0].parameters())
     assert trained(toy_base, material_for("seg"), tmp_path) == []  # nothing is left to do
-    longer = SETTINGS.model_copy(update={"steps": 7})
-    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, settings=longer)] == [7]
+    longer = SETTINGS.model_copy(update={"steps": 5})
+    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, settings=longer)] == [5]
 
 
 def test_operations_that_are_spent_end_the_training_and_its_stages(toy_base, material_for, tmp_path):
@@ -93,8 +94,8 @@ def test_a_folder_of_another_training_is_refused_and_a_longer_one_goes_on(toy_ba
         trained(toy_base, material_for("seg"), tmp_path, "lite", SETTINGS.model_copy(update={"rate": 0.01}))
     with pytest.raises(Mismatch, match="name is 'gaussian'"):
         trained(toy_base, material_for("seg"), tmp_path, "gaussian")
-    longer = SETTINGS.model_copy(update={"steps": 8})
-    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, "lite", longer)] == list(range(3, 9))
+    longer = SETTINGS.model_copy(update={"steps": 5})
+    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, "lite", longer)] == [3, 4, 5]
 
 
 def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_named(toy_base, material_for, tmp_path, monkeypatch):
@@ -114,7 +115,7 @@ def test_the_curve_is_thinned_and_drawn(toy_base, material_for, tmp_path):
     trained(toy_base, material_for("seg"), tmp_path)
     write_curve(tmp_path)
     facts = json.loads((tmp_path / "curve.json").read_text())
-    assert [step for step, _ in facts["curve"]["encoder"]] == [1, 2, 3]
+    assert [step for step, _ in facts["curve"]["encoder"]] == [1, 2]
     assert facts["name"] == "piti" and facts["flops"] > 0
     page = (tmp_path / "curve.html").read_text()
     assert "PITI" in page and "loss, all" in page and "PFLOP" in page

@@ -339,7 +339,12 @@ _WEIGHTS = (
     "formats.metadata.json_object",
 )
 
-_OPPONENTS = ("reproduce table2 opponents", "reproduce table3 opponents")
+_OPPONENTS = (
+    "reproduce fig-compare opponents",
+    "reproduce fig8 opponents",
+    "reproduce table2 opponents",
+    "reproduce table3 opponents",
+)
 
 READERS: dict[str, Reader] = {
     "picture": Reader(
@@ -560,7 +565,9 @@ EXCUSED: dict[str, str] = {
             "train.trackers._Hosted.send",
             "train.trackers._TensorBoard.send",
             "train.trackers.tracked",
+            "reproduce.compare.make_comparison",
             "reproduce.entrants.write_report",
+            "reproduce.fig8.make_fig8",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
         ),
@@ -669,6 +676,10 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "generate prompt",
             "generate size",
             "generate speed",
+            "reproduce fig-compare base",
+            "reproduce fig-compare device",
+            "reproduce fig8 base",
+            "reproduce fig8 device",
             "reproduce table2 base",
             "reproduce table2 device",
             "reproduce table3 base",
@@ -688,6 +699,8 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "data make scenes out",
             "evaluate json_file",
             "generate out",
+            "reproduce fig-compare out",
+            "reproduce fig8 out",
             "reproduce table2 out",
             "reproduce table3 out",
             "watch html",

@@ -41,7 +41,7 @@ class ConditionEncoder(nn.Module):
     def forward(self, hint: Tensor) -> Tensor:
         """Words (B, h x w / patch^2, width) of hints (B, channels, h, w)."""
         feature = self.patches(hint)
-        places = self.places
+        places: Tensor = self.places
         if feature.shape[-2:] != places.shape[-2:]:
             places = F.interpolate(places, feature.shape[-2:], mode="bilinear")
         return self.layers((feature + places).flatten(2).transpose(1, 2))

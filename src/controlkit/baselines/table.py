@@ -35,7 +35,9 @@ class Opponent:
     """The kind of hints that it is compared on."""
     rates: tuple[float, float, float] = (1e-4, 3e-4, 1e-3)
     """Learning rates to choose from, lowest first."""
-    steps: int = 6000
+    pflop: float = 0.12
+    """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have four times
+    as many, for a base's own training counts too; so has the depth model, which the paper compares as the larger."""
     batch: int = 16
 
     @property
@@ -50,6 +52,7 @@ class Opponent:
             return self.build(base, contract(hint or self.hint)).eval().requires_grad_(False)
 
 
+_MORE = 0.48
 _PAPER = "Zhang, Rao and Agrawala, ICCV 2023"
 
 
@@ -73,6 +76,7 @@ OPPONENTS = {
             "A denoiser of the base's shape from nothing, which reads the label map beside the latents, and no prompt.",
             "Rombach et al., CVPR 2022, Section 4.3.1",
             LatentDiffusion,
+            pflop=_MORE,
             rates=(3e-4, 1e-3, 2e-3),
         ),
         Opponent(
@@ -81,6 +85,7 @@ OPPONENTS = {
             "A VQGAN and a transformer that writes its tokens one by one after those of the label map; no prompt.",
             "Esser, Rombach and Ommer, CVPR 2021",
             Taming,
+            pflop=_MORE,
         ),
         Opponent(
             "piti",
@@ -105,6 +110,7 @@ OPPONENTS = {
             "Stability AI, 2022, stable-diffusion-2-depth",
             DepthToImage,
             hint="depth",
+            pflop=_MORE,
         ),
         _control(
             "lite",

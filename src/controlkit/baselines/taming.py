@@ -20,12 +20,12 @@ from controlkit.errors import Unsupported
 from controlkit.images import HintSpec, to_pictures
 from controlkit.sample import Picture, Request
 
-WIDTHS = (32, 64, 96, 128)
+WIDTHS = (16, 32, 64, 128)
 """Channels of the VQGAN by level; each but the last halves the size, so a token stands for 8 x 8 pixels."""
 STRIDE = 2 ** (len(WIDTHS) - 1)
 CODES, CODE = 1024, 64
 """Vectors of the codebook, and their length."""
-LAYERS, WIDTH, HEADS = 8, 192, 6
+LAYERS, WIDTH, HEADS = 6, 192, 6
 """Of the transformer."""
 PATCH = 2 * STRIDE
 """Pixels a side of a patch of the label map."""
@@ -130,7 +130,7 @@ class Taming(Baseline):
 
     def logits(self, hints: Tensor, tokens: Tensor) -> Tensor:
         """Scores (B, n + 1, codes) of the token after the label map, and after each of n tokens (B, n)."""
-        writer = self.writer["transformer"]
+        writer: Any = self.writer["transformer"]
         labels = self.labels(hints)
         rows = torch.cat([labels, writer.transformer.wte(tokens)], 1)
         return writer(inputs_embeds=rows, use_cache=False).logits[:, labels.shape[1] - 1 :]
@@ -142,7 +142,7 @@ class Taming(Baseline):
     @torch.no_grad()
     def written(self, hints: Tensor, seeds: Sequence[int]) -> Tensor:
         """Codes (B, h x w) drawn one by one after label maps (B, channels, H, W), each row by its own seed."""
-        writer = self.writer["transformer"]
+        writer: Any = self.writer["transformer"]
         drawn_from = [torch.Generator().manual_seed(seed) for seed in seeds]
         count = hints.shape[-2] * hints.shape[-1] // STRIDE**2
         step = writer(inputs_embeds=self.labels(hints), use_cache=True)

@@ -51,6 +51,8 @@ class Learnt:
     """The learning rate."""
     flops: float
     """Floating point operations of the step, forward and backward."""
+    share: float
+    """How far the training is, 0 to 1."""
 
 
 def material_of(baseline: Baseline, settings: Settings, folder: Path) -> Material:
@@ -150,7 +152,7 @@ class _Training:
     def step(self) -> Learnt:
         """Make a step and write its record."""
         started = time.perf_counter()
-        self._enter(stage_at(self.baseline.stages, max(self.done / self.settings.steps, self._share)))
+        self._enter(stage_at(self.baseline.stages, self._progress))
         rate = learning_rate(self._rates, self.done, min(self._share, 1.0))
         loss = self._backward()
         if not math.isfinite(value := loss.item()):
@@ -159,7 +161,8 @@ class _Training:
         self.optimizer.step(rate)
         self.done += 1
         self.spent += self.flops
-        record = Learnt(self.done, value, round(self.clock.stepped(started), 4), self.stage, rate, self.flops)
+        seconds = round(self.clock.stepped(started), 4)
+        record = Learnt(self.done, value, seconds, self.stage, rate, self.flops, round(self._progress, 5))
         with (self.out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(asdict(record)) + "\n")
         if self.done % self.settings.checkpoint_every == 0:
@@ -178,6 +181,10 @@ class _Training:
         held |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         facts = {"step": str(self.done), "stage": self.stage, "spent": repr(self.spent), **self.clock.facts()}
         write_tensors(self.out / STATE, held, facts)
+
+    @property
+    def _progress(self) -> float:
+        return min(max(self.done / self.settings.steps, self._share), 1.0)
 
     @property
     def _rates(self) -> RatePlan:

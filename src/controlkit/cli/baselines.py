@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The paper's opponents, trained on the pictures that controls are.", no_args_is_help=True)
 _WORDS = ("low", "middle", "high")
 _ENDLESS = 10**6
-_QUICK = {"steps": 40, "batch": 4, "scenes": 64}
+_QUICK = {"steps": 40, "pflop": None, "batch": 4, "scenes": 64}
 
 
 @app.command("list")
@@ -39,12 +39,12 @@ def train(
     name: Annotated[str, typer.Argument(help="One of `controlkit baseline list`.")],
     out: Annotated[Path, typer.Option(help="The training's folder; give the same one to resume.")],
     rate: Annotated[str, typer.Option(help="Learning rate: `low`, `middle`, `high`, or a number.")] = "middle",
-    steps: Annotated[int | None, typer.Option(help="Steps; by default the opponent's own number.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="The most steps.", min=1, max=100_000_000)] = None,
     minutes: Annotated[float | None, typer.Option(help="The most minutes to train.", min=0.01, max=1e6)] = None,
     pflop: Annotated[
         float | None,
         typer.Option(
-            help="Operations to spend, in 1e15, in any number of steps: for comparisons at equal cost.", min=1e-9
+            help="The operations to spend, in 1e15; by default the opponent's own, if no steps are given.", min=1e-9
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Pairs a step.", min=1, max=4096)] = None,
@@ -72,17 +72,16 @@ def train(
 
     row = opponent(name)
     check_folder(out)
-    chosen = {"steps": steps or (_ENDLESS if pflop else row.steps), "batch": batch or row.batch, "scenes": scenes} | (
-        _QUICK if quick else {}
-    )
-    settings = Settings(rate=_rate(rate, row), minutes=minutes, pflop=pflop, seed=seed, **chosen)
+    budget = pflop or (None if steps else row.pflop)
+    chosen = {"steps": steps or _ENDLESS, "pflop": budget, "batch": batch or row.batch, "scenes": scenes}
+    settings = Settings(rate=_rate(rate, row), minutes=minutes, seed=seed, **(chosen | (_QUICK if quick else {})))
     stopping = Stopping("stopping after this step; again, to end at once", "stopped: run again to go on")
     with stopping, progress_bars() as progress:
-        task, mean = progress.add_task(f"training {name}", total=settings.steps, figures=""), 0.0
+        task, mean = progress.add_task(f"training {name}", total=100, figures=""), 0.0
         for one in train_baseline(name, loaded_base(base, device), settings, out, hint, stopping.is_asked):
             mean = one.loss if mean == 0.0 else 0.98 * mean + 0.02 * one.loss
             figures = f"{one.stage}: loss {mean:.4f}  {one.flops / 1e9:.0f} GFLOP, {one.seconds:.2f} s a step"
-            progress.update(task, completed=one.step, figures=figures)
+            progress.update(task, completed=100 * one.share, figures=f"step {one.step}, {figures}")
     if not row.learns:
         say(f"{row.title}: {row.words} There is nothing to train; {out} names it.")
         return

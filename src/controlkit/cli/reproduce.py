@@ -10,7 +10,7 @@ from controlkit.cli.shared import BaseOption, DeviceOption, check_folder, loaded
 
 if TYPE_CHECKING:
     from controlkit.backbones import Backbone
-    from controlkit.reproduce import Plan, Table2, Table3
+    from controlkit.reproduce import Comparison, Figure8, Plan, Table2, Table3
 
 app = typer.Typer(help="Make the paper's tables and figures again, beside its numbers.", no_args_is_help=True)
 ReportOption = Annotated[Path, typer.Option("--out", help="Folder for the table, its figures as JSON, and pictures.")]
@@ -79,6 +79,55 @@ def table3(
     _make(make_table3, loaded_base(base, device), _plan(num, steps, quick, opponents), out, ORDER, HEAD)
 
 
+@app.command()
+def fig8(
+    out: ReportOption,
+    opponents: OpponentsOption = None,
+    num: NumOption = 32,
+    steps: SamplingOption = 20,
+    quick: QuickOption = False,
+    base: BaseOption = "mini",
+    device: DeviceOption = "auto",
+) -> None:
+    """Figure 8: ControlNet, without zero convolutions, and ControlNet-lite, under four prompts.
+
+    None, an insufficient, a conflicting and a perfect prompt; fidelity to the label map, and a picture of each.
+
+    Example:
+
+        controlkit reproduce fig8 --quick --opponents runs/opponents --out runs/fig8
+    """
+    from controlkit.reproduce import make_fig8
+    from controlkit.reproduce.fig8 import HEAD, ORDER
+
+    _make(make_fig8, loaded_base(base, device), _plan(num, steps, quick, opponents), out, ORDER, HEAD)
+
+
+@app.command("fig-compare")
+def fig_compare(
+    out: ReportOption,
+    opponents: OpponentsOption = None,
+    num: NumOption = 32,
+    steps: SamplingOption = 20,
+    quick: QuickOption = False,
+    base: BaseOption = "mini",
+    device: DeviceOption = "auto",
+) -> None:
+    """The comparison with earlier methods: the same hints through each, side by side, with the fidelity of each.
+
+    PITI, Taming Transformers, LDM and ControlNet on label maps; Sketch-Guided Diffusion at two strengths and
+    ControlNet on edges.
+
+    Example:
+
+        controlkit reproduce fig-compare --quick --opponents runs/opponents --out runs/compare
+    """
+    from controlkit.reproduce import make_comparison
+    from controlkit.reproduce.compare import HEAD, ORDER
+
+    _make(make_comparison, loaded_base(base, device), _plan(num, steps, quick, opponents), out, ORDER, HEAD)
+
+
 def _plan(num: int, steps: int, quick: bool, opponents: Path | None) -> "Plan":
     from controlkit.reproduce import QUICK, Plan
 
@@ -86,7 +135,7 @@ def _plan(num: int, steps: int, quick: bool, opponents: Path | None) -> "Plan":
 
 
 def _make(
-    make: "Callable[..., Table2 | Table3]",
+    make: "Callable[..., Comparison | Figure8 | Table2 | Table3]",
     base: "Backbone",
     plan: "Plan",
     out: Path,
@@ -101,5 +150,7 @@ def _make(
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=len(order), figures="")
         table = make(base, plan, out, lambda name: progress.update(task, advance=1, figures=name))
-    say_table(make.__name__.removeprefix("make_"), head, [row.words() for row in table.rows], table.caption())
+    say_table(
+        make.__name__.removeprefix("make_").capitalize(), head, [row.words() for row in table.rows], table.caption()
+    )
     say(f"The table, its figures and pictures are in {out}.")

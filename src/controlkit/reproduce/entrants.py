@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from controlkit.annotators import contract
 from controlkit.backbones import Backbone
 from controlkit.baselines import OPPONENTS, load_baseline
 from controlkit.baselines.saved import ABOUT
+from controlkit.data import evaluation_pairs
 from controlkit.files import mark_output, write_atomic
 from controlkit.images import grid, write_png
-from controlkit.sample import Maker, load, maker
+from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, mean_figure
+from controlkit.sample import ControlRequest, Maker, Request, load, maker
 
 SHIPPED = "shipped"
 _SHOWN = 6
@@ -32,6 +35,50 @@ class Plan:
 
 
 QUICK = {"num": 16, "steps": 10}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Held-out scenes with hints of a kind, the same for all systems, and real pictures for FID."""
+
+    base: Backbone
+    evaluation: EvaluationPlan
+    real: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, kind: str, base: Backbone, plan: Plan) -> "Trial":
+        """The trial that a plan asks for, on a base; ``Invalid`` for more scenes than there are."""
+        pairs, real = evaluation_pairs(EMBEDDED.scenes, base.size, plan.num)
+        asked = ControlRequest(name=kind)
+        return cls(base, EvaluationPlan(asked, contract(kind), list(pairs), plan.steps, plan.guidance), real)
+
+    @property
+    def truth(self) -> list[np.ndarray]:
+        """The true pictures."""
+        return [pair.picture for pair in self.evaluation.pairs]
+
+    def shown(self, count: int = _SHOWN) -> list[np.ndarray]:
+        """The first hints, as pictures."""
+        return [self.evaluation.spec.picture(hint) for hint in self.evaluation.hints[:count]]
+
+    def scores(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """The fidelity of each picture to its hint, (N,)."""
+        return fidelity(pictures, self.evaluation.hints, self.evaluation.spec)
+
+    def ceiling(self) -> Figure:
+        """The fidelity of the true pictures as the base's VAE gives them back."""
+        return mean_figure(self.scores(ceiling_of(self.base)(self.truth)))
+
+    def facts(self) -> dict[str, Any]:
+        """The settings, for a caption."""
+        one = self.evaluation
+        facts = {"base": self.base.name, "scenes": len(one.pairs), "steps": one.steps, "guidance": one.guidance}
+        return facts | {"seeds": f"{one.first_seed}-{one.first_seed + len(one.pairs) - 1}"}
+
+
+def pixels_of(make: Maker, requests: Sequence[Request]) -> list[np.ndarray]:
+    """The pictures of requests, without their facts."""
+    return [picture.pixels for picture in make(requests)]
 
 
 @dataclass(frozen=True)
@@ -67,14 +114,18 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
 
 
 def write_report(
-    out: Path, name: str, facts: Mapping[str, Any], text: str, columns: Mapping[str, Sequence[np.ndarray]]
+    out: Path, name: str, facts: Mapping[str, Any], text: str, sheets: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
 ) -> None:
-    """Write a table into a folder as JSON, as Markdown, and as a sheet of the first pictures of each column."""
+    """Write a table into a folder as JSON, as Markdown, and as sheets of the first pictures of each column.
+
+    ``sheets``: columns by title, of each sheet by the ending of its name, "" or a kind of hints.
+    """
     mark_output(out, f"reproduce {name}")
     write_atomic(out / f"{name}.json", (json.dumps(facts, indent=2) + "\n").encode())
     write_atomic(out / f"{name}.md", text.encode())
-    rows = [list(row) for row in zip(*(made[:_SHOWN] for made in columns.values()), strict=True)]
-    write_png(out / f"{name}.png", grid(rows, list(columns)))
+    for kind, columns in sheets.items():
+        rows = [list(row) for row in zip(*(made[:_SHOWN] for made in columns.values()), strict=True)]
+        write_png(out / f"{name}{kind and '-'}{kind}.png", grid(rows, list(columns)))
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.annotators import contract
 from controlkit.backbones import Backbone
-from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Entrant, Plan, entrant, markdown, write_report
-from controlkit.sample import ControlRequest
+from controlkit.measure import Figure, Way, mean_figure
+from controlkit.reproduce.entrants import SHIPPED, Entrant, Plan, Trial, entrant, markdown, pixels_of, write_report
 
 KIND = "seg"
 TRUTH = "truth"
@@ -84,37 +82,32 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
     ``on_row`` is told each row's name before it is made. A row whose opponent is not in ``plan.opponents`` says so.
     Raises as ``load_baseline`` does for a folder that cannot be read.
     """
-    spec = contract(KIND)
-    pairs, _ = EMBEDDED.heldout(spec, base.size, plan.num)
-    evaluation = EvaluationPlan(ControlRequest(name=KIND), spec, pairs, plan.steps, plan.guidance)
-    truth = [pair.picture for pair in pairs]
-    columns: dict[str, list[np.ndarray]] = {"label map": [spec.picture(hint) for hint in evaluation.hints]}
-
-    def scored(made: Sequence[np.ndarray]) -> np.ndarray:
-        return fidelity(made, evaluation.hints, spec)
-
+    trial = Trial.of(KIND, base, plan)
+    columns: dict[str, Sequence[np.ndarray]] = {"label map": trial.shown()}
     rows = []
     for name in ORDER:
         on_row(name)
         if name == TRUTH:
-            one, made = Entrant(name, "Ground truth", None), truth
+            one, made = Entrant(name, "Ground truth", None), trial.truth
         else:
             one = entrant(name, KIND, base, plan.opponents)
-            made = [picture.pixels for picture in one.make(evaluation.requests("controlled"))] if one.make else []
+            made = pixels_of(one.make, trial.evaluation.requests("controlled")) if one.make else []
         row = Row(name, one.title, paper=PAPER.get(name), cost=one.cost, note=one.note)
         if made:
-            columns[one.title] = made
-            row = replace(row, ours=mean_figure(scores := scored(made)), spread=float(scores.std()))
+            columns[one.title], scores = made, trial.scores(made)
+            row = replace(row, ours=mean_figure(scores), spread=float(scores.std()))
         rows.append(row)
     on_row("floor")
-    make = entrant(SHIPPED, KIND, base, None).make
-    assert make is not None
-    floor = {
-        name: mean_figure(scored([picture.pixels for picture in make(evaluation.requests(way))]))
-        for name, way in {"no control": "no_control", "hints shuffled": "shuffled"}.items()  # type: ignore[arg-type]
-    }
-    facts = {"base": base.name, "scenes": len(pairs), "steps": plan.steps, "guidance": plan.guidance}
-    facts["seeds"] = f"0-{len(pairs) - 1}"
-    table = Table2(rows, floor, mean_figure(scored(ceiling_of(base)(truth))), facts)
-    write_report(out, "table2", asdict(table), table.markdown(), columns)
+    table = Table2(rows, _floor(trial), trial.ceiling(), trial.facts())
+    write_report(out, "table2", asdict(table), table.markdown(), {"": columns})
     return table
+
+
+def _floor(trial: Trial) -> dict[str, Figure]:
+    """The fidelity of the base alone, and of the shipped control with hints that are others'."""
+    ways: dict[str, Way] = {"no control": "no_control", "hints shuffled": "shuffled"}
+    make = entrant(SHIPPED, KIND, trial.base, None).make
+    assert make is not None
+    return {
+        name: mean_figure(trial.scores(pixels_of(make, trial.evaluation.requests(way)))) for name, way in ways.items()
+    }

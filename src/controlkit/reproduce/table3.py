@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.annotators import contract
 from controlkit.backbones import Backbone
-from controlkit.measure import EMBEDDED, EvaluationPlan, evaluate_base
-from controlkit.reproduce.entrants import SHIPPED, Plan, entrant, markdown, write_report
+from controlkit.measure import evaluate_base
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, entrant, markdown, write_report
 from controlkit.reproduce.table2 import KIND
-from controlkit.sample import ControlRequest, Maker, Picture, Request
+from controlkit.sample import Maker, Picture, Request
 
 NO_CONTROL = "no-control"
 FIGURES = ("fid", "clip_score", "aesthetic")
@@ -88,10 +87,8 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
 
     ``on_row`` and errors: as with ``make_table2``.
     """
-    spec = contract(KIND)
-    pairs, real = EMBEDDED.heldout(spec, base.size, plan.num)
-    evaluation = EvaluationPlan(ControlRequest(name=KIND), spec, pairs, plan.steps, plan.guidance)
-    columns: dict[str, list[np.ndarray]] = {"label map": [spec.picture(hint) for hint in evaluation.hints]}
+    trial = Trial.of(KIND, base, plan)
+    columns: dict[str, Sequence[np.ndarray]] = {"label map": trial.shown()}
     plain: list[np.ndarray] = []
     rows = []
     for name in ORDER:
@@ -100,12 +97,11 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
         report = None
         if one.make:
             make = _Kept(one.make)
-            report = evaluate_base(base, make, evaluation, real, no_control=plain or None)
+            report = evaluate_base(base, make, trial.evaluation, trial.real, no_control=plain or None)
             columns[one.title] = make.pictures
             if name == NO_CONTROL:
                 plain = make.pictures
         rows.append(Row(name, one.title, report, PAPER.get(name), one.cost, one.note))
-    facts = {"base": base.name, "scenes": len(pairs), "steps": plan.steps, "guidance": plan.guidance}
-    table = Table3(rows, facts | {"seeds": f"0-{len(pairs) - 1}", "pictures for FID": len(real)})
-    write_report(out, "table3", asdict(table), table.markdown(), columns)
+    table = Table3(rows, trial.facts() | {"pictures for FID": len(trial.real)})
+    write_report(out, "table3", asdict(table), table.markdown(), {"": columns})
     return table
