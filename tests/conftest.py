@@ -25,7 +25,7 @@ from controlkit.annotators import contract
 from controlkit.backbones import load_base
 from controlkit.baselines import About, Material, Settings, opponent, save_baseline, train_baseline
 from controlkit.controls import new_control, new_union
-from controlkit.data import CirclePairs, build_cache
+from controlkit.data import CirclePairs, ScenePairs, build_cache
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec
 from controlkit.measure import Referee
@@ -454,7 +454,12 @@ def requests_of(material_for):
 
 @pytest.fixture
 def untrained_shipped(toy_base, monkeypatch):
-    """A fresh control in place of the shipped one, which is another base's, in the paper's tables."""
+    """Tables of the paper with few scenes, and a fresh control in place of the shipped one, which is another base's."""
+
+    def few(source, size, num):
+        return ScenePairs(size, 60, 7, heldout=True, count=num), [p.picture for p in ScenePairs(size, 60, 7, count=8)]
+
+    monkeypatch.setattr(entrants, "evaluation_pairs", few)
     branch = new_control(toy_base).eval()
     monkeypatch.setattr(entrants, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
 

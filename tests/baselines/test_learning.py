@@ -1,6 +1,7 @@
 """The loop that trains opponents: exact resume, stages, cost, the curve; and the commands."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,20 @@ def trained(base, material, out, name="piti", settings=SETTINGS, **more):
     return list(train_baseline(name, base, settings, out, material=material, **more))
 
 
+@pytest.fixture(scope="module")
+def whole_of(toy_base, material_for, tmp_path_factory):
+    """``whole_of(name, kind)``: the folder of a training that was not interrupted, and its records."""
+    made = {}
+
+    def make(name, kind="seg"):
+        if name not in made:
+            out = tmp_path_factory.mktemp(name)
+            made[name] = out, trained(toy_base, material_for(kind), out, name)
+        return made[name]
+
+    return make
+
+
 def same(a, b):
     a, b = (load_file(one / WEIGHTS) for one in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -28,11 +43,12 @@ def log_of(out):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize(("name", "stop"), [("piti", 1), ("piti", 2), ("sketch-guided", 3)])
-def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(toy_base, material_for, tmp_path, name, stop):
-    material = material_for("canny" if name == "sketch-guided" else "seg")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    trained(toy_base, material, whole, name)
+@pytest.mark.parametrize(("name", "stop"), [("piti", 2), ("sketch-guided", 3)])
+def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(
+    toy_base, material_for, whole_of, tmp_path, name, stop
+):
+    kind = "canny" if name == "sketch-guided" else "seg"
+    material, (whole, _), cut = material_for(kind), whole_of(name, kind), tmp_path
     made = []
     for record in train_baseline(name, toy_base, SETTINGS, cut, material=material, stopping=lambda: len(made) == stop):
         made.append(record)
@@ -43,29 +59,33 @@ def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(toy_base, mater
     assert read_about(whole).flops == read_about(cut).flops > 0
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(toy_base, material_for, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    trained(toy_base, material_for("seg"), whole)
-    running = train_baseline("piti", toy_base, SETTINGS, killed, material=material_for("seg"))
+def test_a_killed_training_goes_on_from_its_last_checkpoint(toy_base, material_for, whole_of, tmp_path):
+    (whole, _), killed = whole_of("lite"), tmp_path
+    running = train_baseline("lite", toy_base, SETTINGS, killed, material=material_for("seg"))
     for _ in range(3):
         next(running)
     running.close()
     assert len(log_of(killed)) == 3
-    assert trained(toy_base, material_for("seg"), killed)[0].step == 3  # after the checkpoint of step 2
+    assert trained(toy_base, material_for("seg"), killed, "lite")[0].step == 3  # after the checkpoint of step 2
     assert same(whole, killed) and log_of(whole) == log_of(killed)
 
 
-def test_stages_rates_and_cost_are_in_the_records(toy_base, material_for, tmp_path):
-    records = trained(toy_base, material_for("seg"), tmp_path)
+def test_stages_rates_and_cost_are_in_the_records(toy_base, whole_of):
+    out, records = whole_of("piti")
     assert [one.stage for one in records] == ["encoder"] * 2 + ["all"] * 2
     assert records[0].flops < records[-1].flops  # gradients of the denoiser's weights, too
     assert records[-1].rate < records[0].rate == 1e-3
-    about = read_about(tmp_path)
+    about = read_about(out)
     assert about.step == 4 and about.flops == sum(one.flops for one in records) and about.seconds > 0
-    assert about.parameters == sum(p.numel() for p in load_baseline(tmp_path, toy_base)[0].parameters())
-    assert trained(toy_base, material_for("seg"), tmp_path) == []  # nothing is left to do
+    assert about.parameters == sum(p.numel() for p in load_baseline(out, toy_base)[0].parameters())
+
+
+def test_a_training_that_has_ended_has_nothing_left_to_do_or_goes_on(toy_base, material_for, tmp_path):
+    trained(toy_base, material_for("seg"), tmp_path, "lite")
+    assert trained(toy_base, material_for("seg"), tmp_path, "lite") == []
     longer = SETTINGS.model_copy(update={"steps": 5})
-    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, settings=longer)] == [5]
+    assert [one.step for one in trained(toy_base, material_for("seg"), tmp_path, "lite", longer)] == [5]
+    assert read_about(tmp_path).step == 5
 
 
 def test_operations_that_are_spent_end_the_training_and_its_stages(toy_base, material_for, tmp_path):
@@ -111,8 +131,8 @@ def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_named(toy_base, m
         trained(toy_base, material_for("seg"), tmp_path / "wild", "lite")
 
 
-def test_the_curve_is_thinned_and_drawn(toy_base, material_for, tmp_path):
-    trained(toy_base, material_for("seg"), tmp_path)
+def test_the_curve_is_thinned_and_drawn(whole_of, tmp_path):
+    shutil.copytree(whole_of("piti")[0], tmp_path, dirs_exist_ok=True)
     write_curve(tmp_path)
     facts = json.loads((tmp_path / "curve.json").read_text())
     assert [step for step, _ in facts["curve"]["encoder"]] == [1, 2]

@@ -55,7 +55,7 @@ class About(BaseModel):
     parameters: int = Field(0, ge=0, le=10**13)
 
     def cost(self) -> str:
-        """What the training took, in words."""
+        """The training's cost in words: steps, hours, operations."""
         return f"{self.step:,} steps, {self.seconds / 3600:.2f} hours, {self.flops / 1e15:.3g} PFLOP"
 
 

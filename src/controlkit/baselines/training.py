@@ -134,9 +134,10 @@ class _Training:
         self._about, self.settings = about, about.settings
         self.clock = Clock(self.settings.minutes)
         self.done, self.spent, self.stage = 0, 0.0, ""
-        self._enter(stage_at(baseline.stages, 0.0))
         if (out / STATE).is_file():
             self._restore()
+        else:
+            self._enter(stage_at(baseline.stages, 0.0))
         self._cut_log()
 
     @property
