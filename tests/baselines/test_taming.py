@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.baselines.taming import CODES, STRIDE
+from controlkit.baselines.taming import CODES, STRIDE, _quarter
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,16 @@ def test_the_critic_learns_from_its_own_loss_alone(fresh, material_for):
     hinge.backward()
     for name, value in critic.named_parameters():
         assert torch.allclose(found[name], value.grad, atol=1e-6)
+
+
+def test_quarters_are_parts_of_the_picture_drawn_by_step():
+    pixels = torch.arange(8 * 6.0).view(1, 1, 8, 6)
+    seen = [_quarter(pixels, 0, step) for step in range(40)]
+    places = {divmod(int(part[0, 0, 0, 0]), 6) for part in seen}
+    for part, (top, left) in zip(seen, [divmod(int(part[0, 0, 0, 0]), 6) for part in seen], strict=True):
+        assert torch.equal(part, pixels[..., top : top + 4, left : left + 3])
+    assert {top for top, _ in places} == set(range(5)) and {left for _, left in places} == set(range(4))
+    assert torch.equal(seen[3], _quarter(pixels, 0, 3))
 
 
 def test_it_makes_pictures_by_seed_and_label_map(taming, requests_of, toy_base):

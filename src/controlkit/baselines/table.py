@@ -36,7 +36,7 @@ class Opponent:
     rates: tuple[float, float, float] = (1e-4, 3e-4, 1e-3)
     """Learning rates to choose from, lowest first."""
     pflop: float = 0.12
-    """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have four times
+    """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have three times
     as many, for a base's own training counts too; so has the depth model, which the paper compares as the larger."""
     batch: int = 16
 
@@ -52,7 +52,7 @@ class Opponent:
             return self.build(base, contract(hint or self.hint)).eval().requires_grad_(False)
 
 
-_MORE = 0.48
+_MORE = 0.36
 _PAPER = "Zhang, Rao and Agrawala, ICCV 2023"
 
 

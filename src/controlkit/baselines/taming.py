@@ -19,6 +19,7 @@ from controlkit.baselines.seam import Baseline, Material
 from controlkit.errors import Unsupported
 from controlkit.images import HintSpec, to_pictures
 from controlkit.sample import Picture, Request
+from controlkit.seeds import torch_rng
 
 WIDTHS = (16, 32, 64, 128)
 """Channels of the VQGAN by level; each but the last halves the size, so a token stands for 8 x 8 pixels."""
@@ -45,6 +46,16 @@ class Critic(nn.Sequential):
             layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             before = width
         super().__init__(*layers, nn.Conv2d(before, 1, 3, padding=1))
+
+
+def _quarter(pixels: Tensor, seed: int, step: int) -> Tensor:
+    """A quarter of pictures (B, 3, H, W), drawn by step: a stage on these has four times as many steps for its cost."""
+    height, width = (side // 2 for side in pixels.shape[-2:])
+    top, left = (
+        int(torch.randint(side + 1, (), generator=torch_rng("quarter", seed, step, place)))
+        for place, side in enumerate((height, width))
+    )
+    return pixels[..., top : top + height, left : left + width]
 
 
 class Taming(Baseline):
@@ -91,8 +102,10 @@ class Taming(Baseline):
     def loss(self, material: Material, step: int, stage: str) -> Tensor:
         """The loss of a stage: of the reconstruction, with the critic's; or the negative log-likelihood of tokens."""
         pixels = material.pictures(step)
-        if stage != "transformer":
-            return self.reconstruction(pixels, stage == "vqgan")
+        if stage == "autoencoder":
+            return self.reconstruction(_quarter(pixels, material.seed, step), False)
+        if stage == "vqgan":
+            return self.reconstruction(pixels, True)
         hints = material.some_absent(material.drawn(step).hints[""], step)
         tokens = self.tokens(pixels)
         logits = self.logits(hints, tokens[:, :-1])

@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
 
 NO_CONTROL = "no-control"
 GROUPS: dict[str, tuple[tuple[str, float], ...]] = {
@@ -57,11 +57,13 @@ class Comparison:
 
     rows: Sequence[Row]
     settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
 
     def caption(self) -> str:
         """The settings in words."""
         used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Fidelity: mean IoU of seg, F1 of canny; the floor is {NO_CONTROL}. Settings: {used}."
+        return f"Fidelity: mean IoU of seg, F1 of canny; the floor is {NO_CONTROL}. Settings: {used}. {self.advice}"
 
     def markdown(self) -> str:
         """The table to read."""
@@ -85,7 +87,7 @@ def make_comparison(
         for name, scale in group:
             on_row(f"{name}, {kind}")
             one = entrant(name, kind, base, plan.opponents)
-            title = one.title if scale == 1.0 else f"{one.title}, scale {scale:g}"
+            title = one.title if scale == 1.0 else f"x{scale:g}: {one.title}"
             row = Row(name, title, kind, scale, cost=one.cost, note=one.note)
             if one.make:
                 control = trial.evaluation.control.model_copy(update={"scale": scale})
@@ -93,6 +95,6 @@ def make_comparison(
                 row = replace(row, ours=mean_figure(trial.scores(made)), ceiling=ceiling)
                 sheets[kind][title] = made
             rows.append(row)
-    found = Comparison(rows, facts)
+    found = Comparison(rows, facts, advice([row.name for row in rows if row.note], plan.opponents))
     write_report(out, "fig-compare", asdict(found), found.markdown(), sheets)
     return found

@@ -34,6 +34,7 @@ class Plan:
     """A folder with trained opponents in folders of their names."""
 
 
+NO_WEIGHTS = "no weights"
 QUICK = {"num": 16, "steps": 10}
 
 
@@ -83,7 +84,7 @@ def pixels_of(make: Maker, requests: Sequence[Request]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A system: its title, what makes its pictures and what it cost; or, without a maker, a note on what is missing."""
+    """A system: its title, what makes its pictures and what it cost; or, without a maker, a note on why."""
 
     name: str
     title: str
@@ -105,12 +106,18 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
         return Entrant(name, row.title, row.new(base, kind).make)
     folder = opponents / name if opponents else None
     if folder is None or not (folder / ABOUT).is_file():
-        where = f"{opponents or 'runs/opponents'}/{name}"
-        return Entrant(
-            name, row.title, None, note=f"no weights given: `controlkit baseline train {name} --out {where}`"
-        )
+        return Entrant(name, row.title, None, note=NO_WEIGHTS)
     baseline, about = load_baseline(folder, base)
     return Entrant(name, row.title, baseline.make, about.cost())
+
+
+def advice(names: Sequence[str], opponents: Path | None) -> str:
+    """A sentence on how to train the opponents of these names, which have no weights; "" where there are none."""
+    if not names:
+        return ""
+    where = opponents or "runs/opponents"
+    commands = ", ".join(f"`controlkit baseline train {name} --out {where}/{name}`" for name in dict.fromkeys(names))
+    return f"Opponents without weights are trained by: {commands}; then `--opponents {where}`."
 
 
 def write_report(

@@ -14,7 +14,7 @@ import numpy as np
 from controlkit.backbones import Backbone
 from controlkit.data import Pair
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
 from controlkit.reproduce.table2 import KIND
 
 NO_CONTROL = "no-control"
@@ -64,11 +64,13 @@ class Figure8:
     rows: Sequence[Row]
     ceiling: Figure
     settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
 
     def caption(self) -> str:
         """The ceiling and the settings in words."""
         used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Mean IoU; floor: the first row. Ceiling: {self.ceiling}. Settings: {used}."
+        return f"Mean IoU; floor: the first row. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
 
     def markdown(self) -> str:
         """The table to read."""
@@ -95,6 +97,8 @@ def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
             figures[setting] = mean_figure(trial.scores(made))
             shown.setdefault(one.title, []).append(made[0])
         rows.append(Row(name, one.title, figures, one.cost, one.note))
-    figure = Figure8(rows, trial.ceiling(), trial.facts())
+    figure = Figure8(
+        rows, trial.ceiling(), trial.facts(), advice([row.name for row in rows if row.note], plan.opponents)
+    )
     write_report(out, "fig8", asdict(figure), figure.markdown(), {"": shown})
     return figure

@@ -13,7 +13,17 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import Figure, Way, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Entrant, Plan, Trial, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.entrants import (
+    SHIPPED,
+    Entrant,
+    Plan,
+    Trial,
+    advice,
+    entrant,
+    markdown,
+    pixels_of,
+    write_report,
+)
 
 KIND = "seg"
 TRUTH = "truth"
@@ -64,12 +74,14 @@ class Table2:
     floor: Mapping[str, Figure]
     ceiling: Figure
     settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
 
     def caption(self) -> str:
         """Floor, ceiling and settings in words."""
         floors = "; ".join(f"{name} {figure}" for name, figure in self.floor.items())
         used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Floor: {floors}. Ceiling: {self.ceiling}. Settings: {used}."
+        return f"Floor: {floors}. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
 
     def markdown(self) -> str:
         """The table to read."""
@@ -98,7 +110,13 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
             row = replace(row, ours=mean_figure(scores), spread=float(scores.std()))
         rows.append(row)
     on_row("floor")
-    table = Table2(rows, _floor(trial), trial.ceiling(), trial.facts())
+    table = Table2(
+        rows,
+        _floor(trial),
+        trial.ceiling(),
+        trial.facts(),
+        advice([row.name for row in rows if row.note], plan.opponents),
+    )
     write_report(out, "table2", asdict(table), table.markdown(), {"": columns})
     return table
 

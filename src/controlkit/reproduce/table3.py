@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import evaluate_base
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, entrant, markdown, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, write_report
 from controlkit.reproduce.table2 import KIND
 from controlkit.sample import Maker, Picture, Request
 
@@ -59,11 +59,15 @@ class Table3:
 
     rows: Sequence[Row]
     settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
 
     def caption(self) -> str:
         """The settings in words, and why figures are missing, if any are."""
         notes = {note for row in self.rows if row.report for note in row.report.get("notes", ())}
-        return " ".join([f"Settings: {', '.join(f'{k} {v}' for k, v in self.settings.items())}.", *sorted(notes)])
+        return " ".join(
+            [f"Settings: {', '.join(f'{k} {v}' for k, v in self.settings.items())}.", *sorted(notes), self.advice]
+        )
 
     def markdown(self) -> str:
         """The table to read."""
@@ -102,6 +106,10 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
             if name == NO_CONTROL:
                 plain = make.pictures
         rows.append(Row(name, one.title, report, PAPER.get(name), one.cost, one.note))
-    table = Table3(rows, trial.facts() | {"pictures for FID": len(trial.real)})
+    table = Table3(
+        rows,
+        trial.facts() | {"pictures for FID": len(trial.real)},
+        advice([row.name for row in rows if row.note], plan.opponents),
+    )
     write_report(out, "table3", asdict(table), table.markdown(), {"": columns})
     return table
