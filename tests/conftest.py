@@ -23,12 +23,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlkit import cli, precision
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
-from controlkit.controls import new_union
+from controlkit.baselines import About, Material, Settings, opponent, save_baseline, train_baseline
+from controlkit.controls import new_control, new_union
+from controlkit.data import CirclePairs, ScenePairs, build_cache
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import HintSpec
 from controlkit.measure import Referee
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.mini.world import PACKAGES
+from controlkit.reproduce import entrants
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.recipe import parse_recipe
 
@@ -412,3 +415,76 @@ def tiny_recipe():
         return parse_recipe(TINY | merged)
 
     return make
+
+
+# --- the paper's opponents and its tables --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def material_for(toy_base, tmp_path_factory):
+    """``material_for(kind)``: eight circles, their outlines as hints of a kind, for steps of two."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            pairs, spec = CirclePairs(toy_base.size, 8), contract(kind)
+            [cached] = build_cache(toy_base, pairs, {"": spec}, tmp_path_factory.mktemp("pairs") / "pairs.safetensors")
+            made[kind] = Material(toy_base, spec, pairs, cached, 2)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fresh(toy_base):
+    """``fresh(name)``: an untrained opponent on the toy base, made anew each time."""
+    return lambda name: opponent(name).new(toy_base)
+
+
+@pytest.fixture(scope="session")
+def requests_of(material_for):
+    """``requests_of(kind, steps)``: two requests, each with a circle's hint; settings of the control by name."""
+
+    def make(kind, steps=2, guidance=4.0, **control):
+        material = material_for(kind)
+        hints = [material.cached.hints[i].numpy() for i in range(2)]
+        return [
+            Request(
+                prompt=material.pairs[i].prompt,
+                seed=i,
+                steps=steps,
+                guidance=guidance,
+                controls=(ControlRequest(name=kind, images=hint, ready=True, **control),),
+            )
+            for i, hint in enumerate(hints)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def untrained_shipped(toy_base, monkeypatch):
+    """Tables of the paper with few scenes, and a fresh control in place of the shipped one, which is another base's."""
+
+    def few(source, size, num):
+        return ScenePairs(size, 60, 7, heldout=True, count=num), [p.picture for p in ScenePairs(size, 60, 7, count=8)]
+
+    monkeypatch.setattr(entrants, "evaluation_pairs", few)
+    branch = new_control(toy_base).eval()
+    monkeypatch.setattr(entrants, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
+
+
+@pytest.fixture
+def sketchy(toy_base, tmp_path):
+    """A folder with an untrained edge predictor alone."""
+    about = About(name="sketch-guided", hint="canny", base=toy_base.name, base_digest=toy_base.digest)
+    save_baseline(tmp_path / "opponents" / "sketch-guided", opponent("sketch-guided").new(toy_base), about)
+    return tmp_path / "opponents"
+
+
+@pytest.fixture
+def opponents(toy_base, material_for, tmp_path):
+    """A folder with one opponent, trained for a step."""
+    folder = tmp_path / "opponents"
+    list(train_baseline("lite", toy_base, Settings(steps=1), folder / "lite", material=material_for("seg")))
+    return folder

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 from controlkit.annotators import contract
 from controlkit.annotators.people import Person, people_to_json
-from controlkit.backbones import FAMILIES, load_base, save_difference, unet_families
+from controlkit.backbones import FAMILIES, Backbone, load_base, save_difference, unet_families
+from controlkit.baselines import Material, Settings, train_baseline
 from controlkit.branch import ControlSpec
 from controlkit.controls import new_control, new_union
-from controlkit.data import make_fill50k
+from controlkit.data import CirclePairs, build_cache, make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
@@ -59,6 +60,23 @@ class Kind:
     readers: tuple[str, ...]
     share: int = 1
     is_linked: bool = False
+
+
+ONE_STEP = Settings(steps=1, batch=1, scenes=8)
+"""Of an opponent's training."""
+
+
+def circles(base: Backbone, folder: Path) -> Material:
+    """Two pairs for an opponent to learn from."""
+    pairs, spec = CirclePairs(base.size, 2), contract("seg")
+    [cached] = build_cache(base, pairs, {"": spec}, folder / "circles.safetensors")
+    return Material(base, spec, pairs, cached, 1)
+
+
+def _opponents(folder: Path, toy: Path) -> None:
+    """A trained opponent, with the checkpoint and log of its training."""
+    base = load_base(toy)
+    list(train_baseline("lite", base, ONE_STEP, folder / "one" / "lite", material=circles(base, folder.parent)))
 
 
 def _picture() -> np.ndarray:
@@ -454,6 +472,7 @@ _PICTURE = ("picture", "hint", "posted picture", "request's picture", "picture t
 _CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate")
 _SET = ("listing", "doctor", "build", "training pairs", "train")
 
+_OPPONENT = ("opponent", "opponent's training")
 KINDS = [
     *(
         Kind(
@@ -517,6 +536,7 @@ KINDS = [
         2,
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
+    Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
 ]
 
 

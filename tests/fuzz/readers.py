@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from corpus import KEYS, LIKE, TINY, narrow_families, run_recipe
+from corpus import KEYS, LIKE, ONE_STEP, TINY, circles, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -34,6 +34,8 @@ from controlkit.annotators import contract
 from controlkit.annotators.people import draw_people, people_from_json
 from controlkit.backbones import Backbone, load_base
 from controlkit.backbones.taesd import load_taesd
+from controlkit.baselines import load_baseline, train_baseline
+from controlkit.baselines.curves import Curve
 from controlkit.cli import making, shared
 from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
@@ -318,6 +320,11 @@ def _start_from(path: Path, setting: Setting) -> None:
     command("train", setting.folder / "out" / "recipe.yaml", "--out", setting.folder / "out" / "run", "--device", "cpu")
 
 
+def _go_on(path: Path, setting: Setting) -> None:
+    """Go on with the training of an opponent, which lacks a step."""
+    list(train_baseline("lite", setting.base, ONE_STEP, path, material=circles(setting.base, setting.folder / "out")))
+
+
 def _store(path: Path, setting: Setting) -> None:
     with Store(path) as store:
         for entry in store.get(KEYS, [LIKE] * len(KEYS)):
@@ -357,6 +364,13 @@ _WEIGHTS = (
     "tensors.pickles.read_pickle",
     "tensors.archive.open_archive",
     "formats.metadata.json_object",
+)
+
+_OPPONENTS = (
+    "reproduce fig-compare opponents",
+    "reproduce fig8 opponents",
+    "reproduce table2 opponents",
+    "reproduce table3 opponents",
 )
 
 READERS: dict[str, Reader] = {
@@ -544,6 +558,12 @@ READERS: dict[str, Reader] = {
     ),
     "start from": Reader(_start_from, (), 12),
     "store": Reader(_store, ("data.store.Store.get",)),
+    "opponent": Reader(
+        lambda path, setting: (load_baseline(path, setting.base), Curve.of(path).page()),
+        ("baselines.saved.load_baseline", "baselines.saved.read_about", "baselines.curves.Curve.of", *_OPPONENTS),
+        2,
+    ),
+    "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
 }
 """Each way in, by its name."""
 
@@ -553,6 +573,9 @@ EXCUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "backbones.load.save_difference",
+            "baselines.curves.write_curve",
+            "baselines.saved.save_baseline",
+            "baselines.saved.write_about",
             "data.drawn.make_scenes",
             "data.store.Store.put",
             "files.mark_output",
@@ -574,11 +597,19 @@ EXCUSED: dict[str, str] = {
             "train.trackers._Hosted.send",
             "train.trackers._TensorBoard.send",
             "train.trackers.tracked",
+            "reproduce.compare.make_comparison",
+            "reproduce.entrants.write_report",
+            "reproduce.fig8.make_fig8",
+            "reproduce.table2.make_table2",
+            "reproduce.table3.make_table3",
         ),
         _WRITES,
     ),
     **dict.fromkeys(
         (
+            "baselines.saved.put",
+            "reproduce.entrants.entrant",
+            "baselines.training.material_of",
             "data.build.build_set",
             "data.layouts.rows.is_within",
             "data.layouts.rows.parts_of_text",
@@ -666,6 +697,11 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "annotate device",
             "annotate option",
             "annotate size",
+            "baseline train base",
+            "baseline train device",
+            "baseline train hint",
+            "baseline train name",
+            "baseline train rate",
             "bench sample device",
             "bench sample size",
             "convert annotator",
@@ -705,6 +741,14 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "serve host",
             "serve memory",
             "serve token",
+            "reproduce fig-compare base",
+            "reproduce fig-compare device",
+            "reproduce fig8 base",
+            "reproduce fig8 device",
+            "reproduce table2 base",
+            "reproduce table2 device",
+            "reproduce table3 base",
+            "reproduce table3 device",
             "train changes",
             "train device",
             "where name",
@@ -721,6 +765,10 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "evaluate json_file",
             "generate out",
             "serve state",
+            "reproduce fig-compare out",
+            "reproduce fig8 out",
+            "reproduce table2 out",
+            "reproduce table3 out",
             "watch html",
         ),
         "a place to write",

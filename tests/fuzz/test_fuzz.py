@@ -30,7 +30,7 @@ pytestmark = [
 ]
 KINDS, READERS = corpus.KINDS, readers.READERS
 
-SEED, FILES = int(os.environ.get("FUZZ_SEED", 1)), int(os.environ.get("FUZZ_FILES", 20_000))
+SEED, FILES = int(os.environ.get("FUZZ_SEED", 1)), int(os.environ.get("FUZZ_FILES", 21_000))
 MINUTES = 30
 QUICK = ("png", "webp", "npy", "pth", "recipe", "request", "metadata.jsonl", "tar", "store")
 """Kinds whose right files are made and read in no time."""
@@ -177,7 +177,7 @@ def test_every_command_and_option_that_takes_a_file_has_a_reader_or_a_reason():
 def test_every_reader_reads_some_kind_and_every_kind_enough_files():
     assert {name for kind in KINDS for name in kind.readers} == READERS.keys()
     counts = dict.fromkeys((kind.name for kind in KINDS), 0)
-    for case in workers.shared(20_000):
+    for case in workers.shared(21_000):
         counts[case.kind] += 1
-    assert min(counts.values()) >= 500 and sum(counts.values()) >= 20_000
+    assert min(counts.values()) >= 500 and sum(counts.values()) >= 21_000
     assert re.fullmatch(r"[\w .]+", "".join(counts))  # they are names of folders

@@ -290,7 +290,7 @@ def _clear(folder: Path) -> None:
 
 
 def shared(files: int, kinds: Sequence[Kind] = KINDS) -> list[Case]:
-    """So many cases of all kinds, by their shares, in turn; of each at least 500 in 20,000."""
+    """So many cases of all kinds, by their shares, in turn; of each at least 500 in 21,000."""
     total = sum(kind.share for kind in kinds)
     counts = {kind.name: -(-files * kind.share // total) for kind in kinds}
     most = max(counts.values())

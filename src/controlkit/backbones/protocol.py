@@ -266,6 +266,13 @@ class Backbone(Protocol):
         """The prediction (B, C, h, w) of a first half, perhaps an earlier step's, for timesteps t and prompts."""
         raise Unsupported(f'The base "{self.name}" predicts in one piece.')
 
+    def features(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, list[Tensor]]:
+        """The prediction, and the features (B, C, h, w) that it was made of, in the order of the forward pass.
+
+        Gradients go back to x.
+        """
+        raise Unsupported(f'The base "{self.name}" does not show its features.')
+
     def control_effect(
         self, x: Tensor, t: Tensor, text: TextEmbedding, control: ActiveControl
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -303,6 +310,17 @@ class Backbone(Protocol):
 
     def with_own_denoiser(self) -> Self:
         """The same base with a copy of its denoiser, to be trained."""
+
+    def reading_more(self, channels: int) -> Self:
+        """The same with a copy of its denoiser that reads ``channels`` more after the latents, by weights of zero.
+
+        ``predict`` then takes (B, C + channels, h, w). ``Invalid`` for the number that an inpainting base reads.
+        """
+        raise Unsupported(f'The denoiser of "{self.name}" cannot be given further inputs.')
+
+    def untrained(self, seed: int) -> Self:
+        """The same with a denoiser of the same shape whose weights are drawn anew, by ``seed``."""
+        raise Unsupported(f'The denoiser of "{self.name}" cannot be made anew.')
 
     def of_size(self, size: int) -> Self:
         """The same base for pictures of another side, in pixels; ``Invalid`` where it cannot make them."""

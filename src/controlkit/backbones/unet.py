@@ -23,7 +23,7 @@ from controlkit.backbones.protocol import ActiveControl, Backbone, Half, Layer, 
 from controlkit.backbones.text import TextTower
 from controlkit.backbones.winograd import FewerProducts
 from controlkit.branch import Tap, add_residuals, in_rows
-from controlkit.errors import Unsupported
+from controlkit.errors import Invalid, Unsupported
 from controlkit.hub import digest
 from controlkit.precision import SMALL, number_format
 from controlkit.prompts import Words
@@ -476,8 +476,20 @@ class UNetBase(Backbone):
         rest = torch.cat([torch.ones_like(self._grey[sides][:, :1]), self._grey[sides]], 1).to(x)
         return torch.cat([x, rest.expand(len(x), -1, -1, -1)], 1)
 
-    def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle."""
+    def features(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, list[Tensor]]:
+        x = self._with_mask(x)
+        self.bring("denoiser")
+        encoded = self.encode_noise(x, t, text)
+        seen = [*encoded.skips, encoded.middle]
+        return self.decode_noise(encoded, seen=seen), seen
+
+    def decode_noise(
+        self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None, seen: list[Tensor] | None = None
+    ) -> Tensor:
+        """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle.
+
+        ``seen``: gets the feature (B, C, h, w) of each layer.
+        """
         inject = inject or {}
         plain = [*encoded.skips, encoded.middle]
         pairs = zip(self.branch_taps, plain, strict=True)
@@ -488,6 +500,8 @@ class UNetBase(Backbone):
                 if name in encoded.arriving:
                     h = h + encoded.arriving[name]
                 h = run_layer(block, i, torch.cat([h, skips.pop()], 1), encoded.embedding, encoded.text)
+                if seen is not None:
+                    seen.append(h)
             size = tuple(skips[-1].shape[-2:]) if skips else None  # odd sizes: as large as the skip to be met
             for upsampler in block.upsamplers or ():
                 h = upsampler(h, size)
@@ -505,6 +519,33 @@ class UNetBase(Backbone):
 
     def with_own_denoiser(self) -> "UNetBase":
         unet = copy.deepcopy(self.unet)
+        return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none).of_size(self.size)
+
+    def reading_more(self, channels: int) -> "UNetBase":
+        if channels == self.latent_channels + 1 or self.inpaints:
+            raise Invalid(
+                f'An inpainting base reads {self.latent_channels + 1} channels beside the latents, and "{self.name}" '
+                "would be taken for one, or is one: give it another number of further channels."
+            )
+        other = self.with_own_denoiser()
+        before = other.unet.conv_in
+        wider = type(before)(
+            before.in_channels + channels, before.out_channels, before.kernel_size, padding=before.padding
+        ).to(before.weight)
+        with torch.no_grad():
+            wider.weight.zero_()
+            wider.weight[:, : before.in_channels] = before.weight
+            wider.bias.copy_(before.bias)
+        other.unet.conv_in = wider.requires_grad_(False)
+        other.unet.register_to_config(in_channels=wider.in_channels)
+        return UNetBase(self.name, self.vae, self.towers, other.unet, self.scheduler, self.zeros_for_none).of_size(
+            self.size
+        )
+
+    def untrained(self, seed: int) -> "UNetBase":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet = type(self.unet).from_config(self.unet.config).to(self.device, self.dtype)
         return UNetBase(self.name, self.vae, self.towers, unet, self.scheduler, self.zeros_for_none).of_size(self.size)
 
     @property
@@ -530,8 +571,8 @@ class UNetBase(Backbone):
         return self._reading_latents(super().empty_encoder())
 
     def _reading_latents(self, encoder: nn.Module) -> nn.Module:
-        """An encoder whose first convolution reads the latents alone: of an inpainting base the weights for these."""
-        if self.inpaints:
+        """An encoder whose first convolution reads the latents alone, also where the base's own reads more."""
+        if self.unet.config.in_channels > self.latent_channels:
             own = cast("nn.Conv2d", encoder.conv_in)
             own.weight = nn.Parameter(own.weight[:, : self.latent_channels].clone(), own.weight.requires_grad)
             own.in_channels = self.latent_channels

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from controlkit.cli import annotating, bench, data, pictures, runs, serve, weights
+from controlkit.cli import annotating, baselines, bench, data, pictures, reproduce, runs, serve, weights
 from controlkit.cli.shared import complain, warn
 from controlkit.errors import UserError, one_line, printable
 from controlkit.files import home_path
@@ -35,6 +35,8 @@ for commands in (pictures, annotating, runs, weights, serve):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.add_typer(baselines.app, name="baseline")
+app.add_typer(reproduce.app, name="reproduce")
 
 
 _PLACES = {

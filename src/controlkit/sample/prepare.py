@@ -226,6 +226,16 @@ def check_pictures(asked: ControlRequest | EditRequest) -> None:
             _read(source, control.ready)
 
 
+def hint_of(asked: ControlRequest, spec: HintSpec, size: tuple[int, int]) -> np.ndarray:
+    """The hint (*size, channels) of a control that reads one kind of them, as ``prepare`` makes it.
+
+    Raises as that does.
+    """
+    if "" not in asked.images:
+        raise Invalid(f'"{asked.name}" needs one picture: none was given, or some by type.')
+    return _hint(asked.images[""], asked, spec, _maker(spec, asked, ""), size, None)
+
+
 def load(name: str, base: Backbone, annotator: str | None = None) -> tuple[SavedControl, list[str]]:
     """A control for a base, and what is to be known of it: ``load_control``'s warnings, and other weights."""
     with warnings.catch_warnings(record=True) as caught:

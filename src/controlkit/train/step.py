@@ -40,7 +40,7 @@ def draw_batch(
     """
     names = list(plan.specs)
     own = range(part * plan.pairs // parts, (part + 1) * plan.pairs // parts)
-    chosen = _chosen_pairs(plan, len(cached), own, step if turn is None else turn)
+    chosen = chosen_pairs(plan, len(cached), own, step if turn is None else turn)
     total = base.noise.count
     shares = [total * i // plan.noises_per_pair for i in range(plan.noises_per_pair + 1)]
     latents, noise, times, rows = [], [], [], []
@@ -72,7 +72,7 @@ def draw_batch(
     )
 
 
-def _chosen_pairs(plan: BatchPlan, count: int, places: range, turn: int) -> dict[int, int]:
+def chosen_pairs(plan: BatchPlan, count: int, places: range, turn: int) -> dict[int, int]:
     """The pair at each of a batch's places, of ``count`` pairs in shuffled epochs."""
     order: dict[int, np.ndarray] = {}
     chosen = {}

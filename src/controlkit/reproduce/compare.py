@@ -1,0 +1,100 @@
+"""The paper's comparison with earlier methods: the same hints through each, side by side, with the fidelity of each.
+
+Those of label maps (PITI, Taming Transformers, LDM) beside ControlNet on label maps, and Sketch-Guided Diffusion, at
+its two strengths, beside ControlNet on edges.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.measure import Figure, mean_figure
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
+
+NO_CONTROL = "no-control"
+GROUPS: dict[str, tuple[tuple[str, float], ...]] = {
+    "seg": (
+        (NO_CONTROL, 1.0),
+        ("piti", 1.0),
+        ("taming", 1.0),
+        ("ldm-scratch", 1.0),
+        ("controlnet", 1.0),
+        (SHIPPED, 1.0),
+    ),
+    "canny": ((NO_CONTROL, 1.0), ("sketch-guided", 1.0), ("sketch-guided", 2.0), (SHIPPED, 1.0)),
+}
+"""By kind of hints: the systems, each with the scale of its control."""
+ORDER = [f"{name}, {kind}" for kind, group in GROUPS.items() for name, _ in group]
+HEAD = ("system", "hints", "fidelity", "ceiling", "training")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system on one kind of hints: its fidelity with the ceiling, or a note on why there is none."""
+
+    name: str
+    title: str
+    kind: str
+    scale: float
+    ours: Figure | None = None
+    ceiling: Figure | None = None
+    cost: str = ""
+    note: str = ""
+
+    def words(self) -> tuple[str, ...]:
+        """The row's cells, as in ``HEAD``."""
+        ours = str(self.ours) if self.ours else self.note
+        return self.title, self.kind, ours, str(self.ceiling) if self.ours else "", self.cost
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows; the first one of each kind of hints is the floor."""
+
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
+
+    def caption(self) -> str:
+        """The settings in words."""
+        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"Fidelity: mean IoU of seg, F1 of canny; the floor is {NO_CONTROL}. Settings: {used}. {self.advice}"
+
+    def markdown(self) -> str:
+        """The table to read."""
+        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+
+
+def make_comparison(
+    base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None
+) -> Comparison:
+    """Make the comparison and write it into a folder: ``fig-compare.json``, ``.md``, and a ``.png`` of each kind.
+
+    ``on_row`` and errors: as with ``make_table2``.
+    """
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    sheets: dict[str, dict[str, Sequence[np.ndarray]]] = {}
+    for kind, group in GROUPS.items():
+        trial = Trial.of(kind, base, plan)
+        facts, ceiling = trial.facts(), trial.ceiling()
+        sheets[kind] = {"hint": trial.shown()}
+        for name, scale in group:
+            on_row(f"{name}, {kind}")
+            one = entrant(name, kind, base, plan.opponents)
+            title = one.title if scale == 1.0 else f"x{scale:g}: {one.title}"
+            row = Row(name, title, kind, scale, cost=one.cost, note=one.note)
+            if one.make:
+                control = trial.evaluation.control.model_copy(update={"scale": scale})
+                made = pixels_of(one.make, replace(trial.evaluation, control=control).requests("controlled"))
+                row = replace(row, ours=mean_figure(trial.scores(made)), ceiling=ceiling)
+                sheets[kind][title] = made
+            rows.append(row)
+    found = Comparison(rows, facts, advice([row.name for row in rows if row.note], plan.opponents))
+    write_report(out, "fig-compare", asdict(found), found.markdown(), sheets)
+    return found

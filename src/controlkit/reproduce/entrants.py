@@ -1,0 +1,141 @@
+"""The systems that a table compares: opponents out of a folder, and the shipped control."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.annotators import contract
+from controlkit.backbones import Backbone
+from controlkit.baselines import OPPONENTS, load_baseline
+from controlkit.baselines.saved import ABOUT
+from controlkit.data import evaluation_pairs
+from controlkit.files import mark_output, write_atomic
+from controlkit.images import grid, write_png
+from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, mean_figure
+from controlkit.sample import ControlRequest, Maker, Request, load, maker
+
+SHIPPED = "shipped"
+_SHOWN = 6
+"""Pictures of each system on a sheet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reproduction to make, on ``num`` held-out scenes, seeds 0 to ``num`` - 1."""
+
+    num: int = 64
+    steps: int = 20
+    guidance: float = 4.0
+    opponents: Path | None = None
+    """A folder with trained opponents in folders of their names."""
+
+
+NO_WEIGHTS = "no weights"
+QUICK = {"num": 16, "steps": 10}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Held-out scenes with hints of a kind, the same for all systems, and real pictures for FID."""
+
+    base: Backbone
+    evaluation: EvaluationPlan
+    real: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, kind: str, base: Backbone, plan: Plan) -> "Trial":
+        """The trial that a plan asks for, on a base; ``Invalid`` for more scenes than there are."""
+        pairs, real = evaluation_pairs(EMBEDDED.scenes, base.size, plan.num)
+        asked = ControlRequest(name=kind)
+        return cls(base, EvaluationPlan(asked, contract(kind), list(pairs), plan.steps, plan.guidance), real)
+
+    @property
+    def truth(self) -> list[np.ndarray]:
+        """The true pictures."""
+        return [pair.picture for pair in self.evaluation.pairs]
+
+    def shown(self, count: int = _SHOWN) -> list[np.ndarray]:
+        """The first hints, as pictures."""
+        return [self.evaluation.spec.picture(hint) for hint in self.evaluation.hints[:count]]
+
+    def scores(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """The fidelity of each picture to its hint, (N,)."""
+        return fidelity(pictures, self.evaluation.hints, self.evaluation.spec)
+
+    def ceiling(self) -> Figure:
+        """The fidelity of the true pictures as the base's VAE gives them back."""
+        return mean_figure(self.scores(ceiling_of(self.base)(self.truth)))
+
+    def facts(self) -> dict[str, Any]:
+        """The settings, for a caption."""
+        one = self.evaluation
+        facts = {"base": self.base.name, "scenes": len(one.pairs), "steps": one.steps, "guidance": one.guidance}
+        return facts | {"seeds": f"{one.first_seed}-{one.first_seed + len(one.pairs) - 1}"}
+
+
+def pixels_of(make: Maker, requests: Sequence[Request]) -> list[np.ndarray]:
+    """The pictures of requests, without their facts."""
+    return [picture.pixels for picture in make(requests)]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A system: its title, what makes its pictures and what it cost; or, without a maker, a note on why."""
+
+    name: str
+    title: str
+    make: Maker | None
+    cost: str = ""
+    note: str = ""
+
+
+def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Entrant:
+    """The system of a name: an opponent out of a folder, or ``SHIPPED``, the shipped control of a kind of hints.
+
+    Raises as ``load_baseline`` does.
+    """
+    if name == SHIPPED:
+        saved, _ = load(kind, base)
+        return Entrant(name, f"{kind}, as shipped", maker(base, {kind: saved}))
+    row = OPPONENTS[name]
+    if not row.learns:
+        return Entrant(name, row.title, row.new(base, kind).make)
+    folder = opponents / name if opponents else None
+    if folder is None or not (folder / ABOUT).is_file():
+        return Entrant(name, row.title, None, note=NO_WEIGHTS)
+    baseline, about = load_baseline(folder, base)
+    return Entrant(name, row.title, baseline.make, about.cost())
+
+
+def advice(names: Sequence[str], opponents: Path | None) -> str:
+    """A sentence on how to train the opponents of these names, which have no weights; "" where there are none."""
+    if not names:
+        return ""
+    where = opponents or "runs/opponents"
+    commands = ", ".join(f"`controlkit baseline train {name} --out {where}/{name}`" for name in dict.fromkeys(names))
+    return f"Opponents without weights are trained by: {commands}; then `--opponents {where}`."
+
+
+def write_report(
+    out: Path, name: str, facts: Mapping[str, Any], text: str, sheets: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
+) -> None:
+    """Write a table into a folder as JSON, as Markdown, and as sheets of the first pictures of each column.
+
+    ``sheets``: columns by title, of each sheet by the ending of its name, "" or a kind of hints.
+    """
+    mark_output(out, f"reproduce {name}")
+    write_atomic(out / f"{name}.json", (json.dumps(facts, indent=2) + "\n").encode())
+    write_atomic(out / f"{name}.md", text.encode())
+    for kind, columns in sheets.items():
+        rows = [list(row) for row in zip(*(made[:_SHOWN] for made in columns.values()), strict=True)]
+        write_png(out / f"{name}{kind and '-'}{kind}.png", grid(rows, list(columns)))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

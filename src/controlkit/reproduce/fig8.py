@@ -1,0 +1,104 @@
+"""Figure 8: the ablation under four prompts: none, one that says too little, one that conflicts, and a perfect one.
+
+The paper shows pictures: ControlNet obeys under all four; without zero convolutions, or as ControlNet-lite, control is
+lost where the prompt says nothing. Here each cell has the fidelity to the label map beside its picture.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.data import Pair
+from controlkit.measure import Figure, mean_figure
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.table2 import KIND
+
+NO_CONTROL = "no-control"
+ORDER = (NO_CONTROL, "controlnet", "gaussian", "lite", SHIPPED)
+INSUFFICIENT = "a high-quality, detailed, and professional image"
+"""The paper's own words."""
+
+
+def _rotated(pairs: Sequence[Pair]) -> list[str]:
+    """Each pair's prompt is another pair's."""
+    half = max(len(pairs) // 2, 1)
+    return [pair.prompt for pair in [*pairs[half:], *pairs[:half]]]
+
+
+PROMPTS: dict[str, Callable[[Sequence[Pair]], list[str]]] = {
+    "none": lambda pairs: [""] * len(pairs),
+    "insufficient": lambda pairs: [INSUFFICIENT] * len(pairs),
+    "conflicting": _rotated,
+    "perfect": lambda pairs: [pair.prompt for pair in pairs],
+}
+"""The prompts of each setting, for held-out pairs."""
+HEAD = ("system", *(f"prompt: {name}" for name in PROMPTS), "training")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system: its fidelity (mean IoU, 95% interval) by prompt, or a note on why there is none."""
+
+    name: str
+    title: str
+    ours: Mapping[str, Figure]
+    cost: str = ""
+    note: str = ""
+
+    def words(self) -> tuple[str, ...]:
+        """The row's cells, as in ``HEAD``."""
+        if not self.ours:
+            return self.title, self.note, *[""] * (len(PROMPTS) - 1), self.cost
+        cells = [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in self.ours.values()]
+        return self.title, *cells, self.cost
+
+
+@dataclass(frozen=True)
+class Figure8:
+    """The figure in numbers. The first row is the floor; ``ceiling``: of the true pictures out of the VAE."""
+
+    rows: Sequence[Row]
+    ceiling: Figure
+    settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
+
+    def caption(self) -> str:
+        """The ceiling and the settings in words."""
+        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"Mean IoU; floor: the first row. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
+
+    def markdown(self) -> str:
+        """The table to read."""
+        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+
+
+def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Figure8:
+    """Make the figure and write it into a folder: ``fig8.json``, ``fig8.md``, and ``fig8.png``, a prompt a row.
+
+    ``on_row`` and errors: as with ``make_table2``.
+    """
+    trial = Trial.of(KIND, base, plan)
+    truth = trial.evaluation.pairs
+    shown: dict[str, list[np.ndarray]] = {"label map": trial.shown(1) * len(PROMPTS)}
+    rows = []
+    for name in ORDER:
+        on_row(name)
+        one = entrant(name, KIND, base, plan.opponents)
+        figures = {}
+        for setting, prompts in PROMPTS.items() if one.make else ():
+            told = [replace(pair, prompt=prompt) for pair, prompt in zip(truth, prompts(truth), strict=True)]
+            assert one.make is not None
+            made = pixels_of(one.make, replace(trial.evaluation, pairs=told).requests("controlled"))
+            figures[setting] = mean_figure(trial.scores(made))
+            shown.setdefault(one.title, []).append(made[0])
+        rows.append(Row(name, one.title, figures, one.cost, one.note))
+    figure = Figure8(
+        rows, trial.ceiling(), trial.facts(), advice([row.name for row in rows if row.note], plan.opponents)
+    )
+    write_report(out, "fig8", asdict(figure), figure.markdown(), {"": shown})
+    return figure

@@ -1,0 +1,131 @@
+"""Table 2: how well label maps are found again in pictures that were made of them, as IoU.
+
+The paper makes pictures of ADE20K's label maps and segments them with OneFormer. Here the maps are those of held-out
+scenes, and the observer of their world segments. Floor and ceiling stand beside the rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.measure import Figure, Way, mean_figure
+from controlkit.reproduce.entrants import (
+    SHIPPED,
+    Entrant,
+    Plan,
+    Trial,
+    advice,
+    entrant,
+    markdown,
+    pixels_of,
+    write_report,
+)
+
+KIND = "seg"
+TRUTH = "truth"
+PAPER = {
+    TRUTH: (0.58, 0.10),
+    "taming": (0.21, 0.15),
+    "ldm-scratch": (0.31, 0.09),
+    "piti": (0.26, 0.16),
+    "lite": (0.32, 0.12),
+    "controlnet": (0.35, 0.14),
+}
+"""The paper's mean and spread over pictures, by row."""
+ORDER = (*PAPER, SHIPPED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: ours and the paper's, or a note on why there is none of ours."""
+
+    name: str
+    title: str
+    ours: Figure | None = None
+    """Mean IoU with its 95% interval."""
+    spread: float | None = None
+    """The standard deviation over pictures, as the paper gives it."""
+    paper: tuple[float, float] | None = None
+    cost: str = ""
+    note: str = ""
+
+    def words(self) -> tuple[str, str, str, str, str]:
+        """Title, ours with its spread, the interval, the paper's, the cost."""
+        ours, interval = self.note, ""
+        if self.ours and self.spread is not None:
+            ours, interval = f"{self.ours.mean:.2f} ± {self.spread:.2f}", f"{self.ours.low:.2f} to {self.ours.high:.2f}"
+        paper = "{:.2f} ± {:.2f}".format(*self.paper) if self.paper else "-"
+        return self.title, ours, interval, paper, self.cost
+
+
+HEAD = ("system", "ours: IoU ± spread", "95% interval of the mean", "paper", "training")
+
+
+@dataclass(frozen=True)
+class Table2:
+    """The whole table. ``floor``: of the base without control, and of hints shuffled between pictures (the shipped
+    control's). ``ceiling``: of the true pictures as the VAE gives them back."""
+
+    rows: Sequence[Row]
+    floor: Mapping[str, Figure]
+    ceiling: Figure
+    settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
+
+    def caption(self) -> str:
+        """Floor, ceiling and settings in words."""
+        floors = "; ".join(f"{name} {figure}" for name, figure in self.floor.items())
+        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"Floor: {floors}. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
+
+    def markdown(self) -> str:
+        """The table to read."""
+        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+
+
+def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table2:
+    """Make the table and write it into a folder: ``table2.json``, ``table2.md``, ``table2.png``.
+
+    ``on_row`` is told each row's name before it is made. A row whose opponent is not in ``plan.opponents`` says so.
+    Raises as ``load_baseline`` does for a folder that cannot be read.
+    """
+    trial = Trial.of(KIND, base, plan)
+    columns: dict[str, Sequence[np.ndarray]] = {"label map": trial.shown()}
+    rows = []
+    for name in ORDER:
+        on_row(name)
+        if name == TRUTH:
+            one, made = Entrant(name, "Ground truth", None), trial.truth
+        else:
+            one = entrant(name, KIND, base, plan.opponents)
+            made = pixels_of(one.make, trial.evaluation.requests("controlled")) if one.make else []
+        row = Row(name, one.title, paper=PAPER.get(name), cost=one.cost, note=one.note)
+        if made:
+            columns[one.title], scores = made, trial.scores(made)
+            row = replace(row, ours=mean_figure(scores), spread=float(scores.std()))
+        rows.append(row)
+    on_row("floor")
+    table = Table2(
+        rows,
+        _floor(trial),
+        trial.ceiling(),
+        trial.facts(),
+        advice([row.name for row in rows if row.note], plan.opponents),
+    )
+    write_report(out, "table2", asdict(table), table.markdown(), {"": columns})
+    return table
+
+
+def _floor(trial: Trial) -> dict[str, Figure]:
+    """The fidelity of the base alone, and of the shipped control with hints that are others'."""
+    ways: dict[str, Way] = {"no control": "no_control", "hints shuffled": "shuffled"}
+    make = entrant(SHIPPED, KIND, trial.base, None).make
+    assert make is not None
+    return {
+        name: mean_figure(trial.scores(pixels_of(make, trial.evaluation.requests(way)))) for name, way in ways.items()
+    }

@@ -1,0 +1,115 @@
+"""Table 3: FID, CLIP-score and aesthetic rating of pictures made of label maps, with fidelity beside them.
+
+The paper's are by Inception, CLIP and LAION's head on ADE20K. Here they are the referee's of the embedded world, on
+held-out scenes. FID alone says nothing of control: that of no control is the best one in the paper.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.measure import evaluate_base
+from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, write_report
+from controlkit.reproduce.table2 import KIND
+from controlkit.sample import Maker, Picture, Request
+
+NO_CONTROL = "no-control"
+FIGURES = ("fid", "clip_score", "aesthetic")
+PAPER = {
+    NO_CONTROL: (6.09, 0.26, 6.32),
+    "taming": (26.28, 0.17, 5.14),
+    "ldm-scratch": (25.35, 0.18, 5.15),
+    "piti": (19.74, 0.20, 5.77),
+    "lite": (17.92, 0.26, 6.30),
+    "controlnet": (15.27, 0.26, 6.31),
+}
+"""The paper's FID, CLIP-score and CLIP-aesthetic, by row."""
+ORDER = (*PAPER, SHIPPED)
+HEAD = ("system", "FID", "CLIP-score", "aesthetic", "obedience", "paper: FID, CLIP-score, aesthetic", "training")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: ``measure.evaluate``'s report, or a note on why there is none."""
+
+    name: str
+    title: str
+    report: Mapping[str, Any] | None = None
+    paper: tuple[float, float, float] | None = None
+    cost: str = ""
+    note: str = ""
+
+    def words(self) -> tuple[str, ...]:
+        """The row's cells, as in ``HEAD``."""
+        paper = "{:.2f}, {:.2f}, {:.2f}".format(*self.paper) if self.paper else "-"
+        if self.report is None:
+            return self.title, self.note, "", "", "", paper, self.cost
+        report = self.report
+        ours = [f"{report[name]['mean']:.2f}" if name in report else "-" for name in FIGURES]
+        return self.title, *ours, "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**report["obedience"]), paper, self.cost
+
+
+@dataclass(frozen=True)
+class Table3:
+    """The whole table; each report has its own floor and ceiling."""
+
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+    advice: str = ""
+    """On the rows without weights."""
+
+    def caption(self) -> str:
+        """The settings in words, and why figures are missing, if any are."""
+        notes = {note for row in self.rows if row.report for note in row.report.get("notes", ())}
+        return " ".join(
+            [f"Settings: {', '.join(f'{k} {v}' for k, v in self.settings.items())}.", *sorted(notes), self.advice]
+        )
+
+    def markdown(self) -> str:
+        """The table to read."""
+        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+
+
+class _Kept:
+    """A maker that keeps the pictures of its first call: those under control."""
+
+    def __init__(self, make: Maker) -> None:
+        self.make, self.pictures = make, list[np.ndarray]()
+
+    def __call__(self, requests: Sequence[Request]) -> list[Picture]:
+        made = list(self.make(requests))
+        self.pictures = self.pictures or [picture.pixels for picture in made]
+        return made
+
+
+def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table3:
+    """Make the table and write it into a folder: ``table3.json``, ``table3.md``, ``table3.png``.
+
+    ``on_row`` and errors: as with ``make_table2``.
+    """
+    trial = Trial.of(KIND, base, plan)
+    columns: dict[str, Sequence[np.ndarray]] = {"label map": trial.shown()}
+    plain: list[np.ndarray] = []
+    rows = []
+    for name in ORDER:
+        on_row(name)
+        one = entrant(name, KIND, base, plan.opponents)
+        report = None
+        if one.make:
+            make = _Kept(one.make)
+            report = evaluate_base(base, make, trial.evaluation, trial.real, no_control=plain or None)
+            columns[one.title] = make.pictures
+            if name == NO_CONTROL:
+                plain = make.pictures
+        rows.append(Row(name, one.title, report, PAPER.get(name), one.cost, one.note))
+    table = Table3(
+        rows,
+        trial.facts() | {"pictures for FID": len(trial.real)},
+        advice([row.name for row in rows if row.note], plan.opponents),
+    )
+    write_report(out, "table3", asdict(table), table.markdown(), {"": columns})
+    return table

@@ -1,0 +1,33 @@
+"""Table 2 at toy size: rows with and without weights, the paper's numbers, floor and ceiling; the command."""
+
+import json
+
+import pytest
+
+from controlkit.images import read_picture
+from controlkit.reproduce import Plan, make_table2, table2
+
+pytestmark = pytest.mark.usefixtures("untrained_shipped")
+
+
+def test_rows_without_weights_say_how_to_train_them_and_the_rest_is_measured(toy_base, opponents, tmp_path):
+    seen = []
+    table = make_table2(toy_base, Plan(num=3, steps=1, opponents=opponents), tmp_path, seen.append)
+    rows = {row.name: row for row in table.rows}
+    assert [row.name for row in table.rows] == list(table2.ORDER) == [name for name in seen if name != "floor"]
+    assert rows["piti"].note == "no weights" and rows["piti"].ours is None
+    assert "controlkit baseline train piti" in table.caption() and "baseline train lite" not in table.caption()
+    assert rows["lite"].paper == (0.32, 0.12) and "1 steps" in rows["lite"].cost and not rows["lite"].note
+    assert rows["truth"].ours.mean > rows["lite"].ours.mean and rows["truth"].ours.mean >= table.ceiling.mean
+    assert set(table.floor) == {"no control", "hints shuffled"} and rows["shipped"].paper is None
+    told = json.loads((tmp_path / "table2.json").read_text())
+    assert told["settings"]["scenes"] == 3 and told["rows"][0]["paper"] == [0.58, 0.1]
+    text = (tmp_path / "table2.md").read_text()
+    assert "| PITI (seg) | no weights |" in text and "0.26 ± 0.16" in text and "Floor: no control" in text
+    assert read_picture(tmp_path / "table2.png").shape[1] > 4 * toy_base.size  # maps, truth, lite, shipped
+
+
+def test_the_command_shows_the_table(run, toy_folder, tmp_path):
+    given = ("--num", 2, "--steps", 1, "--base", toy_folder, "--device", "cpu")
+    code, said, _ = run("reproduce", "table2", "--out", tmp_path, *given)
+    assert code == 0 and "0.58 ± 0.10" in said and "controlkit baseline train taming" in said
