@@ -27,6 +27,14 @@ def test_the_network_has_the_public_file_s_names_and_shapes():
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == listed("mlsd_large_512_fp32")
 
 
+def test_the_maps_of_lines_are_the_eighth_to_the_twelfth():
+    network, whole = mlsd.MLSD().eval(), []
+    network.block23.register_forward_hook(lambda module, given, made: whole.append(made))
+    with torch.no_grad():
+        made = network(torch.randn(1, 4, 32, 32))
+    assert made.shape == (1, 5, 16, 16) and torch.equal(made, whole[0][:, 7:12])
+
+
 def test_lines_are_peaks_of_the_first_map_with_ends_about_them():
     made = maps(
         (0.9, 30, 20, -10, -5, 10, 5), (0.8, 31, 20, 1, 1, 2, 2), (0.5, 5, 5, 0, 0, 0.05, 0), (0.05, 50, 30, 0, 0, 9, 9)
