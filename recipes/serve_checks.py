@@ -298,6 +298,7 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
         body = {"prompt": "a red apple", "steps": STEPS, "width": 128, "height": 128}
         at.post("/sdapi/v1/txt2img", body)
         alone = _rate(at, body, 1, seconds / 3)[0]
+        _rate(at, body, clients // 2, 1)  # batches are full: from here on memory must not grow
         assert at.process is not None
         processes = [psutil.Process(at.process.pid), at.worker()]
         before = [one.memory_info().rss >> 20 for one in processes if one]
