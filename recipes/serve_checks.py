@@ -54,6 +54,7 @@ class Server:
         assert self.process.stdout is not None
         print(self.process.stdout.readline().strip(), flush=True)
         while not self.answers():
+            assert self.process.poll() is None, "the server has ended"
             time.sleep(0.1)
 
     def answers(self) -> bool:
