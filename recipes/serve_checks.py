@@ -54,6 +54,7 @@ class Server:
         assert self.process.stdout is not None
         print(self.process.stdout.readline().strip(), flush=True)
         while not self.answers():
+            assert self.process.poll() is None, "the server has ended"
             time.sleep(0.1)
 
     def answers(self) -> bool:
@@ -298,6 +299,7 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
         body = {"prompt": "a red apple", "steps": STEPS, "width": 128, "height": 128}
         at.post("/sdapi/v1/txt2img", body)
         alone = _rate(at, body, 1, seconds / 3)[0]
+        _rate(at, body, clients // 2, 1)  # batches are full: from here on memory must not grow
         assert at.process is not None
         processes = [psutil.Process(at.process.pid), at.worker()]
         before = [one.memory_info().rss >> 20 for one in processes if one]
