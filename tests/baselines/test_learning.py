@@ -57,6 +57,8 @@ def test_an_interrupted_training_ends_as_a_whole_one_bit_for_bit(
     assert [one.step for one in rest] == list(range(stop + 1, 5))
     assert same(whole, cut) and log_of(whole) == log_of(cut)
     assert read_about(whole).flops == read_about(cut).flops > 0
+    seen = [value for key, value in load_file(whole / WEIGHTS).items() if key.endswith("num_batches_tracked")]
+    assert all(value == 4 for value in seen)  # the step in which operations are counted is not seen
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(toy_base, material_for, whole_of, tmp_path):

@@ -39,6 +39,8 @@ def stirred(baseline):
 def test_each_stage_learns_its_part_alone_and_its_loss_falls(fresh, material_for, name, stage):
     baseline, material = fresh(name), material_for(OPPONENTS[name].hint)
     assert abs(sum(baseline.stages.values()) - 1) < 1e-9
+    for other in baseline.stages:  # what another stage has set free is held again
+        baseline.begin(other)
     part = baseline.begin(stage)
     learning = {id(parameter) for parameter in part.parameters()}
     before = {key: value.clone() for key, value in baseline.named_parameters()}
@@ -182,3 +184,23 @@ def test_every_row_says_where_it_comes_from_and_has_rates_in_order():
         assert list(row.rates) == sorted(set(row.rates)) and contract(row.hint)
     with pytest.raises(Invalid, match="did you mean"):
         opponent("ldm_scratch")
+
+
+@pytest.mark.parametrize("name", ["ldm-scratch", "piti"])
+def test_the_half_that_guidance_leads_away_from_knows_no_hint(fresh, requests_of, name):
+    baseline = stirred(fresh(name))
+    [asked, other] = requests_of("seg", guidance=0.0)
+    [made] = baseline.make([asked])
+    [with_other] = baseline.make([asked.model_copy(update={"controls": other.controls})])
+    [with_none] = baseline.make([asked.model_copy(update={"controls": (), "guidance": 1.0})])
+    assert torch.allclose(made.latents, with_other.latents, atol=1e-5)
+    assert torch.allclose(made.latents, with_none.latents, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("ldm-scratch", False), ("piti", False), ("depth2img", True)])
+def test_prompts_are_read_where_the_paper_reads_them(fresh, requests_of, name, reads):
+    baseline = stirred(fresh(name))
+    [asked, _] = requests_of(OPPONENTS[name].hint)
+    [made] = baseline.make([asked])
+    [told] = baseline.make([asked.model_copy(update={"prompt": "a red apple"})])
+    assert torch.equal(made.latents, told.latents) != reads
