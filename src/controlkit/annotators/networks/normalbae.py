@@ -153,7 +153,7 @@ class Up(nn.Module):
 
 
 def _points(width: int) -> nn.Sequential:
-    """What refines the normals of each pixel by itself, of its features and the coarser normals."""
+    """Layers that refine the normals of each pixel by itself, of its features and the coarser normals."""
     widths = (width + 4, 128, 128, 128)
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
