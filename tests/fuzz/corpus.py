@@ -311,7 +311,6 @@ def _recipes(folder: Path, toy: Path) -> None:
 def _requests(folder: Path, toy: Path) -> None:
     points = np.random.default_rng(0).uniform(0, 32, (70, 3)).round(1).astype(np.float32)
     person = Person(points[:18], points[:21], points[:21], points)
-    (folder / "poses.json").write_text(json.dumps(people_to_json([person, Person()], (32, 40))))
     _control_folders(folder / "made", toy)
     shutil.move(folder / "made" / "copy", folder / "file")
     shutil.rmtree(folder / "made")
@@ -327,6 +326,7 @@ def _requests(folder: Path, toy: Path) -> None:
     larger = {"hires": {"factor": 1.5, "steps": 3}, "seed": 4, "size": [32, 32]}
     (folder / "file" / "jobs.jsonl").write_text(f"{whole}\n{json.dumps(own)}\n{json.dumps(larger)}\n")
     (folder / "file" / "photo.txt").write_text("a cat")
+    (folder / "file" / "poses.json").write_text(json.dumps(people_to_json([person, Person()], (32, 40))))
     lines = [{"name": name, "key": "0" * 32, "seconds": 1.5} for name in ("a", "00001")]
     (folder / "file" / JOURNAL).write_text("".join(f"{json.dumps(one)}\n" for one in lines))
 
