@@ -608,6 +608,7 @@ EXCUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "baselines.saved.put",
+            "reproduce.entrants.advice",
             "reproduce.entrants.entrant",
             "baselines.training.material_of",
             "data.build.build_set",
