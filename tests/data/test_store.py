@@ -271,7 +271,7 @@ def test_other_pixels_options_or_weights_are_other_entries(toy_base, counted, tm
 def test_an_annotator_gives_the_same_hint_each_time():
     picture = CirclePairs(64, 1)[0].picture
     for kind in all_kinds():
-        if kind.is_made_here:
+        if kind.is_made_here and not kind.lack:  # its weights lie here
             assert np.array_equal(kind.make([picture]), kind.make([picture])), kind.name
 
 

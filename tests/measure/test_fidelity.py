@@ -42,8 +42,8 @@ def test_what_nothing_here_finds_needs_a_finder():
     own, other = np.full((2, 64, 64, 3), 51, np.uint8) * np.array([1, 3], np.uint8)[:, None, None, None]
     seen = {0: own, 1: other}
     pictures = [np.full((64, 64, 3), i, np.uint8) for i in seen]
-    with pytest.raises(UserError, match='Nothing here finds "hed" in a picture: give a `finder`'):
-        fidelity(pictures, [own, own], contract("hed"))
+    with pytest.raises(UserError, match='Nothing here finds "ted" in a picture: give a `finder`'):
+        fidelity(pictures, [own, own], contract("ted"))
     scores = fidelity(pictures, [own, own], contract("depth"), finder=lambda picture: seen[int(picture[0, 0, 0])])
     assert scores.tolist() == [0.0, depth_rmse(other, own)] == pytest.approx([0.0, 0.4])
 
@@ -62,4 +62,5 @@ def test_what_is_known_of_scenes_alone_is_not_measured_elsewhere():
     with pytest.raises(Unsupported, match="measure on scenes"):
         check_findable(contract("depth"), pairs)
     assert unmeasurable(contract("canny"), pairs) == ""
-    assert "give a `finder`" in unmeasurable(contract("hed"), pairs)
+    assert "give a `finder`" in unmeasurable(contract("ted"), pairs)
+    assert "table5_pidinet.pth" in unmeasurable(contract("pidi"), pairs), "its weights are not here"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from controlkit.annotators import annotator, maps
 from controlkit.annotators.lines import canny
+from controlkit.annotators.people import limb_colour
 from controlkit.backbones import TextEmbedding
 from controlkit.data import (
     Cached,
@@ -240,7 +241,7 @@ def test_in_a_mirror_the_left_wrist_s_colour_is_where_the_right_one_s_was(figure
         assert found[right] == pytest.approx((63 - at[left][0] + off, at[left][1]), abs=0.6)
         assert found[0] == pytest.approx((63 - at[0][0] + off, at[0][1]), abs=0.6), "a nose has no side"
     limbs = maps.swap_sides(maps.pose_picture(keypoints * (np.arange(18) != 4)[None, :, None], (64, 64)))
-    right_forearm, left_forearm = ((limbs == maps._limb_colour(k)).all(-1).any() for k in (3, 5))
+    right_forearm, left_forearm = ((limbs == limb_colour(k)).all(-1).any() for k in (3, 5))
     assert right_forearm and not left_forearm, "limbs change sides with their joints"
 
 

@@ -101,7 +101,7 @@ def test_the_work_announced_is_the_work_done(tiny_recipe, toy_base, tmp_path):
     ("annotator", "words"),
     [
         ("", "pictures and no hints, and nobody says which hints to make: set control.annotator .--annotator, beside"),
-        ("hed", 'nothing here makes hints of "hed": set control.annotator'),
+        ("ted", 'nothing here makes hints of "ted": set control.annotator'),
         ("ip2p", 'nothing here makes hints of "ip2p"'),
     ],
 )

@@ -30,6 +30,8 @@ def finder_of(spec: HintSpec) -> Finder:
         raise Unsupported(
             f'Nothing here finds "{kind.name}" in a picture: give a `finder`, a function from a picture to it.'
         )
+    if missing := kind.lacks():
+        raise Unsupported(missing)
     first = parts_of(spec)[0]
     return lambda picture: annotate(picture, first)
 

@@ -88,8 +88,6 @@ class PreparedControl:
     network: ControlNetwork
     specs: Mapping[str, HintSpec]
     """The contract of its hint, under ""; of a Union's hints, by type."""
-    makers: Mapping[str, HintSpec] = field(default_factory=dict, compare=False)
-    """The same with what makes them of pictures, where that is not the contract's own annotator."""
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -104,6 +102,8 @@ class PreparedControl:
     """Of a Union's types, each its own in the place of ``scale``."""
     hints: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     """Its hints, under the keys of ``specs``, as ``HintSpec.tensor`` reads them."""
+    makers: Mapping[str, HintSpec] = field(default_factory=dict, compare=False)
+    """``specs`` with what makes such hints of pictures, where that is not the contract's own annotator."""
     of_first_pass: bool = False
     """Whether its hint is to be made of what the first pass makes, and ``hints`` hold its place."""
     region: np.ndarray | None = field(default=None, compare=False, repr=False)
