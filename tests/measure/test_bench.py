@@ -88,7 +88,7 @@ def test_the_machine_is_named():
 
 def test_requests_made_together_have_steps_and_guidance_of_their_own(small, monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "generate", lambda base, prepared: seen.append(prepared) or [])
+    monkeypatch.setattr(bench, "generate", lambda base, prepared, mixed: seen.append(prepared) or [])
     made = Bench(PLAN)
     words = []
     found = bench._throughput(replace_plan(made, (1, 4)), words.append)

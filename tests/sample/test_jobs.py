@@ -9,7 +9,7 @@ import pytest
 from controlkit.errors import Invalid, NotFound
 from controlkit.images import write_png
 from controlkit.sample import ControlRequest, Request, jobs
-from controlkit.sample.jobs import EACH, groups_of, read_jobs, with_sources
+from controlkit.sample.jobs import EACH, groups_of, likeness, read_jobs, with_sources
 
 TEMPLATE = Request(prompt="a cat", steps=3, controls=(ControlRequest(name="canny", images="drawing.png", scale=0.5),))
 
@@ -160,26 +160,21 @@ def test_groups_are_all_jobs_once_alike_and_with_the_same_controls_in_a_row(line
         [used] = job.request.controls
         return used.name, job.request.steps, used.scale
 
-    rows = [alike(job) for group in groups for job in group]
-    assert len(list(groupby(rows))) == len(set(rows)) == 8, "alike ones are neighbours"
-    assert len(list(groupby(name for name, *_ in rows))) == 2, "each control is loaded once"
-    for one in set(rows):
+    shared = [{alike(job) for job in group} for group in groups]
+    assert all(len(one) == 1 for one in shared)
+    settings = [one for [one] in shared]
+    assert len(list(groupby(settings))) == len(set(settings)) == 8, "alike ones are neighbours"
+    assert len(list(groupby(name for name, *_ in settings))) == 2, "each control is loaded once"
+    for one in set(settings):  # full as they can be, in the file's order
         names = [job.name for group in groups for job in group if alike(job) == one]
-        assert names == sorted(names), "in the file's order"
-    for name in "xy":  # full as they can be
-        of_it = [group for group in groups if alike(group[0])[0] == name]
-        assert all(alike(job)[0] == name for group in of_it for job in group)
-        assert len(of_it) == -(-sum(map(len, of_it)) // 5)
+        assert names == sorted(names) and len([s for s in settings if s == one]) == -(-len(names) // 5)
 
 
 @pytest.mark.parametrize("settings", [{"tile": 64}, {"hires": {"factor": 2}}, {"speed": "fast"}, {"size": [64, 32]}])
-def test_jobs_that_cannot_be_made_together_are_in_groups_of_their_own(settings, lines):
-    found = read_jobs(
-        lines({"seed": 1}, {"seed": 2, **settings}, {"seed": 3, "steps": 5}, {"steps": 6, **settings}), Request()
-    )
-    seeds = [[job.request.seed for job in group] for group in groups_of(found)]
-    assert seeds[0] == [1, 3] and 2 in seeds[1]
-    assert len(seeds) == (2 if "size" in settings else 3)
+def test_likeness_tells_what_can_share_a_pass_through_the_base(settings, lines):
+    rows = [{"seed": 1}, {"seed": 2, **settings}, {"seed": 3, "steps": 5}]
+    first, apart, other = (likeness(job.request) for job in read_jobs(lines(*rows), Request()))
+    assert first[:2] == other[:2] != apart[:2] and len({first, apart, other}) == 3
 
 
 def test_every_picture_of_a_request_is_found(tmp_path):

@@ -110,10 +110,10 @@ def test_a_fault_while_pictures_are_made_is_looked_for_in_each(studio, monkeypat
 
     real = module.generate
 
-    def errs(base, prepared, batch):
+    def errs(base, prepared, batch, **more):
         if any(one.request.seed == 2 for one in prepared):
             raise Invalid("not finite")
-        return real(base, prepared, batch)
+        return real(base, prepared, batch, **more)
 
     monkeypatch.setattr(module, "generate", errs)
     found = studio.carry_out({str(seed): order(seed) for seed in (1, 2, 3)}, no_news)

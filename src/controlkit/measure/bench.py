@@ -104,7 +104,8 @@ class Bench:
             for i in range(count)
         ]
         requests = [self.request.model_copy(update=own) for own in changes]
-        deque(generate(self.base, prepare(self.base, requests, {"canny": self.control})), 0)
+        prepared = prepare(self.base, requests, {"canny": self.control})
+        deque(generate(self.base, prepared, mixed=True), 0)
 
     # --- the peer
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +191,11 @@ def likeness(request: Request) -> tuple[str, str, str]:
 
 
 def groups_of(jobs: Sequence[Job], most: int = BATCH) -> list[list[Job]]:
-    """Jobs that are made together, at most so many in a group; those that are alike as neighbours, and those with the
-    same controls, so that each is loaded once."""
-    rows: dict[str, dict[str, dict[str, list[Job]]]] = {}
+    """Jobs that are alike, at most so many together; those with the same controls one after another, so that each is
+    loaded once."""
+    rows: dict[str, dict[str, list[Job]]] = {}
     for job in jobs:
-        loaded, company, shared = likeness(job.request)
-        rows.setdefault(loaded, {}).setdefault(company, {}).setdefault(shared, []).append(job)
-    companies = [list(chain.from_iterable(alike.values())) for same in rows.values() for alike in same.values()]
-    return [row[first : first + most] for row in companies for first in range(0, len(row), most)]
+        loaded, _, shared = likeness(job.request)
+        rows.setdefault(loaded, {}).setdefault(shared, []).append(job)
+    alike = [row for same in rows.values() for row in same.values()]
+    return [row[first : first + most] for row in alike for first in range(0, len(row), most)]

@@ -189,14 +189,15 @@ def generate(
     requests: Sequence[Request] | Sequence[Prepared],
     batch: int = 16,
     previewer: Previewer | None = None,
+    mixed: bool = False,
 ) -> Generator[Step | Picture, None, None]:
     """Make pictures, in the order of the requests: a ``Step`` for each step of a batch, then its ``Picture`` records.
 
-    Neighbours of one size and the same controls are made together, ``batch`` at most: those that share all but prompts,
-    seeds and hints in all things, others in the predictions of the base. Where memory runs out, half as many from then
-    on. ``previewer`` shows unfinished latents, by default the linear map. Close the iterator to
-    cancel: nothing is computed after the step last yielded. Requests are prepared here, their notes given as warnings;
-    see ``prepare`` for what it raises.
+    Neighbours that share all but prompts, seeds and hints are made together, ``batch`` at most; where memory runs out,
+    half as many from then on. ``mixed``: those that share their size and controls alone share the base's predictions,
+    too; a picture's last bits then depend on the others, and are not repeated by making it again. ``previewer`` shows
+    unfinished latents, by default the linear map. Close the iterator to cancel: nothing is computed after the step last
+    yielded. Requests are prepared here, their notes given as warnings; see ``prepare`` for what it raises.
     """
     plain = [one for one in requests if isinstance(one, Request)]
     prepared = [one for one in requests if isinstance(one, Prepared)]
@@ -207,15 +208,15 @@ def generate(
         prepared = prepare(base, plain)
         for note in dict.fromkeys(note for one in prepared for note in one.notes):
             warnings.warn(note, stacklevel=2)
-    return _generate(base, prepared, batch, previewer or LinearPreviewer(base))
+    return _generate(base, prepared, batch, previewer or LinearPreviewer(base), mixed)
 
 
 def _generate(
-    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer
+    base: Backbone, prepared: list[Prepared], batch: int, previewer: Previewer, mixed: bool
 ) -> Generator[Step | Picture, None, None]:
     batch = settle(base, prepared, batch)
     while prepared:
-        some = list(takewhile(prepared[0].goes_with, prepared[:batch]))
+        some = list(takewhile(prepared[0].goes_with if mixed else prepared[0].is_like, prepared[:batch]))
         try:
             made = yield from _some_batches(base, some, previewer)
         except torch.OutOfMemoryError as error:

@@ -64,7 +64,7 @@ class JobMaker:
     def _make(self, group: Group) -> Iterator[Step | Made]:
         began, seconds, count, finished = time.perf_counter(), 0.0, 0, True
         prepared = self._prepared(group)
-        together = len(list(takewhile(prepared[0].goes_with, prepared[: self._batch])))
+        together = len(list(takewhile(prepared[0].is_like, prepared[: self._batch])))
         left = iter(zip(group, prepared, strict=True))
         try:
             for record in generate(self.base, prepared, self._batch):

@@ -215,7 +215,7 @@ class Studio:
         ready = [one for name in orders for one in prepared[name]]
         owners = [name for name, order in orders.items() for _ in range(order.count)]
         following = _Following(ready, owners, tell)
-        pictures, finished = following.pictures(generate(self.base, ready, BATCH))
+        pictures, finished = following.pictures(generate(self.base, ready, BATCH, mixed=True))
         seconds = time.perf_counter() - began
         found, first = Outcomes(), 0
         for name, order in orders.items():
