@@ -139,7 +139,7 @@ def test_several_workers_share_the_jobs(desk_of, tmp_path):
     for studio in studios:
         studio.pause = 0.02
     desk = desk_of(studios, workers=2)
-    names = [desk.accept(order(seed, steps=10 + seed), "v1").id for seed in range(6)]
+    names = [desk.accept(order(seed, steps=10, size=(64, 64 + 16 * seed)), "v1").id for seed in range(6)]
     assert {job.state for job in wait(desk.queue, *names)} == {"done"}
     made = [name for studio in studios for batch in studio.batches for name in batch]
     assert sorted(made) == sorted(names) and all(studio.batches for studio in studios)
