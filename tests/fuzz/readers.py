@@ -366,12 +366,7 @@ _WEIGHTS = (
     "formats.metadata.json_object",
 )
 
-_OPPONENTS = (
-    "reproduce fig-compare opponents",
-    "reproduce fig8 opponents",
-    "reproduce table2 opponents",
-    "reproduce table3 opponents",
-)
+_OPPONENTS = ("reproduce opponents",)
 
 READERS: dict[str, Reader] = {
     "picture": Reader(
@@ -742,14 +737,9 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "serve host",
             "serve memory",
             "serve token",
-            "reproduce fig-compare base",
-            "reproduce fig-compare device",
-            "reproduce fig8 base",
-            "reproduce fig8 device",
-            "reproduce table2 base",
-            "reproduce table2 device",
-            "reproduce table3 base",
-            "reproduce table3 device",
+            "reproduce base",
+            "reproduce device",
+            "reproduce name",
             "train changes",
             "train device",
             "where name",
@@ -766,10 +756,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "evaluate json_file",
             "generate out",
             "serve state",
-            "reproduce fig-compare out",
-            "reproduce fig8 out",
-            "reproduce table2 out",
-            "reproduce table3 out",
+            "reproduce out",
             "watch html",
         ),
         "a place to write",

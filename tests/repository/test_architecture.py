@@ -25,6 +25,7 @@ LONG = {  # commands, whose options are parameters
     "cli/data.py doctor",
     "cli/pictures.py generate",
     "cli/runs.py evaluate",
+    "cli/reproduce.py reproduce",
     "cli/serve.py serve",
     "cli/weights.py convert",
 }

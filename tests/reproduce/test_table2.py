@@ -31,3 +31,8 @@ def test_the_command_shows_the_table(run, toy_folder, tmp_path):
     given = ("--num", 2, "--steps", 1, "--base", toy_folder, "--device", "cpu")
     code, said, _ = run("reproduce", "table2", "--out", tmp_path, *given)
     assert code == 0 and "0.58 ± 0.10" in said and "controlkit baseline train taming" in said
+
+
+def test_another_name_is_refused_with_those_that_are_known(run, tmp_path):
+    code, _, err = run("reproduce", "table22", "--out", tmp_path / "out")
+    assert code == 2 and 'did you mean "table2"' in err and not (tmp_path / "out").exists()

@@ -31,12 +31,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (pictures, annotating, runs, weights, serve):
+for commands in (pictures, annotating, runs, weights, serve, reproduce):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(baselines.app, name="baseline")
-app.add_typer(reproduce.app, name="reproduce")
 
 
 _PLACES = {
