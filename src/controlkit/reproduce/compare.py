@@ -4,8 +4,8 @@ Those of label maps (PITI, Taming Transformers, LDM) beside ControlNet on label 
 its two strengths, beside ControlNet on edges.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, pixels_of, write_report
 
 NO_CONTROL = "no-control"
 GROUPS: dict[str, tuple[tuple[str, float], ...]] = {
@@ -52,22 +52,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Table):
     """All rows; the first one of each kind of hints is the floor."""
 
     rows: Sequence[Row]
-    settings: Mapping[str, Any]
-    advice: str = ""
-    """On the rows without weights."""
 
-    def caption(self) -> str:
-        """The settings in words."""
-        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Fidelity: mean IoU of seg, F1 of canny; the floor is {NO_CONTROL}. Settings: {used}. {self.advice}"
-
-    def markdown(self) -> str:
-        """The table to read."""
-        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+    def notes(self) -> str:
+        """The words on fidelity and its floor."""
+        return f"Fidelity: mean IoU of seg, F1 of canny; the floor is {NO_CONTROL}."
 
 
 def make_comparison(
@@ -96,5 +88,5 @@ def make_comparison(
                 sheets[kind][title] = made
             rows.append(row)
     found = Comparison(rows, facts, advice([row.name for row in rows if row.note], plan.opponents))
-    write_report(out, "fig-compare", asdict(found), found.markdown(), sheets)
+    write_report(out, "fig-compare", found, HEAD, sheets)
     return found

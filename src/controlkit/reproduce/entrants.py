@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -120,22 +120,44 @@ def advice(names: Sequence[str], opponents: Path | None) -> str:
     return f"Opponents without weights are trained by: {commands}; then `--opponents {where}`."
 
 
+class Cells(Protocol):
+    """A row of a table."""
+
+    def words(self) -> Sequence[str]:
+        """Its cells, as the table's head has them."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure of the paper as it was made here: rows, and the settings that all of them share."""
+
+    rows: Sequence[Cells]
+    settings: Mapping[str, Any]
+    advice: str
+    """On the rows without weights."""
+
+    def notes(self) -> str:
+        """Sentences between the rows and the settings, such as on floor and ceiling."""
+        return ""
+
+    def caption(self) -> str:
+        """Notes, settings and advice in words."""
+        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return " ".join(filter(None, (self.notes(), f"Settings: {used}.", self.advice)))
+
+
 def write_report(
-    out: Path, name: str, facts: Mapping[str, Any], text: str, sheets: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
+    out: Path, name: str, table: Table, head: Sequence[str], sheets: Mapping[str, Mapping[str, Sequence[np.ndarray]]]
 ) -> None:
     """Write a table into a folder as JSON, as Markdown, and as sheets of the first pictures of each column.
 
     ``sheets``: columns by title, of each sheet by the ending of its name, "" or a kind of hints.
     """
     mark_output(out, f"reproduce {name}")
-    write_atomic(out / f"{name}.json", (json.dumps(facts, indent=2) + "\n").encode())
+    lines = [head, ["---"] * len(head), *(row.words() for row in table.rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{table.caption()}\n"
+    write_atomic(out / f"{name}.json", (json.dumps(asdict(table), indent=2) + "\n").encode())
     write_atomic(out / f"{name}.md", text.encode())
     for kind, columns in sheets.items():
         rows = [list(row) for row in zip(*(made[:_SHOWN] for made in columns.values()), strict=True)]
         write_png(out / f"{name}{kind and '-'}{kind}.png", grid(rows, list(columns)))
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -5,16 +5,15 @@ lost where the prompt says nothing. Here each cell has the fidelity to the label
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.data import Pair
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, pixels_of, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, pixels_of, write_report
 from controlkit.reproduce.table2 import KIND
 
 NO_CONTROL = "no-control"
@@ -58,23 +57,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figure8:
+class Figure8(Table):
     """The figure in numbers. The first row is the floor; ``ceiling``: of the true pictures out of the VAE."""
 
     rows: Sequence[Row]
     ceiling: Figure
-    settings: Mapping[str, Any]
-    advice: str = ""
-    """On the rows without weights."""
 
-    def caption(self) -> str:
-        """The ceiling and the settings in words."""
-        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Mean IoU; floor: the first row. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
-
-    def markdown(self) -> str:
-        """The table to read."""
-        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+    def notes(self) -> str:
+        """The words on floor and ceiling."""
+        return f"Mean IoU; floor: the first row. Ceiling: {self.ceiling}."
 
 
 def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Figure8:
@@ -98,7 +89,7 @@ def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
             shown.setdefault(one.title, []).append(made[0])
         rows.append(Row(name, one.title, figures, one.cost, one.note))
     figure = Figure8(
-        rows, trial.ceiling(), trial.facts(), advice([row.name for row in rows if row.note], plan.opponents)
+        rows, trial.facts(), advice([row.name for row in rows if row.note], plan.opponents), ceiling=trial.ceiling()
     )
-    write_report(out, "fig8", asdict(figure), figure.markdown(), {"": shown})
+    write_report(out, "fig8", figure, HEAD, {"": shown})
     return figure

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from controlkit.reproduce import compare, fig8, table2, table3
+from controlkit.reproduce.entrants import Table
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Report:
     """A table or figure of the paper. ``make(base, plan, out, on_row)`` makes it and writes it into a folder."""
 
     title: str
-    make: Callable[..., Any]
+    make: Callable[..., Table]
     rows: Sequence[str]
     """Names of its rows, as ``on_row`` is told them."""
     head: Sequence[str]

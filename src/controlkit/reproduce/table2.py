@@ -5,9 +5,8 @@ scenes, and the observer of their world segments. Floor and ceiling stand beside
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,10 @@ from controlkit.reproduce.entrants import (
     SHIPPED,
     Entrant,
     Plan,
+    Table,
     Trial,
     advice,
     entrant,
-    markdown,
     pixels_of,
     write_report,
 )
@@ -66,26 +65,18 @@ HEAD = ("system", "ours: IoU ± spread", "95% interval of the mean", "paper", "t
 
 
 @dataclass(frozen=True)
-class Table2:
+class Table2(Table):
     """The whole table. ``floor``: of the base without control, and of hints shuffled between pictures (the shipped
     control's). ``ceiling``: of the true pictures as the VAE gives them back."""
 
     rows: Sequence[Row]
     floor: Mapping[str, Figure]
     ceiling: Figure
-    settings: Mapping[str, Any]
-    advice: str = ""
-    """On the rows without weights."""
 
-    def caption(self) -> str:
-        """Floor, ceiling and settings in words."""
+    def notes(self) -> str:
+        """The words on floor and ceiling."""
         floors = "; ".join(f"{name} {figure}" for name, figure in self.floor.items())
-        used = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return f"Floor: {floors}. Ceiling: {self.ceiling}. Settings: {used}. {self.advice}"
-
-    def markdown(self) -> str:
-        """The table to read."""
-        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+        return f"Floor: {floors}. Ceiling: {self.ceiling}."
 
 
 def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table2:
@@ -112,12 +103,12 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
     on_row("floor")
     table = Table2(
         rows,
-        _floor(trial),
-        trial.ceiling(),
         trial.facts(),
         advice([row.name for row in rows if row.note], plan.opponents),
+        floor=_floor(trial),
+        ceiling=trial.ceiling(),
     )
-    write_report(out, "table2", asdict(table), table.markdown(), {"": columns})
+    write_report(out, "table2", table, HEAD, {"": columns})
     return table
 
 

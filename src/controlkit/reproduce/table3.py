@@ -5,7 +5,7 @@ held-out scenes. FID alone says nothing of control: that of no control is the be
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import evaluate_base
-from controlkit.reproduce.entrants import SHIPPED, Plan, Trial, advice, entrant, markdown, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, write_report
 from controlkit.reproduce.table2 import KIND
 from controlkit.sample import Maker, Picture, Request
 
@@ -54,24 +54,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table3:
+class Table3(Table):
     """The whole table; each report has its own floor and ceiling."""
 
     rows: Sequence[Row]
-    settings: Mapping[str, Any]
-    advice: str = ""
-    """On the rows without weights."""
 
-    def caption(self) -> str:
-        """The settings in words, and why figures are missing, if any are."""
-        notes = {note for row in self.rows if row.report for note in row.report.get("notes", ())}
-        return " ".join(
-            [f"Settings: {', '.join(f'{k} {v}' for k, v in self.settings.items())}.", *sorted(notes), self.advice]
-        )
-
-    def markdown(self) -> str:
-        """The table to read."""
-        return f"{markdown(HEAD, [row.words() for row in self.rows])}\n{self.caption()}\n"
+    def notes(self) -> str:
+        """The reasons why figures are missing, if any are."""
+        return " ".join(sorted({note for row in self.rows if row.report for note in row.report.get("notes", ())}))
 
 
 class _Kept:
@@ -111,5 +101,5 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
         trial.facts() | {"pictures for FID": len(trial.real)},
         advice([row.name for row in rows if row.note], plan.opponents),
     )
-    write_report(out, "table3", asdict(table), table.markdown(), {"": columns})
+    write_report(out, "table3", table, HEAD, {"": columns})
     return table
