@@ -158,6 +158,16 @@ def test_a_folder_that_is_none_or_of_another_base_is_refused(toy_base, deep_base
         load_baseline(tmp_path, toy_base)
 
 
+@pytest.mark.parametrize("name", ["baseline.json", "diffusion_pytorch_model.safetensors"])
+def test_a_file_that_leads_out_of_the_folder_is_refused(toy_base, fresh, tmp_path, name):
+    folder = tmp_path / "piti"
+    save_baseline(folder, fresh("piti"), about(toy_base, "piti"))
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(Invalid, match="leads out of its folder"):
+        load_baseline(folder, toy_base)
+
+
 def test_what_opponents_do_not_do_is_refused(fresh, requests_of):
     [asked, _] = requests_of("seg")
     with pytest.raises(Unsupported, match="leave out tile"):

@@ -41,7 +41,7 @@ from controlkit.cli.matrix import axes_of
 from controlkit.data import FolderPairs, build_set, make_fill50k, read_listing, sound_listing
 from controlkit.data.store import Store
 from controlkit.errors import Invalid, UserError
-from controlkit.files import read_text
+from controlkit.files import inside, read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
@@ -513,7 +513,8 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe"), 1, True),
     "train recipe": Reader(_train_recipe, (), 2, True),
     "poses": Reader(
-        lambda path, setting: draw_people(*people_from_json(read_text(path.with_name("poses.json"), 2**20))), ()
+        lambda path, setting: draw_people(*people_from_json(read_text(inside(path.parent, path.with_name("poses.json")), 2**20))),
+        (),
     ),
     "listing": Reader(lambda path, setting: read_listing(_folder(path)), _SETS),
     "training pairs": Reader(_pairs, ("data.pairs.split_folder",), 3),

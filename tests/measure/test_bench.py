@@ -12,7 +12,7 @@ from controlkit.errors import OutOfRoom
 from controlkit.formats import SavedControl
 from controlkit.measure import bench
 from controlkit.measure.bench import Bench, BenchPlan, alternating, bench_sample, machine
-from controlkit.sample.pace import PACES, Pace, fresh_steps
+from controlkit.sample.pace import PACES, Pace
 
 PLAN = BenchPlan(steps=3, turns=3)
 
@@ -41,9 +41,10 @@ def test_the_report(small, run, tmp_path):
     assert found["ratio_best"] == min(seconds["diffusers"], seconds["diffusers channels-last"]) / seconds["exact"]
     assert found["ratio_eager_bf16"] is None and found["ratio_eager_fp32"] == seconds["diffusers"] / seconds["exact"]
     assert found["share_of_limit"] == found["flops_a_step"] / found["rate_of_a_product"] / seconds["exact"]
-    fresh = len(fresh_steps(PACES["fast"], 20, range(20)))
-    reused = seconds["all, then reused"] - seconds["exact"]
-    assert seconds["fast, of 20 steps"] == pytest.approx((fresh * seconds["exact"] + (20 - fresh) * reused) / 20)
+    fresh, whole = (len(steps(20, range(20))) for steps in (PACES["turbo"].fresh, PACES["turbo"].whole))
+    reused, finest = (seconds[f"all, then {rest}"] - seconds["exact"] for rest in ("reused", "the finest level"))
+    paced = fresh * seconds["exact"] + (whole - fresh) * reused + (20 - whole) * finest
+    assert seconds["turbo, of 20 steps"] == pytest.approx(paced / 20)
     timed = [word for word in words if word.endswith(" s")]
     assert len(timed) == PLAN.turns * (len(found["spread"]) - 2) + 2 * 2
     assert all(low <= seconds[name] <= high for name, (low, high) in found["spread"].items())

@@ -12,7 +12,7 @@ from controlkit.errors import Invalid, Unsupported
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec
 from controlkit.sample import ControlRequest, Request, generate, pictures, prepare
-from controlkit.sample.pace import PACES, Pace, fresh_steps
+from controlkit.sample.pace import PACES, Pace
 
 STEPS = 18
 
@@ -40,36 +40,43 @@ def latents_of(toy_base, branch):
 
 @pytest.fixture
 def calls(toy_base, branch, monkeypatch):
-    """Rows of text that each half of the base, and the branch, were run with."""
-    seen = {"first": [], "second": [], "branch": []}
-    first, second, own = toy_base.encode_noise, toy_base.decode_noise, branch.forward
+    """Rows of text that each half of the base, the decoder's last level alone, and the branch, were run with."""
+    seen = {"first": [], "second": [], "last": [], "branch": []}
+    first, second, own = toy_base.encode_noise, toy_base.decoded, branch.forward
 
     def encode(x, t, text, *args):
         seen["first"].append(len(text))
         return first(x, t, text, *args)
 
-    def decode(encoded, inject):
-        seen["second"].append(len(encoded.text))
-        return second(encoded, inject)
+    def decode(encoded, inject, deep=None):
+        seen["second" if deep is None else "last"].append(len(encoded.text))
+        return second(encoded, inject, deep)
 
     monkeypatch.setattr(toy_base, "encode_noise", encode)
-    monkeypatch.setattr(toy_base, "decode_noise", decode)
+    monkeypatch.setattr(toy_base, "decoded", decode)
     monkeypatch.setattr(branch, "forward", lambda x, t, text, f: seen["branch"].append(len(text)) or own(x, t, text, f))
     return seen
 
 
 def test_which_steps_compute_all():
-    assert fresh_steps(Pace(0.2), 10, range(10)) == {0, 2, 4, 6, 8}
-    assert fresh_steps(Pace(0.3, 0.3), 10, range(10)) == {0, 1, 2, 5, 8}
-    assert fresh_steps(Pace(0.25, 0), 12, range(5, 12)) == {5, 8, 11}
-    assert fresh_steps(Pace(0.25, 1), 4, range(4)) == {0, 1, 2, 3}
-    assert fresh_steps(PACES["fast"], 20, range(20)) == {0, 1, 4, 7, 10, 13, 16, 19}
-    assert fresh_steps(PACES["turbo"], 20, range(20)) == {0, 1, 6, 11, 16}
+    assert Pace(0.2).fresh(10, range(10)) == {0, 2, 4, 6, 8}
+    assert Pace(0.3, 0.3).fresh(10, range(10)) == {0, 1, 2, 5, 8}
+    assert Pace(0.25, 0).fresh(12, range(5, 12)) == {5, 8, 11}
+    assert Pace(0.25, 1).fresh(4, range(4)) == {0, 1, 2, 3}
+    assert PACES["fast"].fresh(20, range(20)) == {0, 1, 4, 7, 10, 13, 16, 19}
+    assert PACES["turbo"].fresh(20, range(20)) == {0, 1, 6, 11, 16}
+
+
+def test_which_steps_run_the_whole_decoder():
+    assert PACES["fast"].whole(20, range(20)) == {*range(20)}
+    assert Pace(0.4, 0, deep=0.2).whole(10, range(10)) == {0, 2, 4, 6, 8}
+    assert Pace(0.5, 0, deep=0.3).whole(10, range(10)) == {0, 3, 5, 8}
+    assert Pace(0.25, 0, deep=1.0).whole(12, range(5, 12)) == {5, 8, 11}
 
 
 @pytest.mark.parametrize("speed", PACES)
 def test_runs_of_few_steps_reuse_nothing(speed):
-    assert fresh_steps(PACES[speed], 7, range(7)) == {*range(7)}
+    assert PACES[speed].fresh(7, range(7)) == {*range(7)}
 
 
 @pytest.mark.parametrize(("every", "halves"), [(2, False), (3, False), (2, True), (3, True)])
@@ -80,6 +87,26 @@ def test_what_runs_at_which_step(latents_of, calls, monkeypatch, every, halves):
     assert calls["first"] == calls["branch"] == [4] * fresh
     reused = 2 if halves else 4
     assert calls["second"] == [4 if step % every == 0 else reused for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_last_level_alone_runs_where_the_deeper_ones_serve(latents_of, calls, monkeypatch, halves):
+    monkeypatch.setitem(PACES, "turbo", Pace(6 / STEPS, 0, halves, deep=3 / STEPS))
+    latents_of(count=2, speed="turbo")
+    reused = 2 if halves else 4
+    assert calls["second"] == [4, reused] * (STEPS // 6) and calls["first"] == [4] * (STEPS // 6)
+    assert calls["last"] == [reused] * 4 * (STEPS // 6)
+
+
+def test_the_last_level_on_the_same_steps_features_is_the_whole_decoder(toy_base, branch):
+    x, t, text, hint = draw_inputs(toy_base)
+    with torch.no_grad():
+        half = toy_base.first_half(x, t, text, [ActiveControl(branch, branch.encode_hint(hint))])
+        whole = toy_base.second_half(half, t, text)
+        again = toy_base.second_half(half, t, text, whole.deep)
+        other = toy_base.second_half(half, t, text, whole.deep + 1)
+    assert torch.equal(whole.prediction, again.prediction) and torch.equal(whole.deep, again.deep)
+    assert relative(other.prediction, whole.prediction) > 1e-3
 
 
 def test_a_pace_that_computes_all_is_exact_bit_for_bit(latents_of, monkeypatch):

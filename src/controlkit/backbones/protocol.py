@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,15 @@ class Half(Protocol):
         """The same without the first rows of the text."""
 
 
+class Decoded(NamedTuple):
+    """The result of a denoiser's second half."""
+
+    prediction: Tensor
+    """(B, C, h, w)."""
+    deep: Tensor
+    """The feature (B, channels, h, w) that arrived at its last level, which is the finest and the dearest one."""
+
+
 class Backbone(Protocol):
     """A frozen text-to-image base. It is never modified: control is an argument of ``predict``.
 
@@ -262,8 +271,11 @@ class Backbone(Protocol):
         """The first half of ``predict``, where the latents are read and controls act; a U-Net's encoder."""
         raise Unsupported(f'The base "{self.name}" predicts in one piece.')
 
-    def second_half(self, half: Half, t: Tensor, text: TextEmbedding) -> Tensor:
-        """The prediction (B, C, h, w) of a first half, perhaps an earlier step's, for timesteps t and prompts."""
+    def second_half(self, half: Half, t: Tensor, text: TextEmbedding, deep: Tensor | None = None) -> Decoded:
+        """The prediction of a first half, perhaps an earlier step's, for timesteps t and prompts.
+
+        ``deep``: an earlier step's ``Decoded.deep``, on which the last level alone is run.
+        """
         raise Unsupported(f'The base "{self.name}" predicts in one piece.')
 
     def features(self, x: Tensor, t: Tensor, text: TextEmbedding) -> tuple[Tensor, list[Tensor]]:

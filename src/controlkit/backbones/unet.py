@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from controlkit.backbones.noise import Diffusion
-from controlkit.backbones.protocol import ActiveControl, Backbone, Half, Layer, Prompt, TextEmbedding, Walker
+from controlkit.backbones.protocol import ActiveControl, Backbone, Decoded, Half, Layer, Prompt, TextEmbedding, Walker
 from controlkit.backbones.text import TextTower
 from controlkit.backbones.winograd import FewerProducts
 from controlkit.branch import Tap, add_residuals, in_rows
@@ -410,13 +410,13 @@ class UNetBase(Backbone):
         inject, beside = self._split(x, t, text, controls)
         return UNetHalf(self.encode_noise(x, t, text, inject, beside), inject)
 
-    def second_half(self, half: Half, t: Tensor, text: TextEmbedding) -> Tensor:
+    def second_half(self, half: Half, t: Tensor, text: TextEmbedding, deep: Tensor | None = None) -> Decoded:
         assert isinstance(half, UNetHalf)
         encoded = half.encoded
         if encoded.arriving:
             raise Unsupported("A ControlNet-XS walks beside the encoder at every step: nothing of it can be reused.")
         embedding = in_rows(self.encoder.embed(t, text, encoded.middle.dtype), len(text))
-        return self.decode_noise(replace(encoded, embedding=embedding, text=text), half.inject)
+        return self.decoded(replace(encoded, embedding=embedding, text=text), half.inject, deep)
 
     def _split(
         self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl]
@@ -481,31 +481,46 @@ class UNetBase(Backbone):
         self.bring("denoiser")
         encoded = self.encode_noise(x, t, text)
         seen = [*encoded.skips, encoded.middle]
-        return self.decode_noise(encoded, seen=seen), seen
+        return self.decoded(encoded, seen=seen).prediction, seen
 
-    def decode_noise(
-        self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None, seen: list[Tensor] | None = None
-    ) -> Tensor:
-        """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle.
+    def decode_noise(self, encoded: Encoded, inject: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The prediction (B, C, h, w), with residuals ``inject`` (B, C, h, w) at the skips and the middle."""
+        return self.decoded(encoded, inject).prediction
 
-        ``seen``: gets the feature (B, C, h, w) of each layer.
+    def decoded(
+        self,
+        encoded: Encoded,
+        inject: Mapping[str, Tensor] | None = None,
+        deep: Tensor | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> Decoded:
+        """The same as ``decode_noise``, with what the decoder leaves for later steps.
+
+        Args:
+            deep: the feature (B, C, h, w) that arrives at the last block, if no other is to be run.
+            seen: gets the feature (B, C, h, w) of each layer.
         """
         inject = inject or {}
-        plain = [*encoded.skips, encoded.middle]
-        pairs = zip(self.branch_taps, plain, strict=True)
-        *skips, h = [f + inject[tap.name] if tap.name in inject else f for tap, f in pairs]
-        for block in self.unet.up_blocks:
+        skips, blocks, h = list(encoded.skips), list(self.unet.up_blocks), encoded.middle
+        if deep is not None:
+            blocks, h = blocks[-1:], deep
+            skips = skips[: len(blocks[0].resnets)]
+        elif "middle" in inject:
+            h = h + inject["middle"]
+        for block in blocks:
+            arrived = h
             for i in range(len(block.resnets)):
-                name = self.branch_taps[len(skips) - 1].name
+                skip, name = skips.pop(), self.branch_taps[len(skips)].name
+                skip = skip + inject[name] if name in inject else skip  # now, as all sums at once take memory
                 if name in encoded.arriving:
                     h = h + encoded.arriving[name]
-                h = run_layer(block, i, torch.cat([h, skips.pop()], 1), encoded.embedding, encoded.text)
+                h = run_layer(block, i, torch.cat([h, skip], 1), encoded.embedding, encoded.text)
                 if seen is not None:
                     seen.append(h)
             size = tuple(skips[-1].shape[-2:]) if skips else None  # odd sizes: as large as the skip to be met
             for upsampler in block.upsamplers or ():
                 h = upsampler(h, size)
-        return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h)))
+        return Decoded(self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(h))), arrived)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

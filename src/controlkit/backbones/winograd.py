@@ -81,7 +81,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, m: int) -> Tensor:
     """
     count, channels, height, width = x.shape
     down, across, side = height // m, width // m, m + 2
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    last = x.permute(0, 2, 3, 1)
     result = x.new_empty(count, height, width, len(weight))
     tiles = result.view(count, down, m, across, m, len(weight)).permute(4, 2, 0, 1, 3, 5)
     # Either all kernels are there at once, for strips of tiles; or all tiles are, for groups of kernels.
@@ -91,9 +91,11 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, m: int) -> Tensor:
     kernels = _kernels(weight, m) if few else None
     for top in range(0, down, strip):
         rows = min(strip, down - top)
-        there = _tiles_there(padded[:, top * m : (top + rows) * m + 2], m, across)
-        for first in range(0, len(weight), group):
-            some = slice(first, first + group)
+        first, end = top * m - 1, (top + rows) * m + 1
+        inner = last[:, max(first, 0) : min(end, height)]  # a strip is padded alone: all of it would be a second x
+        there = _tiles_there(F.pad(inner, (0, 0, 1, 1, max(-first, 0), max(end - height, 0))), m, across)
+        for start in range(0, len(weight), group):
+            some = slice(start, start + group)
             kernel = _kernels(weight[some], m) if kernels is None else kernels
             found = torch.bmm(there.view(side**2, -1, channels), kernel.transpose(1, 2))
             found = found.view(side, side, count, rows, across, -1)
@@ -119,10 +121,11 @@ def _tiles_there(padded: Tensor, m: int, across: int) -> Tensor:
 def tile_of(x: Tensor, weight: Tensor) -> int:
     """The m that pays for a convolution of x (B, C, h, w), padded by one, with a weight; 0 where none does.
 
-    A rule of the shapes alone, so that a picture does not depend on how busy the machine is.
+    A rule of the shapes alone, so that a picture does not depend on how busy the machine is. With fewer places the
+    kernels, which are brought there anew each time, cost more than the products saved.
     """
     height, width = x.shape[-2:]
-    if weight.shape[-2:] != (3, 3) or min(weight.shape[:2]) < 256 or height * width < 64:
+    if weight.shape[-2:] != (3, 3) or min(weight.shape[:2]) < 256 or height * width < 256:
         return 0
     if height % 4 == width % 4 == 0 and height * width >= 1024:
         return 4

@@ -11,7 +11,7 @@ from controlkit.backbones import Backbone
 from controlkit.baselines.seam import Baseline
 from controlkit.baselines.table import opponent
 from controlkit.errors import Invalid, Mismatch, NotFound, first_fault
-from controlkit.files import read_json, write_atomic
+from controlkit.files import inside, read_json, write_atomic
 from controlkit.formats import WEIGHTS, write_tensors
 from controlkit.tensors import open_tensors
 
@@ -73,8 +73,8 @@ def write_about(folder: Path, about: About) -> None:
 
 
 def read_about(folder: Path) -> About:
-    """The record in a folder; ``NotFound`` where there is none, ``Invalid`` where it is no such record."""
-    path = folder / ABOUT
+    """The record in a folder; ``NotFound`` where there is none, ``Invalid`` where it is no such record, or a link out."""
+    path = inside(folder, folder / ABOUT)
     if not path.is_file():
         raise NotFound(f"{folder} holds no opponent: expected {ABOUT}, as `controlkit baseline train` writes it.")
     held: Any = read_json(path)
@@ -99,7 +99,8 @@ def load_baseline(folder: Path, base: Backbone) -> tuple[Baseline, About]:
         return baseline, about
     if not (folder / WEIGHTS).is_file():
         raise NotFound(f"{folder} has no weights yet: run its `controlkit baseline train` again until it ends.")
-    put(baseline, open_tensors(folder / WEIGHTS).read(), folder / WEIGHTS)
+    weights = inside(folder, folder / WEIGHTS)
+    put(baseline, open_tensors(weights).read(), weights)
     return baseline, about
 
 

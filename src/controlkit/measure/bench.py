@@ -36,7 +36,7 @@ from controlkit.precision import weights_type
 from controlkit.sample import ControlRequest, Request, generate, prepare
 from controlkit.sample.acting import Steering
 from controlkit.sample.loop import Start, denoise
-from controlkit.sample.pace import PACES, Pace, fresh_steps
+from controlkit.sample.pace import PACES, Pace
 from controlkit.sample.texts import Said
 
 Size = Literal["mini", "sd15", "sdxl"]
@@ -201,6 +201,7 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
         systems["diffusers compiled"] = partial(peer, torch.channels_last, compiled)
     systems["exact"] = lambda: ours() / plan.steps
     systems["all, then reused"] = partial(ours, 2, Pace(1.0, 0))
+    systems["all, then the finest level"] = partial(ours, 2, Pace(1.0, 0, deep=1.0))
     decoders: dict[str, Callable[[], float]] = {
         "decode": partial(timed, bench.decode, plan.device),
         "decode, diffusers": partial(timed, bench.decode_theirs, plan.device),
@@ -243,8 +244,8 @@ def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]], dist
     peers = [name for name in seconds if name.startswith("diffusers")]
     best = min(peers, key=lambda name: middle[name])
     exact = middle["exact"]
-    reused = middle["all, then reused"] - exact
-    paced = {name: _paced(name, exact, reused) for name in PACES}
+    reused, finest = (middle[f"all, then {rest}"] - exact for rest in ("reused", "the finest level"))
+    paced = {name: _paced(pace, exact, reused, finest) for name, pace in PACES.items()}
     rate = _rate(bench.dtype, plan.device)
     flops = _flops(bench)
     half = bench.dtype != torch.float32
@@ -270,10 +271,10 @@ def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]], dist
     }
 
 
-def _paced(speed: str, fresh: float, reused: float) -> float:
-    """Seconds a step in a run of 20 steps, of those of a step that computes all and of one that reuses."""
-    count = len(fresh_steps(PACES[speed], 20, range(20)))
-    return (count * fresh + (20 - count) * reused) / 20
+def _paced(pace: Pace, all_: float, reused: float, finest: float) -> float:
+    """Seconds a step in a run of 20 steps, of those of a step that computes all, and of the two kinds that reuse."""
+    fresh, whole = len(pace.fresh(20, range(20))), len(pace.whole(20, range(20)))
+    return (fresh * all_ + (whole - fresh) * reused + (20 - whole) * finest) / 20
 
 
 def _rate(dtype: torch.dtype, device: str) -> float:

@@ -38,7 +38,7 @@ from controlkit.images import (
 )
 from controlkit.prompts import Span
 from controlkit.sample.canvas import Canvas, canvas_of, check_edit, light_of
-from controlkit.sample.pace import PACES, Pace, fresh_steps
+from controlkit.sample.pace import PACES, Pace
 from controlkit.sample.request import ControlRequest, EditRequest, Guider, HintSource, Mode, Request
 from controlkit.sample.texts import Script
 
@@ -358,7 +358,7 @@ class _Preparation:
             reason = f'the base "{self.base.name}" predicts in one piece'
         elif any(control.network.walks for control in controls):
             reason = "a ControlNet-XS walks beside the encoder"
-        elif len(fresh_steps(pace, settings.steps, range(settings.skipped, settings.steps))) == settings.made:
+        elif len(pace.fresh(settings.steps, range(settings.skipped, settings.steps))) == settings.made:
             reason = f"{settings.steps} steps are too few for it"
         else:
             return pace, []

@@ -14,7 +14,6 @@ from torch import Tensor
 from controlkit.backbones import Backbone, TextEmbedding
 from controlkit.backbones.protocol import Half
 from controlkit.sample.acting import Acting
-from controlkit.sample.pace import fresh_steps
 from controlkit.sample.prepare import SamplingSettings
 
 Predict = Callable[[Tensor, Tensor, TextEmbedding, int], Tensor]
@@ -35,23 +34,25 @@ class Reusing:
         self._base, self._acting = base, acting
         pace = settings.pace
         assert pace is not None
-        self._fresh = fresh_steps(pace, settings.steps, span) | acting.changed
+        self._fresh = pace.fresh(settings.steps, span) | acting.changed
+        self._whole = pace.whole(settings.steps, span)
         self._unconditional = count if settings.is_guided and pace.halves else 0
         self._half: Half | None = None
         self._text: TextEmbedding | None = None
-        self._difference = torch.zeros(())
+        self._deep = self._difference = torch.zeros(())
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding, step: int) -> Tensor:
         """The prediction (rows, C, h, w) at a step."""
         if self._half is None or step in self._fresh or text is not self._text:
             half = self._base.first_half(x, t, text, self._acting.at(step))
-            whole = self._base.second_half(half, t, text)
-            self._half, self._text = half.of_rows(self._unconditional), text
+            whole, deep = self._base.second_half(half, t, text)
+            self._half, self._deep, self._text = half.of_rows(self._unconditional), deep[self._unconditional :], text
             if self._unconditional:
                 unconditional, first, *_ = whole.split(self._unconditional)
                 self._difference = first - unconditional
             return whole
-        conditional = self._base.second_half(self._half, t, text[self._unconditional :])
+        deep = None if step in self._whole else self._deep
+        conditional, self._deep = self._base.second_half(self._half, t, text[self._unconditional :], deep)
         if not self._unconditional:
             return conditional
         return torch.cat([conditional[: self._unconditional] - self._difference, conditional])
