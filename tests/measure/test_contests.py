@@ -27,11 +27,17 @@ def plan():
     return EvaluationPlan(ControlRequest(name="drawn", hint_cfg_scale=1.0), contract("canny"), PAIRS, steps=1)
 
 
+@pytest.fixture
+def through(plan):
+    """In place of a VAE: one that lets through all that the hints show."""
+    return lambda pictures: [plan.spec.picture(hint) for hint in plan.hints]
+
+
 def outline(request, scale_needed=1.0):
     """The hint as the picture where the first control's scale is large enough; else a black picture."""
     heard = request.controls and request.controls[0].scale >= scale_needed
     pixels = request.controls[0].images[""] if heard else np.zeros((48, 48, 3), np.uint8)
-    return Picture(request, np.ascontiguousarray(pixels))
+    return Picture(request, pixels.copy())
 
 
 class Words(QualityReferee):
@@ -56,10 +62,15 @@ def test_no_pair_keeps_its_prompt_and_all_keep_their_pictures():
     assert all(a.picture is b.picture and a.prompt != b.prompt for a, b in zip(told, PAIRS, strict=True))
 
 
-def test_the_scale_at_which_the_hint_wins_is_found_and_up_to_which_the_prompt_does(plan):
+def test_the_scale_at_which_the_hint_wins_is_found_and_up_to_which_the_prompt_does(plan, through):
     words = Words([one.prompt for one in contradicting(PAIRS)], [one.prompt for one in PAIRS])
     found = against_prompt(
-        lambda requests: [outline(one) for one in requests], plan, list, words, SCALES, finder=lambda picture: picture
+        lambda requests: [outline(one) for one in requests],
+        plan,
+        through,
+        words,
+        SCALES,
+        finder=lambda picture: picture,
     )
     assert (found["hint_wins_from"], found["prompt_wins_to"]) == (1.0, 0.5)
     assert [round(mean, 3) for _, mean in curve_points(found, "prompt_wins")] == [1, 1, 0, 0]
@@ -71,9 +82,14 @@ def test_the_scale_at_which_the_hint_wins_is_found_and_up_to_which_the_prompt_do
     assert len(rows) == 4 and len(rows[0]) == len(head) - 1 and "from scale 1 on" in caption
 
 
-def test_without_a_referee_obedience_alone_is_told(plan):
+def test_without_a_referee_obedience_alone_is_told(plan, through):
     found = against_prompt(
-        lambda requests: [outline(one, 9) for one in requests], plan, list, None, SCALES, finder=lambda picture: picture
+        lambda requests: [outline(one, 9) for one in requests],
+        plan,
+        through,
+        None,
+        SCALES,
+        finder=lambda picture: picture,
     )
     assert found["hint_wins_from"] is None and found["prompt_wins_to"] is None
     assert "prompt_wins" not in found["curve"][0]
@@ -81,8 +97,8 @@ def test_without_a_referee_obedience_alone_is_told(plan):
     assert len(rows[0]) == len(head) - 1 == 2 and "at no scale" in caption
 
 
-@pytest.mark.parametrize(("harm", "cost"), [(0, 0), (48, 1)], ids=["harmless", "fatal"])
-def test_the_cost_of_silence_is_what_is_lost_beside_it(plan, harm, cost):
+@pytest.mark.parametrize(("harm", "cost"), [(0, 0.0), (48, 1.15)], ids=["harmless", "fatal"])
+def test_the_cost_of_silence_is_what_is_lost_beside_it(plan, through, harm, cost):
     def make(requests):
         for one in requests:
             picture = outline(one)
@@ -92,8 +108,8 @@ def test_the_cost_of_silence_is_what_is_lost_beside_it(plan, harm, cost):
             yield picture
 
     companion = Companion(ControlRequest(name="other", hint_cfg_scale=1.0), contract("depth"))
-    found = beside_silent(make, plan, list, companion, finder=lambda picture: picture)
-    assert found["cost"]["mean"] == pytest.approx(cost, abs=0.3 * cost + 1e-9)
+    found = beside_silent(make, plan, through, companion, finder=lambda picture: picture)
+    assert found["cost"]["mean"] == pytest.approx(cost, abs=0.25)
     assert found["alone"]["floor"] == found["beside"]["floor"] and found["alone"]["ceiling"]["mean"] > 0.5
     [(_, rows, caption)] = contest_rows({"beside_silent": found | {"silent": "depth"}})
     assert rows[1][0] == "beside a silent depth" and "costs" in caption

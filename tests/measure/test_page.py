@@ -47,7 +47,7 @@ def test_the_page_shows_each_pair_in_all_ways_beside_its_figures(plan, make):
     page = evaluation_page(report | {"verdict": "Control found."}, plan, make.by_way(plan), list, "canny on circles")
     seen = pictures_in(page)
     assert len(seen) == 4 * 6, "hint, truth, the same out of the VAE, and three ways"
-    truth, controlled, plain, other = (seen[i].astype(int) for i in (1, 3, 4, 5))
+    truth, controlled, other, plain = (seen[i].astype(int) for i in (1, 3, 4, 5))
     assert abs(truth - PAIRS[0].picture).mean() < 8 and plain.max() < 8
     assert abs(controlled - plan.hints[0]).mean() < 12 and abs(other - plan.hints[2]).mean() < 12
     for name in ("fidelity", "floor", "ceiling", "obedience"):
