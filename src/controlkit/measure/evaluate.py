@@ -6,7 +6,7 @@ hint is in ``request.controls[0].images``; without control there is none.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -46,8 +46,8 @@ class EvaluationPlan:
     steps: int = 20
     guidance: float = 4.0
     first_seed: int = 0
-    scheduler: str | None = None
-    negative_prompt: str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of each ``Request``, such as its negative prompt."""
 
     @cached_property
     def hints(self) -> list[np.ndarray]:
@@ -71,9 +71,8 @@ class EvaluationPlan:
                 seed=self.first_seed + i,
                 steps=self.steps,
                 guidance=self.guidance,
-                scheduler=self.scheduler,
-                negative_prompt=self.negative_prompt,
                 controls=() if way == "no_control" else (self.with_hint(hints[i]),),
+                **self.others,
             )
             for i in (range(len(self.pairs)) if rows is None else rows)
         ]
@@ -159,9 +158,8 @@ def evaluate(
         "scale": plan.control.scale,
         "hint_cfg_scale": plan.control.hint_cfg_scale,
         "seeds": f"{plan.first_seed}-{plan.first_seed + len(plan.pairs) - 1}",
+        **plan.others,
     }
-    others = {"scheduler": plan.scheduler, "negative_prompt": plan.negative_prompt}
-    report["settings"] |= {name: value for name, value in others.items() if value is not None}
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
 
