@@ -70,7 +70,7 @@ def against_prompt(
         scaled = replace(told, control=told.control.model_copy(update={"scale": scale}))
         made = three_ways(make, scaled, ("controlled",))["controlled"]
         measured = obedience(scores(made), plain, mixed, ceiling, metric_of(plan.spec).name)
-        point = {"scale": scale, "obedience": asdict(measured)}
+        point: dict[str, Any] = {"scale": scale, "obedience": asdict(measured)}
         curve.append(point | (_words(referee, made, told.pairs, plan.pairs) if referee else {}))
     return {
         "curve": curve,
@@ -146,17 +146,16 @@ def beside_silent(
     requests = plan.requests("controlled")
     silent = companion.silent(plan.hints[0].shape[:2])
     both = make([one.model_copy(update={"controls": (*one.controls, silent)}) for one in requests])
-    rest = [scores(made["no_control"]), scores(made["shuffled"])]
-    rest.append(scores(reconstruct([pair.picture for pair in plan.pairs])))
+    plain, mixed = scores(made["no_control"]), scores(made["shuffled"])
+    ceiling = scores(reconstruct([pair.picture for pair in plan.pairs]))
+    metric = metric_of(plan.spec).name
     alone, beside = scores(made["controlled"]), scores([picture.pixels for picture in both])
-    metric = metric_of(plan.spec)
-    measured = obedience(alone, *rest, metric=metric.name)
+    measured = obedience(alone, plain, mixed, ceiling, metric)
     span = measured.ceiling.mean - measured.floor.mean  # with its sign: less than 0 for an error
-    cost = mean_figure(_whole((alone - beside) / (span or np.nan)))
     return {
         "alone": asdict(measured),
-        "beside": asdict(obedience(beside, *rest, metric=metric.name)),
-        "cost": asdict(cost),
+        "beside": asdict(obedience(beside, plain, mixed, ceiling, metric)),
+        "cost": asdict(mean_figure(_whole((alone - beside) / (span or np.nan)))),
     }
 
 

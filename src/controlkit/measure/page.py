@@ -46,26 +46,29 @@ def shown(picture: np.ndarray, label: str) -> Shown:
 
 @dataclass
 class Recorded:
-    """A maker that keeps what it made: ``calls`` has the requests and the pictures of each call, in order."""
+    """A maker that keeps what it made, and gives it again where the same requests come again."""
 
     make: Maker
-    calls: list[tuple[list[Request], list[np.ndarray]]] = field(default_factory=list)
+    calls: list[tuple[list[Request], list[Picture]]] = field(default_factory=list)
+    """The requests and the pictures of each call, in order."""
 
     def __call__(self, requests: Sequence[Request]) -> list[Picture]:
         """The pictures of the requests, as ``make`` makes them."""
-        pictures = list(self.make(requests))
-        self.calls.append((list(requests), [picture.pixels for picture in pictures]))
-        return pictures
+        asked = list(requests)
+        if (made := self._made(asked)) is None:
+            self.calls.append((asked, made := list(self.make(asked))))
+        return made
+
+    def _made(self, asked: list[Request]) -> list[Picture] | None:
+        return next((pictures for requests, pictures in self.calls if requests == asked), None)
 
     def by_way(self, plan: EvaluationPlan) -> dict[Way, list[np.ndarray]]:
         """The pictures of each way of a plan; ``Invalid`` where some were not made."""
         found = {}
         for way in WAYS:
-            asked = plan.requests(way)
-            made = next((pictures for requests, pictures in self.calls if requests == asked), None)
-            if made is None:
+            if (made := self._made(plan.requests(way))) is None:
                 raise Invalid(f"The pictures of this plan were not all made ({way}): call evaluate first.")
-            found[way] = made
+            found[way] = [picture.pixels for picture in made]
         return found
 
 
@@ -135,8 +138,8 @@ def contest_rows(report: Mapping[str, Any]) -> list[Rows]:
         words = f"The hint wins from scale {hint:g} on." if hint is not None else "The hint wins at no scale."
         if names:
             words += f" The prompt wins up to scale {prompt:g}." if prompt is not None else " The prompt wins at none."
-        floor = {name: found["curve"][0]["obedience"][name]["mean"] for name in ("floor", "ceiling")}
-        tables.append((head, rows, f"{words} Floor {floor['floor']:.3f}, ceiling {floor['ceiling']:.3f}."))
+        ends = {name: found["curve"][0]["obedience"][name]["mean"] for name in ("floor", "ceiling")}
+        tables.append((head, rows, f"{words} Floor {ends['floor']:.3f}, ceiling {ends['ceiling']:.3f}."))
     if found := report.get("beside_silent"):
         rows = [
             [words, _with_interval(found[name]["obedience"]), _with_interval(found[name]["fidelity"])]
@@ -160,7 +163,7 @@ def picture_rows(plan: EvaluationPlan, made: Mapping[Way, Sequence[np.ndarray]],
 
 
 def _curves(report: Mapping[str, Any]) -> list[Chart]:
-    """What becomes of a contradicting prompt over the scales of the control."""
+    """Obedience, and the share of pictures nearer to a contradicting prompt, over the scales of the control."""
     found, marks = report["against_prompt"], [(WON, "won")]
     titles = {"obedience": "the hint: obedience", "prompt_wins": "the prompt: share of pictures nearer to it"}
     curves = {title: curve_points(found, name) for name, title in titles.items()}

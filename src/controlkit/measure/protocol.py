@@ -42,8 +42,7 @@ def planned(plan: EvaluationPlan) -> EvaluationPlan:
         steps=STEPS,
         guidance=GUIDANCE,
         first_seed=SEED,
-        scheduler=SCHEDULER,
-        negative_prompt=NEGATIVE,
+        others={"scheduler": SCHEDULER, "negative_prompt": NEGATIVE},
     )
 
 
@@ -141,8 +140,8 @@ def raw_of(spec: HintSpec, quirks: bool = False) -> Raw:
         "canny": lambda: Raw("F1", "%", lambda *maps: np.array([exact_f1(*maps)]), _plain),
         "softedge": lambda: Raw("MS-SSIM", "", _mean(five_scales), _plain),
         "lineart": lambda: Raw("MS-SSIM", "", _mean(_wrapping if quirks else five_scales), _plain),
-        "depth": lambda: Raw("RMSE", "", _mean(lambda *maps: depth_distance(*maps, quirks=quirks)), _plain),
-        "seg": lambda: Raw("mIoU", "%", lambda *maps: overlaps(*maps, palette=_palette(spec)), set_iou),
+        "depth": lambda: Raw("RMSE", "", _mean(lambda found, given: depth_distance(found, given, quirks)), _plain),
+        "seg": lambda: Raw("mIoU", "%", lambda found, given: overlaps(found, given, _palette(spec)), set_iou),
     }
     name = "softedge" if kind.contract_name in ("hed", "pidi", "ted") else kind.contract_name
     if name not in by_family:

@@ -29,7 +29,7 @@ _LIBRARIES = ("controlkit", "torch", "diffusers", "transformers", "safetensors",
 
 @dataclass(frozen=True)
 class VerifyPlan:
-    """What to verify with."""
+    """The settings of a verification."""
 
     source: str | None = None
     """``subject_of``'s."""
