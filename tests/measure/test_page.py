@@ -63,6 +63,13 @@ def test_no_result_is_shown_without_its_floor_and_ceiling(plan, make, lost):
         evaluation_page(report, plan, make.by_way(plan), list, "")
 
 
+def test_what_was_made_is_not_made_again(plan, make):
+    evaluate(make, plan, list)
+    before = make.by_way(plan)
+    evaluate(make, plan, list)
+    assert len(make.calls) == 3 and make.by_way(plan)["controlled"][0] is before["controlled"][0]
+
+
 def test_what_was_made_is_known_by_its_requests(plan, make):
     evaluate(make, replace(plan, first_seed=100), list)
     with pytest.raises(Invalid, match="not all made"):

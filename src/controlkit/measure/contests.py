@@ -33,9 +33,9 @@ pictures nearer to it than to the hint's own."""
 
 def contradicting(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs, each with the prompt of the one half the set further."""
-    half = max(len(pairs) // 2, 1)
-    others = [*pairs[half:], *pairs[:half]]
-    return [replace(pair, prompt=other.prompt) for pair, other in zip(pairs, others, strict=True)]
+    own = list(pairs)  # which may know no slices
+    half = max(len(own) // 2, 1)
+    return [replace(pair, prompt=other.prompt) for pair, other in zip(own, [*own[half:], *own[:half]], strict=True)]
 
 
 def against_prompt(

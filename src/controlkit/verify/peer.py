@@ -86,7 +86,7 @@ class Peer:
             return {"image": hint, "adapter_conditioning_scale": scale}
         found = {"controlnet_conditioning_scale": scale, "guess_mode": asked.guess if asked else False}
         if self._kind == "union type":
-            return found | {"control_image": [hint], "control_mode": [TYPES[self.control.branch.hint_type]]}
+            return found | {"control_image": [hint], "control_mode": [TYPES[str(self.control.branch.hint_type)]]}
         return found | {"image": hint}
 
     def decode(self, latents: Tensor) -> Tensor:
