@@ -617,6 +617,7 @@ EXCUSED: dict[str, str] = {
             "train.trackers.tracked",
             "reproduce.compare.make_comparison",
             "reproduce.entrants.write_report",
+            "verify.page.write_verification",
             "reproduce.fig8.make_fig8",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",

@@ -165,7 +165,7 @@ def picture_rows(plan: EvaluationPlan, made: Mapping[Way, Sequence[np.ndarray]],
 def _curves(report: Mapping[str, Any]) -> list[Chart]:
     """Obedience, and the share of pictures nearer to a contradicting prompt, over the scales of the control."""
     found, marks = report["against_prompt"], [(WON, "won")]
-    titles = {"obedience": "the hint: obedience", "prompt_wins": "the prompt: share of pictures nearer to it"}
+    titles = {"obedience": "the hint: obedience", "prompt_wins": "the prompt: nearer to it"}
     curves = {title: curve_points(found, name) for name, title in titles.items()}
     return [Chart(title, points, scale=(0, 1), marks=marks, unit="scale") for title, points in curves.items() if points]
 
