@@ -469,7 +469,7 @@ def _store(folder: Path, toy: Path) -> None:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 _PICTURE = ("picture", "hint", "posted picture", "request's picture", "picture to be changed", "annotate", "doctor")
-_CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate")
+_CONTROL = ("tensors", "describe", "control", "inspect", "convert", "generate --control", "evaluate", "verify")
 _SET = ("listing", "doctor", "build", "training pairs", "train")
 
 _OPPONENT = ("opponent", "opponent's training")

@@ -79,7 +79,7 @@ class Setting:
         datasets.disable_progress_bars()
         narrow_families()
         setting = cls(folder, toy, load_base(toy))
-        for module in (making, cli.runs, cli.data, cli.weights):
+        for module in (making, cli.runs, cli.evaluating, cli.verify, cli.data, cli.weights):
             module.loaded_base = setting.loaded
         sample.generate = _black_pictures
         makers.generate = _no_batch
@@ -441,6 +441,29 @@ READERS: dict[str, Reader] = {
         ("evaluate control", "evaluate base", "evaluate data", "evaluate column"),
         10,
     ),
+    "verify": Reader(
+        lambda path, setting: command(
+            "verify",
+            setting.toy,
+            path,
+            "--num",
+            0,
+            "--shown",
+            1,
+            "--steps",
+            1,
+            "--data",
+            "fill50k",
+            "--hint",
+            "canny",
+            "--device",
+            "cpu",
+            "--out",
+            setting.folder / "out" / "verified",
+        ),
+        ("verify base", "verify control", "verify data", "evaluate silent"),
+        20,
+    ),
     "generate --control": Reader(
         lambda path, setting: _generate(path, setting, "--control", f"{path}={_photo(setting)}"),
         ("generate control",),
@@ -486,7 +509,7 @@ READERS: dict[str, Reader] = {
         lambda path, setting: _jobs(path, setting, path.parent, "--control", path.parent / "control"), (), 2
     ),
     "generate --vae": Reader(
-        lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae"), 4
+        lambda path, setting: _generate(path, setting, "--vae", path), ("generate vae", "evaluate vae", "verify vae"), 4
     ),
     "generate --lora": Reader(
         lambda path, setting: _generate(path, setting, "--lora", f"{path}=0.5"), ("generate lora", "evaluate lora"), 4
@@ -595,6 +618,7 @@ EXCUSED: dict[str, str] = {
             "train.trackers.tracked",
             "reproduce.compare.make_comparison",
             "reproduce.entrants.write_report",
+            "verify.page.write_verification",
             "reproduce.fig8.make_fig8",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
@@ -717,6 +741,11 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "data make scenes hint",
             "evaluate annotator",
             "evaluate device",
+            "evaluate referee",
+            "evaluate protocol",
+            "verify device",
+            "verify dtype",
+            "verify hint",
             "generate annotator",
             "generate grid",
             "generate device",
@@ -755,6 +784,8 @@ EXCUSED_OPTIONS: dict[str, str] = {
             "data doctor out",
             "data make scenes out",
             "evaluate json_file",
+            "evaluate report_file",
+            "verify out",
             "generate out",
             "serve state",
             "reproduce out",

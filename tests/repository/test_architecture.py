@@ -24,9 +24,10 @@ LONG = {  # commands, whose options are parameters
     "cli/data.py build",
     "cli/data.py doctor",
     "cli/pictures.py generate",
-    "cli/runs.py evaluate",
+    "cli/evaluating.py evaluate",
     "cli/reproduce.py reproduce",
     "cli/serve.py serve",
+    "cli/verify.py verify",
     "cli/weights.py convert",
 }
 # Imports against the direction.

@@ -7,20 +7,39 @@ from torch import Tensor
 
 from controlkit.backbones.unet import UNetBase
 
+_PIPELINES = {  # how many text towers; the class of what controls -> the pipeline's class, and its name for that part
+    (1, ""): ("StableDiffusionPipeline", ""),
+    (2, ""): ("StableDiffusionXLPipeline", ""),
+    (1, "ControlNetModel"): ("StableDiffusionControlNetPipeline", "controlnet"),
+    (2, "ControlNetModel"): ("StableDiffusionXLControlNetPipeline", "controlnet"),
+    (2, "ControlNetUnionModel"): ("StableDiffusionXLControlNetUnionPipeline", "controlnet"),
+    (1, "T2IAdapter"): ("StableDiffusionAdapterPipeline", "adapter"),
+    (2, "T2IAdapter"): ("StableDiffusionXLAdapterPipeline", "adapter"),
+}
 
-def stock_pipeline(base: UNetBase, controlnet: Any) -> Any:
-    """diffusers' ControlNet pipeline for a base and a ``ControlNetModel``, without copies of the weights."""
+
+def stock_pipeline(base: UNetBase, control: Any = None) -> Any:
+    """diffusers' pipeline for a base and a network of diffusers that controls it, without copies of the weights.
+
+    ``control``: a ``ControlNetModel``, a ``ControlNetUnionModel``, a ``T2IAdapter``, or None. ``KeyError`` where
+    diffusers has no pipeline of the two.
+    """
     import diffusers
 
     first, *more = base.towers
-    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "scheduler": base.scheduler, "controlnet": controlnet}
+    kind = "" if control is None else type(control).__name__
+    pipeline_name, part = _PIPELINES[len(base.towers), kind]
+    parts: dict[str, Any] = {"vae": base.vae, "unet": base.unet, "scheduler": base.scheduler}
     parts |= {"text_encoder": first.encoder, "tokenizer": first.tokenizer}
+    if part:
+        parts[part] = control
     if more:
         parts |= {"text_encoder_2": more[0].encoder, "tokenizer_2": more[0].tokenizer}
-        pipeline = diffusers.StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+        if "Adapter" not in pipeline_name:
+            parts["add_watermarker"] = False
     else:
-        nothing: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-        pipeline = diffusers.StableDiffusionControlNetPipeline(**parts, **nothing, requires_safety_checker=False)
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, pipeline_name)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -16,7 +16,19 @@ from typing import Any
 
 import typer
 
-from controlkit.cli import annotating, baselines, bench, data, pictures, reproduce, runs, serve, weights
+from controlkit.cli import (
+    annotating,
+    baselines,
+    bench,
+    data,
+    evaluating,
+    pictures,
+    reproduce,
+    runs,
+    serve,
+    verify,
+    weights,
+)
 from controlkit.cli.shared import complain, warn
 from controlkit.errors import UserError, one_line, printable
 from controlkit.files import home_path
@@ -31,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (pictures, annotating, runs, weights, serve, reproduce):
+for commands in (pictures, annotating, runs, evaluating, weights, serve, reproduce, verify):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

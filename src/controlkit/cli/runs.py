@@ -1,36 +1,25 @@
 """Training runs: to start or go on, to watch, to measure what came of them."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from controlkit.cli.shared import (
-    BaseOption,
-    ColumnOption,
     DeviceOption,
-    GuidanceOption,
-    LoraOption,
-    StepsOption,
-    VaeOption,
     finite,
     loaded_base,
-    loaded_control,
     on_cuda,
-    parse_columns,
     progress_bars,
     say,
     say_beside,
-    say_table,
-    split_lora,
     terminal,
     warn,
 )
-from controlkit.errors import Invalid, Unsupported, printable
+from controlkit.errors import Invalid, printable
 
 if TYPE_CHECKING:
     from controlkit.train import Ending, Record
@@ -220,101 +209,3 @@ def watch(
             seen = read_run(run)
     if html:
         say(str(html))
-
-
-@app.command(epilog="Example:\n\n    controlkit evaluate canny --num 64 --json canny.json")
-def evaluate(
-    control: Annotated[str, typer.Argument(help="A shipped control, a control folder, or a run's folder.")],
-    base: BaseOption = "mini",
-    num: Annotated[int, typer.Option(help="Pictures to measure on.", min=2)] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="`emoji`, `scenes`, `fill50k` or a folder; by default what the control was trained on, if it was here."
-        ),
-    ] = None,
-    column: ColumnOption = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of the pictures in pixels; by default what the control was trained on, if it was here, or the "
-            "base's.",
-            min=1,
-            max=16_384,
-        ),
-    ] = None,
-    annotator: Annotated[
-        str | None, typer.Option(help="What makes the hints of a control that does not say it itself.")
-    ] = None,
-    scale: Annotated[float, typer.Option(help="Scale of the control: what its residuals are multiplied by.")] = 1.0,
-    lora: LoraOption = None,
-    vae: VaeOption = None,
-    steps: StepsOption = 20,
-    guidance: GuidanceOption = 4.0,
-    hint_cfg: Annotated[
-        float | None,
-        typer.Option(help="How many times guidance counts the hint; by default what the control says, or 1."),
-    ] = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Measure whether a control is obeyed: fidelity, floors, ceiling, obedience; and CLIP-score and FID beside it.
-
-    Held-out pairs, seeds 0..N-1; 95% intervals by a paired bootstrap. Obedience 0 is no control, 1 is all the VAE
-    lets through. Ends with a verdict in words; control that is found is measured once more, with other seeds.
-    CLIP-score and FID are measured on `mini` and bases tuned from it alone, as the referee knows no others, and where
-    it tells the true pictures' captions apart.
-    """
-    from controlkit.files import write_atomic
-    from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
-    from controlkit.precision import settle_threads
-    from controlkit.sample import ControlRequest, maker
-
-    if json_file and json_file.is_dir():
-        raise Invalid(f"--json is {json_file}, which is a folder; expected a file to write.")
-    model = loaded_base(base, device, loras=[split_lora(text) for text in lora or []], vae=vae)
-    settle_threads(model.networks().values())
-    saved = loaded_control(control, model, annotator)
-    if saved.branch.hint_types:
-        raise Unsupported(f'"{control}" is a Union: measure one of its types, as {control}:TYPE.')
-    metric_of(saved.hint)
-    told = saved.trained_on["size"]
-    if size or (told and saved.is_own):
-        model = model.of_size(size or told)
-    elif told and told != model.size:
-        warn(f'the file of "{control}" says that it was trained on {told} pixels; --size has it measured there')
-    pairs, real = heldout_for(saved, model.size, num, data, parse_columns(column))
-    counted = saved.hint_cfg_scale if hint_cfg is None else hint_cfg
-    plan = EvaluationPlan(
-        ControlRequest(name=control, scale=scale, hint_cfg_scale=counted), saved.hint, pairs, steps, guidance
-    )
-    with progress_bars() as progress:
-        work = 3 * len(pairs) * steps
-        task = progress.add_task("measuring", total=work, figures="")
-        make = maker(model, {control: saved}, on_step=lambda n: progress.update(task, advance=n, visible=True))
-        report = evaluate_base(model, make, plan, real)
-        task = progress.add_task("with other seeds", total=work, figures="", visible=False)
-        judge(make, plan, report, ceiling_of(model))
-    if json_file:
-        write_atomic(json_file, (json.dumps(report, indent=2) + "\n").encode())
-    _show(report, f"{control} on {base}")
-
-
-def _show(report: Mapping[str, Any], title: str) -> None:
-    """Print a report: a table of its figures; notes and the verdict below it."""
-    used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
-    figures = {name: one for name, one in report.items() if isinstance(one, dict) and "mean" in one}
-    say_table(
-        f"{title}: {report['metric']}, {report['num']} pictures, {report['seconds']:.0f} s",
-        ("figure", "mean", "95% interval"),
-        ((name, f"{one['mean']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for name, one in figures.items()),
-        used,
-    )
-    if report.get("observer"):
-        accuracy = ", ".join(f"{name} {value:.3f}" for name, value in report["observer"].items())
-        say(f"Read off the pictures by the observer, whose own figures on held-out scenes are: {accuracy}.")
-    for note in report.get("notes", []):
-        say(note)
-    if not report.get("quality_kept", True):
-        warn("CLIP-score is under 95% of the lesser of no control and the truth, or FID over 110% of no control")
-    say(report["verdict"])

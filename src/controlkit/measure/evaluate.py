@@ -6,7 +6,7 @@ hint is in ``request.controls[0].images``; without control there is none.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from controlkit.images import HintSpec, to_pictures, to_tensor
 from controlkit.measure.fidelity import Finder, check_findable, fidelity
 from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.obedience import Obedience, mean_figure, obedience, obedience_in
-from controlkit.measure.quality import Quality, quality_kept, unjudgeable
+from controlkit.measure.quality import Quality, QualityReferee, quality_kept, unjudgeable
 from controlkit.measure.verdict import Verdict, verdict_on
 from controlkit.measure.world import EMBEDDED, world_of
 from controlkit.precision import autocast, number_format
@@ -46,6 +46,8 @@ class EvaluationPlan:
     steps: int = 20
     guidance: float = 4.0
     first_seed: int = 0
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of each ``Request``, such as its negative prompt."""
 
     @cached_property
     def hints(self) -> list[np.ndarray]:
@@ -70,6 +72,7 @@ class EvaluationPlan:
                 steps=self.steps,
                 guidance=self.guidance,
                 controls=() if way == "no_control" else (self.with_hint(hints[i]),),
+                **self.others,
             )
             for i in (range(len(self.pairs)) if rows is None else rows)
         ]
@@ -155,6 +158,7 @@ def evaluate(
         "scale": plan.control.scale,
         "hint_cfg_scale": plan.control.hint_cfg_scale,
         "seeds": f"{plan.first_seed}-{plan.first_seed + len(plan.pairs) - 1}",
+        **plan.others,
     }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
@@ -193,13 +197,16 @@ def evaluate_base(
     plan: EvaluationPlan,
     real: Sequence[np.ndarray],
     no_control: Sequence[np.ndarray] | None = None,
+    referee: QualityReferee | None = None,
 ) -> dict[str, Any]:
     """``evaluate`` a maker that samples with ``base``: its VAE's ceiling, its world's referee, its facts.
 
-    ``real``: pictures that nothing was trained on, for FID; not used where quality is not judged.
+    ``real``: pictures that nothing was trained on, for FID; not used where quality is not judged. ``referee``: in the
+    place of the world's, such as ``public.PublicReferee`` for photographs.
     """
     world = world_of(base)
-    quality = Quality(world.referee(base.device.type), real) if world else None
+    referee = referee or (world.referee(base.device.type) if world else None)
+    quality = Quality(referee, real) if referee else None
     report = evaluate(make, plan, ceiling_of(base), quality, no_control=no_control)
     report["settings"] |= {"base": base.name, "base_digest": base.digest, "format": number_format(base.device.type)}
     return report

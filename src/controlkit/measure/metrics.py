@@ -6,6 +6,7 @@ hints that are channels of one, the first decides.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -84,15 +85,21 @@ def normal_angle(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.degrees(2 * np.arcsin((chords / 2).clip(0, 1))).mean())  # exact for small angles; arccos is not
 
 
-def miou(found: np.ndarray, wanted: np.ndarray) -> float:
+def palette_of(metric: str) -> np.ndarray:
+    """The colours of the labels that ``miou`` or ``miou_ade20k`` compares, uint8 (classes, 3)."""
+    from controlkit.annotators.networks.segmentation import ADE20K
+    from controlkit.mini.scenes import PALETTE
+
+    return {"miou": np.asarray(PALETTE), "miou_ade20k": ADE20K}[metric]
+
+
+def miou(found: np.ndarray, wanted: np.ndarray, of: str = "miou") -> float:
     """Mean intersection over union of two pictures of labels, uint8 (H, W, 3), in the embedded scenes' colours.
 
     0 to 1, over the classes in either. As in PASCAL VOC (Everingham et al., 2015, Section 4.2), but per picture; the
-    paper measures segmentation by it, too (Table 3).
+    paper measures segmentation by it, too (Table 3). ``of``: ``palette_of``'s.
     """
-    from controlkit.mini.scenes import PALETTE
-
-    a, b = (labels_of(picture, PALETTE) for picture in (found, wanted))
+    a, b = (labels_of(picture, palette_of(of)) for picture in (found, wanted))
     shares = [((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum() for k in np.union1d(a, b)]
     return float(np.mean(shares))
 
@@ -180,6 +187,7 @@ METRICS = {
         Metric("depth_rmse", depth_rmse, higher_is_better=False),
         Metric("normal_angle", normal_angle, higher_is_better=False),
         Metric("miou", miou),
+        Metric("miou_ade20k", partial(miou, of="miou_ade20k")),  # of OneFormer's and UperNet's 150 classes
         Metric("pck", pck),
         Metric("inpaint_distance", inpaint_distance, higher_is_better=False, annotates=False),
         # Of pictures low-passed as the tile's options say. In dB, an error two thirds of another's lies this far off.

@@ -59,14 +59,14 @@ def obedience_in(report: Mapping[str, Any]) -> Obedience:
     return Obedience(**{name: Figure(**ends) for name, ends in figures.items()}, metric=report["metric"])
 
 
-def _resampled(count: int) -> np.ndarray:
+def resampled(count: int) -> np.ndarray:
     """Rows of each bootstrap draw, (RESAMPLES, count); the same for the same count."""
     return numpy_rng("bootstrap", count).integers(count, size=(RESAMPLES, count))
 
 
 def mean_figure(values: np.ndarray) -> Figure:
     """The mean of values (N,) with its bootstrap interval."""
-    low, high = np.quantile(values[_resampled(len(values))].mean(1), [0.025, 0.975])
+    low, high = np.quantile(values[resampled(len(values))].mean(1), [0.025, 0.975])
     return Figure(float(values.mean()), float(low), float(high))
 
 
@@ -95,7 +95,7 @@ def obedience(
         scores = sign * np.stack([got, floor, without, mixed, top])
         return np.stack([*scores, (got - floor) / np.maximum(top - floor, 1e-6)])
 
-    samples = figures(table[:, _resampled(table.shape[1])])
+    samples = figures(table[:, resampled(table.shape[1])])
     low, high = np.quantile(samples, [0.025, 0.975], axis=1)
     got, floor, without, mixed, top, share = (
         Figure(*map(float, row)) for row in zip(figures(table), low, high, strict=True)

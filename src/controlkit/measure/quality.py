@@ -4,6 +4,7 @@ A referee judges pictures of the world it was trained on (see ``world``), and of
 tells apart by their captions: see ``unjudgeable``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlkit.data import Pair
 from controlkit.errors import NotFound
@@ -44,7 +45,56 @@ def colours(picture: np.ndarray) -> np.ndarray:
     return np.array([*values.mean((0, 1)), values.mean(-1).std(), range_.mean()])
 
 
-class Referee:
+class QualityReferee(ABC):
+    """Judges pictures of a world: how near they are to words, how they are spread, perhaps how well-made."""
+
+    rates = False
+    """Whether it has ``ratings``."""
+
+    @abstractmethod
+    def embed(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Unit vectors (N, space) of pictures, uint8 (H, W, 3)."""
+
+    @abstractmethod
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, space) of texts."""
+
+    @abstractmethod
+    def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Features (N, C) of pictures, uint8 (H, W, 3), whose spread FID compares."""
+
+    def ratings(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """How well-made each picture is, 0 to 10, (N,); ``NotFound`` for a referee that rates nothing."""
+        raise NotFound("This referee has no aesthetic head.")
+
+    def scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """``clip_score`` of each picture with its prompt, ``aesthetic`` where it rates, and others, (N,) each."""
+        found = {"clip_score": self.clip_scores(pictures, prompts)}
+        return found | ({"aesthetic": self.ratings(pictures)} if self.rates else {})
+
+    @torch.no_grad()
+    def clip_scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Cosine of each picture with its prompt, (N,), -1 to 1 (Hessel et al., 2021, without their factor)."""
+        return (self.embed(pictures) * self.embed_texts(prompts)).sum(-1).cpu().numpy()
+
+    @torch.no_grad()
+    def preferences(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """For each picture, the share of the other pictures' prompts that fit it less well than its own, (N,), 0 to 1.
+
+        A prompt that fits as well counts half, so that chance is 0.5. At least two pictures.
+        """
+        scores = (self.embed(pictures) @ self.embed_texts(prompts).T).cpu().numpy()
+        own = scores.diagonal()[:, None]
+        return ((scores < own).sum(1) + ((scores == own).sum(1) - 1) / 2) / (len(own) - 1)
+
+    @torch.no_grad()
+    def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """For each picture, the index of the caption that fits best, (N,)."""
+        pairs = zip(self.embed(pictures), captions, strict=True)
+        return np.array([int((self.embed_texts(texts) @ image).argmax()) for image, texts in pairs])
+
+
+class Referee(QualityReferee):
     """An image-text tower that the base was not trained with: prompt adherence, and the features of FID.
 
     Where the folder ``aesthetic`` lies beside its own, also the head that rates how well-made a picture is.
@@ -60,12 +110,18 @@ class Referee:
         self.head = AestheticHead.load(beside).to(device) if beside.is_dir() else None
         self.device = device
 
-    def _tokens(self, texts: Sequence[str]) -> Tensor:
+    @property
+    def rates(self) -> bool:  # type: ignore[override]  # which it knows once it is loaded
+        """Whether it has a head that rates pictures."""
+        return self.head is not None
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, space) of texts."""
         window = self.tower.config["text"]["max_position_embeddings"]
         rows = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=window, return_tensors="pt"
         )
-        return rows.input_ids.to(self.device)
+        return self.tower.embed_texts(rows.input_ids.to(self.device))
 
     def embed(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Unit vectors (N, space) of pictures, uint8 (H, W, 3)."""
@@ -86,50 +142,37 @@ class Referee:
             raise NotFound("This referee has no aesthetic head: expected a folder `aesthetic` beside its own.")
         return self.head(self.features(pictures)).cpu().numpy()
 
-    @torch.no_grad()
-    def clip_scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        """Cosine of each picture with its prompt, (N,), -1 to 1 (Hessel et al., 2021, without their factor)."""
-        return (self.embed(pictures) * self.tower.embed_texts(self._tokens(prompts))).sum(-1).cpu().numpy()
 
-    @torch.no_grad()
-    def preferences(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        """For each picture, the share of the other pictures' prompts that fit it less well than its own, (N,), 0 to 1.
+def frechet(made: Tensor, real: Tensor) -> float:
+    """The Fréchet distance of two normal distributions with the means and covariances of features, (N, C) and (M, C).
 
-        A prompt that fits as well counts half, so that chance is 0.5. At least two pictures.
-        """
-        scores = (self.embed(pictures) @ self.tower.embed_texts(self._tokens(prompts)).T).cpu().numpy()
-        own = scores.diagonal()[:, None]
-        return ((scores < own).sum(1) + ((scores == own).sum(1) - 1) / 2) / (len(own) - 1)
+    Heusel et al., 2017, equation 6: |m - w|^2 + tr(A + B - 2 (A B)^(1/2)). With A = X'X and B = Y'Y of the centred rows
+    the trace of the root is the sum of the singular values of X Y', which is exact, and quick where there are fewer
+    pictures than features.
+    """
+    made, real = made.double(), real.double()
+    shift = (made.mean(0) - real.mean(0)).square().sum()
+    x, y = ((rows - rows.mean(0)) / max(len(rows) - 1, 1) ** 0.5 for rows in (made, real))
+    root = torch.linalg.svdvals(_reduced(x) @ _reduced(y).T).sum()
+    return float(shift + x.square().sum() + y.square().sum() - 2 * root)
 
-    @torch.no_grad()
-    def choose(self, pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """For each picture, the index of the caption that fits best, (N,)."""
-        pairs = zip(self.embed(pictures), captions, strict=True)
-        return np.array([int((self.tower.embed_texts(self._tokens(texts)) @ image).argmax()) for image, texts in pairs])
+
+def _reduced(rows: Tensor) -> Tensor:
+    """Rows (N, C) with the same products of columns, at most C of them."""
+    return torch.linalg.qr(rows).R if len(rows) > rows.shape[1] else rows
 
 
 def fid(made: Tensor, real: Tensor) -> Figure:
-    """Fréchet distance between features (N, C) of made and (M, C) of real pictures; the interval redraws the made.
+    """The ``frechet`` distance of features (N, C) of made and (M, C) of real pictures; the interval redraws the made.
 
-    Heusel et al., 2017, equation 6, with a referee's features in place of Inception's. With few pictures the distance
-    is biased upwards: compare only figures of equal N and M.
+    FID where the features are Inception's (``public``); else the same with a referee's features in their place. With
+    few pictures the distance is biased upwards: compare only figures of equal N and M.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    features = nn.Identity()
-    features.num_features = made.shape[1]  # type: ignore[assignment]  # torchmetrics asks the module for it
-    metric = FrechetInceptionDistance(feature=features, reset_real_features=False).set_dtype(torch.float64)
     made, real = made.cpu(), real.cpu()
-    metric.update(real.double(), real=True)
-
-    def distance(rows: Tensor) -> float:
-        metric.reset()
-        metric.update(rows.double(), real=False)
-        return float(metric.compute())
-
     rng = numpy_rng("fid", len(made))
-    redrawn = [distance(made[torch.from_numpy(rng.integers(len(made), size=len(made)))]) for _ in range(_REDRAWN)]
-    whole = distance(made)
+    draws = (torch.from_numpy(rng.integers(len(made), size=len(made))) for _ in range(_REDRAWN))
+    redrawn = [frechet(made[rows], real) for rows in draws]
+    whole = frechet(made, real)
     # A redrawn set repeats pictures, which alone raises the distance: the interval takes only its width from them.
     low, high = np.quantile(redrawn, [0.025, 0.975]) - np.mean(redrawn) + whole
     return Figure(whole, float(low), float(high))
@@ -139,7 +182,7 @@ def fid(made: Tensor, real: Tensor) -> Figure:
 class Quality:
     """A referee, and real pictures, uint8 (H, W, 3), that no base or control was trained on: FID's reference."""
 
-    referee: Referee
+    referee: QualityReferee
     real: Sequence[np.ndarray]
 
     @cached_property
@@ -147,17 +190,12 @@ class Quality:
         return self.referee.features(self.real)
 
     def figures(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Figure]:
-        """``clip_score``, ``fid`` and, of a referee with a head, ``aesthetic``, of pictures made of these prompts."""
-        found = {
-            "clip_score": mean_figure(self.referee.clip_scores(pictures, prompts)),
-            "fid": fid(self.referee.features(pictures), self._reference),
-        }
-        if self.referee.head is not None:
-            found["aesthetic"] = mean_figure(self.referee.ratings(pictures))
-        return found
+        """The referee's ``scores`` of pictures made of these prompts, and their ``fid``."""
+        found = {name: mean_figure(values) for name, values in self.referee.scores(pictures, prompts).items()}
+        return found | {"fid": fid(self.referee.features(pictures), self._reference)}
 
 
-def unjudgeable(referee: Referee | None, pairs: Sequence[Pair]) -> str:
+def unjudgeable(referee: QualityReferee | None, pairs: Sequence[Pair]) -> str:
     """The reason why the referee may not judge pictures like these pairs', as a sentence; "" where it may.
 
     It may not if it cannot tell which caption is the true picture's own: its scores of pictures that are made mean

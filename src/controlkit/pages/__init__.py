@@ -26,6 +26,8 @@ class Figure:
 class Chart:
     """A line over steps, drawn as SVG. ``points`` are (step, value); ``band`` is (step, low, high) around the line.
 
+    ``unit``: the word for a step.
+
     ``scale``: the ends that the axis has at least, of a measure whose values mean something by themselves. ``marks``:
     values to draw a line across at, with a word each.
     """
@@ -36,6 +38,7 @@ class Chart:
     wide: bool = False
     scale: tuple[float, ...] = ()
     marks: Sequence[tuple[float, str]] = ()
+    unit: str = "step"
 
     @property
     def box(self) -> tuple[int, int, int, int, int]:

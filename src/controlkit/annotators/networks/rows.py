@@ -69,10 +69,10 @@ for _kind in (
           thresholds=(Threshold("background", "Normal Background Threshold", 0.4, 0, 1, 0.01),),
           **_best_of(depth.MIDAS)),
     maker("oneformer_ade20k", partial(segmentation.segmentation, segmentation.ONEFORMER), of="seg",
-          aliases=("seg_ofade20k",), extra=segmentation.EXTRA, modules=(segmentation.MODULE,),
+          aliases=("seg_ofade20k",), metric="miou_ade20k", extra=segmentation.EXTRA, modules=(segmentation.MODULE,),
           **_best_of(segmentation.ONEFORMER)),
     maker("upernet_ade20k", partial(segmentation.segmentation, segmentation.UPERNET), of="seg",
-          aliases=("seg_ufade20k",), **_best_of(segmentation.UPERNET)),
+          aliases=("seg_ufade20k",), metric="miou_ade20k", **_best_of(segmentation.UPERNET)),
     maker("scribble_hed", hed.scribble_hed, of="scribble", aliases=("fake_scribble",), **_HED),
     # The first of a family serves controls of which nothing else is said: bodies alone, which every control knows.
     maker("openpose_body", partial(poses.openpose, hands=0.0, face=0.0), of="pose", **_BEST),
