@@ -78,7 +78,9 @@ def test_every_annotator_keeps_to_the_common_form(name, disc):
 
 def test_whatever_makes_or_is_given_as_hints_has_a_metric_or_is_known_to_have_none():
     assert {kind.metric for kind in all_kinds()} - {""} <= set(METRICS)
-    assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle"], "what they look like is not prescribed"
+    assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle", "mediapipe_face"], (
+        "not prescribed, or no referee"
+    )
 
 
 # --- soft edges and lines -----------------------------------------------------------------------------------
