@@ -203,6 +203,15 @@ def test_a_hole_takes_10_to_40_percent_and_shows_nothing_of_what_it_hides():
         inpaint(noise(1)[0], least=0.5, most=0.2)
 
 
+def test_the_hole_of_a_strip_is_stretched():
+    """A brush would wander in it for minutes, or hours."""
+    for picture in noise(12, (16, 1600, 3)):
+        mask = inpaint(picture)[..., 3]
+        assert (mask.reshape(16, 64, 25) == mask[:, ::25, None]).all() and 0.08 < (mask == 0).mean() < 0.45
+        tall = inpaint(np.ascontiguousarray(picture.transpose(1, 0, 2)))[..., 3]
+        assert tall.shape == (1600, 16) and 0.08 < (tall == 0).mean() < 0.45
+
+
 def test_a_picture_with_a_mask_is_its_own_hint_for_inpainting(disc):
     masked = np.dstack([disc, np.full((64, 64), 255, np.uint8)])
     masked[:20, :, 3] = 0
