@@ -80,7 +80,8 @@ def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: f
     """
     height, width = size
     if max(size) > _LONG * min(size):
-        drawn = _hole(tuple(min(side, _LONG * min(size)) for side in size), rng, least, most)
+        most_long = _LONG * min(size)
+        drawn = _hole((min(height, most_long), min(width, most_long)), rng, least, most)
         return cv2.resize(drawn.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     hole = np.zeros(size, np.uint8)
     kind = ("box", "ellipse", "strokes")[rng.integers(3)]
@@ -117,4 +118,4 @@ def _stroke(hole: np.ndarray, start: np.ndarray, end: np.ndarray, thick: int) ->
     about = hole[int(low[1]) : int(high[1]), int(low[0]) : int(high[0])]
     before = np.count_nonzero(about)
     cv2.line(hole, (int(start[0]), int(start[1])), (int(end[0]), int(end[1])), 1, thick)
-    return np.count_nonzero(about) - before
+    return int(np.count_nonzero(about) - before)

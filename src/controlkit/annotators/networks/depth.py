@@ -48,7 +48,7 @@ class DepthModel(Pretrained):
         return high, wide
 
     def read(self, picture: np.ndarray) -> Tensor:
-        """What the network reads of a picture, uint8 (H, W, 3): float32 (1, 3, h, w)."""
+        """A picture, uint8 (H, W, 3), as the network reads it: float32 (1, 3, h, w)."""
         return normalised(picture, self.size(*picture.shape[:2]), _BICUBIC, self.colours)
 
     def nearness(self, values: Tensor, size: tuple[int, int]) -> np.ndarray:

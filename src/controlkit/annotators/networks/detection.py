@@ -10,7 +10,7 @@ from controlkit.annotators.networks.pretrained import Pretrained, best, normalis
 from controlkit.annotators.networks.weights import PublicFile
 from controlkit.annotators.people import MOST_PEOPLE
 
-_SIDE = 640
+_SIDE = 20 * 32  # of the pictures it reads, in its coarsest cells
 _BILINEAR = 2  # Pillow's number
 _PLAIN = ((0.0,) * 3, (1.0,) * 3)  # colours are read as shares of 255
 _PERSON, _CLASSES = 0, 80

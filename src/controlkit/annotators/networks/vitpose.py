@@ -65,7 +65,7 @@ def _of_vitpose(size: str, *settings: Any) -> PoseModel:
 
 _BASE = (4 * 192, 12, 12)
 VITPOSE = (  # the best first, by their papers' precision on COCO
-    _of_vitpose("plus-huge", 1280, 32, 16, 320),
+    _of_vitpose("plus-huge", 16 * 80, 32, 16, 4 * 80),  # 80 a head
     _of_vitpose("plus-large", 1024, 24, 16, 256),
     _of_vitpose("base-coco-aic-mpii", *_BASE),
     _of_vitpose("plus-base", *_BASE, 192),
