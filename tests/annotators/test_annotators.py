@@ -78,7 +78,9 @@ def test_every_annotator_keeps_to_the_common_form(name, disc):
 
 def test_whatever_makes_or_is_given_as_hints_has_a_metric_or_is_known_to_have_none():
     assert {kind.metric for kind in all_kinds()} - {""} <= set(METRICS)
-    assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle"], "what they look like is not prescribed"
+    assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle", "mediapipe_face"], (
+        "not prescribed, or no referee"
+    )
 
 
 # --- soft edges and lines -----------------------------------------------------------------------------------
@@ -199,6 +201,15 @@ def test_a_hole_takes_10_to_40_percent_and_shows_nothing_of_what_it_hides():
     assert max(small) < 0.12
     with pytest.raises(UserError, match=r"takes 0\.5 to 0\.2 of the picture"):
         inpaint(noise(1)[0], least=0.5, most=0.2)
+
+
+def test_the_hole_of_a_strip_is_stretched():
+    """A brush would wander in it for minutes, or hours."""
+    for picture in noise(12, (16, 1600, 3)):
+        mask = inpaint(picture)[..., 3]
+        assert (mask.reshape(16, 64, 25) == mask[:, ::25, None]).all() and 0.08 < (mask == 0).mean() < 0.45
+        tall = inpaint(np.ascontiguousarray(picture.transpose(1, 0, 2)))[..., 3]
+        assert tall.shape == (1600, 16) and 0.08 < (tall == 0).mean() < 0.45
 
 
 def test_a_picture_with_a_mask_is_its_own_hint_for_inpainting(disc):

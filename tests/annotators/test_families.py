@@ -1,5 +1,7 @@
 """Families: several makers of one kind of hint, A1111's names and thresholds, sliders."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from controlkit.annotators import (
     makers_of,
     ready_maker,
     register,
+    why_not,
     with_maker,
 )
 from controlkit.annotators.options import Slider, slider_of
@@ -28,7 +31,18 @@ MADE = [kind.name for kind in all_kinds() if kind.is_made_here]
 A1111 = (
     "canny", "mlsd", "invert", "threshold", "scribble_xdog", "lineart_standard", "shuffle", "tile_resample",
     "tile_colorfix", "tile_colorfix+sharp", "blur_gaussian", "recolor_luminance", "recolor_intensity", "inpaint_only",
-    "inpaint_global_harmonious", "t2ia_color_grid",
+    "inpaint_global_harmonious", "t2ia_color_grid", "invert (from white bg & black line)",
+    "lineart_standard (from white bg & black line)",
+)  # fmt: skip
+
+
+A1111_NETWORKS = (
+    "softedge_hed", "softedge_hedsafe", "softedge_pidinet", "softedge_pidisafe", "hed", "hed_safe", "pidinet",
+    "pidinet_safe", "scribble_hed", "scribble_pidinet", "pidinet_scribble", "t2ia_sketch_pidi", "pidinet_sketch",
+    "lineart_realistic", "lineart_coarse", "lineart_anime", "depth_midas", "depth_anything", "depth_anything_v2",
+    "depth_zoe",
+    "normal_bae", "normal_midas", "normal_map", "seg_ofade20k", "seg_ufade20k", "oneformer_ade20k", "segmentation",
+    "openpose_face", "openpose_faceonly", "openpose_hand", "openpose_full", "dw_openpose_full", "mediapipe_face",
 )  # fmt: skip
 
 
@@ -124,6 +138,35 @@ def test_hints_of_a_maker_may_be_a_contract(darkness):
 
 def test_modules_of_a1111_are_names_here():
     assert all(annotator(name).is_made_here for name in A1111)
+    assert all(kind_of(name).is_made_here for name in A1111_NETWORKS), "whether their weights are here or not"
+
+
+NOT_HERE = (
+    "reference_only", "reference_adain", "reference_adain+attn", "revision_clipvision", "revision_ignore_prompt",
+    "clip_vision", "t2ia_style_clipvision", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl_plus_vith", "ip-adapter-auto",
+    "ip-adapter_face_id_plus", "ip-adapter_pulid", "instant_id_face_embedding", "instant_id_face_keypoints",
+    "facexlib", "inpaint_only+lama", "depth_leres", "depth_leres++", "depth_hand_refiner", "normal_dsine",
+    "softedge_teed", "te_hed", "softedge_anyline", "lineart_anime_denoise", "densepose", "densepose_parula",
+    "animal_openpose", "seg_ofcoco", "oneformer_coco", "seg_anime_face", "anime_face_segment", "mobile_sam",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_modules_that_nothing_here_stands_for_say_why_and_what_to_use(name):
+    for find in (annotator, kind_of):
+        with pytest.raises(Unsupported, match=f'"{re.escape(name)}" (makes no hint|is not made here|fills the hole)'):
+            find(name)
+    known = {one for kind in all_kinds() for one in (kind.name, *kind.aliases)}
+    _, _, advice = why_not(name).rpartition(": use ")
+    named = re.findall(r"\w+", advice.partition(", in ")[0]) if ": use " in why_not(name) else []
+    assert set(named) - {"or"} <= known, "what it says to use is there"
+
+
+def test_no_reason_hides_an_annotator_or_the_nearest_name():
+    assert not [one for kind in all_kinds() for one in (kind.name, *kind.aliases) if why_not(one)]
+    for near, name in (("depth_anything_v3", "depth_anything_v2"), ("softedge_hd", "softedge")):
+        with pytest.raises(NotFound, match=f'did you mean "{name}'):
+            annotator(near)
 
 
 def test_thresholds_of_a1111_are_options_in_its_units():

@@ -227,7 +227,7 @@ def test_a_name_is_registered_once_and_resolves_by_its_aliases(toy):
 
 def test_options_have_ranges_and_defaults():
     fields = {(kind.name, key): value for kind in all_kinds() for key, value in kind.options.model_fields.items()}
-    assert len(fields) == 54 and all(field.metadata for field in fields.values()), "each a range"
+    assert len(fields) == 56 and all(field.metadata for field in fields.values()), "each a range"
     for name, key, value in (
         ("canny", "low", -1),
         ("mlsd", "width", 0),

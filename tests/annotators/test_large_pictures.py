@@ -41,3 +41,23 @@ def test_tiles_without_the_pixels_around_them_have_seams(picture, monkeypatch):
     monkeypatch.setattr(tiles, "SIDE", 40)
     made = [tiles.tiled(lambda part: cv2.GaussianBlur(part, (0, 0), 4), picture, reach) for reach in (0, 17)]
     assert abs(made[0].astype(int) - blurred).max() > 10 >= 10 * abs(made[1].astype(int) - blurred).max()
+
+
+def test_strips_longer_than_opencv_moves_pixels_in_are_made_smaller_first(monkeypatch):
+    monkeypatch.setattr(tiles, "LONGEST", 100)
+    seen = []
+
+    @tiles.shortened
+    def annotate_some(pictures, device, gain=2.0):
+        seen.extend(picture.shape for picture in pictures)
+        return [picture // 2 for picture in pictures]
+
+    pictures = [np.full((20, 400, 3), 90, np.uint8), np.full((100, 60, 3), 80, np.uint8)]
+    strip, whole = annotate_some(pictures, "cpu")
+    assert seen == [(5, 100, 3), (100, 60, 3)]
+    assert strip.shape == (20, 400, 3) and (strip == 45).all() and (whole == 40).all()
+
+
+def test_a_strip_of_forty_thousand_pixels_is_shuffled():
+    picture = np.repeat(np.arange(40_000, dtype=np.uint32).astype(np.uint8)[None, :, None], 8, 0).repeat(3, 2)
+    assert annotate(picture, annotator("shuffle").spec()).shape == picture.shape

@@ -1,5 +1,6 @@
 """Annotators: the table of kinds of hints, the functions that make them of pictures, and their contracts."""
 
+from controlkit.annotators.elsewhere import why_not
 from controlkit.annotators.hints import (
     annotate,
     annotate_all,
@@ -57,5 +58,6 @@ __all__ = [
     "register",
     "union_types",
     "white_on_black",
+    "why_not",
     "with_maker",
 ]

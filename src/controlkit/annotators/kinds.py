@@ -19,8 +19,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from controlkit.annotators import colours, lines, maps, regions, world
+from controlkit.annotators.elsewhere import why_not
 from controlkit.annotators.options import Options, Threshold, options_of, slider_of
-from controlkit.errors import Invalid, NotFound, Unsupported, first_fault, nearest
+from controlkit.annotators.tiles import shortened
+from controlkit.errors import Invalid, NotFound, Unsupported, UserError, first_fault, nearest
 from controlkit.images import HintSpec, Resize
 from controlkit.mini.truth import Truth
 
@@ -241,12 +243,22 @@ def _found(name: str) -> HintKind | None:
     return _KINDS.get(name) or next((kind for kind in all_kinds() if name in kind.aliases), None)
 
 
+def _unknown(words: str, name: str, known: list[str]) -> UserError:
+    """The error for a name that no row has: why not, where it is one of A1111's, else the nearest names."""
+    if reason := why_not(name):
+        return Unsupported(reason)
+    return NotFound(f'{words} "{name}": {nearest(name, known)}')
+
+
 def kind_of(name: str) -> HintKind:
-    """The kind of that name or alias; of "", a kind of which nothing is known. ``NotFound`` for an unknown name."""
+    """The kind of that name or alias; of "", a kind of which nothing is known.
+
+    ``NotFound`` for an unknown name; ``Unsupported`` for a module of A1111's that nothing here stands for.
+    """
     if not name:
         return _NAMELESS
     if (kind := _found(name)) is None:
-        raise NotFound(f'There are no hints named "{name}": {nearest(name, names_of())}')
+        raise _unknown("There are no hints named", name, names_of())
     return kind
 
 
@@ -276,7 +288,7 @@ def annotator(name: str) -> HintKind:
         raise NotFound(f"No annotator of these hints is named: expected one of {', '.join(made)}.")
     kind = _found(name)
     if kind is None or not makers_of(name):
-        raise NotFound(f'There is no annotator "{name}": {nearest(name, made)}')
+        raise _unknown("There is no annotator", name, made)
     if found := kind if kind.is_made_here else ready_maker(name):
         return found
     reasons = [one.lacks() or f"{one.name} knows pictures of the embedded world alone." for one in makers_of(name)]
@@ -322,13 +334,14 @@ _TABLE = (
              metric="inpaint_distance", union_type=7, folders=("mask", "masks")),
     HintKind("repaint", mask_value=0.0, metric="inpaint_distance", union_type=7),  # a Union's, black where masked
     HintKind("ip2p", ground="white"),  # the picture to be edited
-    HintKind("shuffle", each(colours.shuffle), ground="white"),
+    HintKind("shuffle", shortened(each(colours.shuffle)), ground="white"),
     HintKind("color", each(colours.color), aliases=("t2ia_color_grid",), resize="nearest", ground="white",
              metric="low_pass_psnr"),
     HintKind("recolor", each(colours.luminance), aliases=("recolor_luminance",), ground="white",
              metric="low_pass_psnr", thresholds=(_GAMMA,)),
     # Of drawings; they serve the controls of all lines.
-    HintKind("invert", each(colours.invert), ground="white", lines=True, any_lines=True, metric="ms_ssim"),
+    HintKind("invert", each(colours.invert), aliases=("invert (from white bg & black line)",), ground="white",
+             lines=True, any_lines=True, metric="ms_ssim"),
     HintKind("threshold", each(colours.threshold), ground="white", lines=True, any_lines=True, metric="ms_ssim",
              thresholds=(Threshold("level", "Binarization Threshold", 127, 0, 255),)),
 )  # fmt: skip
@@ -338,7 +351,8 @@ for _kind in _TABLE:
 _MAKERS = (
     maker("scribble_xdog", each(lines.xdog), of="scribble",
           thresholds=(Threshold("contrast", "XDoG Threshold", 32, 1, 64, per=1 / 510),)),
-    maker("lineart_standard", each(lines.lineart_standard), of="lineart"),
+    maker("lineart_standard", each(lines.lineart_standard), of="lineart",
+          aliases=("lineart_standard (from white bg & black line)",)),
     maker("tile_resample", each(partial(regions.tile, shrink=1.0)), of="tile",
           thresholds=(Threshold("shrink", "Down Sampling Rate", 1, 1, 8, 0.01),)),
     # What its name promises happens there after sampling, to the colours of what was made; as a hint it is the picture.

@@ -37,6 +37,9 @@ _SEEN = 0.05
 """The least confidence of a point that is drawn, as OpenPose draws by default."""
 _BODY_25 = (*range(8), *range(9, 19))
 """Where the joints of COCO-18 are in OpenPose's later body of 25 points, whose ninth is the middle of the hips."""
+_COCO = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+"""The point of COCO's 17 that each joint is; the neck is none of them."""
+_COCO_SHOULDERS = (5, 6)
 MOST_PEOPLE = 100
 LONGEST_SIDE = 2**14
 
@@ -57,6 +60,18 @@ class Person:
     left_hand: np.ndarray = field(default_factory=lambda: unseen(HAND))
     right_hand: np.ndarray = field(default_factory=lambda: unseen(HAND))
     face: np.ndarray = field(default_factory=lambda: unseen(FACE))
+
+
+def body_of_coco(points: np.ndarray) -> np.ndarray:
+    """OpenPose's joints (18, 3) of COCO's points (17 or more, 3), whose third column is 0 where nothing is seen.
+
+    The neck is the middle of the shoulders, seen where both are.
+    """
+    body = unseen(JOINTS)
+    for joint, source in enumerate(_COCO):
+        pair = points[list(_COCO_SHOULDERS) if source is None else [source]]
+        body[joint] = pair.mean(0) if (pair[:, 2] > 0).all() else 0
+    return body
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------

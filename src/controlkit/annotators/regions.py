@@ -16,6 +16,8 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 
 Shrink = Annotated[float, Field(ge=1, le=1000), Slider(1, 32, 0.5)]
 """How many times smaller a picture is made."""
+_LONG = 4
+"""How many times as long as wide a picture is at most in which a hole is drawn."""
 
 
 def tile(picture: np.ndarray, shrink: Shrink = 8.0) -> np.ndarray:
@@ -71,24 +73,32 @@ def outpaint(picture: np.ndarray, margin: Annotated[float, Field(gt=0, lt=0.5)] 
 
 
 def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: float) -> np.ndarray:
-    """A hole (H, W), boolean, of a share between ``least`` and ``most``, as nearly as whole pixels allow."""
+    """A hole (H, W), boolean, of a share between ``least`` and ``most``, as nearly as whole pixels allow.
+
+    A strip's hole is drawn in a part of it four times as long as wide, and stretched: a brush wanders, and would need
+    hours to cover a share of a long strip.
+    """
     height, width = size
+    if max(size) > _LONG * min(size):
+        most_long = _LONG * min(size)
+        drawn = _hole((min(height, most_long), min(width, most_long)), rng, least, most)
+        return cv2.resize(drawn.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     hole = np.zeros(size, np.uint8)
     kind = ("box", "ellipse", "strokes")[rng.integers(3)]
     if kind == "strokes":
         thick = max(round(rng.uniform(0.08, 0.16) * min(size)), 1)
         # A last dab, a disc and a half of the brush, goes beyond the share at which it was due.
         share = rng.uniform(least, max(most - 1.5 * thick**2 / (height * width), least))
-        count = rng.integers(1, 4)
+        count, covered = rng.integers(1, 4), 0
         for stroke in range(1, count + 1):
             at, heading = rng.uniform((0, 0), (width, height)), rng.uniform(0, 2 * np.pi)
-            while hole.mean() < share * stroke / count:
+            while covered / hole.size < share * stroke / count:
                 heading += rng.normal(0, 0.5)
                 step = at + thick / 2 * np.array([np.cos(heading), np.sin(heading)])
                 if ((step < 0) | (step >= (width, height))).any():  # turn back at the margin
                     heading += np.pi / 2
                     continue
-                cv2.line(hole, (int(at[0]), int(at[1])), (int(step[0]), int(step[1])), 1, thick)
+                covered += _stroke(hole, at, step, thick)
                 at = step
         return hole > 0
     share, aspect = rng.uniform(least, most), 2 ** rng.uniform(-0.5, 0.5)
@@ -100,3 +110,12 @@ def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: f
     u, v = (x - left) / (across * width), (y - top) / (down * height)
     inside = (abs(u - 0.5) < 0.5) & (abs(v - 0.5) < 0.5)
     return inside if kind == "box" else (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.25
+
+
+def _stroke(hole: np.ndarray, start: np.ndarray, end: np.ndarray, thick: int) -> int:
+    """Draw a line into a hole; the pixels that it has more. They are counted about the line alone, which is quick."""
+    low, high = (np.minimum(start, end) - thick - 1).clip(0), np.maximum(start, end) + thick + 2
+    about = hole[int(low[1]) : int(high[1]), int(low[0]) : int(high[0])]
+    before = np.count_nonzero(about)
+    cv2.line(hole, (int(start[0]), int(start[1])), (int(end[0]), int(end[1])), 1, thick)
+    return int(np.count_nonzero(about) - before)

@@ -1,11 +1,42 @@
-"""Large pictures in tiles: for annotators whose every pixel depends on the pixels near it alone."""
+"""Large pictures: in tiles where pixels depend on near ones alone, made smaller where OpenCV takes none so long."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
+import cv2
 import numpy as np
 
 SIDE = 2048
 """The side of a tile, in pixels. A picture of at most four times as many pixels is worked on whole."""
+LONGEST = 2**15 - 2
+"""The longest side of a picture whose pixels OpenCV moves (``warpAffine``, ``remap``)."""
+
+
+def shortened(function: Callable[..., Sequence[np.ndarray]]) -> Callable[..., list[np.ndarray]]:
+    """Adapt an annotator of pictures, in which OpenCV moves pixels, to strips of any length.
+
+    Pictures with a longer side than ``LONGEST`` are made smaller first, and their hints larger again.
+    """
+
+    @wraps(function)
+    def annotate(pictures: Sequence[np.ndarray], device: str, **options: Any) -> list[np.ndarray]:
+        made = function([_shorter(picture) for picture in pictures], device, **options)
+        return [_grown(hint, picture.shape[:2]) for hint, picture in zip(made, pictures, strict=True)]
+
+    return annotate
+
+
+def _shorter(picture: np.ndarray) -> np.ndarray:
+    factor = LONGEST / max(picture.shape[:2])
+    if factor >= 1:
+        return picture
+    width, height = (max(int(side * factor), 1) for side in picture.shape[1::-1])
+    return cv2.resize(np.ascontiguousarray(picture), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _grown(hint: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return hint if hint.shape[:2] == size else cv2.resize(hint, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def tiled(local: Callable[[np.ndarray], np.ndarray], picture: np.ndarray, reach: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types
+from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types, why_not
 from controlkit.errors import Invalid, nearest, one_line
 from controlkit.serve.settings import Limits
 
@@ -38,7 +38,8 @@ def module_named(name: str) -> HintKind | None:
     if plain in ("none", ""):
         return None
     if (kind := modules().get(plain)) is None:
-        raise Invalid(f'There is no module "{one_line(name)}": {nearest(plain, module_names())}')
+        unknown = f'There is no module "{one_line(name)}": {nearest(plain, module_names())}'
+        raise Invalid(why_not(one_line(name)) or unknown)
     return kind
 
 

@@ -8,13 +8,22 @@ import pytest
 import torch
 from listed import noise
 from PIL import Image
+from torch.nn import functional
 from transformers import DepthAnythingForDepthEstimation, DPTForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from controlkit.annotators import annotator
 from controlkit.annotators.maps import normals_of
 from controlkit.annotators.networks import depth, pretrained
-from controlkit.annotators.networks.depth import ANYTHING_V2, MIDAS, DepthModel, normals_of_depth
+from controlkit.annotators.networks.depth import (
+    ANYTHING,
+    ANYTHING_V2,
+    MIDAS,
+    ZOE,
+    DepthModel,
+    MetricModel,
+    normals_of_depth,
+)
 from controlkit.annotators.networks.weights import PublicFile
 from controlkit.errors import Invalid, Unsupported
 
@@ -51,10 +60,11 @@ def saved(tmp_path_factory):
 MODELS = {
     "Tiny-Anything": DepthModel(
         PublicFile("model.safetensors", "x/Tiny-Anything"), "DepthAnythingForDepthEstimation", tiny_anything,
-        56, 14, True, depth.IMAGENET,
+        (56, 56), 14, True, depth.IMAGENET,
     ),
     "tiny-dpt": DepthModel(
-        PublicFile("model.safetensors", "x/tiny-dpt"), "DPTForDepthEstimation", tiny_dpt, 64, 32, False, depth._HALVES
+        PublicFile("model.safetensors", "x/tiny-dpt"), "DPTForDepthEstimation", tiny_dpt,
+        (64, 64), 32, False, depth._HALVES,
     ),
 }  # fmt: skip
 
@@ -65,7 +75,7 @@ def test_depth_is_the_library_s_own(name, saved, monkeypatch):
     model, picture = MODELS[name], noise(50, 90)
     mean, spread = model.colours
     processor = DPTImageProcessorPil(
-        size={"height": model.side, "width": model.side}, keep_aspect_ratio=model.keeps_shape,
+        size={"height": model.frame[0], "width": model.frame[1]}, keep_aspect_ratio=model.keeps_shape,
         ensure_multiple_of=model.multiple, image_mean=mean, image_std=spread,
     )  # fmt: skip
     kind = DepthAnythingForDepthEstimation if "Anything" in name else DPTForDepthEstimation
@@ -82,9 +92,9 @@ def test_depth_is_the_library_s_own(name, saved, monkeypatch):
 
 
 def test_pictures_are_read_in_the_sizes_that_the_library_reads_them_in():
-    for model in (*ANYTHING_V2, *MIDAS):
+    for model in (ANYTHING_V2[0], ANYTHING[0], MIDAS[0]):
         processor = DPTImageProcessorPil(
-            size={"height": model.side, "width": model.side}, keep_aspect_ratio=model.keeps_shape,
+            size={"height": model.frame[0], "width": model.frame[1]}, keep_aspect_ratio=model.keeps_shape,
             ensure_multiple_of=model.multiple,
         )  # fmt: skip
         for height, width in ((512, 768), (300, 200), (518, 518), (1080, 720)):
@@ -97,7 +107,7 @@ def test_pictures_are_read_in_the_sizes_that_the_library_reads_them_in():
     ("model", "numbers"),
     [
         (ANYTHING_V2[0], 335_315_649), (ANYTHING_V2[1], 97_470_785), (ANYTHING_V2[2], 24_785_089),
-        (MIDAS[0], 342_000_000), (MIDAS[1], 123_000_000),
+        (MIDAS[0], 342_000_000), (MIDAS[1], 123_000_000), (ANYTHING[0], 335_315_649), (ZOE[0], 345_000_000),
     ],
 )  # fmt: skip
 def test_networks_have_the_public_sizes(model, numbers):
@@ -146,3 +156,42 @@ def test_a_hint_of_normals_is_in_our_colours(saved, monkeypatch):
     [hint] = partial(depth.normal, [model])([noise(48, 64)], "cpu", background=0.0)
     [light] = depth.depth_of([noise(48, 64)], "cpu", model)
     assert abs(normals_of(hint) - normals_of_depth(light, 0.0)).max() < 0.02
+
+
+def tiny_zoe():
+    from transformers import BeitConfig
+
+    settings, stages = depth._zoe(), [f"stage{number}" for number in (1, 2, 3, 4)]
+    settings.backbone_config = BeitConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64,
+        use_relative_position_bias=True, reshape_hidden_states=False, out_features=stages,
+    )  # fmt: skip
+    settings.neck_hidden_sizes, settings.fusion_hidden_size, settings.bottleneck_features = [8] * 4, 8, 8
+    return settings
+
+
+def test_metres_are_the_library_s_own_and_near_is_light(weights_folder):
+    from transformers import ZoeDepthForDepthEstimation
+    from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
+
+    torch.manual_seed(1)
+    network, picture = ZoeDepthForDepthEstimation(tiny_zoe()).eval(), noise(50, 90)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
+    network.save_pretrained(weights_folder / "zoedepth-tiny")
+    model = MetricModel(
+        PublicFile("model.safetensors", "x/zoedepth-tiny"), ZOE[0].kind, tiny_zoe, (64, 96), 32, True, depth._HALVES
+    )
+    processor = ZoeDepthImageProcessorPil(size={"height": 64, "width": 96}, ensure_multiple_of=32)
+    inputs = processor(Image.fromarray(picture), return_tensors="pt")
+    assert np.allclose(model.read(picture), inputs["pixel_values"], atol=1e-4)
+    with torch.no_grad():
+        outputs = network(**inputs)
+    high, wide = (int((side / 2) ** 0.5 * 3) for side in (50, 90))  # the library's own step back lacks an import
+    framed = functional.interpolate(outputs.predicted_depth[None], (50 + 2 * high, 90 + 2 * wide), mode="bicubic")
+    metres = framed[0, 0, high:-high, wide:-wide].numpy()
+    near, far = np.percentile(metres, (2, 85))
+    expected = (1 - (metres - near) / (far - near)).clip(0, 1)
+    [ours] = depth.depth_of([picture], "cpu", model)
+    assert np.std(expected) > 0.05 and abs(ours - expected).mean() < 0.02

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
 
 from controlkit.annotators.maps import normal_picture
 from controlkit.annotators.networks.pretrained import IMAGENET, Pretrained, best, grown, normalised
@@ -21,10 +23,10 @@ _BICUBIC = 3  # Pillow's number
 
 @dataclass(frozen=True)
 class DepthModel(Pretrained):
-    """A network of depth, and how it reads pictures."""
+    """A network of depth, and how it reads pictures and what it answers."""
 
-    side: int
-    """Of the pictures it reads; of the shorter side, where shapes are kept."""
+    frame: tuple[int, int]
+    """Height and width of the pictures it reads; where shapes are kept, what they are brought near to."""
     multiple: int
     keeps_shape: bool
     colours: Any
@@ -32,18 +34,54 @@ class DepthModel(Pretrained):
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The size (height, width) in which a picture is read.
 
-        Where shapes are kept it is scaled by the factor, of the two that bring a side to ``side``, nearer to 1; a strip
-        is made no longer than four times that.
+        Where shapes are kept it is scaled by the factor, of the two that bring a side to the frame's, nearer to 1; a
+        strip is made no longer than four times the frame.
         """
-        factors = (self.side / height, self.side / width)
+        factors = (self.frame[0] / height, self.frame[1] / width)
         if self.keeps_shape:
             nearer = min(factors, key=lambda factor: abs(1 - factor))
-            factors = (min(nearer, 4 * self.side / max(height, width)),) * 2
+            factors = (min(nearer, 4 * max(self.frame) / max(height, width)),) * 2
         high, wide = (
             max(round(length * factor / self.multiple), 1) * self.multiple
             for length, factor in zip((height, width), factors, strict=True)
         )
         return high, wide
+
+    def read(self, picture: np.ndarray) -> Tensor:
+        """A picture, uint8 (H, W, 3), as the network reads it: float32 (1, 3, h, w)."""
+        return normalised(picture, self.size(*picture.shape[:2]), _BICUBIC, self.colours)
+
+    def nearness(self, values: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """The network's answer (1, h, w) as nearness (H, W) in a picture of that size: near is 1, far is 0."""
+        depth = grown(values[:, None], size)[..., 0]
+        return np.asarray((depth - depth.min()) / max(float(np.ptp(depth)), 1e-6))
+
+
+@dataclass(frozen=True)
+class MetricModel(DepthModel):
+    """ZoeDepth (Bhat et al., 2023): it answers in metres, and reads pictures with their borders mirrored outwards."""
+
+    def read(self, picture: np.ndarray) -> Tensor:
+        """As ``DepthModel.read``."""
+        high, wide = (_border(side) for side in picture.shape[:2])
+        framed = cv2.copyMakeBorder(picture, high, high, wide, wide, cv2.BORDER_REFLECT_101)
+        pixels = torch.from_numpy(framed).permute(2, 0, 1)[None].float() / 255
+        size = self.size(*framed.shape[:2])
+        mean, spread = (torch.tensor(one).reshape(1, 3, 1, 1) for one in self.colours)
+        return (functional.interpolate(pixels, size, mode="bilinear", align_corners=True) - mean) / spread
+
+    def nearness(self, values: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """As ``DepthModel.nearness``; the nearest 2% are 1 and the farthest 15% are 0, as in ControlNet's annotator."""
+        high, wide = (_border(side) for side in size)
+        whole = grown(values[:, None], (size[0] + 2 * high, size[1] + 2 * wide))[..., 0]
+        metres = whole[high : high + size[0], wide : wide + size[1]]
+        near, far = np.percentile(metres, (2, 85))
+        return np.asarray((1 - (metres - near) / max(far - near, 1e-6)).clip(0, 1))
+
+
+def _border(side: int) -> int:
+    """The pixels that are added before and after a side."""
+    return int((side / 2) ** 0.5 * 3)
 
 
 def _anything(width: int, heads: int, layers: int, taps: tuple[int, ...], neck: Sequence[int], fusion: int) -> Any:
@@ -78,37 +116,58 @@ def _dpt_hybrid() -> Any:
 
 
 def _of_anything(repository: str, settings: Callable[[], Any]) -> DepthModel:
-    file = PublicFile("model.safetensors", f"depth-anything/{repository}")
-    return DepthModel(file, "DepthAnythingForDepthEstimation", settings, 518, 14, True, IMAGENET)
+    file = PublicFile("model.safetensors", repository)
+    return DepthModel(file, "DepthAnythingForDepthEstimation", settings, (518, 518), 14, True, IMAGENET)
 
 
 def _of_midas(repository: str, settings: Callable[[], Any]) -> DepthModel:
     file = PublicFile("model.safetensors", f"Intel/{repository}", also=("pytorch_model.bin",))
-    return DepthModel(file, "DPTForDepthEstimation", settings, 384, 32, False, _HALVES)
+    return DepthModel(file, "DPTForDepthEstimation", settings, (384, 384), 32, False, _HALVES)
 
 
-_SMALL, _BASE = (384, 6, 12), (12 * 64, 12, 12)
-_NECK = [48, 96, 192, 384]
-ANYTHING_V2 = (  # the best first; only the small one's weights are free for any use (Apache-2.0)
+_NECK = (48, 96, 192, 384)
+_SIZES = (  # the best first: width, heads and layers, the layers that version 2 reads, widths of the decoder
+    ("Large", (1024, 16, 24), (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
+    ("Base", (12 * 64, 12, 12), (3, 6, 9, 12), tuple(2 * width for width in _NECK), 128),
+    ("Small", (384, 6, 12), (3, 6, 9, 12), _NECK, 64),
+)
+ANYTHING_V2 = tuple(  # only the small one's weights are free for any use (Apache-2.0)
+    _of_anything(f"depth-anything/Depth-Anything-V2-{size}-hf", partial(_anything, *shape, taps, neck, fusion))
+    for size, shape, taps, neck, fusion in _SIZES
+)
+ANYTHING = tuple(  # the first version reads the last four layers; all its weights are Apache-2.0
     _of_anything(
-        "Depth-Anything-V2-Large-hf", partial(_anything, 1024, 16, 24, (5, 12, 18, 24), (256, 512, 1024, 1024), 256)
-    ),
-    _of_anything("Depth-Anything-V2-Base-hf", partial(_anything, *_BASE, (3, 6, 9, 12), [2 * n for n in _NECK], 128)),
-    _of_anything("Depth-Anything-V2-Small-hf", partial(_anything, *_SMALL, (3, 6, 9, 12), _NECK, 64)),
+        f"LiheYoung/depth-anything-{size.lower()}-hf",
+        partial(_anything, *shape, tuple(range(shape[2] - 3, shape[2] + 1)), neck, fusion),
+    )
+    for size, shape, _, neck, fusion in _SIZES
 )
 MIDAS = (_of_midas("dpt-large", _dpt_large), _of_midas("dpt-hybrid-midas", _dpt_hybrid))
 
 
+def _zoe() -> Any:
+    from transformers import ZoeDepthConfig
+
+    return ZoeDepthConfig(neck_hidden_sizes=[256, 512, 1024, 1024])  # the rest are the class's: BEiT-Large, NYU's bins
+
+
+ZOE = (
+    MetricModel(
+        PublicFile("model.safetensors", "Intel/zoedepth-nyu"),
+        "ZoeDepthForDepthEstimation", _zoe, (384, 512), 32, True, _HALVES,
+    ),
+)  # fmt: skip
+
+
 def depth_of(pictures: Sequence[np.ndarray], device: str, model: DepthModel) -> list[np.ndarray]:
-    """Inverse depth (H, W) of pictures, stretched to [0, 1]: what is near is 1."""
+    """The nearness (H, W) of pictures: 1 is the nearest, 0 the farthest; of most networks inverse depth, stretched."""
     network = model.network(device)
     found = []
     for picture in pictures:
-        pixels = normalised(picture, model.size(*picture.shape[:2]), _BICUBIC, model.colours).to(device)
+        pixels = model.read(picture).to(device)
         with torch.inference_mode():
             values = network(pixel_values=pixels).predicted_depth
-        depth = grown(values[:, None], picture.shape[:2])[..., 0]
-        found.append((depth - depth.min()) / max(float(np.ptp(depth)), 1e-6))
+        found.append(model.nearness(values, picture.shape[:2]))
     return found
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from controlkit.annotators.networks.boxes import overlap
 from controlkit.annotators.networks.weights import PublicFile
-from controlkit.annotators.people import FACE, HAND, MOST_PEOPLE, Person, unseen
-from controlkit.mini.truth import JOINTS
+from controlkit.annotators.people import FACE, HAND, MOST_PEOPLE, Person, body_of_coco, unseen
 
 DETECTOR = PublicFile(
     "yolox_l.onnx", "yzd-v/DWPose", sha256="7860ae79de6c89a3c1eb72ae9a2756c0ccfbe04b7791bb5880afabd97855a411"
@@ -34,8 +33,6 @@ _CUT = (288, 384)
 _PADDING = 1.25
 _MEAN, _SPREAD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-_BODY = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
-"""The point of COCO that each of OpenPose's joints is; the neck is between the shoulders, 5 and 6."""
 _FACE, _LEFT, _RIGHT = slice(23, 91), slice(91, 112), slice(112, 133)
 
 
@@ -123,13 +120,9 @@ def _person(points: np.ndarray, hands: bool, face: bool) -> Person:
     """A person of the 133 points; seen are those of which the network is surer than 0.3."""
     points = np.where(points[:, 2:] > _SURE, points, 0).astype(np.float32)
     points[:, 2] = points[:, 2] > 0
-    body = unseen(JOINTS)
-    for joint, source in enumerate(_BODY):
-        pair = points[[5, 6] if source is None else [source]]
-        body[joint] = pair.mean(0) if pair[:, 2].all() else 0
     faced = np.concatenate([points[_FACE], unseen(FACE - 68)]) if face else unseen(FACE)  # it knows no pupils
     left, right = ((points[part] if hands else unseen(HAND)) for part in (_LEFT, _RIGHT))
-    return Person(body, left, right, faced)
+    return Person(body_of_coco(points), left, right, faced)
 
 
 def weights() -> str:

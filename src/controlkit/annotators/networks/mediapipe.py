@@ -273,17 +273,31 @@ _MESH_68 = (
 """Points of MediaPipe's mesh of faces that lie where the 68 of 300-W do."""
 
 
-def face_mesh(picture: np.ndarray, around: Region) -> np.ndarray | None:
-    """The mesh (468, 2), in pixels, of the surest face in a region; None where there is none."""
-    for _, found in FACES.find(picture, around)[:1]:
+def face_meshes(picture: np.ndarray, around: Region, least: float = _SURE) -> Iterator[np.ndarray]:
+    """The mesh (468, 2), in pixels, of each face in a region, the surest first. ``least``: the least score of one."""
+    for _, found in FACES.find(picture, around, least):
         low, high, right, left = around.back(found[:4])
         x, y = (low + high) / 2
         angle = float(np.arctan2(left[1] - right[1], left[0] - right[0]))
         region = Region(float(x), float(y), 1.5 * float((high - low).max()), angle)
         raw, logit = _run("face", region.cut(picture, 192) / 255.0)
         if _sigmoid(logit.ravel())[0] >= _SURE:
-            return region.back(raw.reshape(468, 3)[:, :2] / 192)
-    return None
+            yield region.back(raw.reshape(468, 3)[:, :2] / 192)
+
+
+def find_meshes(picture: np.ndarray, most: int, least: float = _SURE) -> list[np.ndarray]:
+    """The meshes (468, 2), in pixels, of at most so many faces: found in the whole picture, then in windows of it.
+
+    ``least``: the least score of a face.
+    """
+    whole, found = _whole(picture), list[np.ndarray]()
+    for window in (whole, *_windows(picture.shape[:2], whole.side / 2)):
+        for mesh in face_meshes(picture, window, least):
+            if len(found) == most:
+                return found
+            if not any(np.hypot(*(mesh - one).mean(0)) < np.ptp(one, 0).max() / 2 for one in found):
+                found.append(mesh)
+    return found
 
 
 def _face(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -294,7 +308,7 @@ def _face(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
     if side < 8:
         return unseen(FACE)
     x, y = (low + high) / 2
-    mesh = face_mesh(picture, Region(float(x), float(y), side))
+    mesh = next(face_meshes(picture, Region(float(x), float(y), side)), None)
     if mesh is None:
         return unseen(FACE)
     at = mesh[list(_MESH_68)]
@@ -308,6 +322,11 @@ def _face(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
 def find_people(picture: np.ndarray, hands: bool = True, face: bool = True) -> list[Person]:
     """The people in a picture, uint8 (H, W, 3): at most 20, those first that are found in the whole picture."""
     picture = np.ascontiguousarray(picture)
+    return [_person(picture, points, hands, face) for points in _bodies(picture)]
+
+
+def _bodies(picture: np.ndarray) -> list[np.ndarray]:
+    """The points (33, 3) of each body."""
     found: list[np.ndarray] = []
     for region in _standing(picture):
         points, sure = _body(picture, region)
@@ -315,7 +334,18 @@ def find_people(picture: np.ndarray, hands: bool = True, face: bool = True) -> l
             found.append(points)
         if len(found) == _MOST_PEOPLE:
             break
-    return [_person(picture, points, hands, face) for points in found]
+    return found
+
+
+def find_boxes(picture: np.ndarray, device: str) -> np.ndarray:
+    """Boxes of people, (N, 4): left, top, right, bottom in pixels, in the picture.
+
+    Each is that of the body's points and a tenth more on each side, since none of the points is the crown of a head.
+    """
+    boxes = np.array([(*one[:, :2].min(0), *one[:, :2].max(0)) for one in _bodies(picture)]).reshape(-1, 4)
+    more = 0.1 * (boxes[:, 2:] - boxes[:, :2])
+    grown = boxes + np.concatenate([-more, more], 1)
+    return np.asarray(grown.clip(0, (*picture.shape[1::-1], *picture.shape[1::-1])))
 
 
 def _person(picture: np.ndarray, points: np.ndarray, hands: bool, face: bool) -> Person:

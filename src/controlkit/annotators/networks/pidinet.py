@@ -165,3 +165,8 @@ def pidi(pictures: Sequence[np.ndarray], device: str, safe: Switch = 0.0) -> lis
 def scribble_pidi(pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:
     """Scribbles made of soft edges, as ``hed.scribble_hed``."""
     return [thick_ridges(edges) for edges in _edges(pictures, device)]
+
+
+def sketch_pidi(pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:
+    """Edges above one half, white on black: as T2I-Adapters of sketches read them."""
+    return [grey(255.0 * (edges > 0.5)) for edges in _edges(pictures, device)]

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from controlkit.annotators.networks import dwpose, mediapipe
+from controlkit.annotators.networks import dwpose, mediapipe, vitpose
 from controlkit.annotators.options import Switch
 from controlkit.annotators.people import Person, draw_people
+from controlkit.annotators.tiles import shortened
 
 
 def _drawn(finder: Any, pictures: Sequence[np.ndarray], body: float, hands: float, face: float) -> list[np.ndarray]:
@@ -19,6 +20,7 @@ def _drawn(finder: Any, pictures: Sequence[np.ndarray], body: float, hands: floa
     return [draw_people(people, p.shape[:2], **shown) for people, p in zip(found, pictures, strict=True)]
 
 
+@shortened
 def mediapipe_pose(
     pictures: Sequence[np.ndarray], device: str, body: Switch = 1.0, hands: Switch = 1.0, face: Switch = 1.0
 ) -> list[np.ndarray]:
@@ -26,6 +28,7 @@ def mediapipe_pose(
     return _drawn(mediapipe, pictures, body, hands, face)
 
 
+@shortened
 def dwpose_pose(
     pictures: Sequence[np.ndarray], device: str, body: Switch = 1.0, hands: Switch = 1.0, face: Switch = 1.0
 ) -> list[np.ndarray]:
@@ -33,6 +36,14 @@ def dwpose_pose(
     return _drawn(dwpose, pictures, body, hands, face)
 
 
+@shortened
+def vitpose_pose(pictures: Sequence[np.ndarray], device: str) -> list[np.ndarray]:
+    """Bodies found by ViTPose, which knows neither hands nor faces."""
+    found = vitpose.find_people(pictures, device)
+    return [draw_people(people, p.shape[:2]) for people, p in zip(found, pictures, strict=True)]
+
+
+@shortened
 def openpose(
     pictures: Sequence[np.ndarray], device: str, body: Switch = 1.0, hands: Switch = 1.0, face: Switch = 1.0
 ) -> list[np.ndarray]:
