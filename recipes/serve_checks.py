@@ -35,6 +35,13 @@ from PIL import Image
 
 STEPS = 6
 """Sampling steps of the pictures that are only counted."""
+OTHERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"steps": STEPS + 2, "cfg_scale": 4},
+    {"sampler_name": "Euler a"},
+    {"steps": STEPS - 2, "sampler_name": "DPM++ 2M", "scheduler": "Karras"},
+)
+"""What clients ask for beside each other, which is made in shared passes."""
 
 
 class Server:
@@ -297,7 +304,8 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
     """Many clients at once: errors, memory, order, and throughput beside one at a time."""
     with server() as at:
         body = {"prompt": "a red apple", "steps": STEPS, "width": 128, "height": 128}
-        at.post("/sdapi/v1/txt2img", body)
+        for other in OTHERS:
+            at.post("/sdapi/v1/txt2img", {**body, **other})
         alone = _rate(at, body, 1, seconds / 3)[0]
         _rate(at, body, clients // 2, 1)  # batches are full: from here on memory must not grow
         assert at.process is not None
@@ -307,7 +315,7 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
         after = [one.memory_info().rss >> 20 for one in processes if one]
         say("load", f"{clients} clients, {seconds:.0f} s: {rate:.2f} pictures a second, one at a time {alone:.2f} "
             f"({rate / alone:.2f} times); {failed} errors; waits {min(waits):.1f} to {max(waits):.1f} s, "
-            f"median {statistics.median(waits):.1f}; memory of server and worker {before} -> {after} MB")  # fmt: skip
+            f"median {statistics.median(waits):.1f}; {_passed_over(at)} batches begun before an older job; memory of server and worker {before} -> {after} MB")  # fmt: skip
 
 
 def _rate(at: Server, body: Any, clients: int, seconds: float) -> tuple[float, list[float], int]:
@@ -318,13 +326,25 @@ def _rate(at: Server, body: Any, clients: int, seconds: float) -> tuple[float, l
         nonlocal failed
         while time.perf_counter() - began < seconds:
             start = time.perf_counter()
-            status, _ = at.post("/sdapi/v1/txt2img", {**body, "seed": number})
+            asked = {**body, **OTHERS[number % len(OTHERS)], "seed": number}
+            status, _ = at.post("/sdapi/v1/txt2img", asked, timeout=600)
             waits.append(time.perf_counter() - start)
             failed += status != 200
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(ask, range(clients)))
     return len(waits) / (time.perf_counter() - began), waits, failed
+
+
+def _passed_over(at: Server) -> int:
+    """How many of the last batches began while a job waited that was older than all of theirs."""
+    batches = list[list[Any]]()
+    for job in sorted((one for one in at.get("/v1/jobs")["jobs"] if one["begun"]), key=lambda one: one["begun"]):
+        if not batches or job["begun"] - batches[-1][-1]["begun"] > 0.1:
+            batches.append([])
+        batches[-1].append(job)
+    oldest = [min(job["accepted"] for job in batch) for batch in batches]
+    return sum(min(oldest[i:]) < one for i, one in enumerate(oldest))
 
 
 # --- killed ---------------------------------------------------------------------------------------------------------
@@ -337,7 +357,8 @@ def kills(times: int = 10) -> None:
 
         def ask() -> None:
             while not stop.is_set():
-                status, told = at.post("/v1/generate", {"prompt": "a red apple", "steps": 20, "size": [128, 128]})
+                asked = {"prompt": "a red apple", "steps": 20 - len(names) % 3, "guidance": 3 + len(names) % 2}
+                status, told = at.post("/v1/generate", asked | {"size": [128, 128]})
                 if status == 202:
                     names.append(told["id"])
                 time.sleep(0.3)
@@ -359,9 +380,10 @@ def kills(times: int = 10) -> None:
 def restart() -> None:
     """kill -9 of the server with jobs queued: after a restart each accepted job ends."""
     with server() as at:
-        asked = {"prompt": "a red apple", "steps": 20, "size": [128, 128]}
+        asked = {"prompt": "a red apple", "size": [128, 128]}
         names = [
-            at.post("/v1/generate", {**asked, "seed": seed, "guidance": 3 + seed % 2})[1]["id"] for seed in range(12)
+            at.post("/v1/generate", {**asked, "seed": i, "steps": 18 + i % 3, "guidance": 3 + i % 2})[1]["id"]
+            for i in range(12)
         ]
         time.sleep(1)
         at.end(signal.SIGKILL)

@@ -3,10 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
 
 from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types
+from controlkit.backbones import Backbone
 from controlkit.errors import Invalid, nearest, one_line
+from controlkit.sample.canvas import shape_on
+from controlkit.sample.request import Request
 from controlkit.serve.settings import Limits
 
 TYPES = {
@@ -51,10 +58,10 @@ def module_sliders(kind: HintKind) -> list[dict[str, Any]]:
 
 
 class Catalogue:
-    """The base and the controls, as a worker told of them (``Studio.facts``), to be asked by name."""
+    """The base and the controls, as a worker told of them (``Studio.facts``), and the LoRAs of a folder, by name."""
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts = facts
+    def __init__(self, facts: Mapping[str, Any], loras: Path | None = None) -> None:
+        self.facts, self.loras = facts, loras
         self.controls: dict[str, Mapping[str, Any]] = {one["name"]: one for one in facts["controls"]}
         self.samplers: Mapping[str, Sequence[str]] = facts["samplers"]
 
@@ -84,6 +91,16 @@ class Catalogue:
         """A side in pixels as the base can make it: rounded down, at least to one step."""
         step = int(self.facts["multiple"])
         return max(side // step, 1) * step
+
+    def size_of(self, request: Request) -> tuple[int, int]:
+        """(height, width) of a request's pictures before a second pass, where a part alone is worked on the most."""
+        own, edit = int(self.facts["size"]), request.edit
+        if request.size or edit is None:
+            return request.size or (own, own)
+        assert isinstance(edit.image, np.ndarray)
+        (height, width), (above, right, below, left) = edit.image.shape[:2], edit.outpaint
+        base = SimpleNamespace(size=own, multiple=int(self.facts["multiple"]))
+        return shape_on(cast(Backbone, base), (height + above + below, width + left + right))
 
     # --- controls ---------------------------------------------------------------------------------------------------
 

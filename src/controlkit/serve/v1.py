@@ -14,6 +14,7 @@ from controlkit.sample.request import ControlRequest, EditRequest, HiresRequest,
 from controlkit.serve import incoming
 from controlkit.serve.catalogue import check_limits
 from controlkit.serve.front import Front, as_base64, body_of
+from controlkit.serve.loras import check_loras
 from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures, drawn_seed
 from controlkit.serve.queue import Job
 from controlkit.serve.settings import Limits
@@ -122,8 +123,7 @@ class V1(Front):
         asked["seed"] = drawn_seed() if seed < 0 else seed
         request = Request(**asked)
         count = incoming.whole(body, "num_images", 1, 1, limits.count)
-        side = int(self.catalogue.facts["size"])
-        height, width = request.size or (side, side)
+        height, width = self.catalogue.size_of(request)
         factor, second = (request.hires.factor, request.hires.steps or 1) if request.hires else (1, 1)
         check_limits(limits, round(width * factor), round(height * factor), max(request.steps, second), count)
         if len(request.controls) > limits.controls:
@@ -136,6 +136,7 @@ class V1(Front):
         request = request.model_copy(update={"controls": tuple(controls)})
         seeds = [((request.seed + i) % 2**64, (request.variation_seed + i) % 2**64) for i in range(count)]
         order = Pictures(request=request, seeds=tuple(seeds), shows_hints=True)
+        check_loras(order.loras, self.catalogue.loras, limits.loras)
         return order, incoming.truth(body, "wait", False)
 
     def _read_annotate(self, data: bytes) -> tuple[Order, bool]:
