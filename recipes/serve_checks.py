@@ -315,7 +315,8 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
         after = [one.memory_info().rss >> 20 for one in processes if one]
         say("load", f"{clients} clients, {seconds:.0f} s: {rate:.2f} pictures a second, one at a time {alone:.2f} "
             f"({rate / alone:.2f} times); {failed} errors; waits {min(waits):.1f} to {max(waits):.1f} s, "
-            f"median {statistics.median(waits):.1f}; {_passed_over(at)} batches begun before an older job; memory of server and worker {before} -> {after} MB")  # fmt: skip
+            f"median {statistics.median(waits):.1f}; {_passed_over(at)} batches begun before an older job; "
+            f"memory of server and worker {before} -> {after} MB")  # fmt: skip
 
 
 def _rate(at: Server, body: Any, clients: int, seconds: float) -> tuple[float, list[float], int]:

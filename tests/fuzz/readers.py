@@ -660,7 +660,9 @@ EXCUSED: dict[str, str] = {
         ("serve.studio.controls_for", "serve.studio.old_hash"),
         "reads a folder of one's own by describe and metadata_entry, which are in the list",
     ),
-    **dict.fromkeys(("backbones.load.add_words", "backbones.load.merge_loras"), "is a part of load_base, by the readers of LoRAs"),
+    **dict.fromkeys(
+        ("backbones.load.add_words", "backbones.load.merge_loras"), "is a part of load_base, by the readers of LoRAs"
+    ),
     **dict.fromkeys(
         (
             "serve.loras.Merged.take",

@@ -76,7 +76,9 @@ def test_pictures_are_those_of_a_base_that_was_loaded_with_the_lora(studio, toy_
     found = studio.carry_out(orders, lambda news: ())
     made = {name: read_picture(studio.folder / name / "0.png") for name in orders}
     for name, loras in (("plain", []), ("with", [(folder / "ink.safetensors", 0.7)]), ("again", [])):
-        [want] = maker(load_base(toy_folder, loras=loras))([asked("a red apple").request.model_copy(update={"seed": 1})])
+        [want] = maker(load_base(toy_folder, loras=loras))(
+            [asked("a red apple").request.model_copy(update={"seed": 1})]
+        )
         assert abs(made[name].astype(int) - want.pixels).max() <= 1, name
     assert abs(made["with"].astype(int) - made["plain"]).mean() > 1, "it shows"
     settings = read_settings(studio.folder / "with" / "0.png")
@@ -99,7 +101,7 @@ def test_without_loras_the_base_is_what_it_was_to_the_bit(base, folder):
 def test_one_that_does_not_fit_leaves_nothing_behind(base, folder, wanted):
     before, merged = weights_of(base), Merged(base, folder)
     merged.take([("wash", 1.0)])
-    with pytest.raises(Mismatch, match="^foreign does not fit the base"):
+    with pytest.raises(Mismatch, match=r"^foreign does not fit the base"):
         merged.take(wanted)
     after = weights_of(base)
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -205,4 +205,3 @@ def test_a_replica_that_dies_is_replaced_and_its_job_made_again(at):
     jobs = ended(at, *names)
     assert {one["state"] for one in jobs} == {"done"}
     assert "controlkit_worker_deaths_total 1.0" in at.get("/metrics").text
-

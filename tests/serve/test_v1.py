@@ -135,6 +135,7 @@ def test_models_annotators_health_and_metrics(at):
     canny = next(one for one in at.get("/v1/annotators").json()["annotators"] if one["name"] == "canny")
     assert {one["name"] for one in canny["options"]} == {"low", "high"}
     assert at.get("/healthz").json() == {"status": "ok", "waiting": 0, "running": 0}
+
     def made():
         text = at.get("/metrics").text
         assert 'controlkit_jobs{state="waiting"} 0' in text

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -460,7 +460,7 @@ def _merge_low_rank(base: UNetBase, loras: Sequence[tuple[Path, float]], before:
                 raise ValueError(f"{layers - placed} of its {layers} layers have no place there")
             for module in (one for network in networks for one in network.modules()):
                 if isinstance(module, BaseTunerLayer):
-                    _keep(module.get_base_layer().weight, before)
+                    _keep(cast("Tensor", module.get_base_layer().weight), before)
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except Exception as error:  # the libraries raise anything for names and shapes that do not go together

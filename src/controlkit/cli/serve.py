@@ -38,10 +38,13 @@ def serve(
     ] = None,
     loras: Annotated[
         Path | None,
-        typer.Option(help="A folder of LoRAs that prompts may name, as `<lora:NAME:0.8>`; looked through at each request."),
+        typer.Option(
+            help="A folder of LoRAs that prompts may name, as `<lora:NAME:0.8>`; looked through at each request."
+        ),
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="A folder of textual inversions; each is written in a prompt as its file's name.")
+        Path | None,
+        typer.Option(help="A folder of textual inversions; each is written in a prompt as its file's name."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,

@@ -94,10 +94,16 @@ class Merged:
 
 
 def add_embeddings(base: Backbone, folder: Path | None) -> dict[str, dict[str, Any]]:
-    """Add the textual inversions of a folder to a base; what A1111 tells of them: those ``loaded``, those ``skipped``."""
+    """Add the textual inversions of a folder to a base; what A1111 tells of those ``loaded`` and those ``skipped``."""
     found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
     for name, path in weights_in(folder).items():
-        told: dict[str, Any] = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 0, "vectors": 0}
+        told: dict[str, Any] = {
+            "step": None,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": None,
+            "shape": 0,
+            "vectors": 0,
+        }
         try:
             if not isinstance(base, UNetBase):
                 raise Unsupported(f'The base "{base.name}" takes no textual inversions.')

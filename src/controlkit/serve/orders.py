@@ -57,7 +57,7 @@ class Pictures(_Order):
     def alike(self) -> str:
         """A digest of the controls, the LoRAs, and what pictures made together share.
 
-        Where a picture's own shape decides the size, it is of that shape; where its mask does, an order is made by itself.
+        Where a picture's own shape decides the size, it is of that shape; where its mask does, an order is made alone.
         """
         edit, shape = self.request.edit, ()
         if edit and self.request.size is None:
@@ -72,7 +72,8 @@ class Pictures(_Order):
         """The request of each picture, its prompt without the names of LoRAs."""
         plain = {"prompt": without_loras(self.request.prompt)[0]} if self.loras else {}
         return [
-            self.request.model_copy(update={"seed": seed, "variation_seed": other, **plain}) for seed, other in self.seeds
+            self.request.model_copy(update={"seed": seed, "variation_seed": other, **plain})
+            for seed, other in self.seeds
         ]
 
 

@@ -89,7 +89,7 @@ class Server:
         self._desk.open()
         self._until.callback(self._desk.close)
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: N807  # Ray Serve's name
+    def __serve_build_asgi_app__(self) -> Any:  # Ray Serve's name
         """The application, for Ray Serve."""
         from controlkit.serve.app import app_of
 
@@ -175,10 +175,10 @@ class _Line:
 
     def kill(self) -> None:
         """End the replica that is at work; Ray Serve starts another."""
-        import ray
-
         replica, self._replica = self._replica, None
         if replica is not None:
+            import ray
+
             ray.kill(replica)
         self._messages.put(None)
 

@@ -332,9 +332,7 @@ class _Following:
         """Tell news, and note the jobs of which nobody wants the rest."""
         self._given_up.update(self._tell(dict(news)))
 
-    def ended(
-        self, records: Generator[Step | Picture, None, None]
-    ) -> Iterator[tuple[str, list[np.ndarray | None]]]:
+    def ended(self, records: Generator[Step | Picture, None, None]) -> Iterator[tuple[str, list[np.ndarray | None]]]:
         """Each job as it ends, with its pictures: None for one that is not finished, as nobody wants the rest.
 
         Where nobody wants the rest of any job, nothing more is computed.

@@ -17,12 +17,12 @@ from controlkit.serve.settings import Folders
 
 Pipe = Connection
 Message = tuple[str, Any]
-"""To a worker: ``orders``, those of jobs as JSON by the jobs' ids, and ``give_up``, ids of jobs of which nobody wants the
-rest. From a worker: ``ready`` and its facts; ``broken`` and (kind of error, sentence); ``news``, how far it is; ``done``
-and the outcomes of jobs."""
+"""To a worker: ``orders``, those of jobs as JSON by the jobs' ids, and ``give_up``, ids of jobs of which nobody wants
+the rest. From a worker: ``ready`` and its facts; ``broken`` and (kind of error, sentence); ``news``, how far it is;
+``done`` and the outcomes of jobs."""
 Tell = Callable[[dict[str, Any]], Collection[str]]
-"""Takes how far the work is: ``step``, ``steps``, ``shares`` and ``previews`` (PNGs) by the jobs' ids; or, as ``ended``, the
-outcomes of jobs that end before the others. Gives the ids of jobs of which nobody wants the rest."""
+"""Takes how far the work is: ``step``, ``steps``, ``shares``, ``previews`` (PNGs) by the jobs' ids; or, as ``ended``,
+the outcomes of jobs that end before the others. Gives the ids of jobs of which nobody wants the rest."""
 
 log = logging.getLogger(__name__)
 
