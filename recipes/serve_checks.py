@@ -358,11 +358,11 @@ def kills(times: int = 10) -> None:
 
         def ask() -> None:
             while not stop.is_set():
-                asked = {"prompt": "a red apple", "steps": 20 - len(names) % 3, "guidance": 3 + len(names) % 2}
+                asked = {"prompt": "a red apple", "steps": 10 - len(names) % 3, "guidance": 3 + len(names) % 2}
                 status, told = at.post("/v1/generate", asked | {"size": [128, 128]})
                 if status == 202:
                     names.append(told["id"])
-                time.sleep(0.3)
+                time.sleep(1)
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -370,12 +370,20 @@ def kills(times: int = 10) -> None:
         while killed < times:
             time.sleep(1.5)
             worker = at.worker()
-            if worker and at.get("/healthz")["running"]:
+            if worker and _is_at_work(at):
                 worker.kill()
                 killed += 1
         stop.set()
         thread.join()
         say("kills", f"worker killed {killed} times; {len(names)} jobs: {_ends(at, names)}")
+
+
+def _is_at_work(at: Server) -> bool:
+    """Whether a worker is there and makes something."""
+    try:
+        return bool(at.get("/healthz")["running"])
+    except urllib.error.HTTPError:  # 503: the next worker is on its way
+        return False
 
 
 def restart() -> None:

@@ -295,7 +295,7 @@ class Studio:
         pairs, real = heldout_for(saved, base.size, order.num)
         control = ControlRequest(name=order.control, scale=order.scale, hint_cfg_scale=saved.hint_cfg_scale)
         plan = EvaluationPlan(control, saved.hint, pairs, order.steps, order.guidance)
-        total, done = 3 * len(pairs) * order.steps, 0
+        total, done = 2 * 3 * len(pairs) * order.steps, 0  # the second half where control is found alone: see judge
 
         def advanced(count: int) -> None:
             nonlocal done
