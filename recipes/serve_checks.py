@@ -1,7 +1,7 @@
 """Checks of the server with real clients, under load, and while its processes are killed; prints a line for each.
 
     pip install 'controlkit[serve]' webuiapi sd-backend-client openai local-image-gen-security schemathesis
-    python recipes/serve_checks.py clients bodies load kills restart
+    python recipes/serve_checks.py clients bodies evaluation load kills restart
 
 Each check starts a server of its own with `mini` on a free port.
 """
@@ -400,13 +400,23 @@ def restart() -> None:
         say("restart", f"kill -9 with {len(names)} jobs: {_ends(at, names)}")
 
 
-def _ends(at: Server, names: list[str]) -> str:
-    """How jobs ended, when all have; sentences of errors once each."""
+def evaluation() -> None:
+    """A control measured by request, small: the figures of its report."""
+    with server() as at:
+        name = at.post("/v1/evaluate", {"control": "depth", "num": 4, "steps": 4})[1]["id"]
+        ended = _ends(at, [name], shows=False)
+        report = at.get(f"/v1/jobs/{name}")["report"]
+        figures = {key: round(report[key]["mean"], 3) for key in ("fidelity", "floor", "ceiling", "obedience")}
+        say("evaluation", f"{ended}, {report['metric']}: {figures}, {report['seconds']:.0f} s")
+
+
+def _ends(at: Server, names: list[str], shows: bool = True) -> str:
+    """How jobs ended, when all have; sentences of errors once each. ``shows``: whether they leave pictures."""
     found = list[dict[str, Any]]()
     for name in names:
         while (job := at.get(f"/v1/jobs/{name}"))["state"] not in ("done", "failed", "cancelled"):
             time.sleep(0.2)
-        if job["state"] == "done":
+        if job["state"] == "done" and shows:
             with urllib.request.urlopen(at.url + job["pictures"][0]) as answer:
                 Image.open(answer).load()
         found.append(job)
@@ -426,7 +436,9 @@ def openapi() -> None:
         say("schemathesis", f"exit code {done.returncode}, {cases} cases")
 
 
-CHECKS: dict[str, Callable[[], None]] = {one.__name__: one for one in (clients, bodies, load, kills, restart, openapi)}
+CHECKS: dict[str, Callable[[], None]] = {
+    one.__name__: one for one in (clients, bodies, evaluation, load, kills, restart, openapi)
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

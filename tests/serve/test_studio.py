@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from controlkit.annotators import annotate, contract
+from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.controls.registry import new_control
 from controlkit.formats import SavedControl, save_control
@@ -199,3 +200,18 @@ def test_facts_are_plain_values(studio):
         facts["size"] == 32 and "Karras" in facts["samplers"]["DPM++ 2M"] and "Karras" not in facts["samplers"]["DDIM"]
     )
     assert all("source" not in one for one in facts["controls"])
+
+
+@pytest.mark.slow
+def test_a_control_is_measured(tmp_path):
+    """A whole evaluation of a shipped control, small: its figures, and its share of the work on the way."""
+    told = []
+    studio = Studio(load_base("mini"), tmp_path / "pictures")
+    found = studio.carry_out({"job": Evaluation(control="depth", num=2, steps=1)}, noting(told))
+    report = found["job"]["result"]["report"]
+    assert report["metric"] == "depth_rmse" and report["num"] == 2 and report["settings"]["steps"] == 1
+    assert report["ceiling"]["mean"] < report["floor"]["mean"], "of an error"
+    shares = [news["shares"]["job"] for news in told]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
+    stopped = studio.carry_out({"job": Evaluation(control="depth", num=2, steps=1)}, lambda news: {"job"})
+    assert stopped["job"] == {"cancelled": True}

@@ -5,10 +5,12 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
-from standin import StandIn, ended, picture
+from standin import FACTS, StandIn, ended, picture
 
-from controlkit.sample import ControlRequest, Request
+from controlkit.sample import ControlRequest, EditRequest, Request
+from controlkit.serve.catalogue import Catalogue
 from controlkit.serve.settings import Limits
 
 pytest_plugins = "serving"
@@ -37,8 +39,6 @@ def test_a_job_from_its_acceptance_to_its_pictures(at, studio, photo):
 
 
 def test_a_request_of_the_library_is_a_body(at, studio):
-    import numpy as np
-
     request = Request(prompt="a", steps=1, seed=5, size=(64, 64), controls=(
         ControlRequest(name="canny", images=np.zeros((8, 8, 3), np.uint8), ready=True),))  # fmt: skip
     answer = at.post("/v1/generate", json=json.loads(request.to_json()) | {"wait": True})
@@ -68,11 +68,26 @@ def test_a_request_of_the_library_is_a_body(at, studio):
         ({"num_images": 0}, "num_images"),
         ({"controls": [{"name": "canny", "images": picture()}] * 9}, "at most 8"),
         ({"seed": 1.5}, "whole number"),
+        ({"scheduler": "Eulr a"}, 'did you mean "Euler a"'),
+        ({"scheduler": "DDIM Karras"}, "DDIM has no Karras"),
+        ({"size": [100, 100]}, "such as [96, 96]"),
     ],
 )
 def test_bodies_that_are_refused(at, body, words):
     answer = at.post("/v1/generate", json=body)
     assert answer.status_code == 422 and words in answer.json()["error"]["message"], answer.text
+
+
+def test_a_route_that_is_not_there_is_said_as_both_apis_say_it(at):
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("PUT", "/v1/generate", 405),
+        ("GET", "/sdapi/v1/x", 404),
+    ):
+        answer = at.request(method, path)
+        assert answer.status_code == status and answer.json()["detail"] in ("Not Found", "Method Not Allowed")
+        assert f"There is no {method} {path}" in answer.json()["error"]["message"]
+    assert "image is nothing" in at.post("/v1/annotate", json={"annotator": "canny"}).text
 
 
 def test_events_tell_of_each_step_until_the_end(at, studio):
@@ -152,3 +167,9 @@ def test_every_route_is_in_the_schema_with_its_body(at):
     assert len(schema["paths"]) > 50
     body = schema["paths"]["/v1/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {*Request.model_fields} <= {*body}
+
+
+def test_a_picture_s_own_shape_counts_where_sizes_are_bounded():
+    wide = EditRequest(image=np.zeros((32, 32, 3), np.uint8), outpaint=(0, 96, 0, 0))
+    assert Catalogue(FACTS).size_of(Request(edit=wide)) == (64, 128)
+    assert Catalogue(FACTS).size_of(Request(edit=wide, size=(32, 64))) == (32, 64)

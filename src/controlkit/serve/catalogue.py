@@ -11,6 +11,7 @@ import numpy as np
 
 from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types
 from controlkit.backbones import Backbone
+from controlkit.backbones.schedulers import parted_name
 from controlkit.errors import Invalid, nearest, one_line
 from controlkit.sample.canvas import shape_on
 from controlkit.sample.request import Request
@@ -101,6 +102,22 @@ class Catalogue:
         (height, width), (above, right, below, left) = edit.image.shape[:2], edit.outpaint
         base = SimpleNamespace(size=own, multiple=int(self.facts["multiple"]))
         return shape_on(cast(Backbone, base), (height + above + below, width + left + right))
+
+    def check_made(self, request: Request) -> None:
+        """``Invalid`` for a size, a number of steps or a scheduler that the base does not have."""
+        step, most = int(self.facts["multiple"]), int(self.facts["most_steps"])
+        if request.size and any(side % step for side in request.size):
+            height, width = (max(round(side / step), 1) * step for side in request.size)
+            raise Invalid(
+                f"size is {list(request.size)}; expected height and width that {step} divides, such as "
+                f"{[height, width]}."
+            )
+        if request.steps > most:
+            raise Invalid(f"steps is {request.steps}; expected at most {most}.")
+        if request.scheduler is not None:
+            kind, spacing = parted_name(request.scheduler)
+            if spacing and spacing not in self.samplers.get(kind, ()):
+                raise Invalid(f"{kind} has no {spacing} here: {nearest(spacing, self.samplers.get(kind, ()))}")
 
     # --- controls ---------------------------------------------------------------------------------------------------
 

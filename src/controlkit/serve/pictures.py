@@ -138,7 +138,7 @@ def _settings(body: Mapping[str, Any], catalogue: Catalogue, ignored: list[str])
     """Settings of the server that a request overrides for itself."""
     given = body.get("override_settings") or {}
     if not isinstance(given, Mapping):
-        raise Invalid(f"override_settings is a {type(given).__name__}; expected keys and values.")
+        raise Invalid(f"override_settings is {incoming.kind_of(given)}; expected keys and values.")
     ignored += [f"override_settings.{key}" for key in given if key not in _KNOWN_SETTINGS]
     catalogue.check_base(incoming.text(given, "sd_model_checkpoint"))
     return {"clip_skip": clip_skip(given)}
@@ -156,14 +156,14 @@ def _scripts(body: Mapping[str, Any]) -> list[Any]:
         raise Invalid(f'Script "{one_line(name)}" not found: none can be run by itself here; leave script_name out.')
     given = body.get("alwayson_scripts") or {}
     if not isinstance(given, Mapping):
-        raise Invalid(f"alwayson_scripts is a {type(given).__name__}; expected keys and values.")
+        raise Invalid(f"alwayson_scripts is {incoming.kind_of(given)}; expected keys and values.")
     found: list[Any] = []
     for name, script in given.items():
         if str(name).strip().lower() != "controlnet":
             raise Invalid(f'Script "{one_line(name)}" not found: {nearest(str(name).lower(), SCRIPTS[:1])}')
         args = script.get("args", []) if isinstance(script, Mapping) else script
         if not isinstance(args, list):
-            raise Invalid(f"The args of {one_line(name)} are a {type(args).__name__}; expected a list of units.")
+            raise Invalid(f"The args of {one_line(name)} are {incoming.kind_of(args)}; expected a list of units.")
         found += args
     return found
 

@@ -123,6 +123,7 @@ class V1(Front):
         asked["seed"] = drawn_seed() if seed < 0 else seed
         request = Request(**asked)
         count = incoming.whole(body, "num_images", 1, 1, limits.count)
+        self.catalogue.check_made(request)
         height, width = self.catalogue.size_of(request)
         factor, second = (request.hires.factor, request.hires.steps or 1) if request.hires else (1, 1)
         check_limits(limits, round(width * factor), round(height * factor), max(request.steps, second), count)
@@ -148,7 +149,7 @@ class V1(Front):
             raise NotFound(f'There is no annotator "{one_line(name)}": {nearest(name, names)}')
         options = body.get("options") or {}
         if not isinstance(options, Mapping):
-            raise Invalid(f"options is a {type(options).__name__}; expected keys and numbers.")
+            raise Invalid(f"options is {incoming.kind_of(options)}; expected keys and numbers.")
         side = incoming.whole(body, "side", 0, 0, self.desk.limits.side)
         pixels = incoming.picture(body.get("image"), "image", self.desk.limits)
         kind = names[name]
