@@ -665,7 +665,6 @@ EXCUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "serve.loras.Merged.take",
             "serve.loras.add_embeddings",
             "serve.loras.check_loras",
             "serve.loras.told_loras",
@@ -674,7 +673,7 @@ EXCUSED: dict[str, str] = {
         "looks names up in a folder of one's own; its files are read by merge_loras and add_words",
     ),
     "serve.front.as_base64": _WRITES,
-    **dict.fromkeys(("serve.running.serve", "serve.worker.opened"), "gives the folder of controls to controls_for"),
+    "serve.worker.opened": "gives the folders to controls_for and serve.loras",
     **dict.fromkeys(
         (
             "hub.Package.check",

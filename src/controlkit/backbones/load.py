@@ -394,7 +394,7 @@ def _of_one_strength(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]], before: Before | None = None) -> None:
+def merge_loras(base: Backbone, loras: Sequence[tuple[Path, float]], before: Before | None = None) -> None:
     """Merge LoRAs and differences into the base's weights.
 
     Args:
@@ -402,8 +402,10 @@ def merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]], before: Bef
         before: takes each weight, the tensor itself, with what it was before the first change: then one that does not
             fit leaves the base as it was, and ``restore`` does so later.
 
-    Raises ``Mismatch`` for a file that does not fit, ``NotFound`` without peft.
+    Raises ``Mismatch`` for a file that does not fit, ``NotFound`` without peft, ``Unsupported`` for a base of another kind.
     """
+    if not isinstance(base, UNetBase):
+        raise Unsupported(f'The base "{base.name}" takes no LoRAs.')
     try:
         differences = [one for one in loras if _is_difference(one[0])]
         for path, weight in differences:
@@ -471,14 +473,16 @@ def _merge_low_rank(base: UNetBase, loras: Sequence[tuple[Path, float]], before:
 _MOST_VECTORS = 75  # of a textual inversion: the words of a prompt
 
 
-def add_words(base: UNetBase, path: Path) -> int:
+def add_words(base: Backbone, path: Path) -> tuple[int, int]:
     """Add a textual inversion to the towers' words: the file's name, and for every further vector ``name_1`` on.
 
-    Returns how many vectors it has.
+    Returns how many vectors it has, and their width in all towers together.
 
     Not by diffusers, whose tokens lose their capitals and with them all vectors but the first. Raises ``Mismatch`` for
     one of another base, ``Invalid`` where the base knows the word already.
     """
+    if not isinstance(base, UNetBase):
+        raise Unsupported(f'The base "{base.name}" takes no textual inversions.')
     from transformers import AddedToken
 
     tensors = open_tensors(path).read()
@@ -508,4 +512,4 @@ def add_words(base: UNetBase, path: Path) -> int:
         weight = tower.encoder.get_input_embeddings().weight
         with torch.no_grad():
             weight[tower.tokenizer.convert_tokens_to_ids(words)] = rows.to(weight.dtype)
-    return len(rows)
+    return len(rows), sum(widths)

@@ -39,7 +39,7 @@ def fields_of(data: bytes) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON holds in a place, in words for errors."""
+    """The kind of a value in JSON, in words for errors."""
     kinds = {
         bool: "true or false",
         int: "a number",

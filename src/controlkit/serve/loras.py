@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from controlkit.backbones import Backbone, UNetBase
+from controlkit.backbones import Backbone
 from controlkit.backbones.load import Before, add_words, merge_loras, restore
-from controlkit.errors import Invalid, NotFound, Unsupported, UserError, nearest, one_line
+from controlkit.errors import Invalid, NotFound, UserError, nearest, one_line
 from controlkit.tensors import PICKLES, open_tensors
 
 _MOST_FILES = 10_000
@@ -81,8 +81,6 @@ class Merged:
         self._held = ()
         if not wanted:
             return
-        if not isinstance(self.base, UNetBase):
-            raise Unsupported(f'The base "{self.base.name}" takes no LoRAs.')
         there = weights_in(self.folder)
         if missing := [name for name, _ in wanted if name not in there]:
             raise NotFound(f'There is no LoRA "{one_line(missing[0])}": {nearest(missing[0], there)}')
@@ -105,10 +103,7 @@ def add_embeddings(base: Backbone, folder: Path | None) -> dict[str, dict[str, A
             "vectors": 0,
         }
         try:
-            if not isinstance(base, UNetBase):
-                raise Unsupported(f'The base "{base.name}" takes no textual inversions.')
-            told["vectors"] = add_words(base, path)
-            told["shape"] = sum(tower.encoder.get_input_embeddings().weight.shape[1] for tower in base.towers)
+            told["vectors"], told["shape"] = add_words(base, path)
             found["loaded"][name] = told
         except UserError as error:
             log.warning("%s is left out: %s", path, error)
