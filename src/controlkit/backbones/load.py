@@ -402,7 +402,7 @@ def merge_loras(base: Backbone, loras: Sequence[tuple[Path, float]], before: Bef
         before: takes each weight, the tensor itself, with what it was before the first change: then one that does not
             fit leaves the base as it was, and ``restore`` does so later.
 
-    Raises ``Mismatch`` for a file that does not fit, ``NotFound`` without peft, ``Unsupported`` for a base of another kind.
+    Raises ``Mismatch`` for a file that does not fit, ``NotFound`` without peft, ``Unsupported`` for other bases.
     """
     if not isinstance(base, UNetBase):
         raise Unsupported(f'The base "{base.name}" takes no LoRAs.')

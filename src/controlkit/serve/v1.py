@@ -123,10 +123,10 @@ class V1(Front):
         asked["seed"] = drawn_seed() if seed < 0 else seed
         request = Request(**asked)
         count = incoming.whole(body, "num_images", 1, 1, limits.count)
-        self.catalogue.check_made(request)
         height, width = self.catalogue.size_of(request)
         factor, second = (request.hires.factor, request.hires.steps or 1) if request.hires else (1, 1)
         check_limits(limits, round(width * factor), round(height * factor), max(request.steps, second), count)
+        self.catalogue.check_made(request)
         if len(request.controls) > limits.controls:
             raise Invalid(f"There are {len(request.controls)} controls; expected at most {limits.controls}.")
         if request.edit and sum(request.edit.outpaint) > 2 * limits.side:
