@@ -114,14 +114,22 @@ def test_a_job_whose_lora_does_not_fit_fails_alone(studio):
     assert found["bad"]["fault"] == "Mismatch" and found["gone"]["fault"] == "NotFound" and "result" in found["good"]
 
 
-def test_a_control_that_is_loaded_meanwhile_reads_the_plain_base(base, folder, drawn_joins, tmp_path):
-    branch = drawn_joins(new_control(base, ControlSpec("lora", rank=2)), base=base)
+def test_a_control_that_is_loaded_meanwhile_reads_the_plain_base(base, folder, drawn_joins, tmp_path, monkeypatch):
+    """Controls that are differences to their base take over its weights when they are loaded."""
+    from controlkit.serve import studio as module
+
+    branch = drawn_joins(new_control(base, ControlSpec()), base=base)
     save_control(tmp_path / "controls" / "edges", SavedControl(branch, contract("canny")), base)
-    first, second = (Studio(base, tmp_path / "pictures", Folders(tmp_path / "controls", folder)) for _ in range(2))
-    plain = first.control("edges")[0].branch.state_dict()
-    second.carry_out({"job": asked("a <lora:ink:1>")}, lambda news: ())
-    loaded = second.control("edges")[0].branch.state_dict()
-    assert loaded.keys() == plain.keys() and all(torch.equal(loaded[name], plain[name]) for name in plain)
+    studio, plain, seen = (
+        Studio(base, tmp_path / "pictures", Folders(tmp_path / "controls", folder)),
+        weights_of(base),
+        [],
+    )
+    real = module.load
+    monkeypatch.setattr(module, "load", lambda *given: seen.append(weights_of(base)) or real(*given))
+    studio.carry_out({"job": asked("a <lora:ink:1>")}, lambda news: ())
+    studio.control("edges")
+    assert len(seen) == 1 and all(torch.equal(seen[0][name], plain[name]) for name in plain)
 
 
 def test_textual_inversions_are_words_of_the_base(toy_folder, tmp_path):
