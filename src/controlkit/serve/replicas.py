@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.cluster import ray_session
-from controlkit.errors import Unsupported, UserError
+from controlkit.errors import Unsupported, UserError, one_line
 from controlkit.files import held
 from controlkit.serve.running import check_extra
 from controlkit.serve.settings import Settings
@@ -258,6 +258,8 @@ def serve_replicas(
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
+        except RuntimeError as error:
+            raise Unsupported(f"Ray Serve cannot start the server ({one_line(error)}).") from error
         finally:
             signal.signal(signal.SIGTERM, before)
             serve.shutdown()
