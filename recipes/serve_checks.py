@@ -1,7 +1,7 @@
 """Checks of the server with real clients, under load, and while its processes are killed; prints a line for each.
 
     pip install 'controlkit[serve]' webuiapi sd-backend-client openai local-image-gen-security schemathesis
-    python recipes/serve_checks.py clients bodies load kills restart
+    python recipes/serve_checks.py clients bodies evaluation load kills restart
 
 Each check starts a server of its own with `mini` on a free port.
 """
@@ -35,6 +35,13 @@ from PIL import Image
 
 STEPS = 6
 """Sampling steps of the pictures that are only counted."""
+OTHERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"steps": STEPS + 2, "cfg_scale": 4},
+    {"sampler_name": "Euler a"},
+    {"steps": STEPS - 2, "sampler_name": "DPM++ 2M", "scheduler": "Karras"},
+)
+"""What clients ask for beside each other, which is made in shared passes."""
 
 
 class Server:
@@ -297,7 +304,8 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
     """Many clients at once: errors, memory, order, and throughput beside one at a time."""
     with server() as at:
         body = {"prompt": "a red apple", "steps": STEPS, "width": 128, "height": 128}
-        at.post("/sdapi/v1/txt2img", body)
+        for other in OTHERS:
+            at.post("/sdapi/v1/txt2img", {**body, **other})
         alone = _rate(at, body, 1, seconds / 3)[0]
         _rate(at, body, clients // 2, 1)  # batches are full: from here on memory must not grow
         assert at.process is not None
@@ -307,7 +315,8 @@ def load(clients: int = 64, seconds: float = 60.0) -> None:
         after = [one.memory_info().rss >> 20 for one in processes if one]
         say("load", f"{clients} clients, {seconds:.0f} s: {rate:.2f} pictures a second, one at a time {alone:.2f} "
             f"({rate / alone:.2f} times); {failed} errors; waits {min(waits):.1f} to {max(waits):.1f} s, "
-            f"median {statistics.median(waits):.1f}; memory of server and worker {before} -> {after} MB")  # fmt: skip
+            f"median {statistics.median(waits):.1f}; {_passed_over(at)} batches begun before an older job; "
+            f"memory of server and worker {before} -> {after} MB")  # fmt: skip
 
 
 def _rate(at: Server, body: Any, clients: int, seconds: float) -> tuple[float, list[float], int]:
@@ -318,13 +327,25 @@ def _rate(at: Server, body: Any, clients: int, seconds: float) -> tuple[float, l
         nonlocal failed
         while time.perf_counter() - began < seconds:
             start = time.perf_counter()
-            status, _ = at.post("/sdapi/v1/txt2img", {**body, "seed": number})
+            asked = {**body, **OTHERS[number % len(OTHERS)], "seed": number}
+            status, _ = at.post("/sdapi/v1/txt2img", asked, timeout=600)
             waits.append(time.perf_counter() - start)
             failed += status != 200
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(ask, range(clients)))
     return len(waits) / (time.perf_counter() - began), waits, failed
+
+
+def _passed_over(at: Server) -> int:
+    """How many of the last batches began while a job waited that was older than all of theirs."""
+    batches = list[list[Any]]()
+    for job in sorted((one for one in at.get("/v1/jobs")["jobs"] if one["begun"]), key=lambda one: one["begun"]):
+        if not batches or job["begun"] - batches[-1][-1]["begun"] > 0.1:
+            batches.append([])
+        batches[-1].append(job)
+    oldest = [min(job["accepted"] for job in batch) for batch in batches]
+    return sum(min(oldest[i:]) < one for i, one in enumerate(oldest))
 
 
 # --- killed ---------------------------------------------------------------------------------------------------------
@@ -337,10 +358,11 @@ def kills(times: int = 10) -> None:
 
         def ask() -> None:
             while not stop.is_set():
-                status, told = at.post("/v1/generate", {"prompt": "a red apple", "steps": 20, "size": [128, 128]})
+                asked = {"prompt": "a red apple", "steps": 10 - len(names) % 3, "guidance": 3 + len(names) % 2}
+                status, told = at.post("/v1/generate", asked | {"size": [128, 128]})
                 if status == 202:
                     names.append(told["id"])
-                time.sleep(0.3)
+                time.sleep(1)
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -348,7 +370,7 @@ def kills(times: int = 10) -> None:
         while killed < times:
             time.sleep(1.5)
             worker = at.worker()
-            if worker and at.get("/healthz")["running"]:
+            if worker and _is_at_work(at):
                 worker.kill()
                 killed += 1
         stop.set()
@@ -356,12 +378,21 @@ def kills(times: int = 10) -> None:
         say("kills", f"worker killed {killed} times; {len(names)} jobs: {_ends(at, names)}")
 
 
+def _is_at_work(at: Server) -> bool:
+    """Whether a worker is there and makes something."""
+    try:
+        return bool(at.get("/healthz")["running"])
+    except urllib.error.HTTPError:  # 503: the next worker is on its way
+        return False
+
+
 def restart() -> None:
     """kill -9 of the server with jobs queued: after a restart each accepted job ends."""
     with server() as at:
-        asked = {"prompt": "a red apple", "steps": 20, "size": [128, 128]}
+        asked = {"prompt": "a red apple", "size": [128, 128]}
         names = [
-            at.post("/v1/generate", {**asked, "seed": seed, "guidance": 3 + seed % 2})[1]["id"] for seed in range(12)
+            at.post("/v1/generate", {**asked, "seed": i, "steps": 18 + i % 3, "guidance": 3 + i % 2})[1]["id"]
+            for i in range(12)
         ]
         time.sleep(1)
         at.end(signal.SIGKILL)
@@ -369,13 +400,23 @@ def restart() -> None:
         say("restart", f"kill -9 with {len(names)} jobs: {_ends(at, names)}")
 
 
-def _ends(at: Server, names: list[str]) -> str:
-    """How jobs ended, when all have; sentences of errors once each."""
+def evaluation() -> None:
+    """A control measured by request, small: the figures of its report."""
+    with server() as at:
+        name = at.post("/v1/evaluate", {"control": "depth", "num": 4, "steps": 4})[1]["id"]
+        ended = _ends(at, [name], shows=False)
+        report = at.get(f"/v1/jobs/{name}")["report"]
+        figures = {key: round(report[key]["mean"], 3) for key in ("fidelity", "floor", "ceiling", "obedience")}
+        say("evaluation", f"{ended}, {report['metric']}: {figures}, {report['seconds']:.0f} s")
+
+
+def _ends(at: Server, names: list[str], shows: bool = True) -> str:
+    """How jobs ended, when all have; sentences of errors once each. ``shows``: whether they leave pictures."""
     found = list[dict[str, Any]]()
     for name in names:
         while (job := at.get(f"/v1/jobs/{name}"))["state"] not in ("done", "failed", "cancelled"):
             time.sleep(0.2)
-        if job["state"] == "done":
+        if job["state"] == "done" and shows:
             with urllib.request.urlopen(at.url + job["pictures"][0]) as answer:
                 Image.open(answer).load()
         found.append(job)
@@ -395,7 +436,9 @@ def openapi() -> None:
         say("schemathesis", f"exit code {done.returncode}, {cases} cases")
 
 
-CHECKS: dict[str, Callable[[], None]] = {one.__name__: one for one in (clients, bodies, load, kills, restart, openapi)}
+CHECKS: dict[str, Callable[[], None]] = {
+    one.__name__: one for one in (clients, bodies, evaluation, load, kills, restart, openapi)
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,7 +13,9 @@ from recipes import serve_checks
     [
         (("--host", "0.0.0.0"), "lets other machines in: give a token"),
         (("--token", "x"), "8 to 200"),
-        (("--controls", "/nowhere"), "expected a folder"),
+        (("--controls", "/nowhere"), "--controls is /nowhere; expected a folder"),
+        (("--loras", "/nowhere"), "--loras is /nowhere; expected a folder"),
+        (("--embeddings", "/nowhere"), "--embeddings is /nowhere; expected a folder"),
         (("--allow-origin", "localhost:3000"), "--allow-origin is"),
         (("--dtype", "fp8"), "--dtype is"),
         (("--port", "0"), "port"),

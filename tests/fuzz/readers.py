@@ -685,8 +685,20 @@ EXCUSED: dict[str, str] = {
         ("serve.studio.controls_for", "serve.studio.old_hash"),
         "reads a folder of one's own by describe and metadata_entry, which are in the list",
     ),
+    **dict.fromkeys(
+        ("backbones.load.add_words", "backbones.load.merge_loras"), "is a part of load_base, by the readers of LoRAs"
+    ),
+    **dict.fromkeys(
+        (
+            "serve.loras.add_embeddings",
+            "serve.loras.check_loras",
+            "serve.loras.told_loras",
+            "serve.loras.weights_in",
+        ),
+        "looks names up in a folder of one's own; its files are read by merge_loras and add_words",
+    ),
     "serve.front.as_base64": _WRITES,
-    **dict.fromkeys(("serve.running.serve", "serve.worker.opened"), "gives the folder of controls to controls_for"),
+    "serve.worker.opened": "gives the folders to controls_for and serve.loras",
     **dict.fromkeys(
         (
             "hub.Package.check",
@@ -798,6 +810,7 @@ EXCUSED_OPTIONS: dict[str, str] = {
     "generate captioner": "as data build's",
     **dict.fromkeys(("serve base", "serve lora", "serve vae"), "read as generate's"),
     "serve controls": "read by controls_for",
+    **dict.fromkeys(("serve embeddings", "serve loras"), "looked through by serve.loras.weights_in"),
 }
 """Options of commands that take text or a path, and why no reader is theirs."""
 

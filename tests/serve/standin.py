@@ -1,6 +1,7 @@
 """A stand-in for a worker's studio, and what tests of the server send and wait for."""
 
 import base64
+import os
 import time
 
 import numpy as np
@@ -23,7 +24,10 @@ FACTS = {
         {"name": "union", "hash": "44556677", "annotator": "", "types": ("canny", "depth"), "is_guessed": False},
     ],
     "sampler": "DDIM",
+    "embeddings": {"loaded": {}, "skipped": {}},
 }
+PAUSE = 0.001
+"""Seconds of a step."""
 
 
 class StandIn:
@@ -32,7 +36,7 @@ class StandIn:
     def __init__(self, folder, script=None):
         self.folder, self.batches = folder, []
         self.script = script or (lambda orders: None)
-        self.pause = 0.002
+        self.pause = PAUSE
 
     def facts(self):
         return FACTS
@@ -41,13 +45,19 @@ class StandIn:
         self.batches.append(orders)
         self.script(orders)
         steps = max((one.request.steps for one in orders.values() if isinstance(one, Pictures)), default=1)
+        found = {}
         for step in range(steps):
             time.sleep(self.pause)
-            shares = dict.fromkeys(orders, (step + 1) / steps)
-            preview = dict.fromkeys(orders, png_bytes(np.zeros((4, 4, 3), np.uint8)))
-            if tell({"step": step + 1, "steps": steps, "shares": shares, "previews": preview}):
-                return {name: self._made(name, one, False) for name, one in orders.items()}
-        return {name: self._made(name, one, True) for name, one in orders.items()}
+            left = [name for name in orders if name not in found]
+            shares = dict.fromkeys(left, (step + 1) / steps)
+            preview = dict.fromkeys(left, png_bytes(np.zeros((4, 4, 3), np.uint8)))
+            given_up = tell({"step": step + 1, "steps": steps, "shares": shares, "previews": preview})
+            for name in [one for one in left if one in given_up]:
+                found[name] = self._made(name, orders[name], False)
+                tell({"ended": {name: found[name]}})
+            if len(found) == len(orders):
+                break
+        return found | {name: self._made(name, one, True) for name, one in orders.items() if name not in found}
 
     def _made(self, name, order, whole):
         if not whole and not getattr(order, "takes_parts", False):
@@ -82,3 +92,20 @@ def ended(client, name):
             return job
         time.sleep(0.01)
     raise AssertionError(job)
+
+
+class Signing(StandIn):
+    """A stand-in that notes, beside each job's pictures, which process made them."""
+
+    def _made(self, name, order, whole):
+        found = super()._made(name, order, whole)
+        if "result" in found:
+            found["result"]["notes"] = [str(os.getpid())]
+        return found
+
+
+def open_slow(folder):
+    """A studio of a replica, whose jobs take long enough to be seen on their way."""
+    studio = Signing(folder)
+    studio.pause = 0.05
+    return studio

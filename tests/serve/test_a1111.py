@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from recipes.serve_bodies import programs
-from standin import StandIn, picture
+from standin import picture
 
 from controlkit.serve.front import IGNORED
 
@@ -30,15 +30,9 @@ INFO = {
 
 
 @pytest.fixture
-def studio(tmp_path):
-    return StandIn(tmp_path / "state" / "pictures")
-
-
-@pytest.fixture
-def seen(desk_of, client_of, studio):
+def seen(client, studio):
     """(client, the request of the last order)."""
-    at = client_of(desk_of([studio]))
-    return at, lambda: next(iter(studio.batches[-1].values())).request
+    return client, lambda: next(iter(studio.batches[-1].values())).request
 
 
 def made(client, body, route="txt2img"):
@@ -177,16 +171,15 @@ def test_the_second_pass_and_sizes_that_the_base_cannot_make(seen):
     assert request().scheduler == "Euler a" and "Euler a has no Karras" in answer.headers[IGNORED]
 
 
-def test_progress_and_interrupt(desk_of, client_of, studio):
-    studio.pause = 0.02
-    at = client_of(desk_of([studio]))
+def test_progress_and_interrupt(client, studio):
+    studio.pause, at = 0.02, client
     idle = at.get("/sdapi/v1/progress").json()
     assert idle["state"].keys() == STATE and idle["progress"] == 0 and idle["state"]["job_count"] == 0
     answers = []
     thread = threading.Thread(target=lambda: answers.append(made(at, {"steps": 150, "seed": 5}).json()))
     thread.start()
     while not (now := at.get("/sdapi/v1/progress").json())["current_image"]:
-        time.sleep(0.01)
+        time.sleep(0.002)
     assert 0 < now["progress"] < 1 and now["state"]["sampling_steps"] == 150 and now["eta_relative"] > 0
     assert at.get("/sdapi/v1/progress?skip_current_image=true").json()["current_image"] is None
     assert at.post("/sdapi/v1/interrupt").json() == {}
@@ -207,9 +200,11 @@ def test_lists_and_settings(client, photo):
     assert types["Canny"]["default_model"] == "canny [00112233]" and "None" in types["All"]["model_list"]
     assert client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2, "x": 1}).json() is None
     assert get("/sdapi/v1/options")["CLIP_stop_at_last_layers"] == 2
+    client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 1})
     assert "no model" in client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "x"}).json()["detail"]
     assert get("/sdapi/v1/sd-models")[0].keys() == {"title", "model_name", "hash", "sha256", "filename", "config"}
     assert get("/sdapi/v1/loras") == get("/sdapi/v1/sd-vae") == []
+    assert get("/sdapi/v1/embeddings") == {"loaded": {}, "skipped": {}}
     assert {"DDIM", "Euler a"} <= {one["name"] for one in get("/sdapi/v1/samplers")}
     assert get("/sdapi/v1/memory")["ram"]["total"] > 0 and get("/controlnet/version") == {"version": 3}
     written = base64.b64encode(base64.b64decode(made(client, {"steps": 1}).json()["images"][0])).decode()

@@ -89,6 +89,7 @@ NAMED = {
     "base": ("/sdapi/v1/txt2img", lambda name: {"override_settings": {"sd_model_checkpoint": name or "x"}}),
     "script": ("/sdapi/v1/txt2img", lambda name: {"alwayson_scripts": {name: {"args": []}}}),
     "detect": ("/controlnet/detect", lambda name: {"controlnet_module": name, "controlnet_input_images": [GOOD]}),
+    "lora": ("/sdapi/v1/txt2img", lambda name: {"prompt": f"a <lora:{name or 'x'}:1>"}),
     "options": ("/sdapi/v1/options", lambda name: {"sd_model_checkpoint": name or "x"}),
     "control": ("/v1/images/generations", lambda name: {"prompt": "a", "control": name or "x", "hint": GOOD}),
     "generate": ("/v1/generate", lambda name: {"controls": [{"name": name, "images": GOOD}]}),

@@ -3,11 +3,12 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 from standin import StandIn
 
 from controlkit.errors import Invalid
-from controlkit.sample import Request
+from controlkit.sample import EditRequest, Request
 from controlkit.serve.desk import Desk
 from controlkit.serve.orders import Evaluation, Pictures, order_of
 from controlkit.serve.queue import Queue, QueueFull
@@ -49,6 +50,41 @@ def test_the_oldest_job_goes_first_and_takes_along_those_that_are_alike(tmp_path
     assert queue.waiting_before(late) == 1
     assert [job.id for job in queue.take(16)] == [other.id], "and none is passed over"
     assert [job.id for job in queue.take(16)] == [late.id] and queue.take(16) == []
+
+
+def picture_of(height, width):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def test_a_picture_s_own_shape_decides_what_it_is_made_with():
+    def alike(picture, **edit):
+        return order(edit=EditRequest(image=picture, **edit)).alike
+
+    mask = {"mask": np.full((8, 8, 3), 255, np.uint8)}
+    assert alike(picture_of(32, 32)) == alike(picture_of(32, 32), strength=0.5) != alike(picture_of(32, 48))
+    assert alike(picture_of(32, 32)) != alike(picture_of(32, 32), outpaint=(0, 8, 0, 8))
+    assert alike(picture_of(32, 32), margin=4, **mask) == "", "of which a part alone is worked on"
+    sized = [order(edit=EditRequest(image=picture_of(32, w)), size=(32, 32)).alike for w in (32, 48)]
+    assert sized[0] == sized[1]
+
+
+def test_what_is_interrupted_ends_at_once_and_the_jobs_of_other_apis_go_on(desk_of, tmp_path):
+    hold = threading.Event()
+    studio = studio_of(tmp_path, lambda orders: hold.wait(2))
+    studio.pause = 0.01
+    desk = desk_of([studio])
+    desk.accept(order(size=(64, 64)), "v1")  # while the others wait, and are one batch
+    ours = desk.accept(order(1, steps=30).model_copy(update={"takes_parts": True}), "a1111")
+    others = [desk.accept(order(2, steps=30), "v1"), desk.accept(order(3, steps=30), "v1")]
+    hold.set()
+    while not (at := desk.progress.get(ours.id)) or not at.step:
+        time.sleep(0.002)
+    assert len(studio.batches[-1]) == 3
+    assert desk.interrupt("a1111") == 1 and desk.interrupt("openai") == 0
+    [ended] = wait(desk.queue, ours.id)
+    assert ended.state == "done" and not ended.result["is_whole"]
+    assert desk.queue.get(others[0].id).state == "running"
+    assert [job.result["is_whole"] for job in wait(desk.queue, *(one.id for one in others))] == [True, True]
 
 
 def test_evaluations_are_made_alone(tmp_path):

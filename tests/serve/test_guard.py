@@ -40,8 +40,8 @@ def test_other_names_are_not_as_they_may_lead_here(client, host):
         ({"Sec-Fetch-Site": "none"}, 200),
     ],
 )
-def test_pages_of_other_sites_may_not_ask(desk_of, client_of, headers, status):
-    at = client_of(desk_of(origins=("http://localhost:3000",)))
+def test_pages_of_other_sites_may_not_ask(guarded, headers, status):
+    at = guarded(origins=("http://localhost:3000",))
     for method, path in (("GET", "/sdapi/v1/options"), ("POST", "/sdapi/v1/interrupt")):
         answer = at.request(method, path, headers=headers)
         assert answer.status_code == status
@@ -49,8 +49,8 @@ def test_pages_of_other_sites_may_not_ask(desk_of, client_of, headers, status):
         assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-def test_a_page_that_is_allowed_may_ask_before_it_sends(desk_of, client_of):
-    at = client_of(desk_of(origins=("http://localhost:3000",), token=TOKEN))
+def test_a_page_that_is_allowed_may_ask_before_it_sends(guarded):
+    at = guarded(origins=("http://localhost:3000",), token=TOKEN)
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     answer = at.options("/v1/generate", headers={"Origin": "http://localhost:3000", **asks})
     assert answer.status_code == 204 and answer.headers["access-control-allow-origin"] == "http://localhost:3000"
@@ -70,8 +70,8 @@ def test_a_page_that_is_allowed_may_ask_before_it_sends(desk_of, client_of):
         ("Basic %%%", 401),
     ],
 )
-def test_the_token_is_asked_for_everywhere_but_for_health(desk_of, client_of, given, status):
-    at = client_of(desk_of(token=TOKEN), Authorization=given)
+def test_the_token_is_asked_for_everywhere_but_for_health(guarded, given, status):
+    at = guarded({"Authorization": given}, token=TOKEN)
     assert {
         at.get(path).status_code for path in ("/sdapi/v1/options", "/v1/models", "/metrics", "/openapi.json", "/")
     } == {status}
@@ -87,8 +87,8 @@ def test_beyond_this_machine_a_token_is_needed():
         Settings(None, token="short")
 
 
-def test_bodies_are_bounded_whatever_their_heads_say(desk_of, client_of):
-    at = client_of(desk_of(limits=Limits(body=1000)))
+def test_bodies_are_bounded_whatever_their_heads_say(guarded):
+    at = guarded(limits=Limits(body=1000))
     assert at.post("/sdapi/v1/txt2img", content=b" " * 1001).status_code == 413
     chunks = (b" " * 100 for _ in range(20))
     assert at.post("/sdapi/v1/txt2img", content=chunks).status_code == 413
@@ -97,8 +97,8 @@ def test_bodies_are_bounded_whatever_their_heads_say(desk_of, client_of):
     assert at.get("/v1/models").status_code == 200
 
 
-def test_all_bodies_together_are_bounded_too(desk_of, client_of):
-    at = client_of(desk_of(limits=Limits(bodies=1000)))
+def test_all_bodies_together_are_bounded_too(guarded):
+    at = guarded(limits=Limits(bodies=1000))
     assert [at.post("/v1/generate", content=b" " * size).status_code for size in (999, 1001, 999)] == [202, 503, 202]
 
 

@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from standin import StandIn, picture
+from standin import picture
 
 from controlkit.serve.front import IGNORED
 
@@ -11,10 +11,8 @@ pytest_plugins = "serving"
 
 
 @pytest.fixture
-def seen(desk_of, client_of, tmp_path):
-    studio = StandIn(tmp_path / "state" / "pictures")
-    at = client_of(desk_of([studio]))
-    return at, lambda: next(iter(studio.batches[-1].values()))
+def seen(client, studio):
+    return client, lambda: next(iter(studio.batches[-1].values()))
 
 
 def generated(client, **body):

@@ -6,17 +6,24 @@ import numpy as np
 import pytest
 
 from controlkit.annotators import annotate, contract
+from controlkit.backbones import load_base
 from controlkit.branch import ControlSpec
 from controlkit.controls.registry import new_control
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import read_picture, read_settings
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.serve.orders import Annotation, Evaluation, Pictures
+from controlkit.serve.settings import Folders
 from controlkit.serve.studio import Studio, controls_for
 
 
 def no_news(news):
-    return False
+    return ()
+
+
+def noting(told):
+    """A ``Tell`` that keeps the news of steps."""
+    return lambda news: () if "ended" in news else told.append(news) or ()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,7 @@ def controls(toy_base, drawn_joins, union_folder, tmp_path_factory):
 
 @pytest.fixture
 def studio(toy_base, controls, tmp_path):
-    return Studio(toy_base, tmp_path / "pictures", controls)
+    return Studio(toy_base, tmp_path / "pictures", Folders(controls))
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_pictures_are_those_of_the_library_and_say_how_they_were_made(studio, to
         request=Request(prompt="a red apple", steps=2, controls=(control,)), seeds=((3, 0), (4, 0)), shows_hints=True
     )
     told = []
-    found = studio.carry_out({"job": asked}, lambda news: told.append(news))
+    found = studio.carry_out({"job": asked}, noting(told))
     result = found["job"]["result"]
     [want] = maker(toy_base, {"edges": studio.control("edges")[0]})([asked.requests()[1]])
     made = read_picture(studio.folder / "job" / "1.png")
@@ -80,7 +87,7 @@ def test_orders_of_other_steps_are_made_together_and_told_of_apart(studio, toy_b
     orders = {"short": order(1, steps=2), "long": order(2, steps=3, guidance=7.0)}
     assert orders["short"].alike == orders["long"].alike
     told = []
-    found = studio.carry_out(orders, lambda news: told.append(news))
+    found = studio.carry_out(orders, noting(told))
     assert [(news["step"], news["steps"], *news["shares"]) for news in told] == [
         (1, 2, "short"), (1, 3, "long"), (2, 2, "short"), (2, 3, "long"), (3, 3, "long"),
     ]  # fmt: skip
@@ -120,13 +127,43 @@ def test_a_fault_while_pictures_are_made_is_looked_for_in_each(studio, monkeypat
     assert ["result" in found[name] for name in ("1", "2", "3")] == [True, False, True]
 
 
-def test_a_batch_that_is_stopped_gives_what_there_is_to_whom_that_is_of_use(studio):
+def test_a_batch_that_is_given_up_gives_what_there_is_to_whom_that_is_of_use(studio):
     whole, parts = order(1, 9), order(1, 9).model_copy(update={"takes_parts": True})
     steps = []
-    found = studio.carry_out({"a": whole, "b": parts}, lambda news: steps.append(news) or len(steps) == 2)
-    assert len(steps) == 2 and found["a"] == {"cancelled": True}
+
+    def tell(news):
+        steps.append("step" in news)
+        return {"a", "b"} if sum(steps) == 2 else ()
+
+    found = studio.carry_out({"a": whole, "b": parts}, tell)
+    assert sum(steps) == 2 and found["a"] == {"cancelled": True}
     assert not found["b"]["result"]["is_whole"]
     assert read_picture(studio.folder / "b" / "0.png").shape == (32, 32, 3)
+
+
+def test_a_job_that_is_given_up_ends_at_once_and_what_is_made_beside_it_is_as_ever(studio, toy_base):
+    orders = {"left": order(1, 5).model_copy(update={"takes_parts": True}), "stays": order(2, 5), "longer": order(3, 6)}
+    told = []
+
+    def tell(news):
+        told.append([*news["ended"]] if "ended" in news else {*news["shares"]})
+        return {"left"} if len(told) == 4 else ()
+
+    found = studio.carry_out(orders, tell)
+    assert told[4] == ["left"] and not found["left"]["result"]["is_whole"]
+    assert not any("left" in names for names in told[5:]), "and no more is told of it"
+    for name in ("stays", "longer"):
+        [want] = maker(toy_base)(orders[name].requests())
+        made = read_picture(studio.folder / name / "0.png")
+        assert found[name]["result"]["is_whole"] and abs(made.astype(int) - want.pixels).max() <= 1
+
+
+def test_jobs_of_other_sizes_are_told_of_as_each_ends(studio):
+    ended = []
+    orders = {"first": order(1), "second": order(2, size=(64, 32))}
+    found = studio.carry_out(orders, lambda news: ended.append((*news.get("ended", ()), news.get("step"))) or ())
+    assert ended == [(1,), (2,), ("first", None), (1,), (2,), ("second", None)]
+    assert found["second"]["result"]["height"] == 64
 
 
 def test_a_union_s_type_and_another_maker(studio, drawn):
@@ -163,3 +200,18 @@ def test_facts_are_plain_values(studio):
         facts["size"] == 32 and "Karras" in facts["samplers"]["DPM++ 2M"] and "Karras" not in facts["samplers"]["DDIM"]
     )
     assert all("source" not in one for one in facts["controls"])
+
+
+@pytest.mark.slow
+def test_a_control_is_measured(tmp_path):
+    """A whole evaluation of a shipped control, small: its figures, and its share of the work on the way."""
+    told = []
+    studio = Studio(load_base("mini"), tmp_path / "pictures")
+    found = studio.carry_out({"job": Evaluation(control="depth", num=2, steps=1)}, noting(told))
+    report = found["job"]["result"]["report"]
+    assert report["metric"] == "depth_rmse" and report["num"] == 2 and report["settings"]["steps"] == 1
+    assert report["ceiling"]["mean"] < report["floor"]["mean"], "of an error"
+    shares = [news["shares"]["job"] for news in told]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
+    stopped = studio.carry_out({"job": Evaluation(control="depth", num=2, steps=1)}, lambda news: {"job"})
+    assert stopped["job"] == {"cancelled": True}

@@ -2,24 +2,23 @@
 
 import base64
 import json
+import re
 import time
 
+import numpy as np
 import pytest
-from standin import StandIn, ended, picture
+from standin import FACTS, StandIn, ended, picture
 
-from controlkit.sample import ControlRequest, Request
+from controlkit.sample import ControlRequest, EditRequest, Request
+from controlkit.serve.catalogue import Catalogue
+from controlkit.serve.settings import Limits
 
 pytest_plugins = "serving"
 
 
 @pytest.fixture
-def studio(tmp_path):
-    return StandIn(tmp_path / "state" / "pictures")
-
-
-@pytest.fixture
-def at(desk_of, client_of, studio):
-    return client_of(desk_of([studio]))
+def at(client):
+    return client
 
 
 def test_a_job_from_its_acceptance_to_its_pictures(at, studio, photo):
@@ -40,8 +39,6 @@ def test_a_job_from_its_acceptance_to_its_pictures(at, studio, photo):
 
 
 def test_a_request_of_the_library_is_a_body(at, studio):
-    import numpy as np
-
     request = Request(prompt="a", steps=1, seed=5, size=(64, 64), controls=(
         ControlRequest(name="canny", images=np.zeros((8, 8, 3), np.uint8), ready=True),))  # fmt: skip
     answer = at.post("/v1/generate", json=json.loads(request.to_json()) | {"wait": True})
@@ -71,6 +68,9 @@ def test_a_request_of_the_library_is_a_body(at, studio):
         ({"num_images": 0}, "num_images"),
         ({"controls": [{"name": "canny", "images": picture()}] * 9}, "at most 8"),
         ({"seed": 1.5}, "whole number"),
+        ({"scheduler": "Eulr a"}, 'did you mean "Euler a"'),
+        ({"scheduler": "DDIM Karras"}, "DDIM has no Karras"),
+        ({"size": [100, 100]}, "such as [96, 96]"),
     ],
 )
 def test_bodies_that_are_refused(at, body, words):
@@ -78,8 +78,20 @@ def test_bodies_that_are_refused(at, body, words):
     assert answer.status_code == 422 and words in answer.json()["error"]["message"], answer.text
 
 
+def test_a_route_that_is_not_there_is_said_as_both_apis_say_it(at):
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("PUT", "/v1/generate", 405),
+        ("GET", "/sdapi/v1/x", 404),
+    ):
+        answer = at.request(method, path)
+        assert answer.status_code == status and answer.json()["detail"] in ("Not Found", "Method Not Allowed")
+        assert f"There is no {method} {path}" in answer.json()["error"]["message"]
+    assert "image is nothing" in at.post("/v1/annotate", json={"annotator": "canny"}).text
+
+
 def test_events_tell_of_each_step_until_the_end(at, studio):
-    studio.pause = 0.01
+    studio.pause = 0.005
     job = at.post("/v1/generate", json={"steps": 30}).json()["id"]
     lines = at.get(f"/v1/jobs/{job}/events").text.split("\n\n")
     kinds = [one.split("\n")[0].removeprefix("event: ") for one in lines if one]
@@ -89,9 +101,10 @@ def test_events_tell_of_each_step_until_the_end(at, studio):
 
 
 def test_cancel(at, studio):
-    studio.pause = 0.02
+    studio.pause, before = 0.02, len(studio.batches)
     job = at.post("/v1/generate", json={"steps": 150}).json()["id"]
-    time.sleep(0.1)
+    while len(studio.batches) == before:
+        time.sleep(0.002)
     assert at.post(f"/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
     assert at.post(f"/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
     assert at.post("/v1/jobs/none/cancel").status_code == 404
@@ -117,10 +130,9 @@ def test_files_are_those_of_the_job_alone(at, name):
     assert at.get(f"/v1/jobs/{job}/files/{name}").status_code == 404
 
 
-def test_a_full_queue_says_when_to_ask_again(desk_of, client_of, studio):
-    from controlkit.serve.settings import Limits
-
-    studio.pause = 0.05
+def test_a_full_queue_says_when_to_ask_again(desk_of, client_of, tmp_path):
+    studio = StandIn(tmp_path / "state" / "pictures")
+    studio.pause = 0.02
     at = client_of(desk_of([studio], limits=Limits(waiting=1)))
     answers = [at.post("/v1/generate", json={"steps": 20 + i}) for i in range(4)]
     assert {one.status_code for one in answers} == {202, 503} and answers[-1].headers["retry-after"] == "5"
@@ -138,12 +150,16 @@ def test_models_annotators_health_and_metrics(at):
     canny = next(one for one in at.get("/v1/annotators").json()["annotators"] if one["name"] == "canny")
     assert {one["name"] for one in canny["options"]} == {"low", "high"}
     assert at.get("/healthz").json() == {"status": "ok", "waiting": 0, "running": 0}
+
+    def made():
+        text = at.get("/metrics").text
+        assert 'controlkit_jobs{state="waiting"} 0' in text
+        found = re.search(r'controlkit_jobs_ended_total\{api="v1",state="done"\} (\d+)', text)
+        return int(found[1]) if found else 0
+
+    before = made()
     at.post("/v1/generate", json={"steps": 1, "wait": True})
-    text = at.get("/metrics").text
-    assert (
-        'controlkit_jobs_ended_total{api="v1",state="done"} 1.0' in text
-        and 'controlkit_jobs{state="waiting"} 0' in text
-    )
+    assert made() == before + 1
 
 
 def test_every_route_is_in_the_schema_with_its_body(at):
@@ -151,3 +167,9 @@ def test_every_route_is_in_the_schema_with_its_body(at):
     assert len(schema["paths"]) > 50
     body = schema["paths"]["/v1/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {*Request.model_fields} <= {*body}
+
+
+def test_a_picture_s_own_shape_counts_where_sizes_are_bounded():
+    wide = EditRequest(image=np.zeros((32, 32, 3), np.uint8), outpaint=(0, 96, 0, 0))
+    assert Catalogue(FACTS).size_of(Request(edit=wide)) == (64, 128)
+    assert Catalogue(FACTS).size_of(Request(edit=wide, size=(32, 64))) == (32, 64)

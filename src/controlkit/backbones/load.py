@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -50,6 +50,8 @@ _HUB_FILES = ["model_index.json", "*/*.json", "*/*.txt", *(f"{part}/*.safetensor
 _HUB_FILES += ["text_encoder/*.safetensors", "text_encoder_2/*.safetensors"]
 _FILES = (".safetensors", *PICKLES)
 _HUB_LEFT = ["*.fp16.*", "*non_ema*", "safety_checker/*", "*flax*", "*openvino*"]
+Before = dict[Tensor, Tensor]
+"""Weights of a base, each the parameter itself, with what they were before something was merged into them."""
 
 
 def load_base(
@@ -98,13 +100,9 @@ def load_base(
         )
     if vae:
         base = _with_vae(base, vae, dtype)
-    differences = [one for one in loras if _is_difference(one[0])]
-    for path, weight in differences:
-        _add_difference(base, path, weight)
-    if loras := [one for one in loras if one not in differences]:
-        _merge_loras(base, loras)
+    merge_loras(base, loras)
     for embedding in embeddings:
-        _add_words(base, embedding)
+        add_words(base, embedding)
     return base.to(device)
 
 
@@ -356,14 +354,16 @@ def _is_difference(path: Path) -> bool:
     return path.is_file() and _DIFFERENCE in open_tensors(path).metadata
 
 
-def _add_difference(base: UNetBase, path: Path, weight: float) -> None:
+def _add_difference(base: UNetBase, path: Path, weight: float, before: Before | None) -> None:
     """Add a difference to the base's U-Net; ``Mismatch`` if it is one to a base of another shape."""
-    own, tensors = base.unet.state_dict(), open_tensors(path).read()
+    own = {**dict(base.unet.named_parameters()), **dict(base.unet.named_buffers())}
+    tensors = open_tensors(path).read()
     strange = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
     if strange:
         raise Mismatch(f'{path} is no difference to the base "{base.name}", whose U-Net has no {strange[0]} like its.')
     with torch.no_grad():
         for name, value in tensors.items():
+            _keep(own[name], before)
             own[name] += weight * value.to(own[name])
 
 
@@ -394,8 +394,44 @@ def _of_one_strength(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
-    """Merge LoRAs into the base's weights; ``Mismatch`` for one that does not fit, ``NotFound`` without peft."""
+def merge_loras(base: Backbone, loras: Sequence[tuple[Path, float]], before: Before | None = None) -> None:
+    """Merge LoRAs and differences into the base's weights.
+
+    Args:
+        loras: files with their weights.
+        before: takes each weight, the tensor itself, with what it was before the first change: then one that does not
+            fit leaves the base as it was, and ``restore`` does so later.
+
+    Raises ``Mismatch`` for a file that does not fit, ``NotFound`` without peft, ``Unsupported`` for other bases.
+    """
+    if not isinstance(base, UNetBase):
+        raise Unsupported(f'The base "{base.name}" takes no LoRAs.')
+    try:
+        differences = [one for one in loras if _is_difference(one[0])]
+        for path, weight in differences:
+            _add_difference(base, path, weight, before)
+        if low_rank := [one for one in loras if one not in differences]:
+            _merge_low_rank(base, low_rank, before)
+    except Exception:
+        restore(before or {})
+        raise
+
+
+def _keep(weight: Tensor, before: Before | None) -> None:
+    if before is not None and weight not in before:
+        before[weight] = weight.detach().clone()
+
+
+@torch.no_grad()
+def restore(before: Before) -> None:
+    """Give weights back what they were before, to the bit."""
+    for weight, value in before.items():
+        weight.copy_(value)
+    before.clear()
+
+
+def _merge_low_rank(base: UNetBase, loras: Sequence[tuple[Path, float]], before: Before | None) -> None:
+    """Merge LoRAs into the base's weights, by diffusers and peft; as ``merge_loras``."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
@@ -424,21 +460,29 @@ def _merge_loras(base: UNetBase, loras: Sequence[tuple[Path, float]]) -> None:
             placed = sum(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules())
             if placed < layers:  # diffusers leaves out what it finds no place for, with a warning
                 raise ValueError(f"{layers - placed} of its {layers} layers have no place there")
+            for module in (one for network in networks for one in network.modules()):
+                if isinstance(module, BaseTunerLayer):
+                    _keep(cast("Tensor", module.get_base_layer().weight), before)
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except Exception as error:  # the libraries raise anything for names and shapes that do not go together
+            pipe.unload_lora_weights()
             raise Mismatch(f'{path} does not fit the base "{base.name}" as a LoRA ({one_line(error)}).') from error
 
 
 _MOST_VECTORS = 75  # of a textual inversion: the words of a prompt
 
 
-def _add_words(base: UNetBase, path: Path) -> None:
+def add_words(base: Backbone, path: Path) -> tuple[int, int]:
     """Add a textual inversion to the towers' words: the file's name, and for every further vector ``name_1`` on.
+
+    Returns how many vectors it has, and their width in all towers together.
 
     Not by diffusers, whose tokens lose their capitals and with them all vectors but the first. Raises ``Mismatch`` for
     one of another base, ``Invalid`` where the base knows the word already.
     """
+    if not isinstance(base, UNetBase):
+        raise Unsupported(f'The base "{base.name}" takes no textual inversions.')
     from transformers import AddedToken
 
     tensors = open_tensors(path).read()
@@ -451,6 +495,7 @@ def _add_words(base: UNetBase, path: Path) -> None:
             f'{path} holds words {wide[:9]} wide where "{base.name}" reads {widths}: '
             "it is no textual inversion, or one of another base."
         )
+    added = []
     for tower, vectors in zip(base.towers, found, strict=True):
         rows = vectors.reshape(-1, vectors.shape[-1])
         if not 0 < len(rows) <= _MOST_VECTORS:
@@ -460,8 +505,11 @@ def _add_words(base: UNetBase, path: Path) -> None:
         words = [path.stem, *(f"{path.stem}_{i}" for i in range(1, len(rows)))]
         if known := set(words) & tower.tokenizer.get_vocab().keys():
             raise Invalid(f'{path} would be written as "{min(known)}", a word the base knows already: rename the file.')
+        added.append((tower, words, rows))
+    for tower, words, rows in added:
         tower.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
         tower.encoder.resize_token_embeddings(len(tower.tokenizer), mean_resizing=False)
         weight = tower.encoder.get_input_embeddings().weight
         with torch.no_grad():
             weight[tower.tokenizer.convert_tokens_to_ids(words)] = rows.to(weight.dtype)
+    return len(rows), sum(widths)

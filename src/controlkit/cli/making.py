@@ -38,8 +38,11 @@ class Output:
     """None is the linear map."""
 
 
-def loader(loads: Loads, memory: str) -> "Callable[[str], Backbone]":
-    """A function that loads the base on a device; ``Invalid`` for a number format or a memory that are none."""
+def loader(loads: Loads, memory: str, merges: bool = False) -> "Callable[[str], Backbone]":
+    """A function that loads the base on a device; ``Invalid`` for a number format or a memory that are none.
+
+    ``merges``: whether LoRAs are merged into it later.
+    """
     from controlkit.formats.convert import DTYPES
     from controlkit.sample import MEMORY
 
@@ -47,6 +50,7 @@ def loader(loads: Loads, memory: str) -> "Callable[[str], Backbone]":
         if value not in known:
             raise Invalid(f'--{option} is "{one_line(value)}": {nearest(value, known)}')
     options: dict[str, Any] = {"dtype": DTYPES.get(loads.dtype, "auto"), "vae": loads.vae, "waits": True}
+    options["compiles"] = merges  # peft is read by what a base without it leaves out
     options["embeddings"] = [Path(one) for one in loads.embedding]
     options["loras"] = [split_lora(text) for text in loads.lora]
     return partial(_loaded, loads.base, memory, options)

@@ -36,6 +36,16 @@ def serve(
     controls: Annotated[
         Path | None, typer.Option(help="A folder of controls that may be asked for by name, beside the shipped ones.")
     ] = None,
+    loras: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of LoRAs that prompts may name, as `<lora:NAME:0.8>`; looked through at each request."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="A folder of textual inversions; each is written in a prompt as its file's name."),
+    ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Web pages that may ask, such as http://localhost:3000; repeatable."),
@@ -51,6 +61,10 @@ def serve(
     workers: Annotated[
         int, typer.Option(help="Processes, each with a base; by default one for each GPU, or one.", min=0, max=64)
     ] = 0,
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Run on Ray Serve, with a replica for each worker, on a cluster where Ray has one."),
+    ] = False,
 ) -> None:
     """Serve pictures over HTTP, by the APIs of A1111 and OpenAI and by one of its own (docs/api.md).
 
@@ -59,17 +73,20 @@ def serve(
     from controlkit.cli import making
     from controlkit.cli.requests import Loads
     from controlkit.hub import cache_dir
-    from controlkit.serve import Settings
+    from controlkit.serve import Folders, Settings, serve_replicas
     from controlkit.serve import serve as run
 
-    if controls and not home_path(controls).is_dir():
-        raise Invalid(f"--controls is {controls}; expected a folder of controls.")
-    folder = home_path(state) if state else cache_dir() / "serve" / str(port)
-    settings = Settings(folder, host, port, token, tuple(allow_origin or ()))
+    named = {"controls": controls, "loras": loras, "embeddings": embeddings}
+    folders = {name: home_path(path) if path else None for name, path in named.items()}
+    for name, path in folders.items():
+        if path and not path.is_dir():
+            raise Invalid(f"--{name} is {named[name]}; expected a folder.")
+    folder = home_path(state).absolute() if state else cache_dir() / "serve" / str(port)
+    settings = Settings(folder, host, port, token, tuple(allow_origin or ()), folders=Folders(**folders))
     loads = Loads.of({"base": base, "lora": lora, "vae": vae, "dtype": dtype})
-    load = making.loader(loads, memory)
-    folder_of_controls = home_path(controls) if controls else None
-    run(settings, load, _devices(device, workers), folder_of_controls, lambda url: say(f"serving {base} at {url}"))
+    load = making.loader(loads, memory, merges=loras is not None)
+    start = serve_replicas if ray else run
+    start(settings, load, _devices(device, workers), lambda url: say(f"serving {base} at {url}"))
 
 
 def _devices(device: str, workers: int) -> list[str]:

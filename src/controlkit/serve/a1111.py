@@ -22,6 +22,7 @@ from controlkit.sample import infotext
 from controlkit.serve import incoming
 from controlkit.serve.catalogue import TYPES, module_named, module_names, module_sliders, modules
 from controlkit.serve.front import JOB, Front, Handler, as_base64, body_of, named, schema_of
+from controlkit.serve.loras import told_loras
 from controlkit.serve.orders import Annotation
 from controlkit.serve.pictures import (
     DEFAULTS,
@@ -39,7 +40,7 @@ from controlkit.serve.settings import Limits
 _UNITS = 3
 """Control units that clients are told of; more are taken."""
 _EMPTY_LISTS = (
-    "loras", "hypernetworks", "prompt-styles", "face-restorers", "realesrgan-models", "sd-vae", "sd-modules",
+    "hypernetworks", "prompt-styles", "face-restorers", "realesrgan-models", "sd-vae", "sd-modules",
     "latent-upscale-modes", "extensions",
 )  # fmt: skip
 _DETECT = {
@@ -77,7 +78,7 @@ class A1111(Front):
         } | {f"/controlnet/{name}": getattr(self, name)
              for name in ("version", "model_list", "module_list", "control_types", "settings")}  # fmt: skip
         gets |= {f"/sdapi/v1/{name}": self.nothing_listed for name in _EMPTY_LISTS}
-        gets["/sdapi/v1/embeddings"] = self.embeddings
+        gets |= {"/sdapi/v1/embeddings": self.embeddings, "/sdapi/v1/loras": self.loras}
         for path, (handler, more) in posts.items():
             found.add_api_route(path, self.guarded(handler), methods=["POST"], openapi_extra=more)
         for path, handler in gets.items():
@@ -247,8 +248,12 @@ class A1111(Front):
         return JSONResponse([])
 
     async def embeddings(self, http: HttpRequest) -> Response:
-        """Textual inversions: none."""
-        return JSONResponse({"loaded": {}, "skipped": {}})
+        """Textual inversions that the base was given, and those that do not fit it."""
+        return JSONResponse(self.catalogue.facts["embeddings"])
+
+    async def loras(self, http: HttpRequest) -> Response:
+        """LoRAs that prompts may name, as the folder has them now."""
+        return JSONResponse(await self.apart(told_loras, self.catalogue.loras))
 
     async def cmd_flags(self, http: HttpRequest) -> Response:
         """The flags of the command line that clients look for."""

@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from controlkit import __version__
+from controlkit.errors import one_line
 from controlkit.serve.a1111 import A1111
 from controlkit.serve.desk import Desk
 from controlkit.serve.front import Front
@@ -59,7 +61,13 @@ def _add_own(app: FastAPI, desk: Desk) -> None:
         sentence = "This is a mistake of the server; its log says more."
         return JSONResponse({"error": {"message": sentence, "type": "Mistake", "code": 500}, "detail": sentence}, 500)
 
+    async def no_route(http: HttpRequest, error: HTTPException) -> Response:
+        sentence = f"There is no {http.method} {one_line(http.url.path)}: GET /openapi.json lists the routes."
+        told = {"message": sentence, "type": str(error.detail), "code": error.status_code}
+        return JSONResponse({"error": told, "detail": error.detail}, error.status_code, headers=error.headers)
+
     routes: dict[str, Any] = {"/": front_page, "/healthz": health, "/metrics": metrics}
     for path, handler in routes.items():
         app.add_api_route(path, handler, methods=["GET"], include_in_schema=path != "/")
+    app.add_exception_handler(HTTPException, no_route)  # type: ignore[arg-type]  # of this kind alone
     app.add_exception_handler(Exception, mistake)

@@ -3,10 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
 
 from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types, why_not
+from controlkit.backbones import Backbone
+from controlkit.backbones.schedulers import parted_name
 from controlkit.errors import Invalid, nearest, one_line
+from controlkit.sample.canvas import shape_on
+from controlkit.sample.request import Request
 from controlkit.serve.settings import Limits
 
 TYPES = {
@@ -52,10 +60,10 @@ def module_sliders(kind: HintKind) -> list[dict[str, Any]]:
 
 
 class Catalogue:
-    """The base and the controls, as a worker told of them (``Studio.facts``), to be asked by name."""
+    """The base and the controls, as a worker told of them (``Studio.facts``), and the LoRAs of a folder, by name."""
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts = facts
+    def __init__(self, facts: Mapping[str, Any], loras: Path | None = None) -> None:
+        self.facts, self.loras = facts, loras
         self.controls: dict[str, Mapping[str, Any]] = {one["name"]: one for one in facts["controls"]}
         self.samplers: Mapping[str, Sequence[str]] = facts["samplers"]
 
@@ -85,6 +93,32 @@ class Catalogue:
         """A side in pixels as the base can make it: rounded down, at least to one step."""
         step = int(self.facts["multiple"])
         return max(side // step, 1) * step
+
+    def size_of(self, request: Request) -> tuple[int, int]:
+        """(height, width) of a request's pictures before a second pass, where a part alone is worked on the most."""
+        own, edit = int(self.facts["size"]), request.edit
+        if request.size or edit is None:
+            return request.size or (own, own)
+        assert isinstance(edit.image, np.ndarray)
+        (height, width), (above, right, below, left) = edit.image.shape[:2], edit.outpaint
+        base = SimpleNamespace(size=own, multiple=int(self.facts["multiple"]))
+        return shape_on(cast(Backbone, base), (height + above + below, width + left + right))
+
+    def check_made(self, request: Request) -> None:
+        """``Invalid`` for a size, a number of steps or a scheduler that the base does not have."""
+        step, most = int(self.facts["multiple"]), int(self.facts["most_steps"])
+        if request.size and any(side % step for side in request.size):
+            height, width = (max(round(side / step), 1) * step for side in request.size)
+            raise Invalid(
+                f"size is {list(request.size)}; expected height and width that {step} divides, such as "
+                f"{[height, width]}."
+            )
+        if request.steps > most:
+            raise Invalid(f"steps is {request.steps}; expected at most {most}.")
+        if request.scheduler is not None:
+            kind, spacing = parted_name(request.scheduler)
+            if spacing and spacing not in self.samplers.get(kind, ()):
+                raise Invalid(f"{kind} has no {spacing} here: {nearest(spacing, self.samplers.get(kind, ()))}")
 
     # --- controls ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,16 +134,18 @@ class Desk:
         if self.queue.cancel(job):
             self.meters.ended.labels(job.api, "cancelled").inc()
             self.tell(name)
-            for bench in self._benches:
-                bench.reconsider()
+            self._give_up([name])
         return self.queue.get(name) or job
 
     def interrupt(self, api: str) -> int:
-        """Have the jobs of an API that are at work end with what they have; how many."""
+        """Have the jobs of an API that are at work end with what they have, whatever is made beside them; how many."""
         names = [job.id for job in self.queue.running() if job.api == api]
-        for bench in self._benches:
-            bench.reconsider(names)
+        self._give_up(names)
         return len(names)
+
+    def _give_up(self, names: Collection[str]) -> None:
+        for bench in self._benches:
+            bench.give_up(names)
 
     # --- called by the workers' threads -----------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class Desk:
     def advanced(self, jobs: Sequence[Job], news: Mapping[str, Any]) -> None:
         """Note how far jobs of a batch are."""
         for job in jobs:
-            if (at := self.progress.get(job.id)) is None or job.id not in news["shares"]:
+            if (at := self.progress.get(job.id)) is None or job.id not in news.get("shares", ()):
                 continue
             at.step, at.steps, at.share = news["step"], news["steps"], news["shares"][job.id]
             at.preview = news.get("previews", {}).get(job.id, at.preview)
@@ -168,7 +170,7 @@ class Desk:
             self.tell(job.id)
 
     def settle(self, jobs: Sequence[Job], outcomes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write what came of a batch."""
+        """Write what came of jobs."""
         for job in jobs:
             outcome = outcomes[job.id]
             if "result" in outcome:
@@ -204,7 +206,7 @@ class _Bench(threading.Thread):
         """(kind of error, sentence) of a first worker that could not begin."""
         self._hand: Hand | None = None
         self._jobs: list[Job] = []
-        self._interrupted: set[str] = set()
+        self._given_up: set[str] = set()
         self._asked_to_stop = 0.0
         self._ends = False
         self._lock = threading.Lock()
@@ -215,21 +217,21 @@ class _Bench(threading.Thread):
         with self.desk.queue.changed:
             self.desk.queue.changed.notify_all()
         if self._hand:
-            self._hand.stop.set()
             self._hand.kill()
         if self.is_alive():
             self.join(15)
 
-    def reconsider(self, interrupted: Sequence[str] = ()) -> None:
-        """Stop the batch at work where nobody wants the rest of any of its jobs."""
+    def give_up(self, names: Collection[str]) -> None:
+        """Have those of these jobs that are at work here end with what there is; the others of their batch go on."""
         with self._lock:
-            if not self._jobs or self._hand is None:
+            at_work = {job.id for job in self._jobs}
+            if not (ours := (at_work & set(names)) - self._given_up) or self._hand is None:
                 return
-            self._interrupted |= set(interrupted) & {job.id for job in self._jobs}
-            left = [job for job in self._jobs if job.id not in self._interrupted and not self._is_cancelled(job)]
-            if not left:
+            self._given_up |= ours
+            if at_work <= self._given_up:
                 self._asked_to_stop = self._asked_to_stop or time.monotonic()
-                self._hand.stop.set()
+            with suppress(OSError):  # it has died, which its thread sees
+                self._hand.pipe.send(("give_up", sorted(ours)))
 
     def _is_cancelled(self, job: Job) -> bool:
         now = self.desk.queue.get(job.id)
@@ -287,16 +289,24 @@ class _Bench(threading.Thread):
             if self._has_died(hand):
                 raise EOFError
             return
-        hand.stop.clear()
         with self._lock:
-            self._jobs, self._interrupted, self._asked_to_stop = jobs, set(), 0.0
+            self._jobs, self._given_up, self._asked_to_stop = jobs, set(), 0.0
         orders = {job.id: text for job in jobs if (text := queue.order_text(job))}  # or it was cancelled meanwhile
         jobs = [job for job in jobs if job.id in orders]
         for job in jobs:
             self.desk.progress[job.id] = Progress()
             self.desk.tell(job.id)
         self.desk.meters.batch.observe(sum(job.count for job in jobs))
-        hand.pipe.send(orders)
+        with self._lock:
+            self._jobs = jobs
+            hand.pipe.send(("orders", orders))
+            if self._given_up:  # before the orders it was not heard
+                hand.pipe.send(("give_up", sorted(self._given_up)))
+        self.give_up([job.id for job in jobs if self._is_cancelled(job)])
+        self._follow(hand)
+
+    def _follow(self, hand: Hand) -> None:
+        """Take the news of a batch until all of its jobs have ended."""
         while True:
             if not hand.pipe.poll(_POLL):
                 if self._asked_to_stop and time.monotonic() - self._asked_to_stop > _PATIENCE:
@@ -304,12 +314,21 @@ class _Bench(threading.Thread):
                     hand.kill()
                 continue
             kind, told = hand.pipe.recv()
+            if kind == "news":
+                self.desk.advanced(self._jobs, told)
+            self._settle(told if kind == "done" else told.get("ended", {}))
             if kind == "done":
-                break
-            self.desk.advanced(jobs, told)
+                if self._jobs:
+                    raise RuntimeError(f"{len(self._jobs)} jobs have no outcome")
+                return
+
+    def _settle(self, outcomes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write what came of the jobs that ended."""
         with self._lock:
-            self._jobs = []
-        self.desk.settle(jobs, told)
+            ended = [job for job in self._jobs if job.id in outcomes]
+            self._jobs = [job for job in self._jobs if job.id not in outcomes]
+        if ended:
+            self.desk.settle(ended, outcomes)
 
     @staticmethod
     def _has_died(hand: Hand) -> bool:

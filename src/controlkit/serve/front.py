@@ -65,7 +65,7 @@ class Front:
     @cached_property
     def catalogue(self) -> Catalogue:
         """All that can be asked for by name."""
-        return Catalogue(self.desk.facts)
+        return Catalogue(self.desk.facts, self.desk.settings.folders.loras)
 
     def router(self) -> APIRouter:
         """All routes, for an application."""

@@ -34,8 +34,21 @@ def fields_of(data: bytes) -> dict[str, Any]:
     if found in ("", None):
         return {}
     if not isinstance(found, dict):
-        raise Invalid(f"The request's body holds a {type(found).__name__}; expected keys and values.")
+        raise Invalid(f"The request's body holds {kind_of(found)}; expected keys and values.")
     return found
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a value in JSON, in words for errors."""
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), "nothing")
 
 
 def picture_bytes(value: Any, where: str) -> bytes:
@@ -44,7 +57,7 @@ def picture_bytes(value: Any, where: str) -> bytes:
     ``where``: its place, for errors. ``Invalid`` for an address, which is not fetched, and for anything else.
     """
     if not isinstance(value, str):
-        raise Invalid(f"{where} is a {type(value).__name__}; expected a picture as base64, or a data: URL.")
+        raise Invalid(f"{where} is {kind_of(value)}; expected a picture as base64, or a data: URL.")
     text = value.strip()
     if head := _DATA_URL.match(text):
         text = text[head.end() :]
@@ -123,7 +136,7 @@ def text(values: Mapping[str, Any], key: str, default: str = "") -> str:
     if value is None:
         return default
     if not isinstance(value, str):
-        raise Invalid(f"{key} is a {type(value).__name__}; expected a text.")
+        raise Invalid(f"{key} is {kind_of(value)}; expected a text.")
     return value
 
 
@@ -133,7 +146,7 @@ def listed(values: Mapping[str, Any], key: str, most: int) -> Sequence[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Invalid(f"{key} is a {type(value).__name__}; expected a list.")
+        raise Invalid(f"{key} is {kind_of(value)}; expected a list.")
     if len(value) > most:
         raise Invalid(f"{key} has {len(value)} values; expected at most {most}.")
     return value

@@ -5,8 +5,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from controlkit.prompts import DIALECTS, without_loras
 from controlkit.sample.jobs import likeness
 from controlkit.sample.request import HintSource, Request
 
@@ -47,13 +49,32 @@ class Pictures(_Order):
         return len(self.seeds)
 
     @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """The LoRAs that the prompt names, in the dialect that can, with their weights; not names that are known."""
+        return tuple(without_loras(self.request.prompt)[1]) if DIALECTS[self.request.dialect].edits else ()
+
+    @property
     def alike(self) -> str:
-        """A digest of the controls, and of what pictures made together share."""
-        return hashlib.sha256(repr(likeness(self.request)[:2]).encode()).hexdigest()[:32]
+        """A digest of the controls, the LoRAs, and what pictures made together share.
+
+        Where a picture's own shape decides the size, it is of that shape; where its mask does, an order is made alone.
+        """
+        edit, shape = self.request.edit, ()
+        if edit and self.request.size is None:
+            if edit.margin is not None:
+                return ""
+            assert isinstance(edit.image, np.ndarray)
+            shape = (*edit.image.shape[:2], edit.outpaint)
+        shared = (*likeness(self.request)[:2], self.loras, shape)
+        return hashlib.sha256(repr(shared).encode()).hexdigest()[:32]
 
     def requests(self) -> list[Request]:
-        """The request of each picture."""
-        return [self.request.model_copy(update={"seed": seed, "variation_seed": other}) for seed, other in self.seeds]
+        """The request of each picture, its prompt without the names of LoRAs."""
+        plain = {"prompt": without_loras(self.request.prompt)[0]} if self.loras else {}
+        return [
+            self.request.model_copy(update={"seed": seed, "variation_seed": other, **plain})
+            for seed, other in self.seeds
+        ]
 
 
 class Annotation(_Order):

@@ -12,6 +12,7 @@ from controlkit.prompts import without_loras
 from controlkit.sample.request import RESIZES, EditRequest, HiresRequest, Request
 from controlkit.serve import incoming
 from controlkit.serve.catalogue import Catalogue, check_limits
+from controlkit.serve.loras import check_loras
 from controlkit.serve.orders import Pictures, drawn_seed
 from controlkit.serve.settings import Limits
 from controlkit.serve.units import Units
@@ -94,11 +95,12 @@ def read(
     steps = incoming.whole(body, "steps", DEFAULTS["steps"], 1, limits.steps)
     count = incoming.whole(body, "batch_size", 1, 1, limits.count) * incoming.whole(body, "n_iter", 1, 1, limits.count)
     factor = hires.factor if hires else 1
+    prompt, negative = _prompts(body, catalogue, limits, ignored)
     width, height = (round(side * factor) for side in size or (1, 1))
     check_limits(limits, width, height, max(steps, (hires and hires.steps) or 1), count)
     request = Request(
-        prompt=_prompt(body, "prompt"),
-        negative_prompt=_prompt(body, "negative_prompt"),
+        prompt=prompt,
+        negative_prompt=negative,
         dialect="a1111",
         clip_skip=settings.get("clip_skip") or options.get("clip_skip"),
         size=(size[1], size[0]) if size else None,
@@ -114,13 +116,15 @@ def read(
     return Asked(order, [*ignored, *units.notes], taken, incoming.truth(body, "send_images", True))
 
 
-def _prompt(body: Mapping[str, Any], key: str) -> str:
-    """A prompt; ``Invalid`` where it names a LoRA, as this server has none."""
-    words = incoming.text(body, key)
-    plain, loras = without_loras(words)
-    if loras:
-        raise Invalid(f'The prompt names the LoRA "{one_line(loras[0][0])}", and this server has none: leave it out.')
-    return plain
+def _prompts(body: Mapping[str, Any], catalogue: Catalogue, limits: Limits, ignored: list[str]) -> tuple[str, str]:
+    """The prompt, with the names of LoRAs unless they are switched off, and the negative prompt, where none counts."""
+    words, negative = incoming.text(body, "prompt"), incoming.text(body, "negative_prompt")
+    if incoming.truth(body, "disable_extra_networks", False):
+        words = without_loras(words)[0]
+    check_loras(without_loras(words)[1], catalogue.loras, limits.loras)
+    plain, loras = without_loras(negative)
+    ignored += [f"negative_prompt: the LoRA {one_line(name)}, which counts in the prompt alone" for name, _ in loras]
+    return words, plain
 
 
 def _seeds(body: Mapping[str, Any], count: int, variation: float) -> tuple[tuple[int, int], ...]:
@@ -134,7 +138,7 @@ def _settings(body: Mapping[str, Any], catalogue: Catalogue, ignored: list[str])
     """Settings of the server that a request overrides for itself."""
     given = body.get("override_settings") or {}
     if not isinstance(given, Mapping):
-        raise Invalid(f"override_settings is a {type(given).__name__}; expected keys and values.")
+        raise Invalid(f"override_settings is {incoming.kind_of(given)}; expected keys and values.")
     ignored += [f"override_settings.{key}" for key in given if key not in _KNOWN_SETTINGS]
     catalogue.check_base(incoming.text(given, "sd_model_checkpoint"))
     return {"clip_skip": clip_skip(given)}
@@ -152,14 +156,14 @@ def _scripts(body: Mapping[str, Any]) -> list[Any]:
         raise Invalid(f'Script "{one_line(name)}" not found: none can be run by itself here; leave script_name out.')
     given = body.get("alwayson_scripts") or {}
     if not isinstance(given, Mapping):
-        raise Invalid(f"alwayson_scripts is a {type(given).__name__}; expected keys and values.")
+        raise Invalid(f"alwayson_scripts is {incoming.kind_of(given)}; expected keys and values.")
     found: list[Any] = []
     for name, script in given.items():
         if str(name).strip().lower() != "controlnet":
             raise Invalid(f'Script "{one_line(name)}" not found: {nearest(str(name).lower(), SCRIPTS[:1])}')
         args = script.get("args", []) if isinstance(script, Mapping) else script
         if not isinstance(args, list):
-            raise Invalid(f"The args of {one_line(name)} are a {type(args).__name__}; expected a list of units.")
+            raise Invalid(f"The args of {one_line(name)} are {incoming.kind_of(args)}; expected a list of units.")
         found += args
     return found
 

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from controlkit.errors import Unsupported
@@ -15,7 +14,6 @@ def serve(
     settings: Settings,
     load: Callable[[str], Any],
     devices: Sequence[str],
-    controls: Path | None,
     ready: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; one worker for each device.
@@ -24,14 +22,9 @@ def serve(
     loaded it. Raises what that ended with, and ``Unsupported`` where another server has the folder or an extra is
     missing.
     """
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise Unsupported(
-            f"A server needs the extra serve ({error}). Install it with: pip install 'controlkit[serve]'"
-        ) from error
+    check_extra()
+    import uvicorn
+
     from controlkit.serve.app import app_of
     from controlkit.serve.desk import Desk
     from controlkit.serve.worker import hire, opened
@@ -39,7 +32,7 @@ def serve(
     settings.state.mkdir(parents=True, exist_ok=True)
     with held(settings.state):
         pictures = settings.state / "pictures"
-        hires = [partial(hire, partial(opened, load, device, pictures, controls)) for device in devices]
+        hires = [partial(hire, partial(opened, load, device, pictures, settings.folders)) for device in devices]
         desk = Desk(settings, hires)
         desk.open()
         try:
@@ -61,6 +54,18 @@ def serve(
             _run(uvicorn.Server(config))
         finally:
             desk.close()
+
+
+def check_extra() -> None:
+    """``Unsupported`` where what a server needs is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise Unsupported(
+            f"A server needs the extra serve ({error}). Install it with: pip install 'controlkit[serve]'"
+        ) from error
 
 
 def _run(server: Any) -> None:

@@ -33,12 +33,25 @@ class Limits:
     """Pictures of a job."""
     controls: int = 8
     """Controls of a picture."""
+    loras: int = 16
+    """LoRAs that a prompt names."""
     waiting: int = 256
     """Jobs that wait; then 503."""
     bytes_waiting: int = 512 << 20
     """Bytes of the jobs that wait, as they are stored."""
     kept: int = 500
     """Jobs that have ended whose pictures are kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders of files that may be asked for by name; None is none."""
+
+    controls: Path | None = None
+    """Beside the shipped ones."""
+    loras: Path | None = None
+    embeddings: Path | None = None
+    """Textual inversions."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Settings:
     origins: Sequence[str] = ()
     """Origins of web pages that may ask, such as ``http://localhost:3000``, beside the server's own."""
     limits: Limits = field(default_factory=Limits)
+    folders: Folders = field(default_factory=Folders)
 
     def __post_init__(self) -> None:
         if self.token and not re.fullmatch(r"[!-~]{8,200}", self.token):

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ from controlkit.precision import number_format, settle_threads
 from controlkit.sample import Picture, Prepared, Step, generate, load, maker, prepare
 from controlkit.sample.embedded import embedded
 from controlkit.sample.jobs import BATCH
+from controlkit.serve.loras import Merged, add_embeddings
 from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures
+from controlkit.serve.settings import Folders
+from controlkit.serve.worker import Tell
 from controlkit.tensors import PICKLES, open_tensors
 
 _KEPT = 4
@@ -37,8 +40,6 @@ Result = dict[str, Any]
 Outcomes = dict[str, Result]
 """By a job's id: ``result``, what came of it; or ``fault``, the kind of error, and ``error``, its sentence; or
 ``cancelled``."""
-Tell = Callable[[dict[str, Any]], bool]
-"""Takes how far the work is; says whether to stop."""
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +130,13 @@ def _guessed(name: str) -> str:
 class Studio:
     """A base and its controls; the files that jobs leave lie in ``folder``, one folder a job."""
 
-    def __init__(self, base: Backbone, folder: Path, controls: Path | None = None) -> None:
+    def __init__(self, base: Backbone, folder: Path, folders: Folders = Folders()) -> None:  # noqa: B008  # frozen
+        """``folders``: those of files that may be asked for by name."""
         self.base, self.folder = base, folder
-        self.entries = {entry.name: entry for entry in controls_for(base, controls)}
+        self.entries = {entry.name: entry for entry in controls_for(base, folders.controls)}
+        self._digest = base.digest  # of its own weights: before words are added
+        self._embeddings = add_embeddings(base, folders.embeddings)
+        self._loras = Merged(base, folders.loras)
         self._threads = settle_threads(base.networks().values())
         self._loaded: OrderedDict[str, tuple[SavedControl, list[str]]] = OrderedDict()
 
@@ -142,12 +147,13 @@ class Studio:
         spacings = {kind: [one for one in SPACINGS if has_spacing(kind, one)] for kind in SCHEDULERS}
         return {
             "base": base.name,
-            "digest": base.digest,
+            "digest": self._digest,
             "size": base.size,
             "multiple": base.multiple,
             "most_steps": base.noise.count,
             "samplers": spacings,
             "controls": told,
+            "embeddings": self._embeddings,
             **self._facts(),
         }
 
@@ -162,9 +168,11 @@ class Studio:
         }
 
     def carry_out(self, orders: Mapping[str, Order], tell: Tell) -> Outcomes:
-        """Carry out the orders of jobs, those of pictures in one batch; what came of each."""
+        """Carry out the orders of jobs, those of pictures that name the same LoRAs in one batch; what came of each."""
         pictures = {name: order for name, order in orders.items() if isinstance(order, Pictures)}
-        found = self._make(pictures, tell) if pictures else {}
+        found = Outcomes()
+        for loras in dict.fromkeys(order.loras for order in pictures.values()):
+            self._make({name: order for name, order in pictures.items() if order.loras == loras}, tell, found)
         for name, order in orders.items():
             if isinstance(order, Annotation):
                 found[name] = _outcome(self._annotate, name, order)
@@ -174,21 +182,22 @@ class Studio:
 
     # --- pictures -------------------------------------------------------------------------------------------------
 
-    def _make(self, orders: Mapping[str, Pictures], tell: Tell) -> Outcomes:
-        found, prepared = Outcomes(), dict[str, list[Prepared]]()
+    def _make(self, orders: Mapping[str, Pictures], tell: Tell, found: Outcomes) -> None:
+        """Make the pictures of orders with the same LoRAs together, and add what came of each to ``found``."""
+        prepared = dict[str, list[Prepared]]()
         for name, order in orders.items():
             try:
                 prepared[name] = self.prepared(order)
             except UserError as error:
                 found[name] = _failed(error)
         try:
-            return found | self._sample({name: orders[name] for name in prepared}, prepared, tell)
+            self._sample({name: orders[name] for name in prepared}, prepared, tell, found)
         except UserError as error:
-            if len(prepared) == 1:
-                return found | dict.fromkeys(prepared, _failed(error))
-        for name in prepared:  # one of them is at fault: each by itself
-            found |= self._make({name: orders[name]}, tell)
-        return found
+            if len(orders) == 1:
+                found |= dict.fromkeys(orders, _failed(error))
+                return
+            for name in [one for one in prepared if one not in found]:  # one of them is at fault: each by itself
+                self._make({name: orders[name]}, tell, found)
 
     def prepared(self, order: Pictures) -> list[Prepared]:
         """An order's pictures, ready to be sampled; raises as ``prepare`` does."""
@@ -203,6 +212,7 @@ class Studio:
         if name not in self.entries:
             raise NotFound(f'There is no control "{name}": {nearest(name, self.entries)}')
         if name not in self._loaded:
+            self._loras.take(())  # some controls take over weights of the base
             entry = self.entries[name]
             while len(self._loaded) >= _KEPT:
                 self._loaded.popitem(last=False)
@@ -210,24 +220,29 @@ class Studio:
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
-    def _sample(self, orders: Mapping[str, Pictures], prepared: Mapping[str, list[Prepared]], tell: Tell) -> Outcomes:
+    def _sample(
+        self, orders: Mapping[str, Pictures], prepared: Mapping[str, list[Prepared]], tell: Tell, found: Outcomes
+    ) -> None:
+        """Sample what is prepared. A job is told of as soon as it ends, whether by itself or because it is given up."""
         began = time.perf_counter()
         ready = [one for name in orders for one in prepared[name]]
         owners = [name for name, order in orders.items() for _ in range(order.count)]
+        if not ready:
+            return
+        self._loras.take(orders[owners[0]].loras)
         following = _Following(ready, owners, tell)
-        pictures, finished = following.pictures(generate(self.base, ready, BATCH, mixed=True))
-        seconds = time.perf_counter() - began
-        found, first = Outcomes(), 0
-        for name, order in orders.items():
-            own = list(zip(prepared[name], pictures[first : first + order.count], strict=True))
-            whole = first + order.count <= finished
-            first += order.count
-            if whole or order.takes_parts:
-                result = self._write(name, order, own, following.together)
-                found[name] = {"result": result | {"is_whole": whole, "seconds": round(seconds, 3)}}
+        for name, pictures in following.ended(generate(self.base, ready, BATCH, mixed=True)):
+            whole = all(one is not None for one in pictures)
+            if whole or orders[name].takes_parts:
+                rough = following.unfinished(name)
+                made = [rough[i] if one is None else one for i, one in enumerate(pictures)]
+                own = list(zip(prepared[name], made, strict=True))
+                result = self._write(name, orders[name], own, following.together)
+                result |= {"is_whole": whole, "seconds": round(time.perf_counter() - began, 3)}
+                found[name] = {"result": result}
             else:
                 found[name] = {"cancelled": True}
-        return found
+            following.tell({"ended": {name: found[name]}})
 
     def _write(
         self, name: str, order: Pictures, made: Sequence[tuple[Prepared, np.ndarray | None]], together: int
@@ -239,7 +254,8 @@ class Studio:
             if pixels is None:
                 continue
             facts = {"base": self.base.name} | self._facts() | {"annotators": one.annotators(), "batch": together}
-            text = embedded(one.settled(), facts, pixels)
+            asked = one.settled().model_copy(update={"prompt": order.request.prompt})  # with the names of LoRAs
+            text = embedded(asked, facts, pixels)
             write_png(folder / f"{number}.png", pixels, **text)
             files.append(f"{number}.png")
             texts.append(text["infotext"])
@@ -269,6 +285,7 @@ class Studio:
         from controlkit.measure import EvaluationPlan, ceiling_of, evaluate_base, heldout_for, judge, metric_of
         from controlkit.sample import ControlRequest
 
+        self._loras.take(())
         saved, notes = self.control(order.control)
         if saved.branch.hint_types:
             raise Unsupported(f'"{order.control}" is a Union: measure one of its types.')
@@ -278,12 +295,12 @@ class Studio:
         pairs, real = heldout_for(saved, base.size, order.num)
         control = ControlRequest(name=order.control, scale=order.scale, hint_cfg_scale=saved.hint_cfg_scale)
         plan = EvaluationPlan(control, saved.hint, pairs, order.steps, order.guidance)
-        total, done = 3 * len(pairs) * order.steps, 0
+        total, done = 2 * 3 * len(pairs) * order.steps, 0  # the second half where control is found alone: see judge
 
         def advanced(count: int) -> None:
             nonlocal done
             done += count
-            if tell({"step": done, "steps": total, "shares": {name: min(done / total, 1.0)}}):
+            if name in tell({"step": done, "steps": total, "shares": {name: min(done / total, 1.0)}}):
                 raise _Stopped
 
         make = maker(base, {order.control: saved}, on_step=advanced)
@@ -293,7 +310,7 @@ class Studio:
 
 
 class _Following:
-    """A run of several jobs' pictures, followed: news for each step, and what there is of them at the end."""
+    """A run of several jobs' pictures, followed: news for each step, and each job's pictures when it ends."""
 
     def __init__(self, ready: Sequence[Prepared], owners: Sequence[str], tell: Tell) -> None:
         """``owners``: the id of each picture's job."""
@@ -302,44 +319,59 @@ class _Following:
         for one, owner in zip(ready, owners, strict=True):
             self._totals[owner] += one.steps
         self._done = Counter[str]()
+        self._left = list(dict.fromkeys(owners))
+        """Jobs that have not ended."""
+        self._given_up: set[str] = set()
         self._last = dict[tuple[int, ...], Step]()
         """The last step of each batch, by its pictures' places."""
         self._shown = dict[tuple[int, ...], float]()
         self.together = 1
         """How many pictures were made at once."""
 
-    def pictures(self, records: Generator[Step | Picture, None, None]) -> tuple[list[np.ndarray | None], int]:
-        """(All pictures, how many are finished): where ``tell`` says to stop, the others as they were, or None."""
+    def tell(self, news: Mapping[str, Any]) -> None:
+        """Tell news, and note the jobs of which nobody wants the rest."""
+        self._given_up.update(self._tell(dict(news)))
+
+    def ended(self, records: Generator[Step | Picture, None, None]) -> Iterator[tuple[str, list[np.ndarray | None]]]:
+        """Each job as it ends, with its pictures: None for one that is not finished, as nobody wants the rest.
+
+        Where nobody wants the rest of any job, nothing more is computed.
+        """
         made = list[np.ndarray | None]()
         for record in records:
             if isinstance(record, Picture):
                 made.append(record.pixels)
-            elif self._advanced(record, tuple(len(made) + place for place in record.places)):
+            else:
+                self._advanced(record, tuple(len(made) + place for place in record.places))
+            for name in list(self._left):
+                places = [place for place, owner in enumerate(self._owners) if owner == name]
+                if len(made) > places[-1] or name in self._given_up:
+                    self._left.remove(name)
+                    yield name, [made[place] if place < len(made) else None for place in places]
+            if not self._left:
                 records.close()
-                return self._with_unfinished(made), len(made)
-        return made, len(made)
 
-    def _advanced(self, step: Step, places: tuple[int, ...]) -> bool:
-        """Tell of a step; whether to stop."""
+    def _advanced(self, step: Step, places: tuple[int, ...]) -> None:
+        """Tell of a step, to those whose jobs have not ended."""
         owners = [self._owners[place] for place in places]
         self._done.update(owners)
         self.together, self._last[places] = step.together, step
-        shares = {owner: self._done[owner] / self._totals[owner] for owner in owners}
+        shares = {owner: self._done[owner] / self._totals[owner] for owner in owners if owner in self._left}
         news: dict[str, Any] = {"step": step.step, "steps": step.steps, "shares": shares}
-        if time.perf_counter() - self._shown.get(places, 0.0) > _PREVIEWS:
+        if shares and time.perf_counter() - self._shown.get(places, 0.0) > _PREVIEWS:
             firsts = dict(reversed([*zip(owners, step.preview(), strict=True)]))
-            news["previews"] = {owner: png_bytes(picture) for owner, picture in firsts.items()}
+            news["previews"] = {owner: png_bytes(firsts[owner]) for owner in shares}
             self._shown[places] = time.perf_counter()
-        return self._tell(news)
+        self.tell(news)
 
-    def _with_unfinished(self, made: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        pictures = [*made, *[None] * (len(self._ready) - len(made))]
+    def unfinished(self, name: str) -> list[np.ndarray | None]:
+        """The pictures of a job as they are after the last step, at their full size; None where there was no step."""
+        rough = dict[int, np.ndarray]()
         for places, step in self._last.items():
-            for place, rough in zip(places, step.preview(), strict=True):
-                if place >= len(made):
-                    size = self._ready[place].settings.size
-                    pictures[place] = stretch(rough, size) if size else rough
-        return pictures
+            if any(self._owners[place] == name for place in places):
+                rough |= zip(places, step.preview(), strict=True)
+        found = [(rough.get(i), self._ready[i].settings.size) for i, owner in enumerate(self._owners) if owner == name]
+        return [pixels if pixels is None or size is None else stretch(pixels, size) for pixels, size in found]
 
 
 def _failed(error: UserError) -> Result:

@@ -47,7 +47,7 @@ class Units:
             if unit is None or isinstance(unit, bool):  # scripts' older form begins with such
                 continue
             if not isinstance(unit, Mapping):
-                raise Invalid(f"Control unit {number} is a {type(unit).__name__}; expected keys and values.")
+                raise Invalid(f"Control unit {number} is {incoming.kind_of(unit)}; expected keys and values.")
             if not incoming.truth(unit, "enabled", True):
                 continue
             try:

@@ -14,6 +14,7 @@ from controlkit.sample.request import ControlRequest, EditRequest, HiresRequest,
 from controlkit.serve import incoming
 from controlkit.serve.catalogue import check_limits
 from controlkit.serve.front import Front, as_base64, body_of
+from controlkit.serve.loras import check_loras
 from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures, drawn_seed
 from controlkit.serve.queue import Job
 from controlkit.serve.settings import Limits
@@ -122,10 +123,10 @@ class V1(Front):
         asked["seed"] = drawn_seed() if seed < 0 else seed
         request = Request(**asked)
         count = incoming.whole(body, "num_images", 1, 1, limits.count)
-        side = int(self.catalogue.facts["size"])
-        height, width = request.size or (side, side)
+        height, width = self.catalogue.size_of(request)
         factor, second = (request.hires.factor, request.hires.steps or 1) if request.hires else (1, 1)
         check_limits(limits, round(width * factor), round(height * factor), max(request.steps, second), count)
+        self.catalogue.check_made(request)
         if len(request.controls) > limits.controls:
             raise Invalid(f"There are {len(request.controls)} controls; expected at most {limits.controls}.")
         if request.edit and sum(request.edit.outpaint) > 2 * limits.side:
@@ -136,6 +137,7 @@ class V1(Front):
         request = request.model_copy(update={"controls": tuple(controls)})
         seeds = [((request.seed + i) % 2**64, (request.variation_seed + i) % 2**64) for i in range(count)]
         order = Pictures(request=request, seeds=tuple(seeds), shows_hints=True)
+        check_loras(order.loras, self.catalogue.loras, limits.loras)
         return order, incoming.truth(body, "wait", False)
 
     def _read_annotate(self, data: bytes) -> tuple[Order, bool]:
@@ -147,7 +149,7 @@ class V1(Front):
             raise NotFound(f'There is no annotator "{one_line(name)}": {nearest(name, names)}')
         options = body.get("options") or {}
         if not isinstance(options, Mapping):
-            raise Invalid(f"options is a {type(options).__name__}; expected keys and numbers.")
+            raise Invalid(f"options is {incoming.kind_of(options)}; expected keys and numbers.")
         side = incoming.whole(body, "side", 0, 0, self.desk.limits.side)
         pixels = incoming.picture(body.get("image"), "image", self.desk.limits)
         kind = names[name]

@@ -5,20 +5,24 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from controlkit.errors import UserError, one_line
 from controlkit.serve.orders import Order, order_of
+from controlkit.serve.settings import Folders
 
 Pipe = Connection
 Message = tuple[str, Any]
-"""From a worker: ``ready`` and its facts; ``broken`` and (kind of error, sentence); ``news``, how far it is; ``done``
-and the outcomes of jobs."""
+"""To a worker: ``orders``, those of jobs as JSON by the jobs' ids, and ``give_up``, ids of jobs of which nobody wants
+the rest. From a worker: ``ready`` and its facts; ``broken`` and (kind of error, sentence); ``news``, how far it is;
+``done`` and the outcomes of jobs."""
+Tell = Callable[[dict[str, Any]], Collection[str]]
+"""Takes how far the work is: ``step``, ``steps``, ``shares``, ``previews`` (PNGs) by the jobs' ids; or, as ``ended``,
+the outcomes of jobs that end before the others. Gives the ids of jobs of which nobody wants the rest."""
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +33,8 @@ class Maker(Protocol):
     def facts(self) -> dict[str, Any]:
         """All that requests are checked by, in plain values."""
 
-    def carry_out(self, orders: dict[str, Order], tell: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The outcomes of jobs, by their ids; ``tell`` takes news, and says whether to stop."""
+    def carry_out(self, orders: dict[str, Order], tell: Tell) -> dict[str, Any]:
+        """The outcomes of jobs, by their ids."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,6 @@ class Hand:
 
     pipe: Any
     """Where orders go in and messages come out."""
-    stop: Any
-    """An event: the batch at work is to end after its next step."""
     kill: Callable[[], None]
     """End it at once."""
 
@@ -48,11 +50,24 @@ class Hand:
 Hire = Callable[[], Hand]
 
 
-def work(pipe: Any, stop: Any, open_studio: Callable[[], Maker]) -> None:
-    """Carry out what comes through the pipe until it is closed; the loop of a worker.
+class Line:
+    """A worker's end of its pipe while it is at a batch: news out, and in what is given up."""
 
-    A message in is a dictionary of orders as JSON, by the jobs' ids.
-    """
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._given_up: set[str] = set()
+
+    def tell(self, news: dict[str, Any]) -> Collection[str]:
+        """Send news (``Tell``)."""
+        self._pipe.send(("news", news))
+        while self._pipe.poll(0):
+            _, names = self._pipe.recv()  # orders never come before the batch is done
+            self._given_up.update(names)
+        return self._given_up
+
+
+def work(pipe: Any, open_studio: Callable[[], Maker]) -> None:
+    """Carry out what comes through the pipe until it is closed; the loop of a worker."""
     try:
         try:
             studio = open_studio()
@@ -61,21 +76,17 @@ def work(pipe: Any, stop: Any, open_studio: Callable[[], Maker]) -> None:
             pipe.send(("broken", (type(error).__name__, str(error))))
             return
         while True:
-            orders = {name: order_of(text) for name, text in pipe.recv().items()}
-            pipe.send(("done", _carried_out(studio, orders, partial(_tell, pipe, stop))))
+            kind, told = pipe.recv()
+            if kind == "orders":  # else it gives up jobs of a batch that is done
+                pipe.send(("done", carried_out(studio, told, Line(pipe).tell)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the server has gone
 
 
-def _tell(pipe: Any, stop: Any, news: dict[str, Any]) -> bool:
-    pipe.send(("news", news))
-    return bool(stop.is_set())
-
-
-def _carried_out(studio: Maker, orders: dict[str, Order], tell: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The outcomes of jobs; a mistake of ours ends one batch and no more."""
+def carried_out(studio: Maker, orders: Mapping[str, str], tell: Tell) -> dict[str, Any]:
+    """The outcomes of jobs, whose orders are JSON; a mistake of ours ends one batch and no more."""
     try:
-        return studio.carry_out(orders, tell)
+        return studio.carry_out({name: order_of(text) for name, text in orders.items()}, tell)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as error:
@@ -84,17 +95,16 @@ def _carried_out(studio: Maker, orders: dict[str, Order], tell: Callable[[dict[s
         return {name: {"fault": "Mistake", "error": words} for name in orders}
 
 
-def _main(pipe: Any, stop: Any, open_studio: Callable[[], Maker]) -> None:
+def _main(pipe: Any, open_studio: Callable[[], Maker]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the server ends its workers
-    work(pipe, stop, open_studio)
+    work(pipe, open_studio)
 
 
 def hire(open_studio: Callable[[], Maker]) -> Hand:
     """Start a worker as a new process; ``open_studio`` must be found by its name from there."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    stop = context.Event()
-    process = context.Process(target=_main, args=(theirs, stop, open_studio), daemon=True, name="controlkit-worker")
+    process = context.Process(target=_main, args=(theirs, open_studio), daemon=True, name="controlkit-worker")
     process.start()
     theirs.close()
 
@@ -102,10 +112,10 @@ def hire(open_studio: Callable[[], Maker]) -> Hand:
         process.kill()
         process.join(10)
 
-    return Hand(ours, stop, kill)
+    return Hand(ours, kill)
 
 
-def opened(load: Callable[[str], Any], device: str, folder: Path, controls: Path | None) -> Maker:
+def opened(load: Callable[[str], Any], device: str, folder: Path, folders: Folders) -> Maker:
     """The studio of a worker, with the base that ``load`` gives for a device; of ``cuda:1`` it sees no other."""
     from controlkit.serve.studio import Studio
 
@@ -113,4 +123,4 @@ def opened(load: Callable[[str], Any], device: str, folder: Path, controls: Path
     if number:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(number)] if int(number) < len(seen) and seen[0] else number
-    return Studio(load(device), folder, controls)
+    return Studio(load(device), folder, folders)
