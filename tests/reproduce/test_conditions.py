@@ -92,7 +92,7 @@ def test_figure_5_weighs_the_taps_without_any_prompt(toy_base, acting, tmp_path)
     assert all({"fidelity", "ceiling"} <= row["figures"].keys() for row in told["rows"])
     assert all("floor" in row["figures"] for row in told["rows"] if row["name"] != conditions.NO_CONTROL)
     assert told["settings"]["prompt"] == "none" and "weighted" in table.caption()
-    assert {path.name for path in tmp_path.glob("*.png")} == {"fig-cfg-canny.png", "fig-cfg-depth.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"fig-cfg-canny.png"}
 
 
 def test_figure_6_measures_each_hint_under_its_control_the_other_and_both(toy_base, acting, tmp_path):

@@ -18,7 +18,8 @@ from controlkit.backbones import Backbone
 from controlkit.reproduce.conditions import HEAD, NO_CONTROL, Bench, Conditions, Row, shipped, used
 from controlkit.reproduce.entrants import Plan, Trial, write_report
 
-KINDS = ("canny", "depth")
+KINDS = ("canny",)
+"""As in the paper."""
 WAYS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "both-halves": ("hint in both halves (no guidance)", {"hint_cfg_scale": 1.0}),
     "cond-only": ("conditional half, no weights", {"cond_only": True}),

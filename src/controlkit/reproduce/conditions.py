@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from controlkit.backbones import Backbone
-from controlkit.measure import EvaluationPlan, Quality, Way, ceiling_of, evaluate, world_of
+from controlkit.measure import EvaluationPlan, Figure, Quality, Way, ceiling_of, evaluate, world_of
 from controlkit.reproduce.entrants import Table, Trial
 from controlkit.sample import Maker, Picture, Request, load, maker
 
@@ -25,10 +26,25 @@ def shipped(base: Backbone, *kinds: str) -> Maker:
 def told(make: Maker, prompts: Sequence[str], first_seed: int = 0) -> Maker:
     """A maker that reads other prompts than requests have: the first for ``first_seed``, and so on."""
 
-    def told_make(requests: Sequence[Request]) -> Sequence[Picture]:
-        return make([one.model_copy(update={"prompt": prompts[one.seed - first_seed]}) for one in requests])
+    def told_make(requests: Sequence[Request]) -> list[Picture]:
+        return list(make([one.model_copy(update={"prompt": prompts[one.seed - first_seed]}) for one in requests]))
 
     return told_make
+
+
+class RememberedQuality(Quality):
+    """A quality that judges the same pictures once: conditions share those without control."""
+
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], dict[str, Figure]]:
+        return {}
+
+    def figures(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Figure]:
+        """As ``Quality.figures``; of pictures that stay in memory, which a ``Remembered`` keeps."""
+        key = (*map(id, pictures), *prompts)
+        if key not in self._known:
+            self._known[key] = super().figures(pictures, prompts)
+        return self._known[key]
 
 
 class Remembered:
@@ -38,6 +54,7 @@ class Remembered:
         self._make, self._made = make, dict[Request, Picture]()
 
     def __call__(self, requests: Sequence[Request]) -> list[Picture]:
+        """The requests' pictures, in their order."""
         if new := [one for one in dict.fromkeys(requests) if one not in self._made]:
             self._made |= zip(new, self._make(new), strict=True)
         return [self._made[one] for one in requests]
@@ -102,7 +119,7 @@ class Bench:
     def __post_init__(self) -> None:
         world, device = world_of(self.trial.base), self.trial.base.device.type
         self.make = Remembered(self.make)
-        self.quality = Quality(world.referee(device), self.trial.real) if world else None
+        self.quality = RememberedQuality(world.referee(device), self.trial.real) if world else None
 
     def row(self, name: str, title: str, plan: EvaluationPlan, prompts: Sequence[str] | None = None) -> Row:
         """Measure a plan as a condition. ``prompts``: those told in place of the pairs', by which quality is judged."""
@@ -135,7 +152,8 @@ def used(plan: EvaluationPlan, **settings: Any) -> EvaluationPlan:
 
 def share_of(row: Row, other: Row) -> str:
     """A row's obedience as a share of another's, in words."""
-    return f"{row.figures['obedience']['mean'] / other.figures['obedience']['mean']:.0%}"
+    own, others = (one.figures["obedience"]["mean"] for one in (row, other))
+    return f"{own / others:.0%}" if others else "-"
 
 
 def _chosen(report: Mapping[str, Any], names: Sequence[str]) -> dict[str, Mapping[str, float]]:

@@ -113,7 +113,7 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
 
 
 def _folder_of(name: str, kind: str, opponents: Path | None) -> Path | None:
-    """The folder of an opponent that was trained on hints of a kind, `NAME-KIND` or `NAME`; None where there is none."""
+    """The folder of an opponent that was trained on hints of a kind, `NAME-KIND` or `NAME`; None if there is none."""
     folders = [opponents / f"{name}-{kind}", opponents / name] if opponents else []
     trained = (one for one in folders if (one / ABOUT).is_file() and read_about(one).hint == kind)
     return next(trained, None)

@@ -133,7 +133,7 @@ def _check_whole(path: Path, rater: str, ranks: Mapping[str, Sequence[int]], key
 
 
 def rank_of(system: str, answers: Answers, key: Key, aspect: str) -> Rank:
-    """A system's average rank by persons: the mean and the spread of the raters' averages; of one rater, of sketches."""
+    """A system's average rank by persons: mean and spread of the raters' averages; of one rater, over sketches."""
     at = ASPECTS.index(aspect)
     own = [[ranks[name][at] for name in key if key[name].system == system] for ranks in answers.values()]
     if len(own) > 1:

@@ -12,6 +12,7 @@ edges are found again. The base without control is ranked, too: the floor.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 
 from controlkit.backbones import Backbone

@@ -81,7 +81,7 @@ def make_transfer(
     plan: Plan,
     out: Path,
     on_row: Callable[[str], None] = lambda name: None,
-    tuning: Tuning = Tuning(),  # noqa: B008  # a constant
+    tuning: Tuning = Tuning(),
 ) -> Transfer:
     """Make the figure and write it into a folder: ``fig-transfer.json``, ``.md``, a ``.png`` of each kind of hints.
 
