@@ -86,16 +86,11 @@ STUDY = {f"{system}{sketch}": Shown(sketch, system) for sketch in range(2) for s
 TUNING = Tuning(steps=1, batch=1, scenes=2)
 
 
-def _answers(folder: Path, toy: Path) -> None:
-    """A rater's answers."""
-    (folder / "one").mkdir()
-    lines = [f"me,{name},{1 + i % 3},{3 - i % 3}\n" for i, name in enumerate(STUDY)]
-    (folder / "one" / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
-
-
-def _tunings(folder: Path, toy: Path) -> None:
-    """A base's tuning that has ended."""
+def _reports(folder: Path, toy: Path) -> None:
+    """A report's folder with what is kept and put there: a rater's answers, and a base's tuning that has ended."""
     tuned(load_base(toy), TUNING, folder / "one" / "report")
+    lines = [f"me,{name},{1 + i % 3},{3 - i % 3}\n" for i, name in enumerate(STUDY)]
+    (folder / "one" / "report" / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
 
 
 def _picture() -> np.ndarray:
@@ -556,8 +551,7 @@ KINDS = [
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
     Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
-    Kind("answers", _answers, "answers.csv", ("*.csv",), ("answers",)),
-    Kind("tuning", _tunings, "report", ("report/*.safetensors",), ("tuning",)),
+    Kind("report", _reports, "report", ("report/*.csv", "report/*.safetensors"), ("answers", "tuning")),
 ]
 
 

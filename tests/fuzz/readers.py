@@ -561,7 +561,9 @@ READERS: dict[str, Reader] = {
         2,
     ),
     "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
-    "answers": Reader(lambda path, setting: read_answers(path, STUDY), ("reproduce.study.read_answers",)),
+    "answers": Reader(
+        lambda path, setting: read_answers(path / "answers.csv", STUDY), ("reproduce.study.read_answers",)
+    ),
     "tuning": Reader(
         lambda path, setting: tuned(setting.base, TUNING, path),
         ("reproduce.transfer.tuned", "reproduce.transfer.make_transfer"),

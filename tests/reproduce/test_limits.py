@@ -29,11 +29,11 @@ def test_the_first_solid_is_exchanged_for_one_that_is_not_there():
     assert Exchange.of(Pair(np.zeros((8, 8, 3), np.uint8), "a ball")) is None
 
 
-def test_a_strong_prompt_stresses_the_word_denies_the_hint_and_doubles_guidance():
+def test_a_strong_prompt_stresses_the_word_and_denies_the_hint():
     found, request = exchange(), Request(prompt="x", seed=3, guidance=4.0)
     strong = found.asked(request, Condition("", 1.0, strong=True))
     assert "a red (cylinder:1.5) and a blue box" in strong.prompt and strong.dialect == "a1111"
-    assert (strong.negative_prompt, strong.guidance, strong.seed) == ("a ball", 8.0, 3)
+    assert (strong.negative_prompt, strong.guidance, strong.seed) == ("a ball", 4.0, 3)
     assert found.asked(request, Condition("", 1.0)).prompt == found.other
     assert found.asked(request, Condition("", 1.0, exchanged=False)).prompt == found.own
 
@@ -59,6 +59,9 @@ def test_the_figure_has_both_ends_and_what_the_judges_know(toy_base, monkeypatch
         assert row.chosen is None and row.words()[4] == "-"  # a toy has no referee
     assert rows["truth"].shown.mean > rows["truth"].said.mean
     assert rows["truth"].fidelity.mean > rows["strong"].fidelity.mean
+    assert "cannot tell" not in figure.caption()
+    assert "cannot tell" in limits.Limits._of_the_referee(limits.Figure(0.6, 0.4, 0.8))
+    assert limits.Limits._of_the_referee(limits.Figure(0.8, 0.6, 0.9)) == ""
     assert "floor" in figure.caption() and (tmp_path / "fig-limits.png").is_file()
     monkeypatch.setattr(limits, "SOLIDS", ())
     with pytest.raises(Invalid, match="larger --num"):

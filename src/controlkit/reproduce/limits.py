@@ -2,8 +2,8 @@
 
 Here the hint (edges) is of a scene, and the prompt is the scene's own with one solid exchanged: a box in the hint, a
 ball in the words. Which of the two is drawn is read off the pictures by the observer, and the referee chooses between
-the two captions. A strong prompt is told with that word emphasised, the hint's solid as the negative prompt, and twice
-the guidance. Floor: no control, where the prompt is all there is; ceiling: the hint with its own prompt.
+the two captions. A strong prompt is told with that word emphasised, and the hint's solid as the negative prompt. Floor:
+no control, where the prompt is all there is; ceiling: the hint with its own prompt.
 
     controlkit reproduce fig-limits --out runs/fig-limits
 """
@@ -34,8 +34,8 @@ HEAD = (
     "hint's caption chosen",
     "fidelity to the hint",
 )
-EMPHASIS, MORE_GUIDANCE = 1.5, 2.0
-"""Of a strong prompt: the weight of the exchanged word, and the factor on guidance."""
+EMPHASIS = 1.5
+"""The weight of the exchanged word in a strong prompt."""
 _LOOKED_AT = 2
 """Scenes looked at for each that is measured, as not each has a solid that can be exchanged."""
 _LEAST = 0.005
@@ -97,7 +97,7 @@ class Exchange:
             return request.model_copy(update={"prompt": self.other if condition.exchanged else self.own})
         stressed = re.sub(rf"\b{self.said}\b", f"({self.said}:{EMPHASIS})", self.other)
         changes = {"prompt": stressed, "negative_prompt": f"a {self.shown}", "dialect": "a1111"}
-        return request.model_copy(update={**changes, "guidance": MORE_GUIDANCE * request.guidance})
+        return request.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,15 @@ class Limits(Table):
             f"The prompt's solid is drawn in {said['plain']} under the hint, with a strong prompt in {said['strong']}, "
             f'in mode "prompt" in {said["prompt-mode"]}, and without control in {said["floor-strong"]} (floor of the '
             "hint). Ceiling: the hint with its own prompt. Last row: true pictures, which the judges should know."
+            f"{self._of_the_referee(rows[TRUTH].chosen)}"
         )
+
+    @staticmethod
+    def _of_the_referee(true: Figure | None) -> str:
+        """A sentence on a referee that cannot tell the captions of true pictures apart; "" where it can."""
+        if true is None or true.low > 0.5:
+            return ""
+        return f" The referee cannot tell the captions apart (true pictures: {_percent(true)}): look at the others."
 
 
 def make_limits(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Limits:
@@ -156,7 +164,7 @@ def make_limits(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
     titles = {name: condition.title for name, condition in CONDITIONS.items()} | {TRUTH: "true pictures"}
     made[TRUTH] = trial.truth
     rows = [_row(name, titles[name], pictures, exchanges, trial) for name, pictures in made.items()]
-    facts: dict[str, Any] = trial.facts() | {"emphasis": EMPHASIS, "strong guidance": MORE_GUIDANCE * plan.guidance}
+    facts: dict[str, Any] = trial.facts() | {"emphasis": EMPHASIS}
     table = Limits(rows, facts, "")
     write_report(out, "fig-limits", table, HEAD, {"": {"hint": trial.shown(), **made}})
     return table
