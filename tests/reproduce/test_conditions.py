@@ -111,10 +111,13 @@ def test_figure_6_measures_each_hint_under_its_control_the_other_and_both(toy_ba
 def test_captions_of_the_default_pictures_are_the_prompts_of_the_second_round(toy_base, acting, monkeypatch, tmp_path):
     pairs = list(ScenePairs(toy_base.size, 10, count=3))
     monkeypatch.setattr(auto, "evaluation_pairs", lambda *_: (pairs, [pair.picture for pair in pairs]))
-    given = iter(["a ball, x", "a box, y", f"{pairs[2].prompt.split(',')[0]}, z"])
+    given = iter(["a ball, x", "a box, y", f"{pairs[2].prompt.split(',')[0]}, z", *(pair.prompt for pair in pairs)])
     monkeypatch.setattr(auto, "caption_with", lambda base: (lambda picture: next(given), "a test"))
     table = make_auto(toy_base, PLAN, tmp_path)
     assert [row.name for row in table.rows] == [conditions.NO_CONTROL, "default", "automatic", "true"]
-    assert [one for _, one in table.captions][:2] == ["a ball, x", "a box, y"] and table.found == 1
+    assert [one for _, one in table.captions][:2] == ["a ball, x", "a box, y"] and (
+        table.found,
+        table.found_in_truth,
+    ) == (1, 3)
     assert [one.prompt for one in acting if one.controls][6:9] == [one for _, one in table.captions]
     assert "by a test" in table.caption() and "1 of 3" in table.caption()

@@ -22,12 +22,12 @@ class Line:
 
     def loss(self, name):
         with torch.set_grad_enabled(name == "line"):
-            return (self.layer(torch.ones(4, 3)) ** 2).sum()
+            return (self.layer(torch.ones(4, 3, requires_grad=True)) ** 2).sum()
 
 
 def test_what_is_counted_can_be_worked_out():
     flops, held = cost._counted(Line(), "line")
-    assert flops == 2 * (2 * 4 * 3 * 5)  # forward, and the weights' gradient
+    assert flops == 3 * (2 * 4 * 3 * 5)  # forward, and the gradients of the weights and the input
     assert (held.weights, held.gradients, held.moments) == (60, 60, 120)
     assert held.activations == 4 * (4 * 3 + 4 * 5)  # the layer's input, and its output for the square
     flops, held = cost._counted(Line(), "locked")
