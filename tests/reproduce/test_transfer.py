@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from controlkit.errors import Invalid
-from controlkit.measure import EvaluationPlan
 from controlkit.reproduce import Plan, make_transfer, transfer
 from controlkit.reproduce.transfer import Tuning, comic, tuned
 
@@ -58,18 +57,15 @@ def test_another_tunings_file_is_refused(toy_base, tmp_path):
 
 
 @pytest.mark.usefixtures("untrained_shipped")
-def test_the_figure_measures_each_base_by_pictures_of_its_own_style(toy_base, tmp_path, monkeypatch):
-    truths = []
-    evaluate = transfer.Bench.row
-
-    def row(self, name, title, plan):
-        assert isinstance(plan, EvaluationPlan)
-        truths.append((name, plan.pairs[0].picture, plan.hints[0]))
-        return evaluate(self, name, title, plan)
-
-    monkeypatch.setattr(transfer.Bench, "row", row)
+def test_the_figure_measures_the_same_hints_on_both_bases_and_fid_by_the_own_style(toy_base, tmp_path, monkeypatch):
+    benches = []
+    row = transfer.Bench.row
+    monkeypatch.setattr(transfer.Bench, "row", lambda self, *given: benches.append(self.trial) or row(self, *given))
     table = make_transfer(toy_base, Plan(num=2, steps=1), tmp_path, tuning=TINY)
     assert [one.name for one in table.rows] == list(transfer.ORDER[1:])
-    (_, plain, hint), (_, styled, same) = truths[:2]
-    assert np.array_equal(comic(plain), styled) and np.array_equal(hint, same)
+    own, other = benches[:2]
+    assert own.base is toy_base and not torch.equal(weights(other.base), weights(own.base))
+    assert np.array_equal(own.evaluation.hints[0], other.evaluation.hints[0])
+    assert np.array_equal(comic(own.real[0]), other.real[0])
+    assert table.rows[0].figures["ceiling"] == table.rows[1].figures["ceiling"]
     assert "3 steps of 2" in table.caption() and (tmp_path / "fig-transfer-depth.png").is_file()

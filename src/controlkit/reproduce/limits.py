@@ -6,6 +6,12 @@ the two captions. A strong prompt is told with that word emphasised, and the hin
 no control, where the prompt is all there is; ceiling: the hint with its own prompt.
 
     controlkit reproduce fig-limits --out runs/fig-limits
+
+Cost: `--quick` 1.8 minutes of CPU time (one thread of an AMD EPYC, AVX2, beside other work).
+Expected (`--quick`, 16 scenes): the prompt's solid is drawn in 19% [0%, 38%] under the hint (as with the hint's own
+prompt), with a strong prompt in 31% [6%, 56%], in mode "prompt" in 44% [19%, 69%], without control in 62% [38%, 88%]: a
+strong prompt mends little, as in the paper. The observer finds the true solid in 81% of the true pictures; the referee
+tells their captions apart in 44%, that is, not at all.
 """
 
 import re

@@ -2,14 +2,20 @@
 
 The paper puts its ControlNets on Comic Diffusion and Protogen. Here the command tunes a copy of the base to a comic
 style itself, for some minutes: few levels of colour and dark outlines, no word for it in the captions. The shipped
-controls are then measured on the base as it was and on the tuned one, each against true pictures of its own style.
+controls are then measured on the base as it was and on the tuned one; FID is to true pictures of each one's style.
 
     controlkit reproduce fig-transfer --out runs/fig-transfer
+
+Cost: `--quick` 5.2 minutes of CPU time (one thread of an AMD EPYC, AVX2, beside other work), of which the tuning some
+2.
+Expected (`--quick`, 16 scenes; means recomputed from the run's fidelities, with the ceiling of the true pictures):
+obedience of canny 0.86 on the base and 0.72 on the tuned one (84%), of depth 0.97 and 0.86 (88%); FID to comic
+pictures, without control, 39.8 before the tuning and 31.8 after it. The paper has pictures, no numbers.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +120,8 @@ def make_transfer(
 
 
 def _in_style(trial: Trial, other: Backbone) -> Trial:
-    """The trial on the tuned base: the same hints, with true pictures of its style."""
-    own = trial.evaluation
-    pairs = [
-        replace(pair, picture=comic(pair.picture), hint=hint) for pair, hint in zip(own.pairs, own.hints, strict=True)
-    ]
-    return Trial(other, replace(own, pairs=pairs), [comic(real) for real in trial.real])
+    """The trial on the tuned base: the same hints and ceiling, and comic pictures for FID."""
+    return Trial(other, trial.evaluation, [comic(real) for real in trial.real])
 
 
 def tuned(base: Backbone, tuning: Tuning, folder: Path) -> tuple[Backbone, dict[str, float]]:
