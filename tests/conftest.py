@@ -31,7 +31,7 @@ from controlkit.images import HintSpec
 from controlkit.measure import Referee
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.mini.world import PACKAGES
-from controlkit.reproduce import entrants
+from controlkit.reproduce import conditions, entrants
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.recipe import parse_recipe
 
@@ -466,12 +466,15 @@ def requests_of(material_for):
 def untrained_shipped(toy_base, monkeypatch):
     """Tables of the paper with few scenes, and a fresh control in place of the shipped one, which is another base's."""
 
-    def few(source, size, num):
-        return ScenePairs(size, 60, 7, heldout=True, count=num), [p.picture for p in ScenePairs(size, 60, 7, count=8)]
+    def few(source, size, num, person=False):
+        return ScenePairs(size, 60, 7, heldout=True, count=num, person=person), [
+            p.picture for p in ScenePairs(size, 60, 7, count=8)
+        ]
 
     monkeypatch.setattr(entrants, "evaluation_pairs", few)
     branch = new_control(toy_base).eval()
-    monkeypatch.setattr(entrants, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
+    for module in (entrants, conditions):
+        monkeypatch.setattr(module, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from controlkit.data import CirclePairs, build_cache, make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
+from controlkit.reproduce.study import Shown
+from controlkit.reproduce.transfer import Tuning, tuned
 from controlkit.sample import ControlRequest, EditRequest, Request, infotext
 from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
@@ -77,6 +79,18 @@ def _opponents(folder: Path, toy: Path) -> None:
     """A trained opponent, with the checkpoint and log of its training."""
     base = load_base(toy)
     list(train_baseline("lite", base, ONE_STEP, folder / "one" / "lite", material=circles(base, folder.parent)))
+
+
+STUDY = {f"{system}{sketch}": Shown(sketch, system) for sketch in range(2) for system in "abc"}
+"""The key of a study."""
+TUNING = Tuning(steps=1, batch=1, scenes=2)
+
+
+def _reports(folder: Path, toy: Path) -> None:
+    """A report's folder with what is kept and put there: a rater's answers, and a base's tuning that has ended."""
+    tuned(load_base(toy), TUNING, folder / "one" / "report")
+    lines = [f"me,{name},{1 + i % 3},{3 - i % 3}\n" for i, name in enumerate(STUDY)]
+    (folder / "one" / "report" / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
 
 
 def _picture() -> np.ndarray:
@@ -537,6 +551,7 @@ KINDS = [
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
     Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
+    Kind("report", _reports, "report", ("report/*.csv", "report/*.safetensors"), ("answers", "tuning")),
 ]
 
 

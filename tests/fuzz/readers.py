@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from corpus import KEYS, LIKE, ONE_STEP, TINY, circles, narrow_families, run_recipe
+from corpus import KEYS, LIKE, ONE_STEP, STUDY, TINY, TUNING, circles, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -45,6 +45,8 @@ from controlkit.files import inside, read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
+from controlkit.reproduce.study import read_answers
+from controlkit.reproduce.transfer import tuned
 from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
 from controlkit.serve import incoming
@@ -583,6 +585,14 @@ READERS: dict[str, Reader] = {
         2,
     ),
     "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
+    "answers": Reader(
+        lambda path, setting: read_answers(path / "answers.csv", STUDY), ("reproduce.study.read_answers",)
+    ),
+    "tuning": Reader(
+        lambda path, setting: tuned(setting.base, TUNING, path),
+        ("reproduce.transfer.tuned", "reproduce.transfer.make_transfer"),
+        4,
+    ),
 }
 """Each way in, by its name."""
 
@@ -616,10 +626,17 @@ EXCUSED: dict[str, str] = {
             "train.trackers._Hosted.send",
             "train.trackers._TensorBoard.send",
             "train.trackers.tracked",
+            "reproduce.auto.make_auto",
+            "reproduce.cfg.make_cfg",
             "reproduce.compare.make_comparison",
+            "reproduce.compose.make_compose",
+            "reproduce.cost.make_cost",
             "reproduce.entrants.write_report",
             "verify.page.write_verification",
             "reproduce.fig8.make_fig8",
+            "reproduce.limits.make_limits",
+            "reproduce.study.write_study",
+            "reproduce.table1.make_table1",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
         ),

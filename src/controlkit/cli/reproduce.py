@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="`table2`, `table3`, `fig8` or `fig-compare`.")],
+    name: Annotated[str, typer.Argument(help="A table or figure: see the list above.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, its figures as JSON, and pictures.")],
     opponents: Annotated[
         Path | None,
@@ -33,6 +33,13 @@ def reproduce(
     - **table3**: FID, CLIP-score and aesthetic rating of such pictures, and obedience beside them
     - **fig8**: ControlNet, without zero convolutions, and ControlNet-lite, under four prompts
     - **fig-compare**: the same hints through PITI, Taming Transformers, LDM, Sketch-Guided Diffusion and ControlNet
+    - **fig-cfg**: guidance without a prompt, and its weights by resolution
+    - **fig-compose**: a pose and a depth map at once
+    - **fig-limits**: a hint that shows another thing than a strong prompt says
+    - **table1**: the user study, as pages to rank on, and with the referees as raters
+    - **fig-auto**: default pictures, captioned and made again
+    - **cost**: time and memory of a training step, against fine-tuning
+    - **fig-transfer**: the controls on a base that was tuned to another style
 
     On held-out scenes of the embedded world, judged by its referees; the paper has ADE20K and OneFormer. Opponents
     without weights are named with the command that trains them.

@@ -11,11 +11,11 @@ import numpy as np
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone
 from controlkit.baselines import OPPONENTS, load_baseline
-from controlkit.baselines.saved import ABOUT
+from controlkit.baselines.saved import ABOUT, read_about
 from controlkit.data import evaluation_pairs
 from controlkit.files import mark_output, write_atomic
 from controlkit.images import grid, write_png
-from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, mean_figure
+from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, first_kind, mean_figure
 from controlkit.sample import ControlRequest, Maker, Request, load, maker
 
 SHIPPED = "shipped"
@@ -49,9 +49,10 @@ class Trial:
     @classmethod
     def of(cls, kind: str, base: Backbone, plan: Plan) -> "Trial":
         """The trial that a plan asks for, on a base; ``Invalid`` for more scenes than there are."""
-        pairs, real = evaluation_pairs(EMBEDDED.scenes, base.size, plan.num)
-        asked = ControlRequest(name=kind)
-        return cls(base, EvaluationPlan(asked, contract(kind), list(pairs), plan.steps, plan.guidance), real)
+        asked, spec = ControlRequest(name=kind), contract(kind)
+        person = first_kind(spec).needs_person
+        pairs, real = evaluation_pairs(EMBEDDED.scenes, base.size, plan.num, person)
+        return cls(base, EvaluationPlan(asked, spec, list(pairs), plan.steps, plan.guidance), real)
 
     @property
     def truth(self) -> list[np.ndarray]:
@@ -104,11 +105,18 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
     row = OPPONENTS[name]
     if not row.learns:
         return Entrant(name, row.title, row.new(base, kind).make)
-    folder = opponents / name if opponents else None
-    if folder is None or not (folder / ABOUT).is_file():
+    folder = _folder_of(name, kind, opponents)
+    if folder is None:
         return Entrant(name, row.title, None, note=NO_WEIGHTS)
     baseline, about = load_baseline(folder, base)
     return Entrant(name, row.title, baseline.make, about.cost())
+
+
+def _folder_of(name: str, kind: str, opponents: Path | None) -> Path | None:
+    """The folder of an opponent that was trained on hints of a kind, `NAME-KIND` or `NAME`; None if there is none."""
+    folders = [opponents / f"{name}-{kind}", opponents / name] if opponents else []
+    trained = (one for one in folders if (one / ABOUT).is_file() and read_about(one).hint == kind)
+    return next(trained, None)
 
 
 def advice(names: Sequence[str], opponents: Path | None) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from controlkit.reproduce import compare, fig8, table2, table3
+from controlkit.reproduce import auto, cfg, compare, compose, cost, fig8, limits, table1, table2, table3, transfer
 from controlkit.reproduce.entrants import Table
 
 
@@ -25,4 +25,11 @@ REPORTS = {
     "table3": Report("Table 3", table3.make_table3, table3.ORDER, table3.HEAD, 64),
     "fig8": Report("Figure 8", fig8.make_fig8, fig8.ORDER, fig8.HEAD, 32),
     "fig-compare": Report("Earlier methods", compare.make_comparison, compare.ORDER, compare.HEAD, 32),
+    "fig-cfg": Report("Figure 5", cfg.make_cfg, cfg.ORDER, cfg.HEAD, 32),
+    "fig-compose": Report("Two controls at once", compose.make_compose, compose.ORDER, compose.HEAD, 32),
+    "fig-limits": Report("A misread hint", limits.make_limits, limits.ORDER, limits.HEAD, 64),
+    "table1": Report("Table 1", table1.make_table1, table1.ORDER, table1.HEAD, 20),
+    "fig-auto": Report("Automatic prompts", auto.make_auto, auto.ORDER, auto.HEAD, 32),
+    "cost": Report("Cost of training", cost.make_cost, cost.ORDER, cost.HEAD, 2),
+    "fig-transfer": Report("Tuned bases", transfer.make_transfer, transfer.ORDER, transfer.HEAD, 32),
 }
