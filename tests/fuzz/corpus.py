@@ -29,6 +29,10 @@ from controlkit.data import CirclePairs, build_cache, make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
+from controlkit.reproduce.compare import HEAD, Comparison
+from controlkit.reproduce.compare import Row as Compared
+from controlkit.reproduce.entrants import write_report
+from controlkit.reproduce.trained import MEASURED
 from controlkit.sample import ControlRequest, EditRequest, Request, infotext
 from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
@@ -64,6 +68,8 @@ class Kind:
 
 ONE_STEP = Settings(steps=1, batch=1, scenes=8)
 """Of an opponent's training."""
+SAME = {"steps": 1}
+"""Settings of a report."""
 
 
 def circles(base: Backbone, folder: Path) -> Material:
@@ -77,6 +83,17 @@ def _opponents(folder: Path, toy: Path) -> None:
     """A trained opponent, with the checkpoint and log of its training."""
     base = load_base(toy)
     list(train_baseline("lite", base, ONE_STEP, folder / "one" / "lite", material=circles(base, folder.parent)))
+
+
+def _reports(folder: Path, toy: Path) -> None:
+    """A report of the paper's with a row of a system and its pictures, and what was measured of a training."""
+    out, row = folder / "one" / "report", Compared("lite", "Lite", 1.0, kind="seg", cost="1 step")
+    pictures = {"hint": [_picture()] * 2, "Lite": [_picture()] * 2}
+    write_report(out, "fig-compare", Comparison([row], SAME, ""), HEAD, {"seg": pictures})
+    figure = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    figures = dict.fromkeys(("fidelity", "floor", "ceiling", "obedience"), figure)
+    point = {"step": 1, "figures": figures, "is_meaningful": True, "quality_kept": None}
+    (out / MEASURED).write_text(json.dumps({"settings": SAME, "measured": [point]}))
 
 
 def _picture() -> np.ndarray:
@@ -537,6 +554,7 @@ KINDS = [
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
     Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
+    Kind("report", _reports, "report", ("report/*.json", "report/*/*.png"), ("earlier report", "measured")),
 ]
 
 

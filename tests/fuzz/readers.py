@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from corpus import KEYS, LIKE, ONE_STEP, TINY, circles, narrow_families, run_recipe
+from corpus import KEYS, LIKE, ONE_STEP, SAME, TINY, circles, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -45,6 +45,10 @@ from controlkit.files import read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
+from controlkit.reproduce.compare import HEAD
+from controlkit.reproduce.compare import Row as Compared
+from controlkit.reproduce.rows import Earlier
+from controlkit.reproduce.trained import read_measured
 from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
 from controlkit.serve import incoming
@@ -325,6 +329,14 @@ def _go_on(path: Path, setting: Setting) -> None:
     list(train_baseline("lite", setting.base, ONE_STEP, path, material=circles(setting.base, setting.folder / "out")))
 
 
+def _earlier(path: Path, setting: Setting) -> None:
+    """Keep the row and the pictures of a report that is there already."""
+    earlier = Earlier.read(path, "fig-compare", HEAD, SAME)
+    rows = earlier.filled([Compared("lite", "Lite", 1.0, kind="seg", note="no weights")])
+    [print(*row.words()) for row in rows]
+    earlier.columns("seg", {"hint": [np.zeros((24, 24, 3), np.uint8)] * 2}, rows)
+
+
 def _store(path: Path, setting: Setting) -> None:
     with Store(path) as store:
         for entry in store.get(KEYS, [LIKE] * len(KEYS)):
@@ -559,6 +571,8 @@ READERS: dict[str, Reader] = {
         2,
     ),
     "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
+    "earlier report": Reader(_earlier, ("reproduce.rows.Earlier.read", "reproduce.rows.read_strip")),
+    "measured": Reader(lambda path, setting: read_measured(path, SAME), ("reproduce.trained.read_measured",)),
 }
 """Each way in, by its name."""
 
@@ -593,10 +607,18 @@ EXCUSED: dict[str, str] = {
             "train.trackers._TensorBoard.send",
             "train.trackers.tracked",
             "reproduce.compare.make_comparison",
+            "reproduce.convergence.make_convergence",
+            "reproduce.depth.make_depth",
             "reproduce.entrants.write_report",
             "reproduce.fig8.make_fig8",
+            "reproduce.rows.strip_path",
+            "reproduce.rows.write_strip",
+            "reproduce.scale.make_scale",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
+            "reproduce.trained.Examiner.follow",
+            "reproduce.trained.pictures_at",
+            "reproduce.trained.run_folder",
         ),
         _WRITES,
     ),
@@ -605,6 +627,8 @@ EXCUSED: dict[str, str] = {
             "baselines.saved.put",
             "reproduce.entrants.advice",
             "reproduce.entrants.entrant",
+            "reproduce.trained.cost_of",
+            "reproduce.trained.shown_at",
             "baselines.training.material_of",
             "data.build.build_set",
             "data.layouts.rows.is_within",

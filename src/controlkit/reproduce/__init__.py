@@ -1,9 +1,12 @@
 """The paper's tables and figures, made again at the size of any base, beside the paper's own numbers."""
 
 from controlkit.reproduce.compare import Comparison, make_comparison
+from controlkit.reproduce.convergence import Convergence, make_convergence
+from controlkit.reproduce.depth import Depth, make_depth
 from controlkit.reproduce.entrants import QUICK, Plan
 from controlkit.reproduce.fig8 import Figure8, make_fig8
 from controlkit.reproduce.reports import REPORTS, Report
+from controlkit.reproduce.scale import Scale, make_scale
 from controlkit.reproduce.table2 import Table2, make_table2
 from controlkit.reproduce.table3 import Table3, make_table3
 
@@ -11,13 +14,19 @@ __all__ = [
     "QUICK",
     "REPORTS",
     "Comparison",
+    "Convergence",
+    "Depth",
     "Figure8",
     "Plan",
     "Report",
+    "Scale",
     "Table2",
     "Table3",
     "make_comparison",
+    "make_convergence",
+    "make_depth",
     "make_fig8",
+    "make_scale",
     "make_table2",
     "make_table3",
 ]
