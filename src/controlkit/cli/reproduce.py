@@ -27,7 +27,7 @@ def reproduce(
         float, typer.Option(help="Of figures that train: the share of each training's full length.", min=0.001, max=100)
     ] = 1.0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="16 pairs in 10 steps, and trainings of a few steps: minutes.")
+        bool, typer.Option("--quick", help="16 pairs in 10 steps; or trainings of a few steps: minutes.")
     ] = False,
     base: BaseOption = "mini",
     device: DeviceOption = "auto",
@@ -54,7 +54,7 @@ def reproduce(
     """
     from controlkit.cli.stopping import Stopping
     from controlkit.precision import settle_threads
-    from controlkit.reproduce import QUICK, REPORTS, Plan
+    from controlkit.reproduce import REPORTS, Plan
 
     if name not in REPORTS:
         raise NotFound(f'There is no table or figure "{name}": {nearest(name, REPORTS)}')
@@ -72,7 +72,7 @@ def reproduce(
         def show(words: str, rows: int = 0) -> None:
             progress.update(task, advance=rows, figures=words)
 
-        asked = {"num": num or report.num, "steps": steps, "share": share} | (QUICK if quick else {})
+        asked = {"num": num or report.num, "steps": steps, "share": share} | (report.quick if quick else {})
         plan = Plan(opponents=opponents, on_step=show, stopping=stopping.is_asked, **asked)
         table = report.make(loaded, plan, out, lambda row: show(row, 1))
     say_table(report.title, report.head, [row.words() for row in table.rows], table.caption())

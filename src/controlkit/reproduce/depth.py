@@ -191,7 +191,7 @@ def told_apart(one: Tensor, other: Tensor) -> tuple[Figure, float]:
     for fold in range(int(folds.max()) + 1):
         seen, asked = torch.from_numpy(folds != fold), torch.from_numpy(folds == fold)
         logits = _fitted(torch.cat([one[seen], other[seen]]), int(seen.sum()))
-        answers = torch.stack([logits(one[asked]) > 0, logits(other[asked]) < 0]).double().mean(0)
+        answers = torch.stack([logits(one[asked]) > 0, logits(other[asked]) <= 0]).double().mean(0)
         right[folds == fold] = answers.numpy()
     spread = np.std([right[folds == fold].mean() for fold in range(int(folds.max()) + 1)])
     return mean_figure(right), float(spread)

@@ -47,7 +47,7 @@ class Plan:
 
 
 NO_WEIGHTS = "no weights"
-QUICK: dict[str, Any] = {"num": 16, "steps": 10, "share": 0.01}
+QUICK: dict[str, Any] = {"num": 16, "steps": 10}
 
 
 @dataclass(frozen=True)
