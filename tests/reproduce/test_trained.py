@@ -7,10 +7,14 @@ import pytest
 
 from controlkit.errors import Invalid, Mismatch
 from controlkit.measure import Figure
-from controlkit.reproduce import Plan, convergence, make_convergence, make_scale, scale
+from controlkit.reproduce import Plan, convergence, make_convergence, make_scale, scale, trained
 from controlkit.reproduce.trained import Measured, read_measured
 
 pytestmark = pytest.mark.usefixtures("untrained_shipped")
+
+
+SMALL = {**trained.OUR_RECIPE, "batch": 6}
+"""Two pairs a step."""
 
 
 def point(step, mean, fid=1.0, kept=True):
@@ -22,8 +26,8 @@ def point(step, mean, fid=1.0, kept=True):
 @pytest.fixture
 def short(monkeypatch):
     """One seed of each recipe, four steps long, measured at every second one."""
-    short_way = {"steps": 4, "every": 2}
-    ways = {name: replace(way, **short_way) for name, way in convergence.WAYS.items()}
+    paper, ours = (replace(way, steps=4, every=2) for way in convergence.WAYS.values())
+    ways = {"paper": replace(paper, settings=paper.settings | {"batch": 2}), "ours": replace(ours, settings=SMALL)}
     monkeypatch.setattr(convergence, "WAYS", ways)
     monkeypatch.setattr(convergence, "SEEDS", (0,))
 
@@ -50,10 +54,11 @@ def test_convergence_measures_checkpoints_and_goes_on_where_it_was_stopped(toy_b
         make_convergence(toy_base, Plan(num=3, steps=1), tmp_path / "out")
 
 
-def test_scale_trains_on_each_number_of_pictures(toy_base, fake_packages, tmp_path):
+def test_scale_trains_on_each_number_of_pictures(toy_base, fake_packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "OUR_RECIPE", SMALL)
     table = make_scale(toy_base, Plan(num=2, steps=1, share=2 / scale.FULL), tmp_path)
     assert [row.count for row in table.rows] == list(scale.COUNTS) and "trial of the machinery" in table.caption()
-    assert table.rows[0].words()[1] == "32% of them once"  # 2 steps of 16 pairs
+    assert table.rows[0].words()[1] == "4% of them once"  # 2 steps of 2 pairs
     held = json.loads((tmp_path / "fig-scale.json").read_text())
     figures = held["rows"][0]["measured"]["figures"]
     assert {"fidelity", "floor", "ceiling", "obedience"} <= figures.keys() and held["settings"]["share"] == 0.0025

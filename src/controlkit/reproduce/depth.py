@@ -170,8 +170,9 @@ def _features(trial: Trial, made: dict[str, list[np.ndarray]]) -> tuple[dict[str
     """The referee's features (N, C) of each system's pictures; or none, and a sentence on why."""
     world = world_of(trial.base)
     referee = world.referee(trial.base.device.type) if world else None
-    if referee is None or (reason := unjudgeable(referee, trial.evaluation.pairs)):
-        return {}, reason if referee else unjudgeable(None, [])
+    reason = unjudgeable(referee, trial.evaluation.pairs)
+    if reason or referee is None:
+        return {}, reason
     return {name: referee.features(pictures).cpu() for name, pictures in made.items()}, ""
 
 

@@ -72,7 +72,7 @@ class _Held(BaseModel):
 
 
 def read_measured(run: Path, settings: Mapping[str, Any]) -> list[Measured]:
-    """What was measured in a run's folder, so far; ``settings``: of the run and of the measuring, as JSON.
+    """The measurements in a run's folder, so far; ``settings``: of the run and of the measuring, as JSON.
 
     Raises ``Mismatch`` where it was measured with others, ``Invalid`` for a file that is none of these.
     """
