@@ -466,8 +466,10 @@ def requests_of(material_for):
 def untrained_shipped(toy_base, monkeypatch):
     """Tables of the paper with few scenes, and a fresh control in place of the shipped one, which is another base's."""
 
-    def few(source, size, num):
-        return ScenePairs(size, 60, 7, heldout=True, count=num), [p.picture for p in ScenePairs(size, 60, 7, count=8)]
+    def few(source, size, num, person=False):
+        return ScenePairs(size, 60, 7, heldout=True, count=num, person=person), [
+            p.picture for p in ScenePairs(size, 60, 7, count=8)
+        ]
 
     monkeypatch.setattr(entrants, "evaluation_pairs", few)
     branch = new_control(toy_base).eval()

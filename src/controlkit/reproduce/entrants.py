@@ -15,11 +15,11 @@ from controlkit import __version__
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone
 from controlkit.baselines import OPPONENTS, load_baseline
-from controlkit.baselines.saved import ABOUT
+from controlkit.baselines.saved import ABOUT, read_about
 from controlkit.data import evaluation_pairs
 from controlkit.files import mark_output, write_atomic
 from controlkit.images import grid, write_png
-from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, mean_figure
+from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, first_kind, mean_figure
 from controlkit.measure.bench import machine
 from controlkit.reproduce.rows import FORMAT, Earlier, Kept, SystemRow, is_open, strip_path, write_strip
 from controlkit.sample import ControlRequest, Maker, Picture, Request, load, maker
@@ -65,9 +65,10 @@ class Trial:
 
         ``source``: ``evaluation_pairs``'.
         """
-        pairs, real = evaluation_pairs(source, base.size, plan.num)
-        asked = ControlRequest(name=kind)
-        return cls(base, EvaluationPlan(asked, contract(kind), list(pairs), plan.steps, plan.guidance), real)
+        asked, spec = ControlRequest(name=kind), contract(kind)
+        person = first_kind(spec).needs_person
+        pairs, real = evaluation_pairs(source, base.size, plan.num, person)
+        return cls(base, EvaluationPlan(asked, spec, list(pairs), plan.steps, plan.guidance), real)
 
     @property
     def truth(self) -> list[np.ndarray]:
@@ -127,8 +128,7 @@ class Entrant:
 def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Entrant:
     """The system of a name: an opponent out of a folder, or ``SHIPPED``, the shipped control of a kind of hints.
 
-    An opponent of another kind of hints than its own is in a folder such as ``controlnet-depth``. Raises as
-    ``load_baseline`` does.
+    Raises as ``load_baseline`` does.
     """
     if name == SHIPPED:
         saved, _ = load(kind, base)
@@ -136,11 +136,18 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
     row = OPPONENTS[name]
     if not row.learns:
         return Entrant(name, row.title, row.new(base, kind).make)
-    folder = opponents / (name if kind == row.hint else f"{name}-{kind}") if opponents else None
-    if folder is None or not (folder / ABOUT).is_file():
+    folder = _folder_of(name, kind, opponents)
+    if folder is None:
         return Entrant(name, row.title, None, note=NO_WEIGHTS)
     baseline, about = load_baseline(folder, base)
     return Entrant(name, row.title, baseline.make, about.cost())
+
+
+def _folder_of(name: str, kind: str, opponents: Path | None) -> Path | None:
+    """The folder of an opponent that was trained on hints of a kind, `NAME-KIND` or `NAME`; None if there is none."""
+    folders = [opponents / f"{name}-{kind}", opponents / name] if opponents else []
+    trained = (one for one in folders if (one / ABOUT).is_file() and read_about(one).hint == kind)
+    return next(trained, None)
 
 
 def advice(names: Sequence[str], opponents: Path | None) -> str:
