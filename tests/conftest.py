@@ -31,7 +31,7 @@ from controlkit.images import HintSpec
 from controlkit.measure import Referee
 from controlkit.mini.tower import WINDOW, ImageTextTower, train_tokenizer
 from controlkit.mini.world import PACKAGES
-from controlkit.reproduce import entrants
+from controlkit.reproduce import conditions, entrants
 from controlkit.sample import ControlRequest, Request, maker
 from controlkit.train.recipe import parse_recipe
 
@@ -473,7 +473,8 @@ def untrained_shipped(toy_base, monkeypatch):
 
     monkeypatch.setattr(entrants, "evaluation_pairs", few)
     branch = new_control(toy_base).eval()
-    monkeypatch.setattr(entrants, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
+    for module in (entrants, conditions):
+        monkeypatch.setattr(module, "load", lambda name, base: (SavedControl(branch, contract(name)), []))
 
 
 @pytest.fixture

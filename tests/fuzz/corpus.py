@@ -32,7 +32,9 @@ from controlkit.images import HintSpec, write_png
 from controlkit.reproduce.compare import HEAD, Comparison
 from controlkit.reproduce.compare import Row as Compared
 from controlkit.reproduce.entrants import write_report
+from controlkit.reproduce.study import Shown
 from controlkit.reproduce.trained import MEASURED
+from controlkit.reproduce.transfer import Tuning, tuned
 from controlkit.sample import ControlRequest, EditRequest, Request, infotext
 from controlkit.sample.journal import JOURNAL
 from controlkit.tensors import open_tensors
@@ -85,8 +87,13 @@ def _opponents(folder: Path, toy: Path) -> None:
     list(train_baseline("lite", base, ONE_STEP, folder / "one" / "lite", material=circles(base, folder.parent)))
 
 
+STUDY = {f"{system}{sketch}": Shown(sketch, system) for sketch in range(2) for system in "abc"}
+"""The key of a study."""
+TUNING = Tuning(steps=1, batch=1, scenes=2)
+
+
 def _reports(folder: Path, toy: Path) -> None:
-    """A report of the paper's with a row of a system and its pictures, and what was measured of a training."""
+    """A report's folder: its rows and pictures, what was measured of a training, a rater's answers, a base's tuning."""
     out, row = folder / "one" / "report", Compared("lite", "Lite", 1.0, kind="seg", cost="1 step")
     pictures = {"hint": [_picture()] * 2, "Lite": [_picture()] * 2}
     write_report(out, "fig-compare", Comparison([row], SAME, ""), HEAD, {"seg": pictures})
@@ -94,6 +101,9 @@ def _reports(folder: Path, toy: Path) -> None:
     figures = dict.fromkeys(("fidelity", "floor", "ceiling", "obedience"), figure)
     point = {"step": 1, "figures": figures, "is_meaningful": True, "quality_kept": None}
     (out / MEASURED).write_text(json.dumps({"settings": SAME, "measured": [point]}))
+    tuned(load_base(toy), TUNING, out)
+    lines = [f"me,{name},{1 + i % 3},{3 - i % 3}\n" for i, name in enumerate(STUDY)]
+    (out / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
 
 
 def _picture() -> np.ndarray:
@@ -554,7 +564,13 @@ KINDS = [
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
     Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
-    Kind("report", _reports, "report", ("report/*.json", "report/*/*.png"), ("earlier report", "measured")),
+    Kind(
+        "report",
+        _reports,
+        "report",
+        ("report/*.json", "report/*/*.png", "report/*.csv", "report/*.safetensors"),
+        ("earlier report", "measured", "answers", "tuning"),
+    ),
 ]
 
 

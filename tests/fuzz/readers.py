@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from corpus import KEYS, LIKE, ONE_STEP, SAME, TINY, circles, narrow_families, run_recipe
+from corpus import KEYS, LIKE, ONE_STEP, SAME, STUDY, TINY, TUNING, circles, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -48,7 +48,9 @@ from controlkit.images import decode_hint, decode_picture, read_hint, read_pictu
 from controlkit.reproduce.compare import HEAD
 from controlkit.reproduce.compare import Row as Compared
 from controlkit.reproduce.rows import Earlier
+from controlkit.reproduce.study import read_answers
 from controlkit.reproduce.trained import read_measured
+from controlkit.reproduce.transfer import tuned
 from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
 from controlkit.serve import incoming
@@ -573,6 +575,14 @@ READERS: dict[str, Reader] = {
     "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
     "earlier report": Reader(_earlier, ("reproduce.rows.Earlier.read", "reproduce.rows.read_strip")),
     "measured": Reader(lambda path, setting: read_measured(path, SAME), ("reproduce.trained.read_measured",)),
+    "answers": Reader(
+        lambda path, setting: read_answers(path / "answers.csv", STUDY), ("reproduce.study.read_answers",)
+    ),
+    "tuning": Reader(
+        lambda path, setting: tuned(setting.base, TUNING, path),
+        ("reproduce.transfer.tuned", "reproduce.transfer.make_transfer"),
+        4,
+    ),
 }
 """Each way in, by its name."""
 
@@ -606,6 +616,8 @@ EXCUSED: dict[str, str] = {
             "train.trackers._Hosted.send",
             "train.trackers._TensorBoard.send",
             "train.trackers.tracked",
+            "reproduce.auto.make_auto",
+            "reproduce.cfg.make_cfg",
             "reproduce.compare.make_comparison",
             "reproduce.convergence.make_convergence",
             "reproduce.depth.make_depth",
@@ -614,6 +626,11 @@ EXCUSED: dict[str, str] = {
             "reproduce.rows.strip_path",
             "reproduce.rows.write_strip",
             "reproduce.scale.make_scale",
+            "reproduce.compose.make_compose",
+            "reproduce.cost.make_cost",
+            "reproduce.limits.make_limits",
+            "reproduce.study.write_study",
+            "reproduce.table1.make_table1",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
             "reproduce.trained.Examiner.follow",

@@ -13,31 +13,36 @@ from controlkit.backbones.unet import UNetBase
 from controlkit.backbones.unet_families import FAMILIES, clip_tokenizer, part_configs, scheduler_config
 
 
-def random_base(name: str, dtype: torch.dtype) -> UNetBase:
-    """A base of a family with small random weights, which are never held in another type."""
+def random_base(name: str, dtype: torch.dtype, device: str = "cpu") -> UNetBase:
+    """A base of a family with small random weights, which are never held in another type.
+
+    ``device``: on ``meta`` it has shapes alone, and no weights.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     family = FAMILIES[name]
     configs = part_configs(family)
     wide = len(family.towers) > 1
-    vae = drawn(lambda: AutoencoderKL(**configs["vae"]), dtype)
-    unet = drawn(lambda: UNet2DConditionModel(**configs["unet"]), dtype)
+    vae = drawn(lambda: AutoencoderKL(**configs["vae"]), dtype, device)
+    unet = drawn(lambda: UNet2DConditionModel(**configs["unet"]), dtype, device)
     towers = []
     for part, row in zip(("text_encoder", "text_encoder_2"), family.towers, strict=False):
         kind = CLIPTextModelWithProjection if row[-1] else CLIPTextModel
         config = CLIPTextConfig(**configs[part])
-        encoder = drawn(partial(kind, config), dtype)
+        encoder = drawn(partial(kind, config), dtype, device)
         towers.append(TextTower(clip_tokenizer("!" if wide else "<|endoftext|>"), encoder, wide))
     return UNetBase(name, vae, towers, unet, DDIMScheduler(**scheduler_config(family.prediction)), wide)
 
 
 @torch.no_grad()
-def drawn(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A network made without memory, then drawn layer by layer in its type."""
+def drawn(make: Callable[[], nn.Module], dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A network made without memory, then drawn layer by layer in its type; but on ``meta``, where nothing is drawn."""
     with torch.device("meta"):
         network = make()
     nn.Module.to(network, dtype)
-    network.to_empty(device="cpu")
+    if device == "meta":
+        return network.eval()
+    network.to_empty(device=device)
     draw(network)
     modules: list[Any] = [*network.modules()]
     for module in modules:  # positions, which no file has either

@@ -38,6 +38,13 @@ def reproduce(
     - **table3**: FID, CLIP-score and aesthetic rating of such pictures, and obedience beside them
     - **fig8**: ControlNet, without zero convolutions, and ControlNet-lite, under four prompts
     - **fig-compare**: the same hints through PITI, Taming Transformers, LDM, Sketch-Guided Diffusion and ControlNet
+    - **fig-cfg**: guidance without a prompt, and its weights by resolution
+    - **fig-compose**: a pose and a depth map at once
+    - **fig-limits**: a hint that shows another thing than a strong prompt says
+    - **table1**: the user study, as pages to rank on, and with the referees as raters
+    - **fig-auto**: default pictures, captioned and made again
+    - **cost**: time and memory of a training step, against fine-tuning
+    - **fig-transfer**: the controls on a base that was tuned to another style
     - **fig-scale**: training on 100 to 100,000 pictures
     - **fig-convergence**: sudden convergence: obedience and FID at every checkpoint of six trainings
     - **fig-depth**: a small depth ControlNet beside the large depth model: can they be told apart?

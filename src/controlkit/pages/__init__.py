@@ -1,6 +1,7 @@
-"""HTML pages of pictures and curves, from one jinja2 template (``page.html``) that escapes whatever it is given.
+"""HTML pages of pictures and curves, from jinja2 templates (``page.html``) that escape whatever they are given.
 
-A page runs no script and loads nothing but pictures: those in it, and files beside it."""
+A page loads nothing but pictures: those in it, and files beside it. None runs a script but the study's
+(``study.html``), which has to save what its reader answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,8 +104,17 @@ class Section:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Task:
+    """A row of a study: a hint with words below it, and results in the order shown; a result's label is its name in the
+    answers, and not shown."""
+
+    hint: Figure
+    results: Sequence[Figure]
+
+
 @cache
-def _template() -> Template:
+def _template(name: str = "page.html") -> Template:
     environment = Environment(
         loader=PackageLoader("controlkit", "pages"),
         autoescape=True,
@@ -113,7 +123,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def render(title: str, heading: str, body: Sequence[str | Table | Section], refresh: float | None = None) -> str:
@@ -122,3 +132,13 @@ def render(title: str, heading: str, body: Sequence[str | Table | Section], refr
     ``refresh``: seconds after which a browser loads the page again; None for a page that does not change.
     """
     return _template().render(title=title, heading=heading, body=body, refresh=refresh)
+
+
+def render_study(rater: str, heading: str, words: str, aspects: Sequence[str], tasks: Sequence[Task]) -> str:
+    """A whole HTML page on which a person ranks results, and saves the ranks as ``answers-RATER.csv``.
+
+    ``aspects``: in each of which the results of a row are ranked, from 1, the worst. Columns of the file: ``rater``,
+    ``picture``, and the aspects; only a full set of answers is saved.
+    """
+    values = {"title": heading, "heading": heading, "words": words, "rater": rater, "aspects": aspects, "tasks": tasks}
+    return _template("study.html").render(**values)

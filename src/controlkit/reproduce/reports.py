@@ -4,7 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from controlkit.reproduce import compare, convergence, depth, fig8, scale, table2, table3
+from controlkit.reproduce import (
+    auto,
+    cfg,
+    compare,
+    compose,
+    convergence,
+    cost,
+    depth,
+    fig8,
+    limits,
+    scale,
+    table1,
+    table2,
+    table3,
+    transfer,
+)
 from controlkit.reproduce.entrants import QUICK, Table
 
 
@@ -38,4 +53,11 @@ REPORTS = {
     ),
     "fig-depth": Report("Depth models", depth.make_depth, depth.ORDER, depth.HEAD, 64, trains=True),
     "fig-compare": Report("Earlier methods", compare.make_comparison, compare.ORDER, compare.HEAD, 32),
+    "fig-cfg": Report("Figure 5", cfg.make_cfg, cfg.ORDER, cfg.HEAD, 32),
+    "fig-compose": Report("Two controls at once", compose.make_compose, compose.ORDER, compose.HEAD, 32),
+    "fig-limits": Report("A misread hint", limits.make_limits, limits.ORDER, limits.HEAD, 64),
+    "table1": Report("Table 1", table1.make_table1, table1.ORDER, table1.HEAD, 20),
+    "fig-auto": Report("Automatic prompts", auto.make_auto, auto.ORDER, auto.HEAD, 32),
+    "cost": Report("Cost of training", cost.make_cost, cost.ORDER, cost.HEAD, 2),
+    "fig-transfer": Report("Tuned bases", transfer.make_transfer, transfer.ORDER, transfer.HEAD, 32),
 }

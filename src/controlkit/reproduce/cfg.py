@@ -1,0 +1,72 @@
+"""Figure 5: classifier-free guidance without a prompt, and the paper's weighting of it by resolution (Section 3.4).
+
+Without a prompt both halves of guidance differ by the hint alone. With the hint in both, guidance has no effect; with
+the hint in the conditional half it multiplies the control, too much, as the paper says; its weights, 1 at the finest
+resolution to 8 at the coarsest, are to give the control of the one and the pictures of the other. The paper shows one
+picture of each; here each way has its obedience and its quality. The released code's guess mode stands beside them.
+
+    controlkit reproduce fig-cfg --out runs/fig-cfg
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit.backbones import Backbone
+from controlkit.reproduce.conditions import HEAD, NO_CONTROL, Bench, Conditions, Row, shipped, used
+from controlkit.reproduce.entrants import Plan, Trial, write_report
+
+KINDS = ("canny",)
+"""As in the paper."""
+WAYS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "both-halves": ("hint in both halves (no guidance)", {"hint_cfg_scale": 1.0}),
+    "cond-only": ("conditional half, no weights", {"cond_only": True}),
+    "cfg-weights": ("conditional half, paper's weights", {"cfg_weights": True}),
+    "guess": ("conditional half, guess mode", {"guess": True}),
+    "as-shipped": ("hint counted as shipped", {}),
+}
+"""The ways in which guidance counts a hint: the words for each, and the control's settings."""
+ORDER = [f"{way}, {kind}" for kind in KINDS for way in WAYS]
+
+__all__ = ["HEAD", "ORDER", "make_cfg"]
+
+
+def make_cfg(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Conditions:
+    """Make the figure and write it into a folder: ``fig-cfg.json``, ``.md``, and a ``.png`` of each kind of hints.
+
+    ``on_row``: as with ``make_table2``. CLIP-score and FID are judged by the captions that were not told.
+    """
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    sheets: dict[str, dict[str, Sequence[np.ndarray]]] = {}
+    for kind in KINDS:
+        trial = Trial.of(kind, base, plan)
+        facts, bench, silence = trial.facts() | {"prompt": "none"}, Bench(trial, shipped(base, kind)), [""] * plan.num
+        sheets[kind] = {"hint": trial.shown()}
+        found = []
+        for way, (title, settings) in WAYS.items():
+            on_row(f"{way}, {kind}")
+            asked = used(trial.evaluation, **settings)
+            found.append(bench.row(way, title, asked, silence))
+            sheets[kind][way] = bench.pictures(asked, silence)
+        rows += [bench.floor_row(trial.evaluation, silence), *found]
+    table = Conditions(rows, facts, "", finding=_finding(rows))
+    write_report(out, "fig-cfg", table, HEAD, sheets)
+    return table
+
+
+def _finding(rows: Sequence[Row]) -> str:
+    """Sentences on the weighting between the two ways that it is to be better than."""
+    words = []
+    for kind in KINDS:
+        own = {row.name: row for row in rows if row.kind == kind and row.name != NO_CONTROL}
+        both, bare, weighted = (_both(own[name]) for name in ("both-halves", "cond-only", "cfg-weights"))
+        words.append(f"{kind}: hint in both halves {both}, in the conditional half {bare}, weighted {weighted}.")
+    return " ".join(["Obedience (and FID) without a prompt,", *words])
+
+
+def _both(row: Row) -> str:
+    fid = f" ({row.figures['fid']['mean']:.1f})" if "fid" in row.figures else ""
+    return f"{row.figures['obedience']['mean']:.2f}{fid}"

@@ -1,0 +1,75 @@
+"""Figure 6: a pose and a depth map at once, their residuals summed, with no weighting (Section 3.4).
+
+The paper shows pictures. Here each hint's obedience under both controls stands beside its obedience under its own
+control alone, and under the other one alone, on scenes with a person.
+
+    controlkit reproduce fig-compose --out runs/fig-compose
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from controlkit.annotators import contract
+from controlkit.backbones import Backbone
+from controlkit.measure import EvaluationPlan
+from controlkit.reproduce.conditions import HEAD, Bench, Conditions, Row, Under, share_of, shipped
+from controlkit.reproduce.entrants import Plan, Trial, write_report
+from controlkit.sample import ControlRequest
+
+KINDS = ("pose", "depth")
+BOTH = "pose and depth"
+ORDER = [f"{condition}, {kind}" for kind in KINDS for condition in (*KINDS, BOTH)]
+
+__all__ = ["HEAD", "ORDER", "make_compose"]
+
+
+def make_compose(
+    base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None
+) -> Conditions:
+    """Make the figure and write it into a folder: ``fig-compose.json``, ``.md`` and ``.png``.
+
+    ``on_row``: as with ``make_table2``. Its rows for one kind of hints are measured by these, whatever acts.
+    """
+    trial = Trial.of(KINDS[0], base, plan)
+    plans = {kind: _plan_of(trial, kind) for kind in KINDS}
+    acting = {**{kind: [plans[kind]] for kind in KINDS}, BOTH: [*plans.values()]}
+    bench = Bench(trial, shipped(base, *KINDS))
+    rows: list[Row] = []
+    for kind, own in plans.items():
+        found = []
+        for condition, controls in acting.items():
+            on_row(f"{condition}, {kind}")
+            title = f"{condition} alone" if len(controls) == 1 else f"{condition}, no weighting"
+            found.append(bench.row(condition, title, _under(own, controls)))
+        rows += [bench.floor_row(own), *found]
+    shown: dict[str, Sequence[np.ndarray]] = {kind: _hints(own) for kind, own in plans.items()}
+    some = plans[KINDS[0]]
+    shown |= {condition: bench.pictures(_under(some, controls)) for condition, controls in acting.items()}
+    table = Conditions(rows, trial.facts(), "", finding=_finding(rows))
+    write_report(out, "fig-compose", table, HEAD, {"": shown})
+    return table
+
+
+def _plan_of(trial: Trial, kind: str) -> EvaluationPlan:
+    """The trial's plan for another kind of hints of the same scenes."""
+    return replace(trial.evaluation, control=ControlRequest(name=kind), spec=contract(kind))
+
+
+def _under(own: EvaluationPlan, controls: Sequence[EvaluationPlan]) -> Under:
+    return Under(own.control, own.spec, own.pairs, own.steps, own.guidance, own.first_seed, controls)
+
+
+def _hints(plan: EvaluationPlan) -> list[np.ndarray]:
+    return [plan.spec.picture(hint) for hint in plan.hints]
+
+
+def _finding(rows: Sequence[Row]) -> str:
+    """A sentence on each hint's obedience under both controls as a share of that under its own alone."""
+    words = []
+    for kind in KINDS:
+        own = {row.name: row for row in rows if row.kind == kind}
+        words.append(f"{kind} obeys {share_of(own[BOTH], own[kind])} as well as alone.")
+    return " ".join(["Under both at once", *words])
