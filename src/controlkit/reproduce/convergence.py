@@ -8,6 +8,10 @@ and obedience, CLIP-score and FID are measured at every checkpoint.
     controlkit reproduce fig-convergence --quick --out runs/fig-convergence      # a trial of the machinery, in minutes
 
 Run the same command again to go on after an interruption. ``fig-convergence.html`` has the curves.
+
+Cost: about 4 hours on one thread, by the seconds of a step; ``--quick`` 3 minutes (2 cores of an AMD EPYC, AVX2).
+Expected: no whole run yet. ``--quick`` finds no control: obedience 0.00 between a floor of 0.04 and a ceiling of 1.00,
+and FID, 51.4, as without control, 51.6. Paper: control by step 6,133.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,6 +11,9 @@ of different seeds; ceiling: the large model's and the true pictures. Which one 
 
 Opponents that are not in the folder (``depth2img``, ``controlnet-depth``) are trained below ``--out``; run the same
 command again to go on after an interruption.
+
+Cost: 3.5 hours on one thread with both trainings, by the seconds of a step (2 cores of an AMD EPYC, AVX2).
+Expected: no whole run yet. Paper: a precision of 0.52 ± 0.17.
 """
 
 from collections.abc import Callable, Sequence
