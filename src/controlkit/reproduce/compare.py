@@ -2,6 +2,8 @@
 
 Those of label maps (PITI, Taming Transformers, LDM) beside ControlNet on label maps, and Sketch-Guided Diffusion, at
 its two strengths, beside ControlNet on edges.
+
+    controlkit reproduce fig-compare --opponents runs/opponents --out runs/fig-compare
 """
 
 import time

@@ -2,6 +2,8 @@
 
 The paper shows pictures: ControlNet obeys under all four; without zero convolutions, or as ControlNet-lite, control is
 lost where the prompt says nothing. Here each cell has the fidelity to the label map beside its picture.
+
+    controlkit reproduce fig8 --opponents runs/opponents --out runs/fig8
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,6 +2,8 @@
 
 The paper makes pictures of ADE20K's label maps and segments them with OneFormer. Here the maps are those of held-out
 scenes, and the observer of their world segments. Floor and ceiling stand beside the rows.
+
+    controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,6 +2,8 @@
 
 The paper's are by Inception, CLIP and LAION's head on ADE20K. Here they are the referee's of the embedded world, on
 held-out scenes. FID alone says nothing of control: that of no control is the best one in the paper.
+
+    controlkit reproduce table3 --opponents runs/opponents --out runs/table3
 """
 
 from collections.abc import Callable, Mapping, Sequence
