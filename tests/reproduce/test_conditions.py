@@ -105,7 +105,7 @@ def test_figure_6_measures_each_hint_under_its_control_the_other_and_both(toy_ba
     }  # fmt: skip
     depth = [rows[name, "depth"].figures["fidelity"]["mean"] for name in ("pose", "depth", compose.BOTH)]
     assert len(set(depth)) == 3
-    assert "pose obeys" in table.caption() and (tmp_path / "fig-compose.png").is_file()
+    assert "as a share of that alone: pose" in table.caption() and (tmp_path / "fig-compose.png").is_file()
 
 
 def test_captions_of_the_default_pictures_are_the_prompts_of_the_second_round(toy_base, acting, monkeypatch, tmp_path):

@@ -4,6 +4,11 @@ The paper shows pictures. Here each hint's obedience under both controls stands 
 control alone, and under the other one alone, on scenes with a person.
 
     controlkit reproduce fig-compose --out runs/fig-compose
+
+Cost: `--quick` 2.2 minutes of CPU time (one thread of an AMD EPYC, AVX2, beside other work), the whole some 8.
+Expected (`--quick`, 16 scenes): obedience of pose 0.85 [0.71, 0.97] alone, 0.93 [0.86, 0.98] under both; of depth 0.95
+[0.87, 1.06] and 0.83 [0.75, 0.92]: 110% and 87% of alone, quality kept. Depth alone gives the pose, too, 0.87. The
+paper has pictures, no numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +21,7 @@ from controlkit.annotators import contract
 from controlkit.backbones import Backbone
 from controlkit.measure import EvaluationPlan
 from controlkit.reproduce.conditions import HEAD, Bench, Conditions, Row, Under, share_of, shipped
-from controlkit.reproduce.entrants import Plan, Trial, write_report
+from controlkit.reproduce.entrants import Plan, Trial, pixels_of, write_report
 from controlkit.sample import ControlRequest
 
 KINDS = ("pose", "depth")
@@ -45,8 +50,9 @@ def make_compose(
             title = f"{condition} alone" if len(controls) == 1 else f"{condition}, no weighting"
             found.append(bench.row(condition, title, _under(own, controls)))
         rows += [bench.floor_row(own), *found]
-    shown: dict[str, Sequence[np.ndarray]] = {kind: _hints(own) for kind, own in plans.items()}
+    shown: dict[str, Sequence[np.ndarray]] = {f"{kind}, hint": _hints(own) for kind, own in plans.items()}
     some = plans[KINDS[0]]
+    shown["no control"] = pixels_of(bench.make, some.requests("no_control"))
     shown |= {condition: bench.pictures(_under(some, controls)) for condition, controls in acting.items()}
     table = Conditions(rows, trial.facts(), "", finding=_finding(rows))
     write_report(out, "fig-compose", table, HEAD, {"": shown})
@@ -71,5 +77,5 @@ def _finding(rows: Sequence[Row]) -> str:
     words = []
     for kind in KINDS:
         own = {row.name: row for row in rows if row.kind == kind}
-        words.append(f"{kind} obeys {share_of(own[BOTH], own[kind])} as well as alone.")
-    return " ".join(["Under both at once", *words])
+        words.append(f"{kind} {share_of(own[BOTH], own[kind])}")
+    return f"Obedience under both at once, as a share of that alone: {', '.join(words)}."
