@@ -1,7 +1,7 @@
 """The paper's tables and figures, by one command."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -79,7 +79,8 @@ def reproduce(
         def show(words: str, rows: int = 0) -> None:
             progress.update(task, advance=rows, figures=words)
 
-        asked = {"num": num or report.num, "steps": steps, "share": share} | (report.quick if quick else {})
+        asked: dict[str, Any] = {"num": num or report.num, "steps": steps, "share": share}
+        asked |= report.quick if quick else {}
         plan = Plan(opponents=opponents, on_step=show, stopping=stopping.is_asked, **asked)
         table = report.make(loaded, plan, out, lambda row: show(row, 1))
     say_table(report.title, report.head, [row.words() for row in table.rows], table.caption())
