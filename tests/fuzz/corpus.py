@@ -29,7 +29,11 @@ from controlkit.data import CirclePairs, build_cache, make_fill50k
 from controlkit.data.store import Store, key_of
 from controlkit.formats import WEIGHTS, SavedControl, WriteOptions, convert, save_control
 from controlkit.images import HintSpec, write_png
+from controlkit.reproduce.compare import HEAD, Comparison
+from controlkit.reproduce.compare import Row as Compared
+from controlkit.reproduce.entrants import write_report
 from controlkit.reproduce.study import Shown
+from controlkit.reproduce.trained import MEASURED
 from controlkit.reproduce.transfer import Tuning, tuned
 from controlkit.sample import ControlRequest, EditRequest, Request, infotext
 from controlkit.sample.journal import JOURNAL
@@ -66,6 +70,8 @@ class Kind:
 
 ONE_STEP = Settings(steps=1, batch=1, scenes=8)
 """Of an opponent's training."""
+SAME = {"steps": 1}
+"""Settings of a report."""
 
 
 def circles(base: Backbone, folder: Path) -> Material:
@@ -87,10 +93,17 @@ TUNING = Tuning(steps=1, batch=1, scenes=2)
 
 
 def _reports(folder: Path, toy: Path) -> None:
-    """A report's folder with what is kept and put there: a rater's answers, and a base's tuning that has ended."""
-    tuned(load_base(toy), TUNING, folder / "one" / "report")
+    """A report's folder: its rows and pictures, what was measured of a training, a rater's answers, a base's tuning."""
+    out, row = folder / "one" / "report", Compared("lite", "Lite", 1.0, kind="seg", cost="1 step")
+    pictures = {"hint": [_picture()] * 2, "Lite": [_picture()] * 2}
+    write_report(out, "fig-compare", Comparison([row], SAME, ""), HEAD, {"seg": pictures})
+    figure = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    figures = dict.fromkeys(("fidelity", "floor", "ceiling", "obedience"), figure)
+    point = {"step": 1, "figures": figures, "is_meaningful": True, "quality_kept": None}
+    (out / MEASURED).write_text(json.dumps({"settings": SAME, "measured": [point]}))
+    tuned(load_base(toy), TUNING, out)
     lines = [f"me,{name},{1 + i % 3},{3 - i % 3}\n" for i, name in enumerate(STUDY)]
-    (folder / "one" / "report" / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
+    (out / "answers.csv").write_text("rater,picture,quality,fidelity\n" + "".join(lines))
 
 
 def _picture() -> np.ndarray:
@@ -551,7 +564,13 @@ KINDS = [
     ),
     Kind("store", _store, "store", ("store/*.sqlite",), ("store",), is_linked=True),
     Kind("opponent", _opponents, "lite", ("lite/*.json", "lite/*.jsonl", "lite/*.safetensors"), _OPPONENT),
-    Kind("report", _reports, "report", ("report/*.csv", "report/*.safetensors"), ("answers", "tuning")),
+    Kind(
+        "report",
+        _reports,
+        "report",
+        ("report/*.json", "report/*/*.png", "report/*.csv", "report/*.safetensors"),
+        ("earlier report", "measured", "answers", "tuning"),
+    ),
 ]
 
 

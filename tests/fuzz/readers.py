@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from corpus import KEYS, LIKE, ONE_STEP, STUDY, TINY, TUNING, circles, narrow_families, run_recipe
+from corpus import KEYS, LIKE, ONE_STEP, SAME, STUDY, TINY, TUNING, circles, narrow_families, run_recipe
 from guards import SENTENCE, UncouthError
 
 import controlkit
@@ -45,7 +45,11 @@ from controlkit.files import inside, read_text
 from controlkit.formats import attach, describe, load_control
 from controlkit.formats.metadata import weights_file
 from controlkit.images import decode_hint, decode_picture, read_hint, read_picture, read_settings
+from controlkit.reproduce.compare import HEAD
+from controlkit.reproduce.compare import Row as Compared
+from controlkit.reproduce.rows import Earlier
 from controlkit.reproduce.study import read_answers
+from controlkit.reproduce.trained import read_measured
 from controlkit.reproduce.transfer import tuned
 from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Step, check_pictures, makers
 from controlkit.sample.journal import JOURNAL
@@ -327,6 +331,14 @@ def _go_on(path: Path, setting: Setting) -> None:
     list(train_baseline("lite", setting.base, ONE_STEP, path, material=circles(setting.base, setting.folder / "out")))
 
 
+def _earlier(path: Path, setting: Setting) -> None:
+    """Keep the row and the pictures of a report that is there already."""
+    earlier = Earlier.read(path, "fig-compare", HEAD, SAME)
+    rows = earlier.filled([Compared("lite", "Lite", 1.0, kind="seg", note="no weights")])
+    [print(*row.words()) for row in rows]
+    earlier.columns("seg", {"hint": [np.zeros((24, 24, 3), np.uint8)] * 2}, rows)
+
+
 def _store(path: Path, setting: Setting) -> None:
     with Store(path) as store:
         for entry in store.get(KEYS, [LIKE] * len(KEYS)):
@@ -585,6 +597,8 @@ READERS: dict[str, Reader] = {
         2,
     ),
     "opponent's training": Reader(_go_on, ("baselines.training.train_baseline", "baseline train out"), 4),
+    "earlier report": Reader(_earlier, ("reproduce.rows.Earlier.read", "reproduce.rows.read_strip")),
+    "measured": Reader(lambda path, setting: read_measured(path, SAME), ("reproduce.trained.read_measured",)),
     "answers": Reader(
         lambda path, setting: read_answers(path / "answers.csv", STUDY), ("reproduce.study.read_answers",)
     ),
@@ -629,16 +643,24 @@ EXCUSED: dict[str, str] = {
             "reproduce.auto.make_auto",
             "reproduce.cfg.make_cfg",
             "reproduce.compare.make_comparison",
-            "reproduce.compose.make_compose",
-            "reproduce.cost.make_cost",
+            "reproduce.convergence.make_convergence",
+            "reproduce.depth.make_depth",
             "reproduce.entrants.write_report",
             "verify.page.write_verification",
             "reproduce.fig8.make_fig8",
+            "reproduce.rows.strip_path",
+            "reproduce.rows.write_strip",
+            "reproduce.scale.make_scale",
+            "reproduce.compose.make_compose",
+            "reproduce.cost.make_cost",
             "reproduce.limits.make_limits",
             "reproduce.study.write_study",
             "reproduce.table1.make_table1",
             "reproduce.table2.make_table2",
             "reproduce.table3.make_table3",
+            "reproduce.trained.Examiner.follow",
+            "reproduce.trained.pictures_at",
+            "reproduce.trained.run_folder",
         ),
         _WRITES,
     ),
@@ -647,6 +669,8 @@ EXCUSED: dict[str, str] = {
             "baselines.saved.put",
             "reproduce.entrants.advice",
             "reproduce.entrants.entrant",
+            "reproduce.trained.cost_of",
+            "reproduce.trained.shown_at",
             "baselines.training.material_of",
             "data.build.build_set",
             "data.layouts.rows.is_within",

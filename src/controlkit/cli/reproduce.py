@@ -1,29 +1,34 @@
 """The paper's tables and figures, by one command."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from controlkit.cli.shared import BaseOption, DeviceOption, check_folder, loaded_base, progress_bars, say, say_table
-from controlkit.errors import NotFound, nearest
+from controlkit.errors import Invalid, NotFound, nearest
 
 app = typer.Typer()
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A table or figure: see the list above.")],
+    name: Annotated[str, typer.Argument(help="A table or figure of the list below, such as `table2`.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, its figures as JSON, and pictures.")],
     opponents: Annotated[
         Path | None,
         typer.Option(help="Folder of trained opponents (`controlkit baseline train`), in folders of their names."),
     ] = None,
     num: Annotated[
-        int | None, typer.Option(help="Held-out scenes to measure on; by default 64 for tables, 32 for figures.", min=2)
+        int | None, typer.Option(help="Held-out pairs to measure on; by default the table's or figure's own.", min=2)
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 20,
-    quick: Annotated[bool, typer.Option("--quick", help="16 scenes in 10 steps: minutes.")] = False,
+    share: Annotated[
+        float, typer.Option(help="Of figures that train: the share of each training's full length.", min=0.001, max=100)
+    ] = 1.0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="16 pairs in 10 steps; or trainings of a few steps: minutes.")
+    ] = False,
     base: BaseOption = "mini",
     device: DeviceOption = "auto",
 ) -> None:
@@ -40,26 +45,43 @@ def reproduce(
     - **fig-auto**: default pictures, captioned and made again
     - **cost**: time and memory of a training step, against fine-tuning
     - **fig-transfer**: the controls on a base that was tuned to another style
+    - **fig-scale**: training on 100 to 100,000 pictures
+    - **fig-convergence**: sudden convergence: obedience and FID at every checkpoint of six trainings
+    - **fig-depth**: a small depth ControlNet beside the large depth model: can they be told apart?
 
-    On held-out scenes of the embedded world, judged by its referees; the paper has ADE20K and OneFormer. Opponents
-    without weights are named with the command that trains them.
+    Measured on held-out pairs by the referees of the embedded world; the paper has ADE20K and OneFormer. Opponents
+    without weights are named with the command that trains them; in a folder that has their rows of an earlier run with
+    the same settings, these are kept. The last three train in the folder: run the same command again to go on.
 
-    Example:
+    Examples:
 
         controlkit reproduce table2 --quick --opponents runs/opponents --out runs/table2
+
+        controlkit reproduce fig-convergence --share 0.5 --out runs/fig-convergence
     """
+    from controlkit.cli.stopping import Stopping
     from controlkit.precision import settle_threads
-    from controlkit.reproduce import QUICK, REPORTS, Plan
+    from controlkit.reproduce import REPORTS, Plan
 
     if name not in REPORTS:
         raise NotFound(f'There is no table or figure "{name}": {nearest(name, REPORTS)}')
     report = REPORTS[name]
-    plan = Plan(opponents=opponents, **(QUICK if quick else {"num": num or report.num, "steps": steps}))
+    if share != 1.0 and not report.trains:
+        raise Invalid(f"{name} trains nothing: leave out --share.")
     check_folder(out)
     loaded = loaded_base(base, device)
     settle_threads(loaded.networks().values())
-    with progress_bars() as progress:
+    words = "stopping after this step; again, to end at once" if report.trains else ""
+    stopping = Stopping(words, "stopped" + (": run again to go on" if report.trains else ""))
+    with stopping, progress_bars() as progress:
         task = progress.add_task("measuring", total=len(report.rows), figures="")
-        table = report.make(loaded, plan, out, lambda row: progress.update(task, advance=1, figures=row))
+
+        def show(words: str, rows: int = 0) -> None:
+            progress.update(task, advance=rows, figures=words)
+
+        asked: dict[str, Any] = {"num": num or report.num, "steps": steps, "share": share}
+        asked |= report.quick if quick else {}
+        plan = Plan(opponents=opponents, on_step=show, stopping=stopping.is_asked, **asked)
+        table = report.make(loaded, plan, out, lambda row: show(row, 1))
     say_table(report.title, report.head, [row.words() for row in table.rows], table.caption())
     say(f"The table, its figures and pictures are in {out}.")

@@ -2,8 +2,11 @@
 
 Those of label maps (PITI, Taming Transformers, LDM) beside ControlNet on label maps, and Sketch-Guided Diffusion, at
 its two strengths, beside ControlNet on edges.
+
+    controlkit reproduce fig-compare --opponents runs/opponents --out runs/fig-compare
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +16,19 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, pixels_of, write_report
+from controlkit.reproduce.entrants import (
+    NO_CONTROL,
+    SHIPPED,
+    Plan,
+    Table,
+    Trial,
+    advice,
+    entrant,
+    pixels_of,
+    write_report,
+)
+from controlkit.reproduce.rows import SystemRow
 
-NO_CONTROL = "no-control"
 GROUPS: dict[str, tuple[tuple[str, float], ...]] = {
     "seg": (
         (NO_CONTROL, 1.0),
@@ -33,17 +46,12 @@ HEAD = ("system", "hints", "fidelity", "ceiling", "training")
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SystemRow):
     """A system on one kind of hints: its fidelity with the ceiling, or a note on why there is none."""
 
-    name: str
-    title: str
-    kind: str
     scale: float
     ours: Figure | None = None
     ceiling: Figure | None = None
-    cost: str = ""
-    note: str = ""
 
     def words(self) -> tuple[str, ...]:
         """The row's cells, as in ``HEAD``."""
@@ -70,7 +78,7 @@ def make_comparison(
     ``on_row`` and errors: as with ``make_table2``.
     """
     rows: list[Row] = []
-    facts: dict[str, Any] = {}
+    began, facts = time.perf_counter(), dict[str, Any]()
     sheets: dict[str, dict[str, Sequence[np.ndarray]]] = {}
     for kind, group in GROUPS.items():
         trial = Trial.of(kind, base, plan)
@@ -80,13 +88,13 @@ def make_comparison(
             on_row(f"{name}, {kind}")
             one = entrant(name, kind, base, plan.opponents)
             title = one.title if scale == 1.0 else f"x{scale:g}: {one.title}"
-            row = Row(name, title, kind, scale, cost=one.cost, note=one.note)
+            row = Row(name, title, scale, kind=kind, cost=one.cost, note=one.note)
             if one.make:
                 control = trial.evaluation.control.model_copy(update={"scale": scale})
                 made = pixels_of(one.make, replace(trial.evaluation, control=control).requests("controlled"))
                 row = replace(row, ours=mean_figure(trial.scores(made)), ceiling=ceiling)
                 sheets[kind][title] = made
             rows.append(row)
+    facts["seconds"] = round(time.perf_counter() - began)
     found = Comparison(rows, facts, advice([row.name for row in rows if row.note], plan.opponents))
-    write_report(out, "fig-compare", found, HEAD, sheets)
-    return found
+    return write_report(out, "fig-compare", found, HEAD, sheets, plan.opponents)

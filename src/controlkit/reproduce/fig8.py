@@ -2,6 +2,8 @@
 
 The paper shows pictures: ControlNet obeys under all four; without zero convolutions, or as ControlNet-lite, control is
 lost where the prompt says nothing. Here each cell has the fidelity to the label map beside its picture.
+
+    controlkit reproduce fig8 --opponents runs/opponents --out runs/fig8
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +15,20 @@ import numpy as np
 from controlkit.backbones import Backbone
 from controlkit.data import Pair
 from controlkit.measure import Figure, mean_figure
-from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, pixels_of, write_report
+from controlkit.reproduce.entrants import (
+    NO_CONTROL,
+    SHIPPED,
+    Plan,
+    Table,
+    Trial,
+    advice,
+    entrant,
+    pixels_of,
+    write_report,
+)
+from controlkit.reproduce.rows import SystemRow
 from controlkit.reproduce.table2 import KIND
 
-NO_CONTROL = "no-control"
 ORDER = (NO_CONTROL, "controlnet", "gaussian", "lite", SHIPPED)
 INSUFFICIENT = "a high-quality, detailed, and professional image"
 """The paper's own words."""
@@ -39,14 +51,10 @@ HEAD = ("system", *(f"prompt: {name}" for name in PROMPTS), "training")
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SystemRow):
     """A system: its fidelity (mean IoU, 95% interval) by prompt, or a note on why there is none."""
 
-    name: str
-    title: str
     ours: Mapping[str, Figure]
-    cost: str = ""
-    note: str = ""
 
     def words(self) -> tuple[str, ...]:
         """The row's cells, as in ``HEAD``."""
@@ -87,9 +95,8 @@ def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
             made = pixels_of(one.make, replace(trial.evaluation, pairs=told).requests("controlled"))
             figures[setting] = mean_figure(trial.scores(made))
             shown.setdefault(one.title, []).append(made[0])
-        rows.append(Row(name, one.title, figures, one.cost, one.note))
+        rows.append(Row(name, one.title, figures, cost=one.cost, note=one.note))
     figure = Figure8(
         rows, trial.facts(), advice([row.name for row in rows if row.note], plan.opponents), ceiling=trial.ceiling()
     )
-    write_report(out, "fig8", figure, HEAD, {"": shown})
-    return figure
+    return write_report(out, "fig8", figure, HEAD, {"": shown}, plan.opponents)

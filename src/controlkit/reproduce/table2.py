@@ -2,6 +2,8 @@
 
 The paper makes pictures of ADE20K's label maps and segments them with OneFormer. Here the maps are those of held-out
 scenes, and the observer of their world segments. Floor and ceiling stand beside the rows.
+
+    controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from controlkit.reproduce.entrants import (
     pixels_of,
     write_report,
 )
+from controlkit.reproduce.rows import SystemRow
 
 KIND = "seg"
 TRUTH = "truth"
@@ -39,24 +42,21 @@ ORDER = (*PAPER, SHIPPED)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SystemRow):
     """A row: ours and the paper's, or a note on why there is none of ours."""
 
-    name: str
-    title: str
     ours: Figure | None = None
     """Mean IoU with its 95% interval."""
     spread: float | None = None
     """The standard deviation over pictures, as the paper gives it."""
     paper: tuple[float, float] | None = None
-    cost: str = ""
-    note: str = ""
 
     def words(self) -> tuple[str, str, str, str, str]:
         """Title, ours with its spread, the interval, the paper's, the cost."""
         ours, interval = self.note, ""
         if self.ours and self.spread is not None:
-            ours, interval = f"{self.ours.mean:.2f} ± {self.spread:.2f}", f"{self.ours.low:.2f} to {self.ours.high:.2f}"
+            ours = f"{self.ours.mean:.2f} ± {self.spread:.2f}"
+            interval = f"{self.ours.low:.2f} to {self.ours.high:.2f}"
         paper = "{:.2f} ± {:.2f}".format(*self.paper) if self.paper else "-"
         return self.title, ours, interval, paper, self.cost
 
@@ -108,8 +108,7 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
         floor=_floor(trial),
         ceiling=trial.ceiling(),
     )
-    write_report(out, "table2", table, HEAD, {"": columns})
-    return table
+    return write_report(out, "table2", table, HEAD, {"": columns}, plan.opponents)
 
 
 def _floor(trial: Trial) -> dict[str, Figure]:

@@ -2,6 +2,8 @@
 
 The paper's are by Inception, CLIP and LAION's head on ADE20K. Here they are the referee's of the embedded world, on
 held-out scenes. FID alone says nothing of control: that of no control is the best one in the paper.
+
+    controlkit reproduce table3 --opponents runs/opponents --out runs/table3
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +15,20 @@ import numpy as np
 
 from controlkit.backbones import Backbone
 from controlkit.measure import evaluate_base
-from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, write_report
+from controlkit.reproduce.entrants import (
+    NO_CONTROL,
+    SHIPPED,
+    KeepsFirst,
+    Plan,
+    Table,
+    Trial,
+    advice,
+    entrant,
+    write_report,
+)
+from controlkit.reproduce.rows import SystemRow
 from controlkit.reproduce.table2 import KIND
-from controlkit.sample import Maker, Picture, Request
 
-NO_CONTROL = "no-control"
 FIGURES = ("fid", "clip_score", "aesthetic")
 PAPER = {
     NO_CONTROL: (6.09, 0.26, 6.32),
@@ -33,15 +44,11 @@ HEAD = ("system", "FID", "CLIP-score", "aesthetic", "obedience", "paper: FID, CL
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SystemRow):
     """A row: ``measure.evaluate``'s report, or a note on why there is none."""
 
-    name: str
-    title: str
     report: Mapping[str, Any] | None = None
     paper: tuple[float, float, float] | None = None
-    cost: str = ""
-    note: str = ""
 
     def words(self) -> tuple[str, ...]:
         """The row's cells, as in ``HEAD``."""
@@ -64,18 +71,6 @@ class Table3(Table):
         return " ".join(sorted({note for row in self.rows if row.report for note in row.report.get("notes", ())}))
 
 
-class _Kept:
-    """A maker that keeps the pictures of its first call: those under control."""
-
-    def __init__(self, make: Maker) -> None:
-        self.make, self.pictures = make, list[np.ndarray]()
-
-    def __call__(self, requests: Sequence[Request]) -> list[Picture]:
-        made = list(self.make(requests))
-        self.pictures = self.pictures or [picture.pixels for picture in made]
-        return made
-
-
 def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table3:
     """Make the table and write it into a folder: ``table3.json``, ``table3.md``, ``table3.png``.
 
@@ -90,16 +85,15 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
         one = entrant(name, KIND, base, plan.opponents)
         report = None
         if one.make:
-            make = _Kept(one.make)
+            make = KeepsFirst(one.make)
             report = evaluate_base(base, make, trial.evaluation, trial.real, no_control=plain or None)
             columns[one.title] = make.pictures
             if name == NO_CONTROL:
                 plain = make.pictures
-        rows.append(Row(name, one.title, report, PAPER.get(name), one.cost, one.note))
+        rows.append(Row(name, one.title, report, PAPER.get(name), cost=one.cost, note=one.note))
     table = Table3(
         rows,
         trial.facts() | {"pictures for FID": len(trial.real)},
         advice([row.name for row in rows if row.note], plan.opponents),
     )
-    write_report(out, "table3", table, HEAD, {"": columns})
-    return table
+    return write_report(out, "table3", table, HEAD, {"": columns}, plan.opponents)
