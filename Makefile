@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: nine tenths of the files installed are never imported, and Python compiles the others when they are
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-EXTRAS := world,plots,lora,datasets,optimizers,tensorboard,wandb,trackio,scale,serve,mediapipe,onnx,segmentation,dev
+EXTRAS := world,plots,lora,datasets,optimizers,tensorboard,wandb,trackio,scale,serve,replicas,mediapipe,onnx,photographs,segmentation,dev
 WORKERS ?= logical# processes that run tests: one a core
 
 .PHONY: demo gallery test lint docs extras clean

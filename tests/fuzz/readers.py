@@ -550,7 +550,9 @@ READERS: dict[str, Reader] = {
     "recipe": Reader(_recipe, ("train.recipe.read_recipe", "train recipe"), 1, True),
     "train recipe": Reader(_train_recipe, (), 2, True),
     "poses": Reader(
-        lambda path, setting: draw_people(*people_from_json(read_text(inside(path.parent, path.with_name("poses.json")), 2**20))),
+        lambda path, setting: draw_people(
+            *people_from_json(read_text(inside(path.parent, path.with_name("poses.json")), 2**20))
+        ),
         (),
     ),
     "listing": Reader(lambda path, setting: read_listing(_folder(path)), _SETS),

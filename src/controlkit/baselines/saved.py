@@ -73,7 +73,7 @@ def write_about(folder: Path, about: About) -> None:
 
 
 def read_about(folder: Path) -> About:
-    """The record in a folder; ``NotFound`` where there is none, ``Invalid`` where it is no such record, or a link out."""
+    """The record in a folder; ``NotFound`` where there is none, ``Invalid`` where it is none, or a link out."""
     path = inside(folder, folder / ABOUT)
     if not path.is_file():
         raise NotFound(f"{folder} holds no opponent: expected {ABOUT}, as `controlkit baseline train` writes it.")

@@ -81,8 +81,7 @@ def make_auto(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
     )
     sheet: dict[str, Sequence[np.ndarray]] = {"hint": trial.shown(), "default": first}
     sheet |= {"automatic": bench.pictures(asked, given), "true caption": bench.pictures(asked, true)}
-    write_report(out, "fig-auto", table, HEAD, {"": sheet})
-    return table
+    return write_report(out, "fig-auto", table, HEAD, {"": sheet})
 
 
 def _thing(caption: str) -> str:

@@ -50,7 +50,7 @@ def make_cfg(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None
     sheets: dict[str, dict[str, Sequence[np.ndarray]]] = {}
     for kind in KINDS:
         trial = Trial.of(kind, base, plan)
-        facts, bench, silence = trial.facts() | {"prompt": "none"}, Bench(trial, shipped(base, kind)), [""] * plan.num
+        bench, silence = Bench(trial, shipped(base, kind)), [""] * plan.num
         sheets[kind] = {"hint": trial.shown()}
         found = []
         for way, (title, settings) in WAYS.items():
@@ -59,9 +59,9 @@ def make_cfg(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None
             found.append(bench.row(way, title, asked, silence))
             sheets[kind][way] = bench.pictures(asked, silence)
         rows += [bench.floor_row(trial.evaluation, silence), *found]
+        facts = trial.facts() | {"prompt": "none"}
     table = Conditions(rows, facts, "", finding=_finding(rows))
-    write_report(out, "fig-cfg", table, HEAD, sheets)
-    return table
+    return write_report(out, "fig-cfg", table, HEAD, sheets)
 
 
 def _finding(rows: Sequence[Row]) -> str:

@@ -55,8 +55,7 @@ def make_compose(
     shown["no control"] = pixels_of(bench.make, some.requests("no_control"))
     shown |= {condition: bench.pictures(_under(some, controls)) for condition, controls in acting.items()}
     table = Conditions(rows, trial.facts(), "", finding=_finding(rows))
-    write_report(out, "fig-compose", table, HEAD, {"": shown})
-    return table
+    return write_report(out, "fig-compose", table, HEAD, {"": shown})
 
 
 def _plan_of(trial: Trial, kind: str) -> EvaluationPlan:
@@ -65,7 +64,8 @@ def _plan_of(trial: Trial, kind: str) -> EvaluationPlan:
 
 
 def _under(own: EvaluationPlan, controls: Sequence[EvaluationPlan]) -> Under:
-    return Under(own.control, own.spec, own.pairs, own.steps, own.guidance, own.first_seed, controls)
+    fields = (own.control, own.spec, own.pairs, own.steps, own.guidance, own.first_seed)
+    return Under(*fields, controls=controls)
 
 
 def _hints(plan: EvaluationPlan) -> list[np.ndarray]:

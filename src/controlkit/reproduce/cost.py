@@ -137,8 +137,7 @@ def make_cost(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
     rows += _rows(full, _Steps(full), lambda name: on_row(f"{name}, {FULL_SIZE}"))
     facts = {"base": base.name, "batch": BATCH, "pixels": f"{base.size}, {full.size}", "timed steps": plan.steps}
     table = Cost(rows, facts | {"threads": torch.get_num_threads(), "device": base.device.type}, "")
-    write_report(out, "cost", table, HEAD, {})
-    return table
+    return write_report(out, "cost", table, HEAD, {})
 
 
 class _Steps:

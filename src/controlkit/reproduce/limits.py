@@ -172,8 +172,7 @@ def make_limits(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
     rows = [_row(name, titles[name], pictures, exchanges, trial) for name, pictures in made.items()]
     facts: dict[str, Any] = trial.facts() | {"emphasis": EMPHASIS}
     table = Limits(rows, facts, "")
-    write_report(out, "fig-limits", table, HEAD, {"": {"hint": trial.shown(), **made}})
-    return table
+    return write_report(out, "fig-limits", table, HEAD, {"": {"hint": trial.shown(), **made}})
 
 
 def _made(make: Maker, plan: EvaluationPlan, exchanges: Sequence[Exchange], condition: Condition) -> list[np.ndarray]:

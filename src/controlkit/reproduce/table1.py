@@ -154,8 +154,7 @@ def make_table1(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
         raters=len(answers),
     )
     shown = {row.title: made[row.name] for row in rows if row.name in made}
-    write_report(out, "table1", table, HEAD, {"": {"sketch": trial.shown(), **shown}})
-    return table
+    return write_report(out, "table1", table, HEAD, {"": {"sketch": trial.shown(), **shown}})
 
 
 def _judged(pictures: Sequence[np.ndarray], trial: Trial) -> dict[str, np.ndarray]:

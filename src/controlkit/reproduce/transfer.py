@@ -102,7 +102,6 @@ def make_transfer(
     settings: dict[str, Any] = {}
     for kind in KINDS:
         trial = Trial.of(kind, base, plan)
-        settings = trial.facts()
         sheets[kind] = {"hint": trial.shown()}
         for name, one in ((BASE, trial), (TUNED, _in_style(trial, other))):
             on_row(f"{name}, {kind}")
@@ -114,9 +113,9 @@ def make_transfer(
             if bench.quality and kind == KINDS[0]:
                 referee = bench.quality.referee
                 style[name] = fid(referee.features(free), referee.features([comic(real) for real in trial.real]))
+        settings = trial.facts()
     table = Transfer(rows, settings, "", finding=_finding(rows, style, facts), style=style, tuning=facts)
-    write_report(out, "fig-transfer", table, HEAD, sheets)
-    return table
+    return write_report(out, "fig-transfer", table, HEAD, sheets)
 
 
 def _in_style(trial: Trial, other: Backbone) -> Trial:

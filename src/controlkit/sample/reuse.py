@@ -51,8 +51,8 @@ class Reusing:
                 unconditional, first, *_ = whole.split(self._unconditional)
                 self._difference = first - unconditional
             return whole
-        deep = None if step in self._whole else self._deep
-        conditional, self._deep = self._base.second_half(self._half, t, text[self._unconditional :], deep)
+        left = None if step in self._whole else self._deep
+        conditional, self._deep = self._base.second_half(self._half, t, text[self._unconditional :], left)
         if not self._unconditional:
             return conditional
         return torch.cat([conditional[: self._unconditional] - self._difference, conditional])
