@@ -682,9 +682,10 @@ def test_generate_imports_no_compiler(toy_folder, control, drawing, tmp_path):
         "atexit.register(lambda: print(len(sys.modules), *sys.modules)); main()"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=True)
-    count, *modules = done.stdout.splitlines()[-1].split()
+    _, *modules = done.stdout.splitlines()[-1].split()
+    count = sum(not name.startswith("scipy") for name in modules)  # diffusers' schedulers read it where it is there
     heavy = {"torch._dynamo", "torch._inductor", "peft", "bitsandbytes", "torchmetrics", "numba", "datasets"}
-    assert not heavy & set(modules) and int(count) < 3300, "see cli.shared.without_compiler"
+    assert not heavy & set(modules) and count < 3300, "see cli.shared.without_compiler"
     assert (tmp_path / "picture-0.png").is_file()
 
 

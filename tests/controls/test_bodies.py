@@ -242,7 +242,7 @@ def test_what_an_unlocked_base_is_measured_against_is_the_base_as_it_was(toy_bas
 def test_a_difference_to_another_base_is_refused(unlocked, request, tmp_path):
     deep = request.getfixturevalue("deep_base")
     with pytest.raises(UserError, match="no difference to the base"):
-        _add_difference(deep, unlocked[0] / "control" / DIFFERENCE, 1.0)
+        _add_difference(deep, unlocked[0] / "control" / DIFFERENCE, 1.0, None)
 
 
 def test_averages_and_an_unlocked_base_do_not_go_together():

@@ -55,7 +55,7 @@ from controlkit.sample import ControlRequest, EditRequest, Picture, Request, Ste
 from controlkit.sample.journal import JOURNAL
 from controlkit.serve import incoming
 from controlkit.serve.a1111 import A1111
-from controlkit.serve.settings import Limits
+from controlkit.serve.settings import Folders, Limits
 from controlkit.serve.v1 import V1
 from controlkit.tensors import open_tensors
 from controlkit.train import read_ending, resolve, train_control, training_pairs
@@ -181,7 +181,8 @@ def _posted_body(path: Path, setting: Setting) -> None:
     """Through each dialect that has bodies in JSON."""
     control = {"name": "canny", "hash": "0", "annotator": "canny", "types": ()}
     facts = {"base": "toy", "digest": "0", "size": 32, "multiple": 32, "samplers": {"DDIM": []}, "controls": [control]}
-    desk = cast(Any, SimpleNamespace(facts=facts, limits=Limits()))
+    settings = SimpleNamespace(folders=Folders())
+    desk = cast(Any, SimpleNamespace(facts=facts, limits=Limits(), settings=settings))
     data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     faults = []
     for read in (V1(desk)._read_generate, lambda data: A1111(desk)._read_generate(data, False)):
