@@ -89,7 +89,7 @@ def _opponents(folder: Path, toy: Path) -> None:
 
 STUDY = {f"{system}{sketch}": Shown(sketch, system) for sketch in range(2) for system in "abc"}
 """The key of a study."""
-TUNING = Tuning(steps=1, batch=1, scenes=2)
+TUNING = Tuning(steps=1, batch=1, scenes=8)
 
 
 def _reports(folder: Path, toy: Path) -> None:
