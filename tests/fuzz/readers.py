@@ -180,7 +180,8 @@ def _posted_picture(path: Path, setting: Setting) -> None:
 def _posted_body(path: Path, setting: Setting) -> None:
     """Through each dialect that has bodies in JSON."""
     control = {"name": "canny", "hash": "0", "annotator": "canny", "types": ()}
-    facts = {"base": "toy", "digest": "0", "size": 32, "multiple": 32, "samplers": {"DDIM": []}, "controls": [control]}
+    facts = {"base": "toy", "digest": "0", "size": 32, "multiple": 32, "most_steps": 1000}
+    facts |= {"samplers": {"DDIM": []}, "controls": [control]}
     settings = SimpleNamespace(folders=Folders())
     desk = cast(Any, SimpleNamespace(facts=facts, limits=Limits(), settings=settings))
     data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
