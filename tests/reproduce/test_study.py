@@ -20,6 +20,14 @@ def answers(rater="1", **changes):
     return "".join(f"{rater},{name},{pair}\n" for name, pair in ranks.items())
 
 
+def test_answers_that_lead_out_of_the_folder_are_refused(tmp_path):
+    (tmp_path / "elsewhere.csv").write_text(HEAD + answers("x"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "answers.csv").symlink_to(tmp_path / "elsewhere.csv")
+    with pytest.raises(Invalid, match="leads out of its folder"):
+        read_answers(tmp_path / "out" / "answers.csv", KEY)
+
+
 def test_answers_are_read_and_averaged(tmp_path):
     path = tmp_path / "answers.csv"
     path.write_text(HEAD + answers("x"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from controlkit.errors import Invalid, one_line
-from controlkit.files import read_text, write_atomic
+from controlkit.files import inside, read_text, write_atomic
 from controlkit.images import write_png
 from controlkit.pages import Figure, Task, render_study
 from controlkit.seeds import numpy_rng
@@ -92,10 +92,10 @@ def read_answers(path: Path, key: Key) -> Answers:
     """The answers in a file that a study's page saved: by rater, the ranks of each picture in each of ``ASPECTS``.
 
     ``Invalid`` where it has other columns, names a picture that the key lacks, a rank that is none, or not every rank
-    of a sketch once; raises as ``files.read_text`` does, too.
+    of a sketch once; raises as ``files.inside`` and ``files.read_text`` do, too.
     """
     size = Counter(one.sketch for one in key.values())
-    rows = csv.reader(io.StringIO(read_text(path, _LONGEST)))
+    rows = csv.reader(io.StringIO(read_text(inside(path.parent, path), _LONGEST)))
     found: Answers = {}
     try:
         if (head := next(rows, [])) != list(_COLUMNS):
