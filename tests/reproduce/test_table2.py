@@ -36,3 +36,16 @@ def test_the_command_shows_the_table(run, toy_folder, tmp_path):
 def test_another_name_is_refused_with_those_that_are_known(run, tmp_path):
     code, _, err = run("reproduce", "table22", "--out", tmp_path / "out")
     assert code == 2 and 'did you mean "table2"' in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("table2", ("--quick", "--num", 4), "--quick chooses --num itself"),
+        ("fig-scale", ("--quick", "--share", 0.5), "--quick chooses --share itself"),
+        ("table2", ("--share", 0.5), "trains nothing"),
+    ],
+)
+def test_options_that_would_not_be_read_are_refused(run, tmp_path, name, option, words):
+    code, _, err = run("reproduce", name, "--out", tmp_path / "out", *option)
+    assert code == 2 and words in err and not (tmp_path / "out").exists()

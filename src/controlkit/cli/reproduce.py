@@ -22,10 +22,13 @@ def reproduce(
     num: Annotated[
         int | None, typer.Option(help="Held-out pairs to measure on; by default the table's or figure's own.", min=2)
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 20,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default 20.", min=1)] = None,
     share: Annotated[
-        float, typer.Option(help="Of figures that train: the share of each training's full length.", min=0.001, max=100)
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Of figures that train: the share of each training's full length; by default 1.", min=0.001, max=100
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="16 pairs in 10 steps; or trainings of a few steps: minutes.")
     ] = False,
@@ -51,7 +54,7 @@ def reproduce(
 
     Measured on held-out pairs by the referees of the embedded world; the paper has ADE20K and OneFormer. Opponents
     without weights are named with the command that trains them; in a folder that has their rows of an earlier run with
-    the same settings, these are kept. The last three train in the folder: run the same command again to go on.
+    the same settings, these are kept. The last four train in the folder: run the same command again to go on.
 
     Examples:
 
@@ -66,8 +69,11 @@ def reproduce(
     if name not in REPORTS:
         raise NotFound(f'There is no table or figure "{name}": {nearest(name, REPORTS)}')
     report = REPORTS[name]
-    if share != 1.0 and not report.trains:
+    if share and not report.trains:
         raise Invalid(f"{name} trains nothing: leave out --share.")
+    given = {"num": num, "steps": steps, "share": share}
+    if quick and (both := [f"--{key}" for key, value in given.items() if value]):
+        raise Invalid(f"--quick chooses {both[0]} itself: leave out one of the two.")
     check_folder(out)
     loaded = loaded_base(base, device)
     settle_threads(loaded.networks().values())
@@ -79,8 +85,8 @@ def reproduce(
         def show(words: str, rows: int = 0) -> None:
             progress.update(task, advance=rows, figures=words)
 
-        asked: dict[str, Any] = {"num": num or report.num, "steps": steps, "share": share}
-        asked |= report.quick if quick else {}
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value}
+        asked = {"num": report.num} | (dict(report.quick) if quick else asked)
         plan = Plan(opponents=opponents, on_step=show, stopping=stopping.is_asked, **asked)
         table = report.make(loaded, plan, out, lambda row: show(row, 1))
     say_table(report.title, report.head, [row.words() for row in table.rows], table.caption())

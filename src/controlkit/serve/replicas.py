@@ -5,6 +5,7 @@ what is given up while they are at it, lies in the server's folder, which all ma
 """
 
 import asyncio
+import logging
 import os
 import queue
 import shutil
@@ -23,6 +24,8 @@ from controlkit.files import held
 from controlkit.serve.running import check_extra
 from controlkit.serve.settings import Settings
 from controlkit.serve.worker import Hand, Maker, Message, carried_out, opened
+
+log = logging.getLogger(__name__)
 
 _ONGOING = 1024
 """Requests that the server answers at the same time, as without Ray."""
@@ -140,7 +143,8 @@ class _Line:
             try:
                 for message in call():
                     self._messages.put(message)
-            except Exception:  # Ray's own kinds, for replicas that died in all their ways
+            except Exception as error:  # Ray's own kinds, for replicas that died in all their ways
+                log.warning("A worker's replica ended: %s", one_line(error))
                 self._messages.put(None)
 
         threading.Thread(target=take, daemon=True, name="controlkit-line").start()

@@ -86,7 +86,7 @@ class Comparison:
         name, expected = f"{shot.name}: latents are diffusers'", f"relative L2 at most {self.limit:g}"
         try:
             [picture] = self.make([shot.request])
-        except ValueError as error:  # a UserError, or what a library finds
+        except (ValueError, RuntimeError) as error:  # a UserError, or what a library finds, as in ``guarded``
             self.compared.append(Compared(shot, None, note=without_paths(error)))
             return Check(name, "failed", without_paths(error), expected)
         self.compared.append(done := Compared(shot, picture))
