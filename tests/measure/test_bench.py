@@ -33,6 +33,16 @@ def test_both_compute_the_same_latents(small):
     assert (made.ours(pace=Pace(1.0, 0)) - theirs).norm() > 1e-4 * theirs.norm()
 
 
+def test_the_peer_has_the_weights_of_the_control_and_no_copies(small):
+    made = Bench(PLAN)
+    network, branch = made.pipeline.controlnet, made.control.branch
+    own = {id(weight) for weight in branch.parameters()}
+    assert {id(weight) for weight in network.parameters()} == own
+    made.laid_out(torch.channels_last)
+    assert {id(weight) for weight in network.parameters()} == own and made.theirs().isfinite().all()
+    assert any(weight.is_contiguous(memory_format=torch.channels_last) for weight in branch.parameters())
+
+
 def test_the_report(small, run, tmp_path):
     words = []
     found = bench_sample(PLAN, words.append)

@@ -111,10 +111,15 @@ class Bench:
 
     @cached_property
     def pipeline(self) -> Any:
-        """diffusers' pipeline on the base's own networks, with the control as a ``ControlNetModel``."""
+        """diffusers' pipeline on the base's own networks, with the control as a ``ControlNetModel``.
+
+        On a CPU its weights are the control's own, not copies: in float32 SDXL has no room for both in 24 GB.
+        """
         kind, tensors, config = network_weights(self.control.branch, self.base, self.control.hint)
-        network = KINDS[kind].network_class()(**config).eval()
-        network.load_state_dict(tensors)
+        with torch.device("meta"):
+            network = KINDS[kind].network_class()(**config).eval()
+        network.load_state_dict(tensors, assign=True)
+        _hold_the_same(network, self.control.branch)
         return stock_pipeline(self.base, network.to(self.base.device, self.dtype))
 
     def theirs(self) -> Tensor:
@@ -144,6 +149,18 @@ class Bench:
     def decode_theirs(self) -> None:
         """Decode the noise as the peer does."""
         stock_decode(self.pipeline, self.noise.to(self.base.device, self.dtype))
+
+
+def _hold_the_same(network: nn.Module, other: nn.Module) -> None:
+    """Have a network hold the very parameters of another one whose memory it shares.
+
+    Or else a change of the layout of one would copy them.
+    """
+    held = {(one.data_ptr(), one.shape): one for one in other.parameters()}
+    for module in network.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if (one := held.get((own.data_ptr(), own.shape))) is not None:
+                module.register_parameter(name, one)
 
 
 def _seeded() -> torch.Generator:
