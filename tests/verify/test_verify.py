@@ -77,11 +77,20 @@ def test_a_base_alone_is_compared_under_the_four_prompts(xl_base):
     assert json.loads(done.to_json())["control"] is None
 
 
-def test_where_diffusers_has_no_such_network_nothing_is_compared(toy_base, drawn_joins):
-    lite = SavedControl(new_control(toy_base, ControlSpec(body="conv")).eval(), contract("canny"))
-    done = verify(toy_base, lite, VerifyPlan("fill50k", num=0, shown=1, steps=1))
+@pytest.mark.parametrize(("body", "words"), [("conv", "diffusers has no network"), ("xs", "another epsilon")])
+def test_where_diffusers_has_no_such_network_nothing_is_compared(toy_base, body, words):
+    saved = SavedControl(new_control(toy_base, ControlSpec(body=body)).eval(), contract("canny"))
+    done = verify(toy_base, saved, VerifyPlan("fill50k", num=0, shown=1, steps=1))
     [check] = [one for one in done.checks if "perfect" in one.name]
-    assert check.state == "not measured" and "diffusers has no" in check.measured
+    assert check.state == "not measured" and words in check.measured
+
+
+@pytest.mark.parametrize("body", ["copy", "conv", "lora", "xs", "adapter"])
+def test_every_kind_of_control_is_verified_or_it_is_said_why_not(toy_base, body):
+    spec = ControlSpec(body=body, rank=4 * (body == "lora"))
+    saved = SavedControl(new_control(toy_base, spec).eval(), contract("canny"))
+    done = verify(toy_base, saved, VerifyPlan("fill50k", num=0, shown=1, steps=1))
+    assert {one.state for one in done.checks if "latents are diffusers'" in one.name} <= {"passed", "not measured"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------

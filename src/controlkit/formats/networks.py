@@ -44,6 +44,23 @@ def network_weights(
     return network.kind, {key: value.detach().cpu() for key, value in tensors.items()}, config
 
 
+def stock_network(network: ControlNetwork, base: Backbone, hint: HintSpec) -> nn.Module:
+    """A network as diffusers' own class has it; on a CPU its weights are the network's, not copies.
+
+    Raises ``Unsupported`` where diffusers has none that computes the same.
+    """
+    kind, tensors, config = network_weights(network, base, hint)
+    title = KINDS[kind].title
+    if not config:
+        raise Unsupported(f"diffusers has no network like this {title}.")
+    if kind == "xs":
+        raise Unsupported(f"diffusers runs a {title} on a copy of the base, whose norms have another epsilon.")
+    with torch.device("meta"):
+        own: nn.Module = KINDS[kind].network_class()(**config)
+    own.load_state_dict(tensors, assign=True)
+    return own.eval().requires_grad_(False)
+
+
 def read_network(name: str | Path, weights: Weights, base: Backbone, spec: ControlSpec) -> ControlNetwork:
     """The network of a file's weights, for a base, in float32; ``name`` is the control's in messages.
 

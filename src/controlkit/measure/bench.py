@@ -28,10 +28,10 @@ from controlkit.backbones import load_base
 from controlkit.backbones.memory import high_water
 from controlkit.backbones.random import draw, random_base
 from controlkit.backbones.stock import stock_decode, stock_pipeline
-from controlkit.controls import KINDS, new_control
+from controlkit.controls import new_control
 from controlkit.errors import OutOfRoom, one_line
 from controlkit.formats import SavedControl, load_control
-from controlkit.formats.networks import network_weights
+from controlkit.formats.networks import stock_network
 from controlkit.precision import weights_type
 from controlkit.sample import ControlRequest, Request, generate, prepare
 from controlkit.sample.acting import Steering
@@ -115,10 +115,7 @@ class Bench:
 
         On a CPU its weights are the control's own, not copies: in float32 SDXL has no room for both in 24 GB.
         """
-        kind, tensors, config = network_weights(self.control.branch, self.base, self.control.hint)
-        with torch.device("meta"):
-            network = KINDS[kind].network_class()(**config).eval()
-        network.load_state_dict(tensors, assign=True)
+        network = stock_network(self.control.branch, self.base, self.control.hint)
         _hold_the_same(network, self.control.branch)
         return stock_pipeline(self.base, network.to(self.base.device, self.dtype))
 

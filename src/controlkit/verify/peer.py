@@ -12,7 +12,7 @@ from controlkit.controls import KINDS
 from controlkit.controls.union import TYPES
 from controlkit.errors import Unsupported
 from controlkit.formats import SavedControl
-from controlkit.formats.networks import network_weights
+from controlkit.formats.networks import stock_network
 from controlkit.sample import Request, hint_of, picture_size
 
 LIMITS = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -38,12 +38,7 @@ class Peer:
         network: Any = None
         if control:
             written = getattr(control.branch, "union", control.branch)  # of a Union's type, the Union
-            kind, tensors, config = network_weights(written, base, control.hint)
-            if not config:
-                raise Unsupported(f"diffusers has no network like this {KINDS[kind].title}.")
-            network = KINDS[kind].network_class()(**config).eval()
-            network.load_state_dict(tensors)
-            network.to(base.device, base.dtype)
+            network = stock_network(written, base, control.hint).to(base.device, base.dtype)
         try:
             self._pipeline = stock_pipeline(base, network)
         except KeyError:
