@@ -21,6 +21,7 @@ from controlkit.backbones import Backbone, load_base
 from controlkit.baselines import OPPONENTS, Material, Settings, load_baseline, material_of, opponent, train_baseline
 from controlkit.baselines.curves import write_curve
 from controlkit.data import ScenePairs
+from controlkit.errors import Invalid
 from controlkit.files import write_atomic
 from controlkit.measure import EvaluationPlan, fidelity, mean_figure, metric_of
 from controlkit.sample import ControlRequest
@@ -70,9 +71,16 @@ def main(
         found = []
         for rate in row.rates:
             folder = out / "rates" / row.name / f"{rate:g}"
-            train(base, row.name, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
+            try:
+                train(base, row.name, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
+            except Invalid as error:  # its loss is no number
+                console.print(f"{row.name} at {rate:g}: {error}", highlight=False)
+                continue
             found.append(tried(base, row.name, folder, num))
             console.print(f"{row.name} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
+        if not found:
+            console.print(f"[bold red]{row.name} has no rate at which it learns[/]")
+            continue
         higher = metric_of(row.new(base).spec).higher_is_better
         best = (max if higher else min)(found, key=lambda one: one["fidelity"])
         path = out / "rates.json"

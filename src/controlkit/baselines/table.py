@@ -33,7 +33,7 @@ class Opponent:
     build: Callable[[Backbone, HintSpec], Baseline]
     hint: str = "seg"
     """The kind of hints that it is compared on."""
-    rates: tuple[float, float, float] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, float, float] = (3e-4, 1e-3, 3e-3)
     """Learning rates to choose from, lowest first."""
     pflop: float = 0.12
     """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have three times
@@ -86,6 +86,7 @@ OPPONENTS = {
             "Esser, Rombach and Ommer, CVPR 2021",
             Taming,
             pflop=_MORE,
+            rates=(1e-4, 3e-4, 1e-3),
         ),
         Opponent(
             "piti",
