@@ -215,6 +215,8 @@ def _request(path: Path, setting: Setting) -> None:
 
 def _jobs(path: Path, setting: Setting, jobs: Path, *options: object) -> None:
     """Jobs, in a folder with a journal that lies beside them."""
+    if jobs.is_symlink() and jobs.is_file():  # which is followed, as the user names the file
+        return
     out = setting.folder / "out" / "jobs"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
