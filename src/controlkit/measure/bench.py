@@ -122,11 +122,11 @@ class Bench:
     def theirs(self) -> Tensor:
         """Final latents of a run of the peer's."""
         return self.pipeline(
-            _PROMPT,
-            self.hint.to(self.base.device, self.dtype),
-            self.side,
-            self.side,
-            self.plan.steps,
+            prompt=_PROMPT,
+            image=self.hint.to(self.base.device, self.dtype),
+            height=self.side,
+            width=self.side,
+            num_inference_steps=self.plan.steps,
             guidance_scale=self.request.guidance,
             latents=self.noise.to(self.base.device, self.dtype),
             output_type="latent",
