@@ -18,14 +18,21 @@ PLAN = BenchPlan(steps=3, turns=3)
 
 
 @pytest.fixture
-def small(toy_base, drawn_joins, monkeypatch):
-    """The toy in ``mini``'s place, and no processes of its own to measure memory in."""
-    saved = SavedControl(drawn_joins(new_control(toy_base), 2).eval().requires_grad_(False), contract("canny"))
-    monkeypatch.setattr(bench, "load_base", lambda *args, **options: toy_base)
+def base(request, toy_base):
+    """The toy, or the one that a test names."""
+    return request.getfixturevalue(request.param) if hasattr(request, "param") else toy_base
+
+
+@pytest.fixture
+def small(base, drawn_joins, monkeypatch):
+    """A toy in ``mini``'s place, and no processes of its own to measure memory in."""
+    saved = SavedControl(drawn_joins(new_control(base), 2).eval().requires_grad_(False), contract("canny"))
+    monkeypatch.setattr(bench, "load_base", lambda *args, **options: base)
     monkeypatch.setattr(bench, "load_control", lambda *args: saved)
     monkeypatch.setattr(bench, "_memory", lambda plan, system: 3 if system == "exact" else 4)
 
 
+@pytest.mark.parametrize("base", ["toy_base", "xl_base"], indirect=True)
 def test_both_compute_the_same_latents(small):
     made = Bench(PLAN)
     ours, theirs = made.ours(), made.theirs()
