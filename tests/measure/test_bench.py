@@ -26,7 +26,7 @@ def base(request, toy_base):
 @pytest.fixture
 def small(base, drawn_joins, monkeypatch):
     """A toy in ``mini``'s place, and no processes of its own to measure memory in."""
-    saved = SavedControl(drawn_joins(new_control(base), 2).eval().requires_grad_(False), contract("canny"))
+    saved = SavedControl(drawn_joins(new_control(base), 2, base).eval().requires_grad_(False), contract("canny"))
     monkeypatch.setattr(bench, "load_base", lambda *args, **options: base)
     monkeypatch.setattr(bench, "load_control", lambda *args: saved)
     monkeypatch.setattr(bench, "_memory", lambda plan, system: 3 if system == "exact" else 4)
