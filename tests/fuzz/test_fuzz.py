@@ -181,3 +181,5 @@ def test_every_reader_reads_some_kind_and_every_kind_enough_files():
         counts[case.kind] += 1
     assert min(counts.values()) >= 500 and sum(counts.values()) >= 21_000
     assert re.fullmatch(r"[\w .]+", "".join(counts))  # they are names of folders
+    page = (Path(__file__).parents[2] / "docs" / "safety.md").read_text(encoding="utf-8")
+    assert f"{len(KINDS)} kinds through {len(READERS)} readers" in page
