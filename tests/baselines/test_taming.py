@@ -1,5 +1,7 @@
 """The VQGAN and its transformer: codes, gradients past them, one token after the other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,15 @@ def test_tokens_are_drawn_by_each_rows_own_seed(taming, material_for):
     both = taming.written(hints, [3, 4])
     assert torch.equal(taming.written(hints[1:], [4])[0], both[1])
     assert not torch.equal(taming.written(hints, [5, 6]), both)
+
+
+def test_the_transformer_learns_from_every_label_map(taming, material_for):
+    """Nothing guides it, so it has no half without the hint to learn."""
+    losses = [
+        float(taming.loss(replace(material_for("seg"), hint_dropout=share), 0, "transformer").detach())
+        for share in (0.0, 1.0)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_the_critic_learns_from_its_own_loss_alone(fresh, material_for):

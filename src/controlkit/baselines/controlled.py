@@ -1,6 +1,7 @@
 """Opponents that are controls of a base that stays as it is: ControlNet, its ablations, T2I-Adapter; and no control."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,7 +12,10 @@ from controlkit.controls import new_control
 from controlkit.formats import SavedControl
 from controlkit.images import HintSpec
 from controlkit.sample import Picture, Request, maker
-from controlkit.train import objective
+from controlkit.train import Batch, objective
+
+PROMPT_DROPOUT = 0.5
+"""The share of prompts that the paper replaces by the empty one (Section 3.3)."""
 
 
 class NoControl(Baseline):
@@ -35,9 +39,23 @@ class Controlled(Baseline):
 
     def loss(self, material: Material, step: int, stage: str) -> Tensor:
         """The mean squared error of the prediction under control."""
-        return objective(self.base, self.branch, material.drawn(step))
+        return objective(self.base, self.branch, self.drawn(material, step))
+
+    def drawn(self, material: Material, step: int) -> Batch:
+        """A step's batch, with half of the prompts left out."""
+        return material.drawn(step, PROMPT_DROPOUT)
 
     def make(self, requests: Sequence[Request]) -> list[Picture]:
         """Pictures under the control, by whatever name the requests call it."""
         saved = SavedControl(self.branch, self.spec)
         return list(maker(self.base, {c.name: saved for one in requests for c in one.controls})(requests))
+
+
+class Adapter(Controlled):
+    """A T2I-Adapter, trained more often at noisy timesteps, t = (1 - (u / T)^3) T of a uniform u, as published."""
+
+    def drawn(self, material: Material, step: int) -> Batch:
+        """A step's batch, with as few prompts left out as in the base's training."""
+        batch, count = material.drawn(step), self.base.noise.count
+        cubic = (count * (1 - (batch.t / count) ** 3)).long().clamp(max=count - 1)
+        return replace(batch, t=cubic)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -28,24 +27,24 @@ class Material:
     batch: int
     """Rows of a batch."""
     seed: int = 0
-    prompt_dropout: float = 0.1
-    """The share of prompts replaced by the empty one."""
     hint_dropout: float = 0.1
     """The share of hints replaced by nothing, by opponents whose guidance has a half without the hint."""
 
-    @cached_property
-    def _plan(self) -> BatchPlan:
-        return BatchPlan({"": self.spec}, 0.0, self.batch, 1, self.prompt_dropout, self.seed)
+    def drawn(self, step: int, prompt_dropout: float = 0.1) -> Batch:
+        """The latents, noise, timesteps, texts and hints of a step; each draw is keyed by (seed, step, sample).
 
-    def drawn(self, step: int) -> Batch:
-        """The latents, noise, timesteps, texts and hints of a step; each draw is keyed by (seed, step, sample)."""
-        return draw_batch(self.base, self.cached, self._plan, step)
+        ``prompt_dropout``: the share of prompts replaced by the empty one; a tenth, as Stable Diffusion was trained.
+        """
+        return draw_batch(self.base, self.cached, self._plan(prompt_dropout), step)
 
     def pictures(self, step: int) -> Tensor:
         """The same step's pictures (B, 3, H, W) in [-1, 1]."""
-        chosen = chosen_pairs(self._plan, len(self.cached), range(self.batch), step)
+        chosen = chosen_pairs(self._plan(0.0), len(self.cached), range(self.batch), step)
         rows = to_tensor([self.pairs[chosen[place]].picture for place in range(self.batch)])
         return rows.to(self.base.device)
+
+    def _plan(self, prompt_dropout: float) -> BatchPlan:
+        return BatchPlan({"": self.spec}, 0.0, self.batch, 1, prompt_dropout, self.seed)
 
     def some_absent(self, hints: Tensor, step: int) -> Tensor:
         """Hints (B, channels, H, W), ``hint_dropout`` of them all zeros."""

@@ -9,7 +9,7 @@ import torch
 from controlkit.annotators import contract
 from controlkit.backbones import Backbone
 from controlkit.baselines.beside import DepthToImage, LatentDiffusion
-from controlkit.baselines.controlled import Controlled, NoControl
+from controlkit.baselines.controlled import Adapter, Controlled, NoControl
 from controlkit.baselines.piti import Piti
 from controlkit.baselines.seam import Baseline
 from controlkit.baselines.sketch import SketchGuided
@@ -56,8 +56,10 @@ _MORE = 0.36
 _PAPER = "Zhang, Rao and Agrawala, ICCV 2023"
 
 
-def _control(name: str, title: str, words: str, source: str, control: ControlSpec) -> Opponent:
-    return Opponent(name, title, words, source, partial(Controlled, control=control))
+def _control(
+    name: str, title: str, words: str, source: str, control: ControlSpec, kind: type[Controlled] = Controlled
+) -> Opponent:
+    return Opponent(name, title, words, source, partial(kind, control=control))
 
 
 OPPONENTS = {
@@ -135,6 +137,7 @@ OPPONENTS = {
             "A small network that reads the hint alone and adds inside the base's encoder.",
             "Mou et al., 2023, arXiv 2302.08453",
             ControlSpec(body="adapter"),
+            Adapter,
         ),
     )
 }

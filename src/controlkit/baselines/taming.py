@@ -106,9 +106,8 @@ class Taming(Baseline):
             return self.reconstruction(_quarter(pixels, material.seed, step), False)
         if stage == "vqgan":
             return self.reconstruction(pixels, True)
-        hints = material.some_absent(material.drawn(step).hints[""], step)
         tokens = self.tokens(pixels)
-        logits = self.logits(hints, tokens[:, :-1])
+        logits = self.logits(material.drawn(step).hints[""], tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
     def reconstruction(self, pixels: Tensor, judged: bool) -> Tensor:
