@@ -1,7 +1,7 @@
 """The paper's comparison with earlier methods: the same hints through each, side by side, with the fidelity of each.
 
-Those of label maps (PITI, Taming Transformers, LDM) beside ControlNet on label maps, and Sketch-Guided Diffusion, at
-its two strengths, beside ControlNet on edges.
+Those of label maps (PITI, Taming Transformers, LDM, and T2I-Adapter, which is later than the paper) beside ControlNet
+on label maps, and Sketch-Guided Diffusion, at its two strengths, beside ControlNet on edges.
 
     controlkit reproduce fig-compare --opponents runs/opponents --out runs/fig-compare
 """
@@ -35,10 +35,17 @@ GROUPS: dict[str, tuple[tuple[str, float], ...]] = {
         ("piti", 1.0),
         ("taming", 1.0),
         ("ldm-scratch", 1.0),
+        ("t2i-adapter", 1.0),
         ("controlnet", 1.0),
         (SHIPPED, 1.0),
     ),
-    "canny": ((NO_CONTROL, 1.0), ("sketch-guided", 1.0), ("sketch-guided", 2.0), (SHIPPED, 1.0)),
+    "canny": (
+        (NO_CONTROL, 1.0),
+        ("sketch-guided", 1.0),
+        ("sketch-guided", 2.0),
+        ("controlnet", 1.0),
+        (SHIPPED, 1.0),
+    ),
 }
 """By kind of hints: the systems, each with the scale of its control."""
 ORDER = [f"{name}, {kind}" for kind, group in GROUPS.items() for name, _ in group]
@@ -96,5 +103,5 @@ def make_comparison(
                 sheets[kind][title] = made
             rows.append(row)
     facts["seconds"] = round(time.perf_counter() - began)
-    found = Comparison(rows, facts, advice([row.name for row in rows if row.note], plan.opponents))
+    found = Comparison(rows, facts, advice(rows, plan.opponents))
     return write_report(out, "fig-compare", found, HEAD, sheets, plan.opponents)

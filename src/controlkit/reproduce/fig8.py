@@ -28,10 +28,9 @@ from controlkit.reproduce.entrants import (
 )
 from controlkit.reproduce.rows import SystemRow
 from controlkit.reproduce.table2 import KIND
+from controlkit.sample import PLAIN_PROMPT
 
 ORDER = (NO_CONTROL, "controlnet", "gaussian", "lite", SHIPPED)
-INSUFFICIENT = "a high-quality, detailed, and professional image"
-"""The paper's own words."""
 
 
 def _rotated(pairs: Sequence[Pair]) -> list[str]:
@@ -42,7 +41,7 @@ def _rotated(pairs: Sequence[Pair]) -> list[str]:
 
 PROMPTS: dict[str, Callable[[Sequence[Pair]], list[str]]] = {
     "none": lambda pairs: [""] * len(pairs),
-    "insufficient": lambda pairs: [INSUFFICIENT] * len(pairs),
+    "insufficient": lambda pairs: [PLAIN_PROMPT] * len(pairs),
     "conflicting": _rotated,
     "perfect": lambda pairs: [pair.prompt for pair in pairs],
 }
@@ -96,7 +95,6 @@ def make_fig8(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], Non
             figures[setting] = mean_figure(trial.scores(made))
             shown.setdefault(one.title, []).append(made[0])
         rows.append(Row(name, one.title, figures, cost=one.cost, note=one.note))
-    figure = Figure8(
-        rows, trial.facts(), advice([row.name for row in rows if row.note], plan.opponents), ceiling=trial.ceiling()
-    )
+    ceiling = trial.ceiling()
+    figure = Figure8(rows, trial.facts(), advice(rows, plan.opponents), ceiling=ceiling)
     return write_report(out, "fig8", figure, HEAD, {"": shown}, plan.opponents)

@@ -101,13 +101,8 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
             row = replace(row, ours=mean_figure(scores), spread=float(scores.std()))
         rows.append(row)
     on_row("floor")
-    table = Table2(
-        rows,
-        trial.facts(),
-        advice([row.name for row in rows if row.note], plan.opponents),
-        floor=_floor(trial),
-        ceiling=trial.ceiling(),
-    )
+    floor, ceiling = _floor(trial), trial.ceiling()
+    table = Table2(rows, trial.facts(), advice(rows, plan.opponents), floor=floor, ceiling=ceiling)
     return write_report(out, "table2", table, HEAD, {"": columns}, plan.opponents)
 
 

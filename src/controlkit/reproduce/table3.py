@@ -67,8 +67,14 @@ class Table3(Table):
     rows: Sequence[Row]
 
     def notes(self) -> str:
-        """The reasons why figures are missing, if any are."""
-        return " ".join(sorted({note for row in self.rows if row.report for note in row.report.get("notes", ())}))
+        """Floor and ceiling, and the reasons why figures are missing, if any are."""
+        reports = [row.report for row in self.rows if isinstance(row, Row) and row.report]  # kept ones have their cells
+        ends = [f"{reports[0][name]['mean']:.3f}" for name in ("floor_no_control", "ceiling")]
+        words = (
+            "Obedience: 0 is the better one of no control (mean IoU {}) and the same system with hints of others, 1 is "
+            "the true pictures out of the VAE ({}).".format(*ends)
+        )
+        return " ".join([words, *sorted({note for report in reports for note in report.get("notes", ())})])
 
 
 def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table3:
@@ -91,9 +97,6 @@ def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
             if name == NO_CONTROL:
                 plain = make.pictures
         rows.append(Row(name, one.title, report, PAPER.get(name), cost=one.cost, note=one.note))
-    table = Table3(
-        rows,
-        trial.facts() | {"pictures for FID": len(trial.real)},
-        advice([row.name for row in rows if row.note], plan.opponents),
-    )
+    facts = trial.facts() | {"pictures for FID": len(trial.real)}
+    table = Table3(rows, facts, advice(rows, plan.opponents))
     return write_report(out, "table3", table, HEAD, {"": columns}, plan.opponents)
