@@ -149,8 +149,9 @@ def make_depth(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], No
                 told, spread = told_apart(features[name], features[LARGE])
                 row = replace(row, told=told, spread=spread)
         rows.append(row)
+    ceiling = round(trial.ceiling().mean, 4)
     facts = {**trial.facts(), "metric": metric_of(trial.evaluation.spec).name, "share": plan.share}
-    facts |= {"ceiling of depth RMSE": round(trial.ceiling().mean, 4), "raters": RATERS}
+    facts |= {"ceiling of depth RMSE": ceiling, "raters": RATERS}
     table = Depth(rows, facts, "", length=on_length(plan), unjudged=unjudged)
     columns = {"depth": trial.shown(), **{titles[name]: made[name] for name in ORDER}}
     return write_report(out, "fig-depth", table, HEAD, {"": columns})
@@ -206,7 +207,8 @@ def told_apart(one: Tensor, other: Tensor) -> tuple[Figure, float]:
         part_of = numpy_rng("raters", turn, count).permutation(count) % parts
         for part in range(parts):
             asked = part_of == part
-            logits = (difference[asked] @ _taught(difference[~asked])).numpy()
+            known = torch.from_numpy(~asked)
+            logits = (difference[~known] @ _taught(difference[known])).numpy()
             answers[asked] = (np.sign(logits) + 1) / 2  # what looks the same is guessed
             shares.append(answers[asked].mean())
     return mean_figure(right.mean(0)), float(np.std(shares))
