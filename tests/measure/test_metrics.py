@@ -224,9 +224,7 @@ def test_what_is_absent_counts_nothing_and_what_is_more_takes_nothing():
     assert similarity([*WANTED, (0, 90.0, 90.0)], WANTED, 128) == 1, "the nearest of two is taken"
 
 
-@pytest.mark.parametrize(
-    ("wanted", "sides"), [([(0, 60, 20), (10, 60, 80)], (15, 60)), ([(0, 60, 20)], (6.4, 6.4))]
-)
+@pytest.mark.parametrize(("wanted", "sides"), [([(0, 60, 20), (10, 60, 80)], (15, 60)), ([(0, 60, 20)], (6.4, 6.4))])
 def test_a_narrow_person_has_an_area_too(wanted, sides):
     found = [(joint, x + 1, y) for joint, x, y in wanted]
     reach = 2 * 0.53 * np.prod(sides)

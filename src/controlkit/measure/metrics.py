@@ -127,9 +127,7 @@ def pck(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean(correct_joints(keypoints_of(found), joints, min(wanted.shape[:2])))) if joints else np.nan
 
 
-_SPREADS = np.array(
-    [0.026, 0.079, *(0.079, 0.072, 0.062) * 2, *(0.107, 0.087, 0.089) * 2, 0.025, 0.025, 0.035, 0.035]
-)
+_SPREADS = np.array([0.026, 0.079, *(0.079, 0.072, 0.062) * 2, *(0.107, 0.087, 0.089) * 2, 0.025, 0.025, 0.035, 0.035])
 """COCO's standard deviation of where annotators see each joint, as a share of a person's size, in OpenPose's order.
 Of the neck, which COCO lacks, it is CrowdPose's (Li et al., 2019): that of a shoulder."""
 _COVERED = 0.53

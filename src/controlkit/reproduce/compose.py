@@ -88,7 +88,5 @@ def _beside(kind: str, alone: Row, both: Row) -> list[str]:
     for metric, one in both.beside.items():
         figures = alone.beside[metric]["fidelity"], one["fidelity"], one["floor"], one["ceiling"]
         means = [f"{figure['mean']:.2f}" for figure in figures]
-        found.append(
-            "{} of {}: {} alone, {} under both (floor {}, ceiling {}).".format(metric.upper(), kind, *means)
-        )
+        found.append("{} of {}: {} alone, {} under both (floor {}, ceiling {}).".format(metric.upper(), kind, *means))
     return found
