@@ -4,6 +4,11 @@ Those of label maps (PITI, Taming Transformers, LDM, and T2I-Adapter, which is l
 on label maps, and Sketch-Guided Diffusion, at its two strengths, beside ControlNet on edges.
 
     controlkit reproduce fig-compare --opponents runs/opponents --out runs/fig-compare
+
+Cost: `--quick` a minute of CPU time with the shipped controls alone (one thread of an AMD EPYC, AVX2, beside other
+work).
+Expected (`--quick`, no opponents yet): mean IoU of seg 0.504 [0.444, 0.562] as shipped, floor 0.239, ceiling 0.551; F1
+of canny 0.800 [0.757, 0.846], floor 0.257, ceiling 0.886. The paper has pictures, no numbers.
 """
 
 import time
