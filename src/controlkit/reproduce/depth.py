@@ -14,7 +14,8 @@ Opponents that are not in the folder (``depth2img``, ``controlnet-depth``) are t
 command again to go on after an interruption.
 
 Cost: 3.5 hours on one thread with both trainings, by the seconds of a step (2 cores of an AMD EPYC, AVX2).
-Expected: no whole run yet. Paper: a precision of 0.52 ± 0.17.
+Expected: no whole run yet. Of 32 scenes in 4 steps the raters tell the shipped control from itself with other seeds in
+0.56 ± 0.19 (floor), from no control in 1.00, from true pictures in 0.74 ± 0.16. Paper: 0.52 ± 0.17.
 """
 
 from collections.abc import Callable, Sequence
