@@ -188,13 +188,13 @@ def test_hints_are_left_out_at_the_rate_asked_for(material_for):
     assert not torch.equal(kept, material.some_absent(hints, 1)[:, 0, 0, 0])
 
 
-@pytest.mark.parametrize(("name", "dropped"), [("controlnet", 0.5), ("lite", 0.5), ("t2i-adapter", 0.1)])
+@pytest.mark.parametrize(("name", "dropped"), [("controlnet", 0.5), ("lite", 0.5), ("t2i-adapter", 0.0)])
 def test_controls_learn_as_published(toy_base, fresh, material_for, name, dropped):
     """Half of the prompts are left out for the paper's; noisy timesteps come more often for T2I-Adapter's."""
     baseline, material = fresh(name), material_for("seg")
     batches = [baseline.drawn(material, step) for step in range(150)]
-    empty = toy_base.encode_text([""]).tokens
-    share = np.mean([torch.allclose(row, empty[0], atol=1e-5) for one in batches for row in one.text.tokens])
+    empty = material.cached.text[[0]].to(torch.device("cpu"), torch.float32).tokens[0]
+    share = np.mean([torch.equal(row, empty) for one in batches for row in one.text.tokens])
     assert share == pytest.approx(dropped, abs=0.1)
     t = torch.cat([one.t for one in batches]).double() / toy_base.noise.count
     assert t.mean() == pytest.approx(0.75 if name == "t2i-adapter" else 0.5, abs=0.07) and 0 <= t.min() <= t.max() < 1

@@ -9,7 +9,7 @@ import torch
 
 from controlkit.annotators import contract
 from controlkit.controls import new_control
-from controlkit.data import CirclePairs
+from controlkit.data import CirclePairs, ScenePairs
 from controlkit.errors import Invalid, Unsupported
 from controlkit.formats import SavedControl, save_control
 from controlkit.measure import (
@@ -20,6 +20,7 @@ from controlkit.measure import (
     evaluate,
     evaluate_base,
     judge,
+    obedience_tables,
     three_ways,
 )
 from controlkit.sample import ControlRequest, Picture, Request, maker
@@ -169,6 +170,23 @@ def test_a_maker_that_heeds_no_hint_has_obedience_zero():
     assert deaf["obedience"]["mean"] == 0 and deaf["ceiling"]["mean"] == 1
     truths = evaluate(made_by(lambda request: plan.pairs[request.seed].picture), plan, list)
     assert truths["obedience"]["mean"] == 0 and not truths["is_meaningful"], "no hint was needed for them"
+
+
+def test_poses_have_a_second_metric_with_a_floor_and_a_ceiling_of_its_own():
+    pairs = list(ScenePairs(64, 40, 7, person=True, count=4))
+    plan = EvaluationPlan(ControlRequest(name="drawn", hint_cfg_scale=1.0), contract("pose"), pairs)
+    shown = [plan.spec.picture(hint) for hint in plan.hints]
+
+    def pixels(request: Request):
+        return request.controls[0].images[""] if request.controls else np.zeros_like(shown[0])
+
+    report = evaluate(made_by(pixels), plan, lambda pictures: shown, finder=lambda picture: picture)
+    second = report["beside"]["oks"]
+    assert report["metric"] == "pck" and second.keys() == FIGURES | {"metric"}
+    assert second["fidelity"]["mean"] == second["ceiling"]["mean"] == second["obedience"]["mean"] == 1
+    assert second["floor_no_control"]["mean"] == 0 < second["floor_shuffled"]["mean"] < 0.8
+    assert second["floor_shuffled"] != report["floor_shuffled"]
+    assert [table.head[0] for table in obedience_tables(report)] == ["pck", "oks"]
 
 
 @pytest.mark.parametrize("told", [0.5, 0.7])

@@ -50,7 +50,8 @@ def test_what_nothing_here_finds_needs_a_finder():
 
 def test_hints_that_prescribe_nothing_have_no_metric():
     assert metric_of(contract("hed")) is METRICS["ms_ssim"]
-    assert {kind.metric for kind in all_kinds()} - {""} == set(METRICS)
+    reported = {kind.metric for kind in all_kinds()} - {""}
+    assert reported | {METRICS[name].beside for name in reported} - {""} == set(METRICS)
     with pytest.raises(UserError, match='hints named "shuffle" is not measured'):
         metric_of(contract("shuffle"))
 

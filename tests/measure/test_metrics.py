@@ -8,7 +8,18 @@ from controlkit.annotators import annotate, annotator, contract
 from controlkit.annotators.maps import depth_picture, label_picture, normal_picture, pose_picture
 from controlkit.errors import UserError
 from controlkit.measure import METRICS, metric_of
-from controlkit.measure.metrics import depth_rmse, edge_f1, inpaint_distance, miou, ms_ssim, normal_angle, pck, psnr
+from controlkit.measure.metrics import (
+    depth_rmse,
+    edge_f1,
+    inpaint_distance,
+    miou,
+    ms_ssim,
+    normal_angle,
+    oks,
+    pck,
+    psnr,
+    similarity,
+)
 from controlkit.mini.scenes import PALETTE
 
 
@@ -107,6 +118,7 @@ def test_a_growing_damage_never_scores_better(kind):
 def test_where_nothing_is_wanted_there_is_no_figure():
     black, facing = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), (128, 128, 255), np.uint8)
     assert np.isnan([ms_ssim(black, black), depth_rmse(black, black), pck(truths("pose")[0], black)]).all()
+    assert np.isnan(oks(truths("pose")[0], black)) and oks(black, truths("pose")[0]) == 0
     assert np.isnan(normal_angle(truths("normal")[0], facing))
     assert np.isnan(inpaint_distance(facing, np.zeros((64, 64, 4), np.uint8))), "all is hole"
     assert ms_ssim(black, truths("softedge")[0]) < 0.9 and pck(black, truths("pose")[0]) == 0
@@ -179,6 +191,59 @@ def test_a_joint_in_another_s_place_is_wrong():
     swapped = joints.copy()
     swapped[0, [4, 7]] = joints[0, [7, 4]]
     assert pck(*(pose_picture(j, (128, 128)) for j in (swapped, joints))) == 0
+
+
+WANTED = [(0, 50.0, 20.0), (2, 30.0, 40.0), (10, 70.0, 100.0)]
+"""A nose, a right shoulder and a right ankle, in a box of 40 by 80."""
+AREA = 0.53 * 40 * 80
+
+
+@pytest.mark.parametrize(("at", "sigma", "off"), [(0, 0.026, (2, 0)), (1, 0.079, (0, 9)), (2, 0.089, (6, -8))])
+def test_a_joint_that_is_off_counts_by_its_distance_the_area_and_its_own_spread(at, sigma, off):
+    moved = list(WANTED)
+    joint, x, y = WANTED[at]
+    moved[at] = joint, x + off[0], y + off[1]
+    one = np.exp(-np.dot(off, off) / (2 * AREA * (2 * sigma) ** 2))
+    assert similarity(WANTED, WANTED, 128) == 1
+    assert similarity(moved, WANTED, 128) == pytest.approx((2 + one) / 3) and 0 < one < 1
+
+
+def test_spreads_are_coco_s_in_the_order_of_18_points():
+    coco = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000  # pycocotools' order
+    of_coco = [0, 14, 15, 16, 17, 2, 5, 3, 6, 4, 7, 8, 11, 9, 12, 10, 13]  # where each of its points is, sides apart
+    for joint, spread in [*zip(of_coco, coco, strict=True), (1, 0.079)]:
+        pair = [(joint, 20.0, 20.0), (0 if joint else 1, 60.0, 100.0)]
+        found = [(joint, 23.0, 24.0), pair[1]]
+        one = np.exp(-25 / (2 * 0.53 * 40 * 80 * (2 * spread) ** 2))
+        assert similarity(found, pair, 128) == pytest.approx((1 + one) / 2), joint
+
+
+def test_what_is_absent_counts_nothing_and_what_is_more_takes_nothing():
+    assert similarity([], WANTED, 128) == 0
+    assert similarity([WANTED[1], (7, 1.0, 1.0)], WANTED, 128) == pytest.approx(1 / 3)
+    assert similarity([*WANTED, (0, 90.0, 90.0)], WANTED, 128) == 1, "the nearest of two is taken"
+
+
+@pytest.mark.parametrize(("wanted", "sides"), [([(0, 60, 20), (10, 60, 80)], (15, 60)), ([(0, 60, 20)], (6.4, 6.4))])
+def test_a_narrow_person_has_an_area_too(wanted, sides):
+    found = [(joint, x + 1, y) for joint, x, y in wanted]
+    reach = 2 * 0.53 * np.prod(sides)
+    each = [np.exp(-1 / (reach * (2 * {0: 0.026, 10: 0.089}[joint]) ** 2)) for joint, *_ in wanted]
+    assert similarity(found, wanted, 128) == pytest.approx(np.mean(each))
+
+
+def test_each_wanted_person_counts_once_by_its_own_size():
+    small, large = np.zeros((2, 1, 18, 3))
+    small[0, [0, 1, 8]] = (20, 20, 1), (20, 30, 1), (30, 50, 1)
+    large[0, [0, 1, 8, 10]] = (90, 10, 1), (90, 40, 1), (110, 80, 1), (70, 120, 1)
+    both = pose_picture(np.concatenate([small, large]), (128, 128))
+    assert oks(both, both) == 1
+    assert oks(pose_picture(small, (128, 128)), both) == pytest.approx(0.5, abs=0.01)
+    moved = small.copy()
+    moved[0, 8, 0] += 4
+    one = np.exp(-16 / (2 * 0.53 * 10 * 30 * (2 * 0.107) ** 2))
+    found = oks(pose_picture(np.concatenate([moved, large]), (128, 128)), both)
+    assert found == pytest.approx(((2 + one) / 3 + 1) / 2, abs=1e-6)
 
 
 def test_a_picture_fills_its_hole_well_if_it_keeps_the_rest_and_goes_on_from_it(holed):

@@ -154,6 +154,8 @@ def test_emoji_are_rasterised_once(emoji, monkeypatch):
         raise AssertionError(f"{package.name} was fetched again")
 
     monkeypatch.setattr(world, "fetch_package", fetched)
+    assert world.load_emoji(32) is emoji  # as it is held
+    monkeypatch.setattr(world, "_HELD", {})
     again = world.load_emoji(32)
     assert (again.concepts, again.styles) == (emoji.concepts, emoji.styles)
     assert np.array_equal(again.rgba, emoji.rgba)

@@ -105,6 +105,8 @@ def test_figure_6_measures_each_hint_under_its_control_the_other_and_both(toy_ba
     }  # fmt: skip
     depth = [rows[name, "depth"].figures["fidelity"]["mean"] for name in ("pose", "depth", compose.BOTH)]
     assert len(set(depth)) == 3
+    assert "OKS of pose: " in table.caption() and "OKS of depth" not in table.caption()
+    assert rows[compose.BOTH, "pose"].beside["oks"].keys() >= {"fidelity", "floor", "ceiling", "obedience"}
     assert "as a share of that alone: pose" in table.caption() and (tmp_path / "fig-compose.png").is_file()
 
 

@@ -1,6 +1,7 @@
 """Table 3, Figure 8 and the comparison with earlier methods, at toy size."""
 
 import json
+import shutil
 
 import pytest
 
@@ -26,6 +27,16 @@ def test_table_3_has_each_systems_whole_report_or_why_there_is_none(toy_base, op
     figure = {"mean": 1.234, "low": 1.0, "high": 2.0}
     judged = Row("x", "X", dict.fromkeys(("fid", "clip_score", "aesthetic", "obedience"), figure))
     assert judged.words()[1:5] == ("1.23", "1.23", "1.23", "1.23 [1.00, 2.00]")
+
+
+def test_table_3_is_gathered_over_runs(toy_base, opponents, tmp_path):
+    plan = Plan(num=2, steps=1, opponents=opponents)
+    first = make_table3(toy_base, plan, tmp_path / "out")
+    shutil.rmtree(opponents / "lite")
+    second = make_table3(toy_base, plan, tmp_path / "out")
+    kept = next(row for row in second.rows if row.name == "lite")
+    assert "made before" in kept.words()[-1] and "Obedience: 0 is" in second.caption()
+    assert kept.words()[:6] == next(row for row in first.rows if row.name == "lite").words()[:6]
 
 
 def test_figure_8_has_four_prompts_and_the_floor_first(toy_base, opponents, tmp_path):
@@ -54,3 +65,5 @@ def test_the_comparison_has_both_strengths_and_a_floor_of_each_kind(toy_base, sk
     assert all(row.ceiling for row in found.rows if row.ours)
     assert {path.name for path in tmp_path.glob("*.png")} == {"fig-compare-seg.png", "fig-compare-canny.png"}
     assert "fig-compare" in str(*tmp_path.glob("*.md"))
+    assert f"train controlnet --hint canny --out {sketchy}/controlnet-canny`" in found.advice
+    assert f"train controlnet --out {sketchy}/controlnet`" in found.advice and "sketch-guided" not in found.advice

@@ -1,9 +1,11 @@
 """Table 2 at toy size: rows with and without weights, the paper's numbers, floor and ceiling; the command."""
 
 import json
+import shutil
 
 import pytest
 
+from controlkit.formats import WEIGHTS
 from controlkit.images import read_picture
 from controlkit.reproduce import Plan, make_table2, table2
 
@@ -25,6 +27,17 @@ def test_rows_without_weights_say_how_to_train_them_and_the_rest_is_measured(toy
     text = (tmp_path / "table2.md").read_text()
     assert "| PITI (seg) | no weights |" in text and "0.26 ± 0.16" in text and "Floor: no control" in text
     assert read_picture(tmp_path / "table2.png").shape[1] > 4 * toy_base.size  # maps, truth, lite, shipped
+
+
+def test_an_opponent_that_is_being_trained_leaves_the_others_their_rows(toy_base, opponents, tmp_path):
+    shutil.copytree(opponents / "lite", opponents / "controlnet")
+    about = json.loads((opponents / "lite" / "baseline.json").read_text())
+    (opponents / "controlnet" / "baseline.json").write_text(json.dumps(about | {"name": "controlnet"}))
+    (opponents / "controlnet" / WEIGHTS).unlink()
+    table = make_table2(toy_base, Plan(num=2, steps=1, opponents=opponents), tmp_path)
+    rows = {row.name: row for row in table.rows}
+    assert rows["controlnet"].note == "training has not ended" and rows["lite"].ours
+    assert f"baseline train controlnet --out {opponents}/controlnet`" in table.advice
 
 
 def test_the_command_shows_the_table(run, toy_folder, tmp_path):

@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from controlkit.data import EmojiPairs
 from controlkit.errors import Invalid, Mismatch
 from controlkit.measure import Figure
 from controlkit.reproduce import Plan, convergence, make_convergence, make_scale, scale, trained
@@ -57,7 +59,11 @@ def test_convergence_measures_checkpoints_and_goes_on_where_it_was_stopped(toy_b
 
 def test_scale_trains_on_each_number_of_pictures(toy_base, fake_packages, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "OUR_RECIPE", SMALL)
+    files = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path, *rest, **more: files.append(path) or load(path, *rest, **more))
     table = make_scale(toy_base, Plan(num=2, steps=1, share=2 / scale.FULL), tmp_path)
+    assert sum("emoji" in str(path) for path in files) == 1  # for all trainings
     assert [row.count for row in table.rows] == list(scale.COUNTS) and "trial of the machinery" in table.caption()
     assert table.rows[0].words()[1] == "4% of them once"  # 2 steps of 2 pairs
     held = json.loads((tmp_path / "fig-scale.json").read_text())
@@ -67,7 +73,8 @@ def test_scale_trains_on_each_number_of_pictures(toy_base, fake_packages, tmp_pa
 
 
 def test_pictures_that_no_step_sees_are_not_made(toy_base, fake_packages):
-    few, many = (scale.recipe_of(toy_base, count, Plan(share=10 / scale.FULL)).data for count in (10, 100_000))
+    emoji, plan = len(EmojiPairs(toy_base.size, "control")), Plan(share=10 / scale.FULL)
+    few, many = (scale.recipe_of(toy_base, count, emoji, plan).data for count in (10, 100_000))
     assert (few.count, few.variants) == (10, 1)
     assert many.variants > 1 and 160 - many.variants < many.count * many.variants <= 160  # 10 steps of 16 pairs
 

@@ -13,9 +13,11 @@ from controlkit.data import CirclePairs
 from controlkit.errors import Unsupported
 from controlkit.formats import SavedControl, save_control
 from controlkit.images import write_png
+from controlkit.measure import ceiling_of, shown
 from controlkit.verify import VerifyPlan, kind_in_name, photographs, verify
 from controlkit.verify.album import PHOTOGRAPHS
 from controlkit.verify.checks import Check, without_paths
+from controlkit.verify.page import page_of
 from controlkit.verify.peer import Peer
 
 PLAN = VerifyPlan("fill50k", num=2, shown=1, steps=1, guidance=4.0)
@@ -52,6 +54,13 @@ def test_random_weights_fail_by_what_they_cannot_do(done):
     [last] = [check for check in done.checks if check.name.startswith("the control is obeyed")]
     assert last.state == "not measured" and "ceiling" in last.measured
     assert {"floor", "ceiling", "obedience"} <= done.report.keys()
+
+
+def test_the_page_shows_the_truth_as_the_vae_gives_it_back(toy_base, done):
+    page, pairs = page_of(done), list(done.subject.pairs)[: PLAN.num]
+    back = ceiling_of(toy_base)([pair.picture for pair in pairs])
+    for one, pair in zip(back, pairs, strict=True):
+        assert shown(one, "").source in page and not np.array_equal(one, pair.picture)
 
 
 def test_another_control_s_picture_is_not_taken_for_the_same(toy_base, saved, drawn_joins, monkeypatch):

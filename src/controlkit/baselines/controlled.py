@@ -55,7 +55,7 @@ class Adapter(Controlled):
     """A T2I-Adapter, trained more often at noisy timesteps, t = (1 - (u / T)^3) T of a uniform u, as published."""
 
     def drawn(self, material: Material, step: int) -> Batch:
-        """A step's batch, with as few prompts left out as in the base's training."""
-        batch, count = material.drawn(step), self.base.noise.count
+        """A step's batch, with all prompts."""
+        batch, count = material.drawn(step, 0.0), self.base.noise.count
         cubic = (count * (1 - (batch.t / count) ** 3)).long().clamp(max=count - 1)
         return replace(batch, t=cubic)

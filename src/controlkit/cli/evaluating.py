@@ -222,7 +222,7 @@ def _contests(
 
 def _show(report: Mapping[str, Any], title: str) -> None:
     """Print a report: a table of its figures; notes and the verdict below it."""
-    from controlkit.measure import contest_rows, protocol_rows
+    from controlkit.measure import contest_rows, obedience_tables, protocol_rows
 
     used = ", ".join(f"{key} {value}" for key, value in report["settings"].items() if value is not None)
     figures = {name: one for name, one in report.items() if isinstance(one, dict) and "mean" in one}
@@ -232,6 +232,8 @@ def _show(report: Mapping[str, Any], title: str) -> None:
         ((name, f"{one['mean']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}") for name, one in figures.items()),
         used,
     )
+    for table in obedience_tables(report)[1:]:
+        say_table(f"beside it: {table.head[0]}", ("figure", *table.head[1:]), table.rows, "")
     for head, rows, caption in (*protocol_rows(report), *contest_rows(report)):
         say_table(head[0], head[1:], rows, caption)
     if report.get("observer"):

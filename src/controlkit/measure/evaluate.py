@@ -17,7 +17,7 @@ from controlkit.backbones import Backbone
 from controlkit.data import Pair, hint_for_pair
 from controlkit.errors import Invalid
 from controlkit.images import HintSpec, to_pictures, to_tensor
-from controlkit.measure.fidelity import Finder, check_findable, fidelity
+from controlkit.measure.fidelity import Finder, check_findable, fidelities
 from controlkit.measure.metrics import first_kind, metric_of
 from controlkit.measure.obedience import Obedience, mean_figure, obedience, obedience_in
 from controlkit.measure.quality import Quality, QualityReferee, quality_kept, unjudgeable
@@ -125,7 +125,8 @@ def evaluate(
     Returns:
         ``fidelity``, ``floor``, ``floor_no_control``, ``floor_shuffled``, ``ceiling``, ``obedience``, and where quality
         is judged also ``clip_score``, ``fid`` and ``aesthetic``, each also with ``_no_control``, and
-        ``clip_score_truth``: ``mean``, ``low`` and ``high``. ``metric``, ``is_meaningful``, ``quality_kept`` (where it
+        ``clip_score_truth``: ``mean``, ``low`` and ``high``. ``beside``, where such hints have a second metric: by its
+        name the figures from ``fidelity`` to ``obedience``. ``metric``, ``is_meaningful``, ``quality_kept`` (where it
         is judged), ``notes`` (where it is not), ``observer`` (its accuracy, where it read the outputs), ``num``,
         ``settings``, ``seconds``.
 
@@ -138,11 +139,7 @@ def evaluate(
     if no_control is not None:
         made["no_control"] = list(no_control)
     truth = [pair.picture for pair in plan.pairs]
-    shown = made | {"ceiling": reconstruct(truth)}
-    scores = {name: fidelity(pictures, plan.hints, plan.spec, finder) for name, pictures in shown.items()}
-    measured = obedience(**scores, metric=metric_of(plan.spec).name)
-    report: dict[str, Any] = asdict(measured)
-    report["is_meaningful"] = measured.is_meaningful
+    report = _obeyed(made | {"ceiling": reconstruct(truth)}, plan, finder)
     reason = unjudgeable(quality.referee if quality else None, plan.pairs)
     if quality and not reason:
         report |= _judged(quality, made, truth, [pair.prompt for pair in plan.pairs])
@@ -162,6 +159,19 @@ def evaluate(
     }
     report["seconds"] = round(time.perf_counter() - started, 2)
     return report
+
+
+def _obeyed(shown: Mapping[str, list[np.ndarray]], plan: EvaluationPlan, finder: Finder | None) -> dict[str, Any]:
+    """``evaluate``'s figures of obedience, of the pictures made each way and of the ``ceiling``."""
+    scores = {name: fidelities(pictures, plan.hints, plan.spec, finder) for name, pictures in shown.items()}
+    by_metric = {
+        metric: obedience(**{name: one[metric] for name, one in scores.items()}, metric=metric)
+        for metric in scores["ceiling"]
+    }
+    measured = by_metric.pop(metric_of(plan.spec).name)
+    beside = {name: asdict(one) for name, one in by_metric.items()}
+    facts = asdict(measured) | {"is_meaningful": measured.is_meaningful}
+    return facts | ({"beside": beside} if beside else {})
 
 
 def _judged(

@@ -8,7 +8,7 @@ from controlkit.annotators import annotate, parts_of
 from controlkit.data import Pair
 from controlkit.errors import Unsupported, UserError
 from controlkit.images import HintSpec
-from controlkit.measure.metrics import first_kind, metric_of
+from controlkit.measure.metrics import METRICS, first_kind, metric_of
 from controlkit.measure.world import EMBEDDED
 
 Finder = Callable[[np.ndarray], np.ndarray]
@@ -60,6 +60,15 @@ def fidelity(
 
     ``finder``: for hints that nothing here makes, such as a network that estimates depth.
     """
+    return fidelities(pictures, hints, spec, finder)[metric_of(spec).name]
+
+
+def fidelities(
+    pictures: Iterable[np.ndarray], hints: Iterable[np.ndarray], spec: HintSpec, finder: Finder | None = None
+) -> dict[str, np.ndarray]:
+    """``fidelity`` by the metric of such hints and by the one beside it, if there is one, by name; (N,) each."""
     metric, finder = metric_of(spec), finder or finder_of(spec)
-    pairs = zip(pictures, hints, strict=True)
-    return np.array([metric.function(finder(picture), spec.picture(hint)) for picture, hint in pairs])
+    metrics = [metric, *([METRICS[metric.beside]] if metric.beside else [])]
+    pairs = ((finder(picture), spec.picture(hint)) for picture, hint in zip(pictures, hints, strict=True))
+    rows = [[one.function(found, wanted) for one in metrics] for found, wanted in pairs]
+    return {one.name: np.array([row[i] for row in rows]) for i, one in enumerate(metrics)}

@@ -127,6 +127,48 @@ def pck(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean(correct_joints(keypoints_of(found), joints, min(wanted.shape[:2])))) if joints else np.nan
 
 
+_SPREADS = np.array([0.026, 0.079, *(0.079, 0.072, 0.062) * 2, *(0.107, 0.087, 0.089) * 2, 0.025, 0.025, 0.035, 0.035])
+"""COCO's standard deviation of where annotators see each joint, as a share of a person's size, in OpenPose's order.
+Of the neck, which COCO lacks, it is CrowdPose's (Li et al., 2019): that of a shoulder."""
+_COVERED = 0.53
+"""The area of a person as a share of that of the box, where there is no mask, as in CrowdPose's evaluation."""
+_NECK = 1
+
+
+def similarity(found: Sequence[Joint], wanted: Sequence[Joint], side: int) -> float:
+    """Object keypoint similarity (COCO's) of one person's wanted joints, at least one, 0 to 1.
+
+    The mean over these of exp(-d^2 / (2 s^2 k^2)): d is the distance of the nearest joint of the same kind that was
+    found, s^2 the person's area, k twice the joint's spread. A joint that was not found counts 0. The area is
+    ``_COVERED`` of the box about the wanted joints, whose sides are taken as at least a quarter of each other, and 5%
+    of ``side``, the short side of the picture.
+    """
+    box = np.ptp([at for _, *at in wanted], axis=0)
+    width, height = box.clip(min=max(box.max() / 4, 0.05 * side))
+    scale = 2 * _COVERED * width * height
+    away = [min((np.hypot(x - u, y - v) for k, u, v in found if k == j), default=np.inf) for j, x, y in wanted]
+    reach = 2 * _SPREADS[[joint for joint, *_ in wanted]]
+    return float(np.exp(-np.square(away) / (scale * reach**2)).mean())
+
+
+def _persons(joints: Sequence[Joint]) -> list[list[Joint]]:
+    """Joints by person: each joins the nearest neck; where there is no more than one neck, all are one person's."""
+    necks = np.array([at for joint, *at in joints if joint == _NECK])
+    if len(necks) < 2:
+        return [list(joints)]
+    owners = [int(np.hypot(*(necks - at).T).argmin()) for _, *at in joints]
+    return [[one for one, owner in zip(joints, owners, strict=True) if owner == i] for i in range(len(necks))]
+
+
+def oks(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Object keypoint similarity of two pictures of poses, uint8 (H, W, 3), 0 to 1; the mean over wanted persons.
+
+    By ``similarity``; a person is a neck with the joints next to it. NaN if no joint is wanted.
+    """
+    joints, seen, side = keypoints_of(wanted), keypoints_of(found), min(wanted.shape[:2])
+    return float(np.mean([similarity(seen, own, side) for own in _persons(joints)])) if joints else np.nan
+
+
 def inpaint_distance(found: np.ndarray, wanted: np.ndarray) -> float:
     """Distance of a picture, uint8 (H, W, 3), from the one it fills, RGBA (H, W, 4) with alpha 0 in the hole; an error.
 
@@ -171,6 +213,8 @@ class Metric:
     """How high the ceiling must be, too."""
     annotates: bool = True
     """Whether outputs are annotated; if not, they are compared as they are."""
+    beside: str = ""
+    """The name of another metric of such hints, which ``evaluate`` reports beside it."""
 
     def is_meaningful(self, floor: float, ceiling: float) -> bool:
         """Whether obedience between them means much. A ceiling's error must be at most two thirds of the floor's."""
@@ -188,7 +232,8 @@ METRICS = {
         Metric("normal_angle", normal_angle, higher_is_better=False),
         Metric("miou", miou),
         Metric("miou_ade20k", partial(miou, of="miou_ade20k")),  # of OneFormer's and UperNet's 150 classes
-        Metric("pck", pck),
+        Metric("pck", pck, beside="oks"),
+        Metric("oks", oks),
         Metric("inpaint_distance", inpaint_distance, higher_is_better=False, annotates=False),
         # Of pictures low-passed as the tile's options say. In dB, an error two thirds of another's lies this far off.
         Metric("low_pass_psnr", psnr, least_range=20 * float(np.log10(1.5))),

@@ -89,6 +89,12 @@ def obedience_rows(measured: Obedience) -> list[list[str]]:
     ]
 
 
+def obedience_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The table of ``obedience_rows`` of a report, and those of the metrics beside it."""
+    found = [obedience_in(one) for one in (report, *report.get("beside", {}).values())]
+    return [Table([one.metric, "mean", "95% interval", "what it is"], obedience_rows(one)) for one in found]
+
+
 def quality_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The rows of a table: CLIP-score, FID and ratings of a report, each beside that without control."""
     named = [name for name in report if name.endswith("_no_control") and not name.startswith("floor")]
@@ -182,13 +188,13 @@ def evaluation_page(
     ``Invalid`` for a report without floor and ceiling: no figure is shown without them.
     """
     try:
-        measured = obedience_in(report)
+        tables = obedience_tables(report)
     except (KeyError, TypeError) as error:
         raise Invalid(f"The report has no {error} with its interval: expected one of evaluate.") from error
     body: list[str | Table | Section] = [str(report.get("verdict", ""))] if report.get("verdict") else []
     if not report.get("is_meaningful", True):
         body.append("Floor and ceiling are too close together for obedience to mean much.")
-    body.append(Table([report["metric"], "mean", "95% interval", "what it is"], obedience_rows(measured)))
+    body += tables
     if rows := quality_rows(report):
         body.append(Table(["quality", "controlled", "no control", "truth"], rows))
     body += [str(note) for note in report.get("notes", [])]

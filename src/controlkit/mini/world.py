@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import cv2
 import numpy as np
@@ -127,10 +128,16 @@ def rows(emoji: Emoji, split: Split) -> list[int]:
     return [i for i in range(len(emoji)) if keep(i)]
 
 
+_HELD: WeakValueDictionary[Path, Emoji] = WeakValueDictionary()
+"""Emoji in memory by their files, as long as anybody holds them."""
+
+
 def load_emoji(size: int) -> Emoji:
-    """All emoji at ``size`` pixels, from the cache, else fetched and rasterised (a minute at 64 px)."""
+    """All emoji at ``size`` pixels, from memory or the cache, else fetched and rasterised (a minute at 64 px)."""
     stem = "-".join(f"{s}{p.version}" for s, p in PACKAGES.items())
     path = cache_dir() / "world" / f"emoji-{size}-{stem}.npz"
+    if held := _HELD.get(path):
+        return held
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         emoji = _rasterise(size)
@@ -138,7 +145,9 @@ def load_emoji(size: int) -> Emoji:
             np.savez_compressed(file, concepts=emoji.concepts, styles=emoji.styles, rgba=emoji.rgba)
         os.replace(file.name, path)
     with np.load(path) as data:
-        return Emoji(size, tuple(map(str, data["concepts"])), tuple(map(str, data["styles"])), data["rgba"])
+        read = Emoji(size, tuple(map(str, data["concepts"])), tuple(map(str, data["styles"])), data["rgba"])
+    _HELD[path] = read
+    return read
 
 
 def _rasterise(size: int) -> Emoji:

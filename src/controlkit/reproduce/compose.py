@@ -73,9 +73,20 @@ def _hints(plan: EvaluationPlan) -> list[np.ndarray]:
 
 
 def _finding(rows: Sequence[Row]) -> str:
-    """A sentence on each hint's obedience under both controls as a share of that under its own alone."""
-    words = []
+    """Sentences on each hint's obedience under both controls as a share of that under its own alone, and on OKS."""
+    words, beside = [], list[str]()
     for kind in KINDS:
         own = {row.name: row for row in rows if row.kind == kind}
         words.append(f"{kind} {share_of(own[BOTH], own[kind])}")
-    return f"Obedience under both at once, as a share of that alone: {', '.join(words)}."
+        beside += _beside(kind, own[kind], own[BOTH])
+    return " ".join([f"Obedience under both at once, as a share of that alone: {', '.join(words)}.", *beside])
+
+
+def _beside(kind: str, alone: Row, both: Row) -> list[str]:
+    """A sentence on each metric beside the first one of such hints, under their own control and under both."""
+    found = []
+    for metric, one in both.beside.items():
+        figures = alone.beside[metric]["fidelity"], one["fidelity"], one["floor"], one["ceiling"]
+        means = [f"{figure['mean']:.2f}" for figure in figures]
+        found.append("{} of {}: {} alone, {} under both (floor {}, ceiling {}).".format(metric.upper(), kind, *means))
+    return found

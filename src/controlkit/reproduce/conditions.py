@@ -85,6 +85,8 @@ class Row:
     """The kind of hints that its fidelity is measured by."""
     figures: Mapping[str, Mapping[str, float]]
     quality_kept: bool | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """Its ``Obedience`` by a second metric of such hints, by its name."""
 
     def words(self) -> tuple[str, ...]:
         """The row's cells, as in ``HEAD``."""
@@ -124,7 +126,8 @@ class Bench:
     def row(self, name: str, title: str, plan: EvaluationPlan, prompts: Sequence[str] | None = None) -> Row:
         """Measure a plan as a condition. ``prompts``: those told in place of the pairs', by which quality is judged."""
         report = self.report(plan, prompts)
-        return Row(name, title, plan.control.name, _chosen(report, FIGURES), report.get("quality_kept"))
+        kept, beside = report.get("quality_kept"), report.get("beside", {})
+        return Row(name, title, plan.control.name, _chosen(report, FIGURES), kept, beside)
 
     def floor_row(self, plan: EvaluationPlan, prompts: Sequence[str] | None = None) -> Row:
         """The condition without control, of the same pairs and settings."""

@@ -18,6 +18,7 @@ from controlkit.baselines import OPPONENTS, load_baseline
 from controlkit.baselines.saved import ABOUT, read_about
 from controlkit.data import evaluation_pairs
 from controlkit.files import mark_output, write_atomic
+from controlkit.formats import WEIGHTS
 from controlkit.images import grid, write_png
 from controlkit.measure import EMBEDDED, EvaluationPlan, Figure, ceiling_of, fidelity, first_kind, mean_figure
 from controlkit.measure.bench import machine
@@ -137,8 +138,8 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
     if not row.learns:
         return Entrant(name, row.title, row.new(base, kind).make)
     folder = _folder_of(name, kind, opponents)
-    if folder is None:
-        return Entrant(name, row.title, None, note=NO_WEIGHTS)
+    if folder is None or not (folder / WEIGHTS).exists():
+        return Entrant(name, row.title, None, note="training has not ended" if folder else NO_WEIGHTS)
     baseline, about = load_baseline(folder, base)
     return Entrant(name, row.title, baseline.make, about.cost())
 
@@ -150,13 +151,19 @@ def _folder_of(name: str, kind: str, opponents: Path | None) -> Path | None:
     return next(trained, None)
 
 
-def advice(names: Sequence[str], opponents: Path | None) -> str:
-    """A sentence on how to train the opponents of these names, which have no weights; "" where there are none."""
-    if not names:
-        return ""
+def advice(rows: Sequence[SystemRow], opponents: Path | None) -> str:
+    """A sentence on how to train the opponents of rows that are open; "" where there are none."""
+    commands = dict.fromkeys(training(row.name, row.kind, opponents) for row in rows if is_open(row))
     where = opponents or "runs/opponents"
-    commands = ", ".join(f"`controlkit baseline train {name} --out {where}/{name}`" for name in dict.fromkeys(names))
-    return f"Opponents without weights are trained by: {commands}; then `--opponents {where}`."
+    words = f"Opponents without weights are trained by: {', '.join(commands)}; then `--opponents {where}`."
+    return words if commands else ""
+
+
+def training(name: str, kind: str, opponents: Path | None) -> str:
+    """The command that trains an opponent on hints of a kind, "" for its own kind, where reports look for it."""
+    other = kind and kind != OPPONENTS[name].hint
+    words, ending = (f" --hint {kind}", f"-{kind}") if other else ("", "")
+    return f"`controlkit baseline train {name}{words} --out {opponents or 'runs/opponents'}/{name}{ending}`"
 
 
 class Cells(Protocol):
@@ -230,8 +237,7 @@ def _gathered(earlier: Earlier, table: AnyTable, sheets: Sheets, opponents: Path
     rows, words = earlier.filled(table.rows), earlier.why_not
     if any(isinstance(row, Kept) for row in rows):
         words = "Rows that were made before are of earlier runs with these settings, by weights that are not here now."
-        still = advice([row.name for row in rows if is_open(row)], opponents)
-        table = replace(table, advice=still)
+        table = replace(table, advice=advice(rows, opponents))
     sheets = {kind: earlier.columns(kind, columns, rows) for kind, columns in sheets.items()}
     return replace(table, rows=rows, gathered=words), sheets
 

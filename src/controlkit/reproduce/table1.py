@@ -26,7 +26,8 @@ from controlkit.errors import Invalid, one_line
 from controlkit.files import mark_output
 from controlkit.measure import Figure, ceiling_of, mean_figure, world_of
 from controlkit.reproduce.conditions import used
-from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, entrant, pixels_of, write_report
+from controlkit.reproduce.entrants import SHIPPED, Plan, Table, Trial, advice, entrant, pixels_of, write_report
+from controlkit.reproduce.rows import SystemRow
 from controlkit.reproduce.study import (
     ASPECTS,
     Answers,
@@ -145,12 +146,14 @@ def make_table1(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
     for i, row in enumerate(rows):
         if row.name in made:
             rows[i] = _ranked(row, judged, answers, key)
+    ceiling = _means(_judged(ceiling_of(base)(trial.truth), trial))
+    systems = [SystemRow(SYSTEMS[row.name][0], row.title, kind=KIND, note=row.note) for row in rows]
     table = Table1(
         rows,
         trial.facts(),
-        _advice([row.name for row in rows if row.note], plan.opponents),
+        advice(systems, plan.opponents),
         floor=_means(judged[NO_CONTROL]),
-        ceiling=_means(_judged(ceiling_of(base)(trial.truth), trial)),
+        ceiling=ceiling,
         raters=len(answers),
     )
     shown = {row.title: made[row.name] for row in rows if row.name in made}
@@ -200,17 +203,6 @@ def _answers(out: Path, key: Key) -> Answers:
             raise Invalid(f'{path}: the answers of rater "{one_line(min(twice))}" are in another file, too: keep one.')
         found |= answers
     return found
-
-
-def _advice(names: Sequence[str], opponents: Path | None) -> str:
-    """A sentence on how to train the systems without weights, on edges."""
-    where, learnt = opponents or "runs/opponents", dict.fromkeys(SYSTEMS[name][0] for name in names)
-    if not learnt:
-        return ""
-    commands = ", ".join(
-        f"`controlkit baseline train {name} --hint {KIND} --out {where}/{name}-{KIND}`" for name in learnt
-    )
-    return f"Systems without weights are trained on these hints by: {commands}; then `--opponents {where}`."
 
 
 def _both(ranks: Mapping[str, Rank] | None) -> str:

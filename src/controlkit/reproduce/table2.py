@@ -4,6 +4,9 @@ The paper makes pictures of ADE20K's label maps and segments them with OneFormer
 scenes, and the observer of their world segments. Floor and ceiling stand beside the rows.
 
     controlkit reproduce table2 --opponents runs/opponents --out runs/table2
+
+Expected (`--quick`, no opponents yet): IoU of the truth 0.56 ± 0.15, of the shipped control 0.50 ± 0.12, floor 0.24,
+ceiling 0.55. The paper: truth 0.58 ± 0.10, ControlNet 0.35 ± 0.14, lite 0.32, LDM 0.31, PITI 0.26, VQGAN 0.21.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -101,13 +104,8 @@ def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], N
             row = replace(row, ours=mean_figure(scores), spread=float(scores.std()))
         rows.append(row)
     on_row("floor")
-    table = Table2(
-        rows,
-        trial.facts(),
-        advice([row.name for row in rows if row.note], plan.opponents),
-        floor=_floor(trial),
-        ceiling=trial.ceiling(),
-    )
+    floor, ceiling = _floor(trial), trial.ceiling()
+    table = Table2(rows, trial.facts(), advice(rows, plan.opponents), floor=floor, ceiling=ceiling)
     return write_report(out, "table2", table, HEAD, {"": columns}, plan.opponents)
 
 

@@ -26,7 +26,7 @@ from controlkit.train.recipe import Recipe
 from controlkit.train.records import read_log
 
 MEASURED = "measured.json"
-TRIAL = 0.1
+LEAST = 0.1
 """Below this share of their full length trainings show that the machinery works, and nothing of the paper's."""
 PAPER_RECIPE: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "batch": 32, "warmup": 50}
 """The paper's, at the rate that suits ``mini``: AdamW at a constant rate, half of the prompts dropped."""
@@ -189,5 +189,5 @@ def on_length(plan: Plan) -> str:
     if plan.share >= 1:
         return ""
     words = f"Trainings have {plan.share:.3g} of their full length"
-    trial = ", so this is a trial of the machinery: it says nothing about the paper" if plan.share < TRIAL else ""
+    trial = ", so this is a trial of the machinery: it says nothing about the paper" if plan.share < LEAST else ""
     return f"{words}{trial}."

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.files import mark_output, write_atomic
-from controlkit.measure import obedience_rows, picture_rows, shown
-from controlkit.measure.obedience import obedience_in
+from controlkit.measure import obedience_tables, picture_rows, shown
 from controlkit.pages import Figure, Section, Table, render
 from controlkit.verify.checks import Compared
 from controlkit.verify.run import Verification
@@ -23,10 +22,9 @@ def page_of(done: Verification) -> str:
     if done.subject.spec:
         body.append(Section("Scales of the control", _scales(done)))
     if done.report and done.evaluation and done.recorded:
-        body.append(Table(["obedience", "mean", "95% interval", "what it is"],
-                          obedience_rows(obedience_in(done.report))))  # fmt: skip
+        body += obedience_tables(done.report)
         made = done.recorded.by_way(done.evaluation)
-        body.append(picture_rows(done.evaluation, made, lambda pictures: list(pictures)))
+        body.append(picture_rows(done.evaluation, made, done.reconstruct))
     body.append(Table(["result", "check", "measured", "expected"], checks))
     body.append(Table(["fact", "value"], [*_flat(done.facts)]))
     return render(_TITLE, done.sentence(), body)

@@ -13,7 +13,7 @@ from controlkit.controls import KINDS
 from controlkit.errors import Unsupported
 from controlkit.formats import SavedControl
 from controlkit.hub import digest
-from controlkit.measure import EvaluationPlan, Recorded
+from controlkit.measure import EvaluationPlan, Reconstruct, Recorded, ceiling_of
 from controlkit.measure.bench import machine
 from controlkit.precision import number_format, settle_format
 from controlkit.sample import ControlRequest, Request, maker
@@ -54,6 +54,8 @@ class Verification:
     evaluation: EvaluationPlan | None = None
     recorded: Recorded | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    reconstruct: Reconstruct = list
+    """Pictures out of the base's VAE."""
 
     @property
     def failed(self) -> list[Check]:
@@ -108,7 +110,7 @@ def verify(
     for name, check in rest.items():
         on_stage(name)
         checks.append(guarded(name, check))
-    done = Verification(checks, comparison.compared, subject, {})
+    done = Verification(checks, comparison.compared, subject, {}, reconstruct=ceiling_of(base))
     if control and plan.num > 1:
         on_stage("obedience")
         _obedience(done, base, control, plan)
