@@ -257,7 +257,8 @@ def serve_replicas(
         with bound_sockets(settings):
             pass
     with ray_session(len(devices) + 1):
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signals = (signal.SIGINT, signal.SIGTERM)  # a shell starts what is in the background without the first
+        before = [signal.signal(one, signal.default_int_handler) for one in signals]
         try:
             serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="HeadOnly")
             serve.run(application(settings, load, device, len(devices)), name="controlkit", route_prefix="/")
@@ -268,5 +269,6 @@ def serve_replicas(
         except RuntimeError as error:
             raise Unsupported(f"Ray Serve cannot start the server ({one_line(error)}).") from error
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for one, handler in zip(signals, before, strict=True):
+                signal.signal(one, handler)
             serve.shutdown()
