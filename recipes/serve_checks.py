@@ -3,7 +3,7 @@
     pip install 'controlkit[serve]' webuiapi sd-backend-client openai local-image-gen-security schemathesis
     python recipes/serve_checks.py clients bodies evaluation load kills restart
 
-Each check starts a server of its own with `mini` on a free port.
+Each check starts a server of its own with `mini` on a free port; `replicas` needs the extra `replicas`.
 """
 
 import argparse
@@ -167,6 +167,7 @@ def _webuiapi(at: Server) -> None:
     assert len(changed.images) == 3
     found = api.controlnet_detect(images=[photo, photo], module="canny", threshold_a=100, threshold_b=200)
     assert len(found.images) == 2 and np.asarray(found.images[0]).max() == 255
+    assert api.controlnet_detect(images=[photo]).image.size == photo.size, "without a module the picture itself"
     assert api.controlnet_version() and "canny" in api.controlnet_module_list()
     waiting: list[Any] = []
     thread = threading.Thread(
@@ -425,6 +426,16 @@ def _ends(at: Server, names: list[str], shows: bool = True) -> str:
     return f"{dict(counts)}{' '.join(sorted(words))}"
 
 
+def replicas() -> None:
+    """The clients against a server on Ray Serve with two workers, ended by Ctrl-C."""
+    with server("--ray", "--workers", "2") as at:
+        for check in (_webuiapi, _sd_backend_client, _openai):
+            check(at)
+        at.end(signal.SIGINT)
+        assert at.process is not None
+        say("replicas", f"ended by Ctrl-C, exit code {at.process.returncode}")
+
+
 def openapi() -> None:
     """schemathesis on our OpenAPI: no answer of 500 and above."""
     with server() as at:
@@ -437,7 +448,7 @@ def openapi() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    one.__name__: one for one in (clients, bodies, evaluation, load, kills, restart, openapi)
+    one.__name__: one for one in (clients, bodies, evaluation, load, kills, restart, openapi, replicas)
 }
 
 if __name__ == "__main__":

@@ -76,6 +76,17 @@ def test_every_annotator_keeps_to_the_common_form(name, disc):
     assert annotate(disc, known.spec(), (32, 48)).shape[:2] == (32, 48)
 
 
+@pytest.mark.parametrize("name", names_of(lambda kind: kind.is_made_here and not kind.lack))
+def test_every_annotator_makes_hints_of_points_strips_and_plain_pictures(name):
+    kind, rng = annotator(name), np.random.default_rng(0)
+    shapes = [(1, 1), (1, 300), (300, 1), (2, 2), (8, 700)]
+    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    pictures += [np.full((24, 32, 3), level, np.uint8) for level in (0, 255)]
+    for options in ({}, kind.foreign):
+        for picture, hint in zip(pictures, kind.make(pictures, options), strict=True):
+            assert hint.shape == (*picture.shape[:2], 3 if kind.mask_value is None else 4) and hint.dtype == np.uint8
+
+
 def test_whatever_makes_or_is_given_as_hints_has_a_metric_or_is_known_to_have_none():
     assert {kind.metric for kind in all_kinds()} - {""} <= set(METRICS)
     assert names_of(lambda kind: not kind.metric) == ["ip2p", "shuffle", "mediapipe_face"], (
@@ -201,6 +212,14 @@ def test_a_hole_takes_10_to_40_percent_and_shows_nothing_of_what_it_hides():
     assert max(small) < 0.12
     with pytest.raises(UserError, match=r"takes 0\.5 to 0\.2 of the picture"):
         inpaint(noise(1)[0], least=0.5, most=0.2)
+
+
+def test_a_hole_of_nearly_all_is_a_box():
+    """A brush would wander for hours, and an ellipse covers no more than four fifths."""
+    for picture in noise(12):
+        hole = inpaint(picture, least=0.95, most=0.97)[..., 3] == 0
+        rows, columns = hole.any(1), hole.any(0)
+        assert np.array_equal(hole, rows[:, None] & columns) and 0.9 < hole.mean() <= 1
 
 
 def test_the_hole_of_a_strip_is_stretched():

@@ -24,6 +24,12 @@ def test_a_colour_grid_has_the_mean_colour_of_each_square(picture):
     assert abs(squares[:, :, 0, 0] - means).max() <= 1
 
 
+def test_squares_are_no_smaller_than_a_pixel(picture):
+    """Else a strip, or a tiny share, would have billions of them."""
+    assert np.array_equal(color(picture[:1], cell=1 / 8), picture[:1])
+    assert np.array_equal(color(picture, cell=1e-9), picture)
+
+
 def test_luminance_is_the_lightness_of_cielab_and_intensity_the_largest_colour(picture):
     linear = np.where(picture / 255 <= 0.04045, picture / 255 / 12.92, ((picture / 255 + 0.055) / 1.055) ** 2.4)
     y = linear @ np.array([0.2126, 0.7152, 0.0722])

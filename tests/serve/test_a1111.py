@@ -12,6 +12,7 @@ from PIL import Image
 from recipes.serve_bodies import programs
 from standin import picture
 
+from controlkit.images import png_bytes
 from controlkit.serve.front import IGNORED
 
 pytest_plugins = "serving"
@@ -215,8 +216,30 @@ def test_lists_and_settings(client, photo):
 def test_detect(client, photo, key):
     answer = client.post("/controlnet/detect", json={"controlnet_module": "canny", key: [photo, photo]})
     assert answer.json()["info"] == "Success" and len(answer.json()["images"]) == 2
-    for body in ({"controlnet_module": "canny"}, {"controlnet_module": "none", key: [photo]}):
+    for body in ({"controlnet_module": "canny"}, {"controlnet_module": "cany", key: [photo]}):
         assert client.post("/controlnet/detect", json=body).status_code == 422
+
+
+def test_detect_without_a_module_gives_the_pictures_themselves(client, studio, photo):
+    """As webuiapi asks by default, with its own thresholds."""
+    studio.batches.clear()
+    body = {"controlnet_module": "none", "controlnet_images": [photo], "controlnet_processor_res": 512}
+    [image] = client.post("/controlnet/detect", json=body | {"controlnet_threshold_a": 64}).json()["images"]
+    assert not studio.batches
+    own, given = (np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in (image, photo))
+    assert np.array_equal(own, given)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((1, 2000), 8), ((4000, 16), 65), ((256, 4), 256), ((64, 64), 512)])
+def test_hints_of_strips_are_no_longer_than_pictures_may_be(client, studio, shape, side):
+    studio.batches.clear()
+    image = base64.b64encode(png_bytes(np.zeros((*shape, 3), np.uint8))).decode()
+    body = {"controlnet_module": "canny", "controlnet_images": [image], "controlnet_processor_res": 512, "x": 1}
+    answer = client.post("/controlnet/detect", json=body)
+    [order] = studio.batches[0].values()
+    assert answer.status_code == 200 and order.side == side
+    told = answer.headers[IGNORED]
+    assert told.startswith("x") and ("512 is taken as" in told) == (side < 512)
 
 
 def test_poses_are_drawn(client):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from standin import FACTS, StandIn, ended, picture
 
+from controlkit.images import png_bytes
 from controlkit.sample import ControlRequest, EditRequest, Request
 from controlkit.serve.catalogue import Catalogue
 from controlkit.serve.settings import Limits
@@ -118,6 +119,9 @@ def test_annotate_and_evaluate(at, studio, photo):
     assert order.options["low"] == 50 and order.side == 16
     assert "canny has no" in at.post("/v1/annotate", json=body | {"options": {"lo": 1}}).text
     assert at.post("/v1/annotate", json=body | {"annotator": "cany"}).status_code == 404
+    strip = base64.b64encode(png_bytes(np.zeros((1, 2000, 3), np.uint8))).decode()
+    words = at.post("/v1/annotate", json=body | {"image": strip}).json()["error"]["message"]
+    assert words == "side is 16; expected at most 8 for a picture of 2000x1, or its hint is too long."
     answer = at.post("/v1/evaluate", json={"control": "canny", "num": 4})
     assert answer.status_code == 202 and ended(at, answer.json()["id"])["kind"] == "evaluate"
     assert "num" in at.post("/v1/evaluate", json={"control": "canny", "num": 1}).text

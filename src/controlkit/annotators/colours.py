@@ -32,7 +32,7 @@ def color(picture: np.ndarray, cell: Cell = 1 / 8) -> np.ndarray:
         cell: a square's side as a share of the short side; the released model's squares are 64 of 512 pixels.
     """
     height, width = picture.shape[:2]
-    pixels = cell * min(height, width)
+    pixels = max(cell * min(height, width), 1)  # no cell is smaller: a strip would have more of them than pixels
     cells = max(round(width / pixels), 1), max(round(height / pixels), 1)
     means = cv2.resize(np.ascontiguousarray(picture), cells, interpolation=cv2.INTER_AREA)
     return cv2.resize(means, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

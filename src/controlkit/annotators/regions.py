@@ -18,6 +18,8 @@ Shrink = Annotated[float, Field(ge=1, le=1000), Slider(1, 32, 0.5)]
 """How many times smaller a picture is made."""
 _LONG = 4
 """How many times as long as wide a picture is at most in which a hole is drawn."""
+_MOST_DRAWN = 0.6
+"""The largest share of a picture that an ellipse, or a brush in a bounded time, covers; larger holes are boxes."""
 
 
 def tile(picture: np.ndarray, shrink: Shrink = 8.0) -> np.ndarray:
@@ -84,7 +86,7 @@ def _hole(size: tuple[int, int], rng: np.random.Generator, least: float, most: f
         drawn = _hole((min(height, most_long), min(width, most_long)), rng, least, most)
         return cv2.resize(drawn.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     hole = np.zeros(size, np.uint8)
-    kind = ("box", "ellipse", "strokes")[rng.integers(3)]
+    kind = ("box", "ellipse", "strokes")[rng.integers(3)] if most <= _MOST_DRAWN else "box"
     if kind == "strokes":
         thick = max(round(rng.uniform(0.08, 0.16) * min(size)), 1)
         # A last dab, a disc and a half of the brush, goes beyond the share at which it was due.

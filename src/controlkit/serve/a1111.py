@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import psutil
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -15,12 +16,12 @@ from controlkit.annotators import makers_of
 from controlkit.annotators.people import draw_people, people_from_json
 from controlkit.backbones.schedulers import SPACINGS
 from controlkit.decoding import settings_texts
-from controlkit.errors import Invalid, one_line
+from controlkit.errors import Invalid
 from controlkit.files import parse_json
 from controlkit.images import png_bytes
 from controlkit.sample import infotext
 from controlkit.serve import incoming
-from controlkit.serve.catalogue import TYPES, module_named, module_names, module_sliders, modules
+from controlkit.serve.catalogue import TYPES, module_named, module_names, module_sliders, modules, most_side
 from controlkit.serve.front import JOB, Front, Handler, as_base64, body_of, named, schema_of
 from controlkit.serve.loras import told_loras
 from controlkit.serve.orders import Annotation
@@ -368,12 +369,13 @@ class A1111(Front):
 
     async def detect(self, http: HttpRequest) -> Response:
         """Hints of pictures. ``controlnet_images`` stands for ``controlnet_input_images``, as webuiapi sends it."""
-        orders = await self.apart(_annotations, await http.body(), self.desk.limits)
-        images, notes = list[str](), list[str]()
+        orders, notes = await self.apart(_annotations, await http.body(), self.desk.limits)
+        images = list[str]()
         for order in orders:
-            job = await self.made(order)
-            [data] = await self.files(job, job.result["pictures"])
-            images.append(as_base64(data))
+            if isinstance(order, Annotation):
+                job = await self.made(order)
+                [order] = await self.files(job, job.result["pictures"])
+            images.append(as_base64(order))
         return JSONResponse({"images": images, "info": "Success"}, headers=named(notes))
 
     async def render_poses(self, http: HttpRequest) -> Response:
@@ -408,34 +410,42 @@ def _settings_in(data: bytes) -> dict[str, Any]:
     return {"info": words, "items": texts, "parameters": held}
 
 
-def _annotations(data: bytes, limits: Limits) -> list[Annotation]:
-    """The orders of a body of ``detect``."""
+def _annotations(data: bytes, limits: Limits) -> tuple[list[Annotation | bytes], list[str]]:
+    """The orders of a body of ``detect``, and notes; of the module ``none`` the pictures themselves, as PNGs."""
     body = incoming.fields_of(data)
+    notes = [str(key) for key in body if key not in _DETECT]
     given = body.get("controlnet_input_images") or body.get("controlnet_images")
     if not given:
         raise Invalid("No image selected: send some in controlnet_input_images, as base64.")
     images = incoming.listed({"controlnet_input_images": given}, "controlnet_input_images", limits.pictures_given)
-    name = incoming.text(body, "controlnet_module", "none")
-    kind = module_named(name)
+    kind = module_named(incoming.text(body, "controlnet_module", "none"))
+    pixels = [incoming.picture(one, f"controlnet_input_images[{i}]", limits) for i, one in enumerate(images)]
     if kind is None:
-        raise Invalid(f'The module is "{one_line(name)}": expected one that makes hints, of /controlnet/module_list.')
+        return [png_bytes(one) for one in pixels], notes
     numbers = [incoming.number(body, f"controlnet_threshold_{one}", -1, -1e9, 1e9) for one in "ab"]
     options: dict[str, float] = {}
     if max(numbers) >= 0 and kind.thresholds:
         try:
             options = kind.of_thresholds(*numbers)
-        except Invalid:
-            options = {}  # out of range: the defaults, as there
-    side = incoming.whole(body, "controlnet_processor_res", -1, -1, 1 << 16)
+        except Invalid as error:
+            notes.append(f"thresholds are the defaults: {error}")
+    sides = [_side(body, one, limits, notes) for one in pixels]
     return [
-        Annotation(
-            annotator=kind.name,
-            options=options,
-            picture=incoming.picture(one, f"controlnet_input_images[{i}]", limits),
-            side=min(max(side, 64), limits.side) if side > 0 else None,
-        )
-        for i, one in enumerate(images)
-    ]
+        Annotation(annotator=kind.name, options=options, picture=one, side=side)
+        for one, side in zip(pixels, sides, strict=True)
+    ], notes
+
+
+def _side(body: Mapping[str, Any], pixels: np.ndarray, limits: Limits, notes: list[str]) -> int | None:
+    """The shorter side of a picture's hint; None is as the picture's. One that is out of range is the nearest."""
+    key = "controlnet_processor_res"
+    side = incoming.whole(body, key, -1, -1, 1 << 16)
+    if side <= 0:
+        return None
+    taken = min(max(side, 64), most_side(limits, pixels.shape))
+    if taken != side:
+        notes.append(f"{key} {side} is taken as {taken}")
+    return taken
 
 
 def _poses(data: bytes, limits: Limits) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from controlkit.annotators import HintKind, all_kinds, kind_or_bare, union_types
 from controlkit.backbones import Backbone
 from controlkit.backbones.schedulers import parted_name
 from controlkit.errors import Invalid, nearest, one_line
+from controlkit.images import MOST_SIDE
 from controlkit.sample.canvas import shape_on
 from controlkit.sample.request import Request
 from controlkit.serve.settings import Limits
@@ -205,3 +206,13 @@ def check_limits(limits: Limits, width: int, height: int, steps: int, count: int
         raise Invalid(f"{steps} steps are asked for; this server makes at most {limits.steps}.")
     if not 1 <= count <= limits.count:
         raise Invalid(f"{count} pictures are asked for; this server makes 1 to {limits.count} at once.")
+
+
+def most_side(limits: Limits, shape: Sequence[int]) -> int:
+    """The longest shorter side of a hint of a picture of ``shape`` (H, W, ...): of a strip it is less than of a square.
+
+    Larger hints than the pictures that may be given, or with a longer side than a picture may be made with, are none.
+    """
+    short, long = sorted(shape[:2])
+    most = min(MOST_SIDE * short / long, (limits.pixels_given * short / long) ** 0.5)
+    return min(max(int(most), short), limits.side)

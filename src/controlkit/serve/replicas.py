@@ -21,7 +21,7 @@ from typing import Any
 from controlkit.cluster import ray_session
 from controlkit.errors import Unsupported, UserError, one_line
 from controlkit.files import held
-from controlkit.serve.running import check_extra
+from controlkit.serve.running import address_of, bound_sockets, check_extra
 from controlkit.serve.settings import Settings
 from controlkit.serve.worker import Hand, Maker, Message, carried_out, opened
 
@@ -253,17 +253,22 @@ def serve_replicas(
     check_extra()
     serve = _ray_serve()
     device = devices[0].partition(":")[0]  # which of them, Ray says
+    if not os.environ.get("RAY_ADDRESS"):  # else the port is one of the cluster's first machine
+        with bound_sockets(settings):
+            pass
     with ray_session(len(devices) + 1):
-        serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="HeadOnly")
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signals = (signal.SIGINT, signal.SIGTERM)  # a shell starts what is in the background without the first
+        before = [signal.signal(one, signal.default_int_handler) for one in signals]
         try:
+            serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="HeadOnly")
             serve.run(application(settings, load, device, len(devices)), name="controlkit", route_prefix="/")
-            ready(f"http://{settings.host}:{settings.port}")
+            ready(address_of(settings))
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
         except RuntimeError as error:
             raise Unsupported(f"Ray Serve cannot start the server ({one_line(error)}).") from error
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for one, handler in zip(signals, before, strict=True):
+                signal.signal(one, handler)
             serve.shutdown()

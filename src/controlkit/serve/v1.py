@@ -12,7 +12,7 @@ from controlkit.annotators import all_kinds
 from controlkit.errors import Invalid, NotFound, nearest, one_line
 from controlkit.sample.request import ControlRequest, EditRequest, HiresRequest, Request
 from controlkit.serve import incoming
-from controlkit.serve.catalogue import check_limits
+from controlkit.serve.catalogue import check_limits, most_side
 from controlkit.serve.front import Front, as_base64, body_of
 from controlkit.serve.loras import check_loras
 from controlkit.serve.orders import Annotation, Evaluation, Order, Pictures, drawn_seed
@@ -152,6 +152,9 @@ class V1(Front):
             raise Invalid(f"options is {incoming.kind_of(options)}; expected keys and numbers.")
         side = incoming.whole(body, "side", 0, 0, self.desk.limits.side)
         pixels = incoming.picture(body.get("image"), "image", self.desk.limits)
+        if side > (most := most_side(self.desk.limits, pixels.shape)):
+            shape = f"{pixels.shape[1]}x{pixels.shape[0]}"
+            raise Invalid(f"side is {side}; expected at most {most} for a picture of {shape}, or its hint is too long.")
         kind = names[name]
         order = Annotation(annotator=kind.name, options=kind.checked(options), picture=pixels, side=side or None)
         return order, incoming.truth(body, "wait", False)

@@ -9,10 +9,15 @@ import torch
 KEYS = Path(__file__).parents[1] / "keys"
 
 
+def shape_of(words):
+    """A shape as listings write it, such as ``64x3x3x3``, or ``scalar``."""
+    return () if words == "scalar" else tuple(map(int, words.split("x")))
+
+
 def listed(name):
     """{name: shape} of a public file."""
     lines = [line.split() for line in (KEYS / f"{name}.txt").read_text().splitlines() if not line.startswith("#")]
-    return {key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape in lines}
+    return {key: shape_of(shape) for key, shape in lines}
 
 
 def drawn(name, seed=0):

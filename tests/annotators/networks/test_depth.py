@@ -91,6 +91,15 @@ def test_depth_is_the_library_s_own(name, saved, monkeypatch):
     assert hint.shape == (50, 90, 3) and (hint.min(), hint.max()) == (0, 255)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 600), (600, 1), (16, 500)])
+@pytest.mark.parametrize("name", MODELS)
+def test_points_and_strips_have_hints_of_their_size(name, shape, saved, monkeypatch):
+    monkeypatch.setenv("CONTROLKIT_ANNOTATORS", str(saved))
+    for make in (depth.depth, depth.normal):
+        [hint] = make([MODELS[name]], [noise(*shape)], "cpu")
+        assert hint.shape == (*shape, 3) and hint.dtype == np.uint8
+
+
 def test_pictures_are_read_in_the_sizes_that_the_library_reads_them_in():
     for model in (ANYTHING_V2[0], ANYTHING[0], MIDAS[0]):
         processor = DPTImageProcessorPil(
@@ -101,22 +110,6 @@ def test_pictures_are_read_in_the_sizes_that_the_library_reads_them_in():
             read = processor(Image.new("RGB", (width, height)), return_tensors="np")["pixel_values"].shape[2:]
             assert model.size(height, width) == read
     assert max(ANYTHING_V2[0].size(16_384, 100)) <= 4 * 518 + 14, "a strip"
-
-
-@pytest.mark.parametrize(
-    ("model", "numbers"),
-    [
-        (ANYTHING_V2[0], 335_315_649), (ANYTHING_V2[1], 97_470_785), (ANYTHING_V2[2], 24_785_089),
-        (MIDAS[0], 342_000_000), (MIDAS[1], 123_000_000), (ANYTHING[0], 335_315_649), (ZOE[0], 345_000_000),
-    ],
-)  # fmt: skip
-def test_networks_have_the_public_sizes(model, numbers):
-    """The numbers of weights that the model cards say; of the last two, in millions."""
-    import transformers
-
-    with torch.device("meta"):
-        network = getattr(transformers, model.kind)(model.settings())
-    assert sum(one.numel() for one in network.parameters()) == pytest.approx(numbers, rel=0.02)
 
 
 def test_another_network_s_file_is_refused(saved, monkeypatch):
@@ -195,3 +188,6 @@ def test_metres_are_the_library_s_own_and_near_is_light(weights_folder):
     expected = (1 - (metres - near) / (far - near)).clip(0, 1)
     [ours] = depth.depth_of([picture], "cpu", model)
     assert np.std(expected) > 0.05 and abs(ours - expected).mean() < 0.02
+    for shape in ((1, 1), (1, 600), (600, 1)):
+        [hint] = depth.depth([model], [noise(*shape)], "cpu")
+        assert hint.shape == (*shape, 3)

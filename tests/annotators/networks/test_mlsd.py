@@ -5,7 +5,7 @@ import torch
 from listed import drawn, listed, noise
 
 from controlkit.annotators import annotator
-from controlkit.annotators.networks import mlsd
+from controlkit.annotators.networks import mlsd, running
 
 
 def logit(share):
@@ -57,6 +57,17 @@ def test_lines_are_drawn_at_the_picture_s_size(weights_folder, monkeypatch):
     y, x = np.nonzero(hint[..., 0])
     assert hint.shape == (46, 90, 3) and set(y) == {20} and (x.min(), x.max()) == (10, 70)
     assert seen[0].shape == (1, 4, 48, 96) and torch.allclose(seen[0][:, 3], torch.tensor(1 / 127.5 - 1))
+
+
+def test_lines_of_a_picture_that_is_read_smaller_are_as_long_as_there(weights_folder, monkeypatch):
+    """Their ends are told in pixels of what was read."""
+    torch.save(drawn("mlsd_large_512_fp32"), weights_folder / mlsd.PUBLIC.name)
+    monkeypatch.setattr(running, "MOST_PIXELS", 48 * 96)
+    made = torch.from_numpy(maps((0.9, 20, 10, -15, 0, 15, 0), size=(24, 48)))[None]
+    monkeypatch.setattr(mlsd.MLSD, "forward", lambda self, pixels: made)
+    [hint] = annotator("mlsd_large").make([noise(144, 288)])
+    y, x = np.nonzero(hint[..., 0])
+    assert hint.shape == (144, 288, 3) and set(y) == {60} and (x.min(), x.max()) == (30, 210)
 
 
 def test_a_public_file_makes_hints_and_counters_of_norms_may_be_absent(weights_folder):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from controlkit.annotators.networks.running import run
+from controlkit.annotators.networks.running import run, shrunk
 from controlkit.annotators.networks.weights import PublicFile, network_of
 
 PUBLIC = PublicFile("mlsd_large_512_fp32.pth", "lllyasviel/Annotators")
@@ -174,14 +174,16 @@ def mlsd_large(
         maps = network(whole / 127.5 - 1)
         return functional.interpolate(maps, pixels.shape[-2:], mode="nearest")
 
-    return [_lines(maps, score, distance) for maps in run(forward, pictures, device, 16)]
+    made = run(forward, [shrunk(picture) for picture in pictures], device, 16)
+    return [_lines(maps, p.shape[:2], score, distance) for maps, p in zip(made, pictures, strict=True)]
 
 
-def _lines(maps: np.ndarray, score: float, distance: float) -> np.ndarray:
-    """The picture of the lines of maps (H, W, 5), which were made twice as large."""
-    drawn = np.zeros((*maps.shape[:2], 3), np.uint8)
-    thick = max(round(min(drawn.shape[:2]) / 512), 1)
-    found = 2 * segments(np.ascontiguousarray(maps[::2, ::2].transpose(2, 0, 1)), score, distance)
+def _lines(maps: np.ndarray, size: tuple[int, ...], score: float, distance: float) -> np.ndarray:
+    """The picture, of a size (height, width), of the lines of maps (H, W, 5), which were made twice as large."""
+    drawn = np.zeros((*size, 3), np.uint8)
+    thick = max(round(min(size) / 512), 1)
+    times = [2 * side / own for side, own in zip(size, maps.shape, strict=False)]
+    found = segments(np.ascontiguousarray(maps[::2, ::2].transpose(2, 0, 1)), score, distance) * (times[::-1] * 2)
     limit = 4 * max(drawn.shape)
     for x0, y0, x1, y1 in found.clip(-limit, limit):
         cv2.line(drawn, (int(x0), int(y0)), (int(x1), int(y1)), (255, 255, 255), thick)

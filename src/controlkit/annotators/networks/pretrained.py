@@ -4,6 +4,7 @@ No configuration of a stranger's is read, and the library is given no path: it g
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,25 +72,29 @@ def _pretrained(kind: str, settings: Callable[[], Any], path: Path, state: tuple
     stored = sum(math.prod(shape) for shape in header.shapes.values())
     if not expected / _LARGER <= stored <= expected * _LARGER:
         raise Invalid(f"{path} holds {stored:,} numbers; a {kind} has {expected:,}. It is another network's file.")
-    with _no_bars():
+    with _silent():
         network, found = getattr(transformers, kind).from_pretrained(
             None, config=settings(), state_dict=header.read(), dtype=torch.float32, output_loading_info=True
         )
-    if lost := [*map(str, found["missing_keys"]), *(str(one[0]) for one in found["mismatched_keys"])]:
+    unread = [p for module in network.modules() for p in getattr(module, "_keys_to_ignore_on_load_missing", None) or ()]
+    missing = [key for key in map(str, found["missing_keys"]) if not any(re.search(p, key) for p in unread)]
+    if lost := [*missing, *(str(one[0]) for one in found["mismatched_keys"])]:
         raise Invalid(f"{path} lacks {min(lost)} as a {kind} has it. It is another network's file, or a damaged one.")
     return network.eval().to(device)
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """The library without its progress bars: loading takes a second."""
+def _silent() -> Iterator[None]:
+    """The library without its progress bars, and without its list of what a file lacks, which is ours to tell."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

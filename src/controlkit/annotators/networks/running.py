@@ -46,19 +46,27 @@ def run(
     return [results[number] for number in range(len(pictures))]
 
 
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A picture as a network that sees all of it reads it: smaller, where it has more than ``MOST_PIXELS``."""
+    height, width = picture.shape[:2]
+    scale = (MOST_PIXELS / (height * width)) ** 0.5
+    if scale >= 1:
+        return picture
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
 def _whole(
     forward: Callable[[Tensor], Tensor], batch: list[np.ndarray], device: str, multiple: int
 ) -> list[np.ndarray]:
     height, width = batch[0].shape[:2]
-    scale = min((MOST_PIXELS / (height * width)) ** 0.5, 1.0)
-    size = (max(round(height * scale), 1), max(round(width * scale), 1))
-    if scale < 1:
-        batch = [cv2.resize(one, size[::-1], interpolation=cv2.INTER_AREA) for one in batch]
+    batch = [shrunk(one) for one in batch]
+    size = batch[0].shape[:2]
     bottom, right = (-side % multiple for side in size)
     padded = [cv2.copyMakeBorder(one, 0, bottom, 0, right, cv2.BORDER_REPLICATE) for one in batch]
     pixels = torch.from_numpy(np.stack(padded)).to(device).permute(0, 3, 1, 2).float()
     made = forward(pixels).float().permute(0, 2, 3, 1).cpu().numpy()[:, : size[0], : size[1]]
-    if scale < 1:
+    if size != (height, width):
         return [
             cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, -1) for one in made
         ]

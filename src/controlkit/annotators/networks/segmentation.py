@@ -33,6 +33,8 @@ EXTRA, MODULE = "segmentation", "scipy"
 """Of OneFormer alone: transformers' class imports it for a loss."""
 
 _BILINEAR = 2  # Pillow's number
+_CELL = 32
+"""The side in pixels of the coarsest cell of the networks' features."""
 _TASK = (49406, 518, 10549, 533, 29119, 1550, 49407)
 """CLIP's tokens of "the task is semantic", which OneFormer reads; the rest of its 77 are 0."""
 
@@ -48,9 +50,9 @@ class SegmentationModel(Pretrained):
     """Of the network and pixels (1, 3, H, W): scores of each class, (1, 150, h, w)."""
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """The size (height, width) in which a picture is read."""
+        """The size (height, width) in which a picture is read; of a strip no side is below the coarsest cell's."""
         factor = min(self.shorter / min(height, width), self.longer / max(height, width))
-        return max(round(height * factor), 1), max(round(width * factor), 1)
+        return max(round(height * factor), _CELL), max(round(width * factor), _CELL)
 
 
 def _oneformer_scores(network: Any, pixels: Tensor) -> Tensor:
