@@ -675,6 +675,7 @@ EXCUSED: dict[str, str] = {
             "baselines.saved.put",
             "reproduce.entrants.advice",
             "reproduce.entrants.entrant",
+            "reproduce.entrants.training",
             "reproduce.trained.cost_of",
             "reproduce.trained.shown_at",
             "baselines.training.material_of",
