@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlkit.baselines import Settings, controlled, load_baseline, read_about, train_baseline
+from controlkit.baselines import Settings, controlled, load_baseline, opponent, read_about, train_baseline
 from controlkit.baselines.curves import Curve, write_curve
 from controlkit.errors import Invalid, Mismatch
 from controlkit.formats import WEIGHTS
@@ -153,7 +153,7 @@ def test_the_command_trains_prints_the_cost_and_lists(run, toy_folder, tmp_path)
     given = ("--base", toy_folder, "--steps", 2, "--batch", 2, "--scenes", 8, "--device", "cpu")
     code, said, _ = run("baseline", "train", "lite", "--out", out, "--rate", "high", *given)
     assert code == 0 and "2 steps" in said and "PFLOP" in said
-    assert read_about(out).settings.rate == 1e-3 and (out / "curve.html").is_file()
+    assert read_about(out).settings.rate == opponent("lite").rates[-1] and (out / "curve.html").is_file()
     code, _, err = run("baseline", "train", "lite", "--out", tmp_path / "x", "--rate", "fast", *given)
     assert code == 2 and "low (0.0001)" in err
     code, said, _ = run("baseline", "train", "no-control", "--out", tmp_path / "none", *given)

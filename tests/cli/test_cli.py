@@ -689,6 +689,7 @@ def test_generate_imports_no_compiler(toy_folder, control, drawing, tmp_path):
     assert (tmp_path / "picture-0.png").is_file()
 
 
+@pytest.mark.slow
 def test_without_the_compiler_who_asks_for_it_gets_it():
     code = (
         "import sys; from controlkit.cli.shared import without_compiler\n"

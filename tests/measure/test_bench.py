@@ -30,6 +30,7 @@ def small(base, drawn_joins, monkeypatch):
     monkeypatch.setattr(bench, "load_base", lambda *args, **options: base)
     monkeypatch.setattr(bench, "load_control", lambda *args: saved)
     monkeypatch.setattr(bench, "_memory", lambda plan, system: 3 if system == "exact" else 4)
+    monkeypatch.setattr(bench, "_rate", lambda dtype, device: 1e11)  # a product that takes seconds
 
 
 @pytest.mark.parametrize("base", ["toy_base", "xl_base"], indirect=True)
@@ -90,6 +91,11 @@ def test_flops_are_those_of_the_networks(small):
     assert 3.9 < bench._flops(larger) / flops < 6  # attention grows faster than pixels
     weights = sum(w.numel() for network in (made.base.unet, made.pipeline.controlnet) for w in network.parameters())
     assert flops > 2 * 2 * weights  # each weight is used once a place at least, on two rows
+
+
+@pytest.mark.slow
+def test_the_machine_s_limit_is_a_rate_of_products():
+    assert 1e9 < bench._rate(torch.float32, "cpu") < 1e14
 
 
 def test_systems_alternate_after_a_warm_up():

@@ -86,8 +86,9 @@ def test_two_processes_do_what_one_does_and_one_of_them_speaks(toy_folder, toy_b
     [
         pytest.param(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 0, "; 2 processes",
                      marks=pytest.mark.slow),
-        (["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no", "--cpu"], 1, "asked for several processes and has started this one alone"),
+        pytest.param(["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+                      "no", "--dynamo_backend", "no", "--cpu"], 1,
+                     "asked for several processes and has started this one alone", marks=pytest.mark.slow),
         pytest.param(["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
                       "no", "--dynamo_backend", "no"], 0, "; 1 process", marks=pytest.mark.slow),
     ],
@@ -220,7 +221,7 @@ def unkilled(toy_folder, tmp_path_factory):
     return folder / "r.yaml", folder / "run"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_and_costs_the_steps_since_the_checkpoint(rank, unkilled, tmp_path):
     recipe, whole = unkilled
     codes, said = launch(recipe, tmp_path / "run", before=KILLED.format(rank=rank))

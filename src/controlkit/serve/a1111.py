@@ -418,7 +418,10 @@ def _annotations(data: bytes, limits: Limits) -> tuple[list[Annotation | bytes],
     if not given:
         raise Invalid("No image selected: send some in controlnet_input_images, as base64.")
     images = incoming.listed({"controlnet_input_images": given}, "controlnet_input_images", limits.pictures_given)
-    kind = module_named(incoming.text(body, "controlnet_module", "none"))
+    name = incoming.text(body, "controlnet_module", "none")
+    if not name.strip():
+        raise Invalid('The module is "": expected one of /controlnet/module_list.')
+    kind = module_named(name)
     pixels = [incoming.picture(one, f"controlnet_input_images[{i}]", limits) for i, one in enumerate(images)]
     if kind is None:
         return [png_bytes(one) for one in pixels], notes
