@@ -155,7 +155,7 @@ def test_the_command_trains_prints_the_cost_and_lists(run, toy_folder, tmp_path)
     assert code == 0 and "2 steps" in said and "PFLOP" in said
     assert read_about(out).settings.rate == opponent("lite").rates[-1] and (out / "curve.html").is_file()
     code, _, err = run("baseline", "train", "lite", "--out", tmp_path / "x", "--rate", "fast", *given)
-    assert code == 2 and "low (0.0001)" in err
+    assert code == 2 and f"low ({opponent('lite').rates[0]:g})" in err
     code, said, _ = run("baseline", "train", "no-control", "--out", tmp_path / "none", *given)
     assert code == 0 and "nothing to train" in said
     code, said, _ = run("baseline", "list")
