@@ -18,10 +18,18 @@ import typer
 from rich.console import Console
 
 from controlkit.backbones import Backbone, load_base
-from controlkit.baselines import OPPONENTS, Material, Settings, load_baseline, material_of, opponent, train_baseline
+from controlkit.baselines import (
+    OPPONENTS,
+    Diverged,
+    Material,
+    Settings,
+    load_baseline,
+    material_of,
+    opponent,
+    train_baseline,
+)
 from controlkit.baselines.curves import write_curve
 from controlkit.data import ScenePairs
-from controlkit.errors import Invalid
 from controlkit.files import write_atomic
 from controlkit.measure import EvaluationPlan, fidelity, mean_figure, metric_of
 from controlkit.sample import ControlRequest
@@ -73,14 +81,13 @@ def main(
             folder = out / "rates" / row.name / f"{rate:g}"
             try:
                 train(base, row.name, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
-            except Invalid as error:  # its loss is no number
+            except Diverged as error:
                 console.print(f"{row.name} at {rate:g}: {error}", highlight=False)
                 continue
             found.append(tried(base, row.name, folder, num))
             console.print(f"{row.name} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
         if not found:
-            console.print(f"[bold red]{row.name} has no rate at which it learns[/]")
-            continue
+            raise typer.BadParameter(f"{row.name} learns at none of its rates {row.rates}: give it lower ones.")
         higher = metric_of(row.new(base).spec).higher_is_better
         best = (max if higher else min)(found, key=lambda one: one["fidelity"])
         path = out / "rates.json"

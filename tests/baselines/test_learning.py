@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlkit.baselines import Settings, controlled, load_baseline, opponent, read_about, train_baseline
+from controlkit.baselines import Diverged, Settings, controlled, load_baseline, opponent, read_about, train_baseline
 from controlkit.baselines.curves import Curve, write_curve
 from controlkit.errors import Invalid, Mismatch
 from controlkit.formats import WEIGHTS
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_named(toy_base, m
     with pytest.raises(Invalid, match="delete it"):
         trained(toy_base, material_for("seg"), tmp_path, "lite")
     monkeypatch.setattr(controlled, "objective", lambda *given: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(Invalid, match="no number"):
+    with pytest.raises(Diverged, match="no number"):
         trained(toy_base, material_for("seg"), tmp_path / "wild", "lite")
 
 

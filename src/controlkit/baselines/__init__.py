@@ -3,12 +3,13 @@
 from controlkit.baselines.saved import About, Settings, load_baseline, read_about, save_baseline
 from controlkit.baselines.seam import Baseline, Material
 from controlkit.baselines.table import OPPONENTS, Opponent, opponent
-from controlkit.baselines.training import Learnt, material_of, train_baseline
+from controlkit.baselines.training import Diverged, Learnt, material_of, train_baseline
 
 __all__ = [
     "OPPONENTS",
     "About",
     "Baseline",
+    "Diverged",
     "Learnt",
     "Material",
     "Opponent",

@@ -39,6 +39,10 @@ _LONGEST_GRADIENT = 1.0
 """Gradients with a greater L2 norm are scaled down to it."""
 
 
+class Diverged(Invalid):
+    """A training whose loss is no number any more."""
+
+
 @dataclass(frozen=True)
 class Learnt:
     """One step of a training, a line of its log."""
@@ -81,7 +85,7 @@ def train_baseline(
         stopping: asked after every step; where true, a checkpoint is written and the iterator ends.
         material: pairs of one's own in place of scenes.
 
-    Raises ``Mismatch`` for a folder of other settings, ``Unsupported`` where another process trains there, ``Invalid``
+    Raises ``Mismatch`` for a folder of other settings, ``Unsupported`` where another process trains there, ``Diverged``
     where the loss is no number.
     """
     row = opponent(name)
@@ -157,7 +161,7 @@ class _Training:
         rate = learning_rate(self._rates, self.done, min(self._share, 1.0))
         loss = self._backward()
         if not math.isfinite(value := loss.item()):
-            raise Invalid(f"The loss of step {self.done + 1} is no number: take a lower rate, in another folder.")
+            raise Diverged(f"The loss of step {self.done + 1} is no number: take a lower rate, in another folder.")
         nn.utils.clip_grad_norm_(self.learning.parameters(), _LONGEST_GRADIENT)
         self.optimizer.step(rate)
         self.done += 1
