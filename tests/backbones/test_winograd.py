@@ -1,15 +1,11 @@
 """Convolutions with fewer products: the same numbers, where the rule says that they pay, and nowhere else."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from conftest import relative
-from controlkit.backbones import load_base, unet, winograd
-from controlkit.backbones.winograd import FewerProducts, convolved, tile_of
-from controlkit.sample import Request, generate, pictures
+from controlkit.backbones import winograd
+from controlkit.backbones.winograd import convolved, tile_of
 
 
 def drawn(rows, channels, out, height, width):
@@ -56,66 +52,3 @@ def test_its_error_is_that_of_the_direct_way():
 )
 def test_the_rule_is_of_shapes(channels, out, size, m):
     assert tile_of(torch.empty(1, channels, *size, device="meta"), torch.empty(out, channels, 3, 3, device="meta")) == m
-
-
-@pytest.fixture
-def ways(monkeypatch):
-    """The convolutions that went the other way."""
-    seen = []
-    monkeypatch.setattr(winograd, "convolved", lambda *args: seen.append(args) or convolved(*args))
-    return seen
-
-
-def test_only_plain_convolutions_in_float32_without_gradients_go_this_way(ways):
-    x = torch.randn(1, 256, 16, 16)
-    plain = nn.Conv2d(256, 256, 3, padding=1)
-    others = [
-        nn.Conv2d(256, 256, 1),
-        nn.Conv2d(256, 256, 3),
-        nn.Conv2d(256, 256, 3, padding=1, stride=2),
-        nn.Conv2d(256, 256, 3, padding=2, dilation=2),
-        nn.Conv2d(256, 256, 3, padding=1, groups=256),
-        nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular"),
-    ]
-    with FewerProducts():
-        assert plain(x).requires_grad
-        with torch.no_grad():
-            for conv in others:
-                conv(x)
-            plain.to(torch.bfloat16)(x.bfloat16())
-            plain.to(torch.float64)(x.double())
-        assert not ways
-        with torch.no_grad():
-            ours = plain.to(torch.float32)(x)
-    assert len(ways) == 1
-    with torch.no_grad():
-        direct = plain(x)
-    assert len(ways) == 1 and not torch.equal(ours, direct)
-    assert torch.allclose(ours, direct, atol=1e-4)
-
-
-@pytest.fixture
-def everywhere(monkeypatch):
-    """The rule for tiny networks: wherever it can be done."""
-    monkeypatch.setattr(unet, "SMALL", 0)
-    even = lambda x, weight: 2 if weight.shape[-2:] == (3, 3) and not (x.shape[-1] % 2 or x.shape[-2] % 2) else 0  # noqa: E731
-    monkeypatch.setattr(winograd, "tile_of", even)
-
-
-def test_a_large_base_on_a_cpu_makes_the_same_pictures_with_fewer_products(toy_folder, ways, everywhere, monkeypatch):
-    request = Request(prompt="a red apple", steps=3)
-    [ours] = pictures(generate(load_base(toy_folder), [request]))
-    convolutions = len(ways)
-    assert convolutions > 90
-    with monkeypatch.context() as patch:
-        patch.setattr(unet, "SMALL", 10**9)
-        [plain] = pictures(generate(load_base(toy_folder), [request]))
-    assert len(ways) == convolutions, "a small base does without"
-    assert 0 < relative(ours.latents, plain.latents) < 1e-5
-    assert np.abs(ours.pixels.astype(int) - plain.pixels).max() <= 1
-
-
-def test_half_precision_does_without(toy_folder, ways, everywhere):
-    base = load_base(toy_folder, dtype=torch.bfloat16)
-    list(generate(base, [Request(steps=1)]))
-    assert not ways

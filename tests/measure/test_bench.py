@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from controlkit.annotators import contract
+from controlkit.backbones import load_base
 from controlkit.controls import new_control
 from controlkit.errors import OutOfRoom
 from controlkit.formats import SavedControl
@@ -55,7 +56,7 @@ def test_the_report(small, run, tmp_path):
     words = []
     found = bench_sample(PLAN, words.append)
     seconds = found["seconds_a_step"]
-    assert found["distance"] <= 1e-4 and found["memory_ratio"] == 0.75
+    assert found["distance"] <= 1e-4 and found["memory_ratio"] == 0.75 and found["distance_ratio"] is None
     assert found["ratio_best"] == min(seconds["diffusers"], seconds["diffusers channels-last"]) / seconds["exact"]
     assert found["ratio_eager_bf16"] is None and found["ratio_eager_fp32"] == seconds["diffusers"] / seconds["exact"]
     assert found["share_of_limit"] == found["flops_a_step"] / found["rate_of_a_product"] / seconds["exact"]
@@ -74,6 +75,20 @@ def test_the_report(small, run, tmp_path):
     assert code == 0 and "pictures a minute" in out
     code, _, err = run("bench", "sample", "--size", "sd14")
     assert code == 2 and "sd15" in err
+
+
+def test_half_precision_is_compared_with_the_peer_in_float32(small, toy_folder, monkeypatch):
+    made = Bench(PLAN)
+    exact = made.theirs()
+    coarse = load_base(toy_folder, dtype=torch.bfloat16)
+    monkeypatch.setattr(bench, "load_base", lambda *args, **options: coarse)
+    made.control.branch.bfloat16()
+    made = Bench(PLAN, torch.bfloat16)
+    ours, theirs = made.ours().float(), made.theirs().float()
+    ratio = bench._distance_ratio(made, ours, theirs)
+    found = made.theirs()
+    assert found.dtype == torch.float32 and (found - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
+    assert ratio == pytest.approx(float((ours - found).norm() / (theirs - found).norm())) and 0.5 < ratio < 2
 
 
 def test_where_memory_cannot_be_measured_it_is_said_before_anything_is_timed(small, monkeypatch):

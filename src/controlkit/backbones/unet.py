@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from controlkit.backbones.cpu import FasterOnCPU, by_rows
 from controlkit.backbones.noise import Diffusion
 from controlkit.backbones.protocol import ActiveControl, Backbone, Decoded, Half, Layer, Prompt, TextEmbedding, Walker
 from controlkit.backbones.text import TextTower
-from controlkit.backbones.winograd import FewerProducts
 from controlkit.branch import Tap, add_residuals, in_rows
 from controlkit.errors import Invalid, Unsupported
 from controlkit.hub import digest
@@ -77,9 +77,9 @@ def run_layer(block: Any, i: int, h: Tensor, embedding: Tensor, text: Any) -> Te
         h = resnet(h, embedding)
     if getattr(block, "attentions", None) is None:
         return h
-    if len(h) < len(text.tokens):
-        return attended(block.attentions[i], h, text.tokens)
-    return block.attentions[i](h, encoder_hidden_states=text.tokens, return_dict=False)[0]
+    if torch.is_grad_enabled() and len(h) == len(text.tokens):  # the block's own way can compute features anew
+        return block.attentions[i](h, encoder_hidden_states=text.tokens, return_dict=False)[0]
+    return attended(block.attentions[i], h, text.tokens)
 
 
 def attended(transformer: Any, h: Tensor, tokens: Tensor) -> Tensor:
@@ -87,22 +87,28 @@ def attended(transformer: Any, h: Tensor, tokens: Tensor) -> Tensor:
 
     The self-attention before the first cross-attention is computed once for all prompts.
     """
-    first, *others = transformer.transformer_blocks
-    if first.norm_type != "layer_norm" or first.only_cross_attention or first.pos_embed is not None:
+    blocks = transformer.transformer_blocks
+    if not all(_is_plain(block) for block in blocks):
         return transformer(in_rows(h, len(tokens)), encoder_hidden_states=tokens, return_dict=False)[0]
     before, linear = h, transformer.use_linear_projection
     h = transformer.norm(h)
     h = h if linear else transformer.proj_in(h)
     places = h.permute(0, 2, 3, 1).flatten(1, 2)
     places = transformer.proj_in(places) if linear else places
-    places = in_rows(first.attn1(first.norm1(places)) + places, len(tokens))
-    places = first.attn2(first.norm2(places), encoder_hidden_states=tokens) + places
-    places = first.ff(first.norm3(places)) + places
-    for block in others:
-        places = block(places, encoder_hidden_states=tokens)
+    for block in blocks:
+        places = in_rows(block.attn1(block.norm1(places)) + places, len(tokens))
+        places = block.attn2(block.norm2(places), encoder_hidden_states=tokens) + places
+        inner = 2 * block.ff.net[-1].in_features  # the values and their gates
+        places = by_rows(block.ff, block.norm3(places), inner) + places
     places = transformer.proj_out(places) if linear else places
     h = places.unflatten(1, before.shape[-2:]).permute(0, 3, 1, 2)
     return (h if linear else transformer.proj_out(h)) + in_rows(before, len(tokens))
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a transformer block is self-attention, cross-attention and a feed-forward layer, with plain norms."""
+    of_words = block.attn2 is not None and not block.only_cross_attention
+    return block.norm_type == "layer_norm" and of_words and block.pos_embed is None
 
 
 def run_plain(module: nn.Module, h: Tensor, embedding: Tensor, text: Any) -> Tensor:
@@ -375,7 +381,7 @@ class UNetBase(Backbone):
         while True:
             try:
                 with torch.autocast(kind, enabled=False) if upcast else nullcontext():
-                    parts = rows.to(self.vae.dtype).split(self._vae_rows or len(rows))
+                    parts = self._laid_out(rows.to(self.vae.dtype)).split(self._vae_rows or len(rows))
                     return torch.cat([work(part) for part in parts]) if len(parts) > 1 else work(parts[0])
             except torch.OutOfMemoryError:
                 if (most := min(self._vae_rows or len(rows), len(rows))) == 1:
@@ -405,8 +411,7 @@ class UNetBase(Backbone):
     def first_half(self, x: Tensor, t: Tensor, text: TextEmbedding, controls: Sequence[ActiveControl] = ()) -> UNetHalf:
         x = self._with_mask(x)  # which may need the VAE
         self.bring("denoiser")
-        if self.device.type == "cpu" and not self._is_small:  # convolutions are faster there, and keep it so
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self._laid_out(x)
         inject, beside = self._split(x, t, text, controls)
         return UNetHalf(self.encode_noise(x, t, text, inject, beside), inject)
 
@@ -524,9 +529,16 @@ class UNetBase(Backbone):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        plain = self.device.type == "cpu" and self.dtype == torch.float32 and number_format("cpu") == "float32"
-        with self.autocast(), FewerProducts() if plain and not self._is_small else nullcontext():
+        with self.autocast(), FasterOnCPU() if self._is_large_on_cpu else nullcontext():
             yield
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) as it is, but for a large base on a CPU: there convolutions are faster with channels last."""
+        return x.contiguous(memory_format=torch.channels_last) if self._is_large_on_cpu else x
+
+    @property
+    def _is_large_on_cpu(self) -> bool:
+        return self.device.type == "cpu" and not self._is_small
 
     @cached_property
     def _is_small(self) -> bool:

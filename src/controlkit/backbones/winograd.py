@@ -7,12 +7,10 @@ exact one as the direct convolution's (relative L2 of either 1e-6 to 4e-6).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 _ROOM = 4 * 2**20
 """Numbers of inputs or kernels that are there at once, where there are more: as many as a CPU's caches hold."""
@@ -130,24 +128,3 @@ def tile_of(x: Tensor, weight: Tensor) -> int:
     if height % 4 == width % 4 == 0 and height * width >= 1024:
         return 4
     return 2 if height % 2 == width % 2 == 0 else 0
-
-
-class FewerProducts(TorchFunctionMode):
-    """Within it convolutions that gain by it are computed so: in float32 on a CPU, where no gradient is asked for."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch, a convolution perhaps in the way that pays."""
-        kwargs = kwargs or {}
-        if func is F.conv2d and not kwargs and len(args) == 7:
-            x, weight, bias, stride, padding, dilation, groups = args
-            plain = (*stride, *padding, *dilation, groups) == (1,) * 7 and not torch.is_grad_enabled()
-            if (
-                plain
-                and x.dtype == weight.dtype == torch.float32
-                and x.device.type == "cpu"
-                and (m := tile_of(x, weight))
-            ):
-                return convolved(x, weight, bias, m)
-        return func(*args, **kwargs)

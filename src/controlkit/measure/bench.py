@@ -132,6 +132,14 @@ class Bench:
             output_type="latent",
         ).images
 
+    def theirs_in_float32(self) -> Tensor:
+        """The same in float32, to which the networks of both are brought for good."""
+        for network in self.pipeline.components.values():
+            if isinstance(network, nn.Module):
+                network.float()
+        self.dtype = torch.float32
+        return self.theirs()
+
     def laid_out(self, layout: torch.memory_format) -> None:
         """Bring the networks of both to a layout, as its documentation has it."""
         networks: list[Any] = [self.base.denoiser, self.pipeline.controlnet, self.base.networks()["vae"]]
@@ -190,7 +198,7 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
     memory = {system: _memory(plan, system) for system in ("exact", "diffusers")}
     bench = Bench(plan)
     told(f"{plan.size}, {bench.side} pixels, {_name(bench.dtype)}, {plan.steps} steps a turn, {plan.turns} turns")
-    distance = _distance(bench)
+    latents = bench.ours().float(), bench.theirs().float()
     told("one turn to warm up, which is not counted")
     layouts = {"diffusers": torch.contiguous_format, "diffusers channels-last": torch.channels_last}
     plain = {name: getattr(bench.pipeline, name) for name in ("unet", "controlnet")}
@@ -225,8 +233,12 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
         seconds[name].append(taken)
         told(f"{name}: {taken:.3f} s")
     bench.laid_out(torch.contiguous_format)
-    return _report(plan, bench, seconds, distance) | {
-        "pictures_a_minute": _throughput(bench, told),
+    report, throughput = _report(plan, bench, seconds), _throughput(bench, told)
+    told("the peer in float32, to compare both with")  # last, as its weights stay in float32
+    return report | {
+        "distance": _distance(*latents),
+        "distance_ratio": _distance_ratio(bench, *latents),
+        "pictures_a_minute": throughput,
         "memory": memory,
         "memory_ratio": memory["exact"] / memory["diffusers"],
     }
@@ -246,13 +258,20 @@ def _throughput(bench: Bench, told: Callable[[str], None]) -> dict[int, float]:
 _COMPILED: dict[str, dict[str, Any]] = {"cpu": {"freezing": True}, "cuda": {"triton.cudagraphs": True}}
 
 
-def _distance(bench: Bench) -> float:
-    """The relative L2 distance of our latents from the peer's."""
-    ours, theirs = bench.ours().float(), bench.theirs().float()
-    return float((ours - theirs).norm() / theirs.norm())
+def _distance(latents: Tensor, exact: Tensor) -> float:
+    """The relative L2 distance of latents from others."""
+    return float((latents - exact).norm() / exact.norm())
 
 
-def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]], distance: float) -> dict[str, Any]:
+def _distance_ratio(bench: Bench, ours: Tensor, theirs: Tensor) -> float | None:
+    """Our distance from the peer's latents in float32, over the peer's own; None where it computed in float32."""
+    if bench.dtype == torch.float32:
+        return None
+    exact = bench.theirs_in_float32().float()
+    return _distance(ours, exact) / _distance(theirs, exact)
+
+
+def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]]) -> dict[str, Any]:
     middle = {name: statistics.median(taken) for name, taken in seconds.items()}
     spread = {name: [min(taken), max(taken)] for name, taken in seconds.items()}
     peers = [name for name in seconds if name.startswith("diffusers")]
@@ -276,7 +295,6 @@ def _report(plan: BenchPlan, bench: Bench, seconds: dict[str, list[float]], dist
         "ratio_fast": middle[best] / paced["fast"],
         "ratio_turbo": middle[best] / paced["turbo"],
         "ratio_decode": middle["decode, diffusers"] / middle["decode"],
-        "distance": distance,
         "share_of_limit": flops / rate / exact,
         "flops_a_step": flops,
         "rate_of_a_product": rate,

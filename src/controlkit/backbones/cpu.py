@@ -1,0 +1,125 @@
+"""What a CPU computes faster in another way: attention and feed-forward layers in pieces, convolutions by Winograd.
+
+Where a piece of the work fits into the processor's caches, memory need not be fetched from the system, filled and given
+back for each intermediate result, which takes longer than the arithmetic. Every rule here is one of shapes and formats,
+so that a picture does not depend on how busy the machine is. Figures are in docs/speed.md.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from controlkit.backbones.winograd import convolved, tile_of
+
+_PIECE = 2**21
+"""Numbers of a piece's intermediate result: they stay in the caches of two cores."""
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of query (B, H, N, D) to key (B, H, M, D) and value (B, H, M, E), in pieces of rows: (B, H, N, E).
+
+    Products of matrices and softmax are those of the plain definition. Torch's fused kernel keeps scores in float32,
+    but runs its many small products in bfloat16 at a sixth of the machine's rate.
+
+    Args:
+        query: of one number format with the others.
+        key: of any strides, as the others.
+        value: one for each key.
+        scale: of the scores; by default 1 / sqrt(D).
+    """
+    count, heads, rows, width = query.shape
+    keys = key.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    out = query.new_empty(count, rows, heads, value.shape[-1]).transpose(1, 2)  # heads side by side, as layers want it
+    some_rows = min(rows, max(_PIECE // keys, 1))
+    some_heads = min(heads, max(_PIECE // (some_rows * keys), 1))
+    room = query.new_empty(some_heads * some_rows * keys)
+    for i in range(count):
+        for head in range(0, heads, some_heads):
+            of_heads = slice(head, head + some_heads)
+            across, values = key[i, of_heads].transpose(1, 2).contiguous(), value[i, of_heads].contiguous()
+            for row in range(0, rows, some_rows):
+                queries = query[i, of_heads, row : row + some_rows]
+                shape = (*queries.shape[:2], keys)
+                scores = room[: shape[0] * shape[1] * shape[2]].view(shape)
+                torch.baddbmm(scores, queries, across, beta=0, alpha=scale, out=scores)
+                torch.softmax(scores, -1, out=scores)
+                out[i, of_heads, row : row + some_rows] = torch.bmm(scores, values)
+    return out
+
+
+def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor, inner: int) -> Tensor:
+    """A layer that reads each row of x (..., D) for itself and keeps its width, on so many rows at once as are fast.
+
+    ``inner``: the numbers of a row at the layer's widest place.
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or torch.is_grad_enabled() or rows * inner <= 4 * _PIECE:
+        return layer(x)
+    flat = x.reshape(rows, -1)
+    out, step = torch.empty_like(flat), max(_PIECE // inner, 1)
+    for first in range(0, rows, step):
+        out[first : first + step] = layer(flat[first : first + step])
+    return out.view(x.shape)
+
+
+class FasterOnCPU(TorchFunctionMode):
+    """Within it a large network's functions that gain by it are computed so, on a CPU, where no gradient is asked for.
+
+    These are convolutions in float32, attention in bfloat16, and divisions by one, with which diffusers' blocks end.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch, perhaps in the way that pays."""
+        way = _WAYS.get(func)
+        result = None if way is None or torch.is_grad_enabled() else way(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor | None:
+    """The convolution by Winograd's algorithm, where it pays; else None."""
+    if named or len(rest) != 4:
+        return None
+    stride, padding, dilation, groups = rest
+    if (*stride, *padding, *dilation, groups) != (1,) * 7 or not _all_are(torch.float32, x, weight):
+        return None
+    return convolved(x, weight, bias, m) if (m := tile_of(x, weight)) else None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """The attention in pieces, where it is plain and in bfloat16; else None."""
+    plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa and query.dim() == 4
+    if not plain or not _all_are(torch.bfloat16, query, key, value):
+        return None
+    return attention(query, key, value, scale)
+
+
+def _division(x: Tensor, by: Any) -> Tensor | None:
+    """x itself where it is divided by one: a copy takes longer than a normalisation; else None."""
+    return x if type(by) in (int, float) and by == 1 and x.is_floating_point() else None
+
+
+def _all_are(dtype: torch.dtype, *values: Tensor) -> bool:
+    return all(value.dtype == dtype and value.device.type == "cpu" for value in values)
+
+
+_WAYS: dict[Any, Callable[..., Tensor | None]] = {
+    F.conv2d: _convolution,
+    F.scaled_dot_product_attention: _attention,
+    Tensor.div: _division,
+}

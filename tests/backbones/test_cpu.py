@@ -1,0 +1,159 @@
+"""The ways of a CPU: the same numbers, where the rules say that they pay, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from conftest import relative
+from controlkit.backbones import cpu, load_base, unet
+from controlkit.backbones.cpu import FasterOnCPU, attention, by_rows
+from controlkit.backbones.winograd import convolved
+from controlkit.sample import Request, generate, pictures
+
+
+def heads(*shape, dtype=torch.float64):
+    """Query, key or value (B, H, N, D), lying as the layers of a U-Net leave it."""
+    count, number, rows, width = shape
+    return torch.randn(count, rows, number, width, dtype=dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("piece", [cpu._PIECE, 100, 7], ids=["whole", "in heads and rows", "row by row"])
+@pytest.mark.parametrize(("rows", "keys"), [(9, 9), (16, 5), (1, 8)])
+def test_attention_in_pieces_is_attention(rows, keys, piece, monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", piece)
+    query, key, value = heads(2, 3, rows, 8), heads(2, 3, keys, 8), heads(2, 3, keys, 6)
+    for scale in (None, 0.1):
+        ours = attention(query, key, value, scale)
+        assert torch.allclose(ours, F.scaled_dot_product_attention(query, key, value, scale=scale), atol=1e-12)
+    assert ours.transpose(1, 2).is_contiguous()
+
+
+def test_in_bfloat16_its_error_is_that_of_rounded_scores():
+    query, key, value = (heads(1, 2, 300, 40, dtype=torch.bfloat16) for _ in range(3))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert relative(attention(query, key, value).double(), exact) < 0.01
+    query[:, :, 0] *= 1000  # scores of thousands: the largest is taken off before they become powers
+    assert attention(query, key, value).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 50, 16), (1, 1, 16), (3, 7, 2, 16)])
+def test_a_layer_by_rows_is_the_layer(shape, monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", 128 * 9)  # nine rows at once, where there are over 36
+    layer = FeedForward(16).double().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    counts = []
+    layer.register_forward_pre_hook(lambda module, args: counts.append(args[0].numel() // 16))
+    with torch.no_grad():
+        ours = by_rows(layer, x, 128)
+        assert counts == ([9] * 11 + [1] if x.numel() > 36 * 16 and len(shape) == 3 else counts)
+        assert sum(counts) == x.numel() // 16 and (max(counts) <= 9 or len(counts) == 1)
+        assert ours.shape == x.shape and torch.allclose(ours, layer(x), atol=1e-12)
+    counts.clear()
+    by_rows(layer, x, 128).sum().backward()
+    assert len(counts) == 1, "all at once, where gradients are asked for"
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The convolutions that went the other way."""
+    seen = []
+    monkeypatch.setattr(cpu, "convolved", lambda *args: seen.append(args) or convolved(*args))
+    return seen
+
+
+def test_only_plain_convolutions_in_float32_without_gradients_go_this_way(ways):
+    x = torch.randn(1, 256, 16, 16)
+    plain = nn.Conv2d(256, 256, 3, padding=1)
+    others = [
+        nn.Conv2d(256, 256, 1),
+        nn.Conv2d(256, 256, 3),
+        nn.Conv2d(256, 256, 3, padding=1, stride=2),
+        nn.Conv2d(256, 256, 3, padding=2, dilation=2),
+        nn.Conv2d(256, 256, 3, padding=1, groups=256),
+        nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular"),
+    ]
+    with FasterOnCPU():
+        assert plain(x).requires_grad
+        with torch.no_grad():
+            for conv in others:
+                conv(x)
+            plain.to(torch.bfloat16)(x.bfloat16())
+            plain.to(torch.float64)(x.double())
+        assert not ways
+        with torch.no_grad():
+            ours = plain.to(torch.float32)(x)
+    assert len(ways) == 1
+    with torch.no_grad():
+        direct = plain(x)
+    assert len(ways) == 1 and not torch.equal(ours, direct)
+    assert torch.allclose(ours, direct, atol=1e-4)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """The rule for tiny networks: wherever it can be done."""
+    monkeypatch.setattr(unet, "SMALL", 0)
+    even = lambda x, weight: 2 if weight.shape[-2:] == (3, 3) and not (x.shape[-1] % 2 or x.shape[-2] % 2) else 0  # noqa: E731
+    monkeypatch.setattr(cpu, "tile_of", even)
+
+
+def test_a_large_base_on_a_cpu_makes_the_same_pictures_with_fewer_products(toy_folder, ways, everywhere, monkeypatch):
+    request = Request(prompt="a red apple", steps=3)
+    [ours] = pictures(generate(load_base(toy_folder), [request]))
+    convolutions = len(ways)
+    assert convolutions > 90
+    with monkeypatch.context() as patch:
+        patch.setattr(unet, "SMALL", 10**9)
+        [plain] = pictures(generate(load_base(toy_folder), [request]))
+    assert len(ways) == convolutions, "a small base does without"
+    assert 0 < relative(ours.latents, plain.latents) < 1e-5
+    assert np.abs(ours.pixels.astype(int) - plain.pixels).max() <= 1
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """The attentions that went in pieces."""
+    seen = []
+    monkeypatch.setattr(cpu, "attention", lambda *args: seen.append(args) or attention(*args))
+    return seen
+
+
+def test_only_plain_attention_in_bfloat16_without_gradients_goes_in_pieces(pieces):
+    query, key, value = (heads(1, 2, 4, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.zeros(4, 4, dtype=torch.bfloat16)
+    with FasterOnCPU():
+        F.scaled_dot_product_attention(query.clone().requires_grad_(), key, value)
+        with torch.no_grad():
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            F.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+            F.scaled_dot_product_attention(query[0], key[0], value[0])
+            F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+            assert not pieces
+            F.scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False)
+    assert len(pieces) == 1
+
+
+def test_a_division_by_one_makes_no_copy():
+    x = torch.ones(3)
+    with torch.no_grad(), FasterOnCPU():
+        assert x / 1.0 is x and (x / 2.0).tolist() == [0.5] * 3
+        assert (torch.ones(3, dtype=torch.long) / 1).dtype == torch.float32
+    with FasterOnCPU():
+        assert x / 1.0 is not x
+
+
+def test_half_precision_takes_attention_and_layers_in_pieces(toy_folder, ways, pieces, everywhere, monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", 256)
+    base = load_base(toy_folder, dtype=torch.bfloat16)
+    [ours] = pictures(generate(base, [Request(steps=2)]))
+    assert not ways and len(pieces) > 10
+    count = len(pieces)
+    with monkeypatch.context() as patch:
+        patch.setattr(unet, "SMALL", 10**9)
+        [plain] = pictures(generate(load_base(toy_folder, dtype=torch.bfloat16), [Request(steps=2)]))
+    assert len(pieces) == count
+    assert 0 < relative(ours.latents, plain.latents) < 0.1
