@@ -5,7 +5,8 @@
     controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 
 Each opponent is tried at its three rates with a share of the operations, measured on scenes that are neither trained
-nor reported on, and trained whole at the best rate. Run the same command again to go on. Leaves ``OUT/NAME``, which
+nor reported on, and trained whole at the best rate. Where guidance leads away from no hint, its strength is chosen on
+the same scenes. Run the same command again to go on. Leaves ``OUT/NAME``, which
 ``controlkit reproduce`` reads, and ``OUT/rates.json``: the fidelity of each try with its cost. One thread is used.
 """
 
@@ -22,6 +23,7 @@ from controlkit.baselines import (
     OPPONENTS,
     Diverged,
     Material,
+    Opponent,
     Settings,
     load_baseline,
     material_of,
@@ -29,6 +31,7 @@ from controlkit.baselines import (
     train_baseline,
 )
 from controlkit.baselines.curves import write_curve
+from controlkit.baselines.saved import read_about, write_about
 from controlkit.data import ScenePairs
 from controlkit.files import write_atomic
 from controlkit.measure import EvaluationPlan, fidelity, mean_figure, metric_of
@@ -39,14 +42,20 @@ UNREPORTED = 2**31 + 7
 """The seed of scenes to choose rates on: no training and no report draws them."""
 
 
-def tried(base: Backbone, name: str, folder: Path, num: int) -> dict[str, Any]:
-    """The fidelity of a trained opponent on scenes to choose by, and its cost."""
+def tried(base: Backbone, name: str, folder: Path, num: int, strength: float = 4.0) -> dict[str, Any]:
+    """The fidelity of a trained opponent on scenes to choose by, with a strength of guidance, and its cost."""
     baseline, about = load_baseline(folder, base)
     pairs = list(ScenePairs(base.size, 2 * num, UNREPORTED, count=num))
-    plan = EvaluationPlan(ControlRequest(name=name), baseline.spec, pairs, steps=10)
+    plan = EvaluationPlan(ControlRequest(name=name), baseline.spec, pairs, steps=10, guidance=strength)
     made = [picture.pixels for picture in baseline.make(plan.requests("controlled"))]
     figure = mean_figure(fidelity(made, plan.hints, baseline.spec))
-    return {"rate": about.settings.rate, "fidelity": figure.mean, "low": figure.low, "high": figure.high} | {
+    return {
+        "rate": about.settings.rate,
+        "strength": strength,
+        "fidelity": figure.mean,
+        "low": figure.low,
+        "high": figure.high,
+    } | {
         "steps": about.step,
         "seconds": about.seconds,
         "flops": about.flops,
@@ -59,6 +68,28 @@ def train(base: Backbone, name: str, settings: Settings, folder: Path, material:
         if record.step % 100 == 0:
             console.print(f"{folder}: step {record.step}, {record.stage}, loss {record.loss:.4f}", highlight=False)
     write_curve(folder)
+
+
+def best_of(found: list[dict[str, Any]], row: Opponent, base: Backbone) -> dict[str, Any]:
+    """The try with the best fidelity."""
+    higher = metric_of(row.new(base).spec).higher_is_better
+    return (max if higher else min)(found, key=lambda one: one["fidelity"])
+
+
+def note(path: Path, name: str, found: list[dict[str, Any]]) -> None:
+    """Write the tries of an opponent into a file that holds those of others."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, (json.dumps(held | {name: found}, indent=2) + "\n").encode())
+
+
+def choose_strength(base: Backbone, row: Opponent, out: Path, num: int) -> None:
+    """Choose the strength of a trained opponent's guidance, and write it into its record."""
+    folder = out / row.name
+    found = [tried(base, row.name, folder, num, strength) for strength in row.strengths]
+    note(out / "strengths.json", row.name, found)
+    best = best_of(found, row, base)["strength"]
+    write_about(folder, read_about(folder).model_copy(update={"strength": best}))
+    console.print(f"{row.name}: guidance {best:g} of {[round(one['fidelity'], 3) for one in found]}", highlight=False)
 
 
 def main(
@@ -88,13 +119,12 @@ def main(
             console.print(f"{row.name} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
         if not found:
             raise typer.BadParameter(f"{row.name} learns at none of its rates {row.rates}: give it lower ones.")
-        higher = metric_of(row.new(base).spec).higher_is_better
-        best = (max if higher else min)(found, key=lambda one: one["fidelity"])
-        path = out / "rates.json"
-        held = json.loads(path.read_text()) if path.exists() else {}
-        write_atomic(path, (json.dumps(held | {row.name: found}, indent=2) + "\n").encode())
-        train(base, row.name, Settings(rate=best["rate"], pflop=factor * row.pflop, **common), out / row.name, material)
-        console.print(f"[bold green]done[/]: {out / row.name} at {best['rate']:g}")
+        note(out / "rates.json", row.name, found)
+        rate = best_of(found, row, base)["rate"]
+        train(base, row.name, Settings(rate=rate, pflop=factor * row.pflop, **common), out / row.name, material)
+        if row.strengths:
+            choose_strength(base, row, out, num)
+        console.print(f"[bold green]done[/]: {out / row.name} at {rate:g}")
 
 
 if __name__ == "__main__":

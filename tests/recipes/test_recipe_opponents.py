@@ -8,7 +8,10 @@ import pytest
 import typer
 
 from controlkit.baselines import Diverged, opponent
+from controlkit.baselines.saved import About, read_about, save_baseline
 from controlkit.errors import Mismatch
+from controlkit.reproduce.entrants import entrant
+from controlkit.sample import Request
 
 RATES = opponent("lite").rates
 
@@ -21,6 +24,27 @@ def recipe(monkeypatch, toy_base):
     monkeypatch.setattr(module, "material_of", lambda *given: None)
     monkeypatch.setattr(module, "tried", lambda base, name, folder, num: {"rate": float(folder.name), "fidelity": 0.5})
     return module
+
+
+def test_the_strength_of_guidance_by_the_hint_is_chosen_by_fidelity(recipe, monkeypatch, tmp_path, toy_base):
+    row = opponent("piti")
+    about = About(name="piti", hint="seg", base="toy", base_digest=toy_base.digest)
+    save_baseline(tmp_path / "piti", row.new(toy_base), about)
+    monkeypatch.setattr(
+        recipe,
+        "tried",
+        lambda base, name, folder, num, strength: {"strength": strength, "fidelity": -abs(strength - 1.6)},
+    )
+    recipe.choose_strength(toy_base, row, tmp_path, 2)
+    assert read_about(tmp_path / "piti") == about.model_copy(update={"strength": 1.5})
+    assert [one["strength"] for one in json.loads((tmp_path / "strengths.json").read_text())["piti"]] == [
+        *row.strengths
+    ]
+    seen = []
+    monkeypatch.setattr(type(row.new(toy_base)), "make", lambda self, requests: seen.extend(requests) or [])
+    one = entrant("piti", "seg", toy_base, tmp_path)
+    one.make([Request(guidance=4.0)])
+    assert seen[0].guidance == 1.5 and one.cost.endswith("guidance 1.5")
 
 
 def trainings(recipe, monkeypatch, error, rates):

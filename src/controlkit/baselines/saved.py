@@ -53,6 +53,8 @@ class About(BaseModel):
     flops: float = Field(0.0, ge=0, le=1e30)
     """Floating point operations of all steps, forward and backward."""
     parameters: int = Field(0, ge=0, le=10**13)
+    strength: float | None = Field(None, ge=0, le=100)
+    """The strength of guidance that its pictures are made with; None: the request's."""
 
     def cost(self) -> str:
         """The training's cost in words: steps, hours, operations."""

@@ -39,6 +39,9 @@ class Opponent:
     """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have three times
     as many, for a base's own training counts too; so has the depth model, which the paper compares as the larger."""
     batch: int = 16
+    strengths: tuple[float, ...] = ()
+    """Strengths of guidance to choose from, where that leads away from no hint; none where it is the request's, which
+    leads away from no prompt."""
 
     @property
     def learns(self) -> bool:
@@ -53,6 +56,7 @@ class Opponent:
 
 
 _MORE = 0.36
+_BY_HINT = (1.0, 1.5, 2.0, 3.0, 4.0)
 _PAPER = "Zhang, Rao and Agrawala, ICCV 2023"
 
 
@@ -80,6 +84,7 @@ OPPONENTS = {
             LatentDiffusion,
             pflop=_MORE,
             rates=(3e-4, 1e-3, 2e-3),
+            strengths=_BY_HINT,
         ),
         Opponent(
             "taming",
@@ -96,6 +101,7 @@ OPPONENTS = {
             "The base told by an encoder of the label map in the place of its text, then tuned with it.",
             "Wang et al., 2022, arXiv 2205.12952",
             Piti,
+            strengths=_BY_HINT,
         ),
         Opponent(
             "sketch-guided",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -141,7 +142,15 @@ def entrant(name: str, kind: str, base: Backbone, opponents: Path | None) -> Ent
     if folder is None or not (folder / WEIGHTS).exists():
         return Entrant(name, row.title, None, note="training has not ended" if folder else NO_WEIGHTS)
     baseline, about = load_baseline(folder, base)
-    return Entrant(name, row.title, baseline.make, about.cost())
+    if about.strength is None:
+        return Entrant(name, row.title, baseline.make, about.cost())
+    make = partial(_guided, baseline.make, about.strength)
+    return Entrant(name, row.title, make, f"{about.cost()}; guidance {about.strength:g}")
+
+
+def _guided(make: Maker, strength: float, requests: Sequence[Request]) -> list[Picture]:
+    """The pictures of requests, with a maker's own strength of guidance."""
+    return list(make([request.model_copy(update={"guidance": strength}) for request in requests]))
 
 
 def _folder_of(name: str, kind: str, opponents: Path | None) -> Path | None:
