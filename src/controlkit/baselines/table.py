@@ -33,8 +33,8 @@ class Opponent:
     build: Callable[[Backbone, HintSpec], Baseline]
     hint: str = "seg"
     """The kind of hints that it is compared on."""
-    rates: tuple[float, float, float] = (3e-4, 1e-3, 3e-3)
-    """Learning rates to choose from, lowest first."""
+    rates: tuple[float, float, float] = (1e-3, 2.5e-3, 6e-3)
+    """Learning rates of Muon to choose from, lowest first."""
     pflop: float = 0.12
     """Operations of its training, in 1e15: equal for those that stand on the base. Those from nothing have three times
     as many, for a base's own training counts too; so has the depth model, which the paper compares as the larger."""
@@ -83,7 +83,6 @@ OPPONENTS = {
             "Rombach et al., CVPR 2022, Section 4.3.1",
             LatentDiffusion,
             pflop=_MORE,
-            rates=(3e-4, 1e-3, 2e-3),
             strengths=_BY_HINT,
         ),
         Opponent(
@@ -93,7 +92,7 @@ OPPONENTS = {
             "Esser, Rombach and Ommer, CVPR 2021",
             Taming,
             pflop=_MORE,
-            rates=(1e-4, 3e-4, 1e-3),
+            rates=(3e-4, 1e-3, 3e-3),
         ),
         Opponent(
             "piti",

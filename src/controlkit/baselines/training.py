@@ -202,7 +202,7 @@ class _Training:
         """Have a stage's part learn, by an optimizer of its own; nothing where it does already."""
         if stage != self.stage:
             self.stage, self.learning = stage, self.baseline.begin(stage)
-            self.optimizer = Optimizer(self.learning)
+            self.optimizer = Optimizer(self.learning, "muon")
             self.flops = self._measured_flops()
 
     def _backward(self) -> Tensor:
