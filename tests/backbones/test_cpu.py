@@ -9,7 +9,7 @@ from torch import nn
 
 from conftest import relative
 from controlkit.backbones import cpu, load_base, unet
-from controlkit.backbones.cpu import FasterOnCPU, attention, by_rows
+from controlkit.backbones.cpu import FasterOnCPU, as_product, attention, by_rows
 from controlkit.backbones.winograd import convolved
 from controlkit.sample import Request, generate, pictures
 
@@ -54,6 +54,32 @@ def test_a_layer_by_rows_is_the_layer(shape, monkeypatch):
     counts.clear()
     by_rows(layer, x, 128).sum().backward()
     assert len(counts) == 1, "all at once, where gradients are asked for"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_as_a_product_is_the_convolution(layout):
+    x, weight = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    for bias in (None, torch.randn(7, dtype=torch.float64)):
+        exact = F.conv2d(x, weight, bias, padding=1)
+        ours = as_product(x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias)
+        assert ours.shape == exact.shape and torch.allclose(ours, exact, atol=1e-12)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_in_bfloat16_few_places_and_many_channels_go_as_a_product(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cpu, "as_product", lambda *args: seen.append(args) or as_product(*args))
+    conv = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
+    with torch.no_grad(), FasterOnCPU():
+        conv(torch.zeros(1, 256, 9, 8).bfloat16())
+        nn.Conv2d(256, 16, 3, padding=1).bfloat16()(torch.zeros(1, 256, 8, 8).bfloat16())
+        conv.float()(torch.zeros(1, 256, 8, 8))
+        assert not seen
+        x = torch.randn(1, 256, 8, 8).bfloat16()
+        ours = conv.bfloat16()(x)
+    assert len(seen) == 1
+    with torch.no_grad():
+        assert relative(ours.float(), conv(x).float()) < 0.01
 
 
 @pytest.fixture

@@ -67,10 +67,28 @@ def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor, inner: int) -> Tensor:
     return out.view(x.shape)
 
 
+def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of x (B, C, h, w), padded by one zero on each side, with a weight (K, C, 3, 3): (B, K, h, w).
+
+    One product of matrices. With few places the direct way takes longer to bring the weight into its own order than to
+    convolve. The result's numbers lie with the channels last.
+    """
+    count, channels, height, width = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    sample, row, place, _ = padded.stride()
+    patches = padded.as_strided((count, height, width, channels, 3, 3), (sample, row, place, 1, row, place))
+    found = F.linear(patches.reshape(-1, 9 * channels), weight.flatten(1), bias)
+    return found.view(count, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _pays_as_product(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape[-2:] == (3, 3) and min(weight.shape[:2]) >= 256 and x.shape[-2] * x.shape[-1] <= 64
+
+
 class FasterOnCPU(TorchFunctionMode):
     """Within it a large network's functions that gain by it are computed so, on a CPU, where no gradient is asked for.
 
-    These are convolutions in float32, attention in bfloat16, and divisions by one, with which diffusers' blocks end.
+    These are convolutions, attention in bfloat16, and divisions by one, with which diffusers' blocks end.
     """
 
     def __torch_function__(
@@ -83,13 +101,17 @@ class FasterOnCPU(TorchFunctionMode):
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor | None:
-    """The convolution by Winograd's algorithm, where it pays; else None."""
+    """The convolution by Winograd's algorithm in float32, as a product in bfloat16, where they pay; else None."""
     if named or len(rest) != 4:
         return None
     stride, padding, dilation, groups = rest
-    if (*stride, *padding, *dilation, groups) != (1,) * 7 or not _all_are(torch.float32, x, weight):
+    if (*stride, *padding, *dilation, groups) != (1,) * 7:
         return None
-    return convolved(x, weight, bias, m) if (m := tile_of(x, weight)) else None
+    if _all_are(torch.bfloat16, x, weight):
+        return as_product(x, weight, bias) if _pays_as_product(x, weight) else None
+    if _all_are(torch.float32, x, weight) and (m := tile_of(x, weight)):
+        return convolved(x, weight, bias, m)
+    return None
 
 
 def _attention(
