@@ -56,30 +56,49 @@ def test_a_layer_by_rows_is_the_layer(shape, monkeypatch):
     assert len(counts) == 1, "all at once, where gradients are asked for"
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_as_a_product_is_the_convolution(layout):
-    x, weight = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(7, 5, 3, 3, dtype=torch.float64)
-    for bias in (None, torch.randn(7, dtype=torch.float64)):
-        exact = F.conv2d(x, weight, bias, padding=1)
-        ours = as_product(x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias)
-        assert ours.shape == exact.shape and torch.allclose(ours, exact, atol=1e-12)
-        assert ours.is_contiguous(memory_format=torch.channels_last)
+def test_a_convolution_as_a_product_is_the_convolution(layout, stride):
+    for size in ((4, 3), (5, 8), (1, 1)):
+        x, weight = torch.randn(2, 5, *size, dtype=torch.float64), torch.randn(7, 5, 3, 3, dtype=torch.float64)
+        for bias in (None, torch.randn(7, dtype=torch.float64)):
+            exact = F.conv2d(x, weight, bias, padding=1, stride=stride)
+            laid = [value.contiguous(memory_format=layout) for value in (x, weight)]
+            ours = as_product(*laid, bias, stride)
+            assert ours.shape == exact.shape and torch.allclose(ours, exact, atol=1e-12)
+            assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_in_bfloat16_few_places_and_many_channels_go_as_a_product(monkeypatch):
     seen = []
     monkeypatch.setattr(cpu, "as_product", lambda *args: seen.append(args) or as_product(*args))
-    conv = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
+    conv, down = nn.Conv2d(256, 256, 3, padding=1).bfloat16(), nn.Conv2d(256, 256, 3, 2, 1).bfloat16()
     with torch.no_grad(), FasterOnCPU():
         conv(torch.zeros(1, 256, 9, 8).bfloat16())
         nn.Conv2d(256, 16, 3, padding=1).bfloat16()(torch.zeros(1, 256, 8, 8).bfloat16())
+        nn.Conv2d(256, 256, 3).bfloat16()(torch.zeros(1, 256, 8, 8).bfloat16())
+        nn.Conv2d(256, 256, 3, (1, 2), 1).bfloat16()(torch.zeros(1, 256, 8, 8).bfloat16())
         conv.float()(torch.zeros(1, 256, 8, 8))
         assert not seen
-        x = torch.randn(1, 256, 8, 8).bfloat16()
-        ours = conv.bfloat16()(x)
-    assert len(seen) == 1
+        x, larger = torch.randn(1, 256, 8, 8).bfloat16(), torch.randn(1, 256, 15, 16).bfloat16()
+        ours, halved = conv.bfloat16()(x), down(larger)
+    assert len(seen) == 2
     with torch.no_grad():
         assert relative(ours.float(), conv(x).float()) < 0.01
+        assert relative(halved.float(), down(larger).float()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_locked_weight_comes_to_lie_as_its_input(dtype):
+    locked, learning = (nn.Conv2d(8, 8, 3, padding=1).to(dtype).requires_grad_(i == 1) for i in range(2))
+    before = locked.weight.clone()
+    with torch.no_grad(), FasterOnCPU():
+        locked(torch.zeros(1, 8, 4, 4, dtype=dtype))
+        assert locked.weight.is_contiguous()
+        for conv in (locked, learning):
+            conv(torch.zeros(1, 8, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last))
+    assert locked.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(locked.weight, before)
+    assert learning.weight.is_contiguous(), "an optimizer may have views of it"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Five optimizers behind one step: what is moved by which, and going on from a state."""
 
+import copy
 import sys
 from typing import get_args
 
@@ -41,6 +42,16 @@ def test_muon_moves_inner_matrices_by_an_equal_amount_in_every_direction_and_ada
     assert moved.max() < 2 * moved.min(), "orthogonal, nearly: Newton and Schulz stop early"
     for name in ("conv_in.weight", "inner.bias"):  # AdamW's first step is the rate in every coordinate
         assert (after[name] - before[name]).abs().median().item() == pytest.approx(1e-2, rel=0.01)
+
+
+def test_weights_with_channels_last_are_moved_all_the_same(module):
+    module.requires_grad_(True)
+    other = nn.ModuleDict({name: copy.deepcopy(layer) for name, layer in module.items()})
+    make_step(module, Optimizer(module, "muon"))
+    other.to(memory_format=torch.channels_last)
+    make_step(other, Optimizer(other, "muon"))
+    pairs = zip(module.parameters(), other.parameters(), strict=True)  # Muon computes in bfloat16
+    assert all(torch.allclose(p, q, atol=1e-3) for p, q in pairs)
 
 
 def test_adamw_is_torch_s_own(module):

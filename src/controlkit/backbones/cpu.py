@@ -5,6 +5,7 @@ back for each intermediate result, which takes longer than the arithmetic. Every
 so that a picture does not depend on how busy the machine is. Figures are in docs/speed.md.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,22 +68,31 @@ def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor, inner: int) -> Tensor:
     return out.view(x.shape)
 
 
-def as_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of x (B, C, h, w), padded by one zero on each side, with a weight (K, C, 3, 3): (B, K, h, w).
+def as_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """The convolution of x (B, C, H, W), padded by one zero on each side, with a weight (K, C, 3, 3): (B, K, h, w).
 
     One product of matrices. With few places the direct way takes longer to bring the weight into its own order than to
-    convolve. The result's numbers lie with the channels last.
+    convolve. The result's numbers lie with the channels last, and are best to lie so in both arguments.
     """
     count, channels, height, width = x.shape
+    down, across = _strided(height, stride), _strided(width, stride)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     sample, row, place, _ = padded.stride()
-    patches = padded.as_strided((count, height, width, channels, 3, 3), (sample, row, place, 1, row, place))
-    found = F.linear(patches.reshape(-1, 9 * channels), weight.flatten(1), bias)
-    return found.view(count, height, width, -1).permute(0, 3, 1, 2)
+    strides = (sample, stride * row, stride * place, row, 1)
+    patches = padded.as_strided((count, down, across, 3, 3 * channels), strides)
+    matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    found = F.linear(patches.reshape(-1, 9 * channels), matrix, bias)
+    return found.view(count, down, across, -1).permute(0, 3, 1, 2)
 
 
-def _pays_as_product(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[-2:] == (3, 3) and min(weight.shape[:2]) >= 256 and x.shape[-2] * x.shape[-1] <= 64
+def _strided(side: int, stride: int) -> int:
+    """The places on a side that a convolution of three, padded by one, makes of so many."""
+    return (side - 1) // stride + 1
+
+
+def _pays_as_product(x: Tensor, weight: Tensor, stride: int) -> bool:
+    channels, places = min(weight.shape[:2]), math.prod(_strided(side, stride) for side in x.shape[-2:])
+    return weight.shape[-2:] == (3, 3) and channels >= 256 and places <= (256 if channels >= 1024 else 64)
 
 
 class FasterOnCPU(TorchFunctionMode):
@@ -102,14 +112,17 @@ class FasterOnCPU(TorchFunctionMode):
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor | None:
     """The convolution by Winograd's algorithm in float32, as a product in bfloat16, where they pay; else None."""
+    if x.device.type == "cpu" and not weight.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
+        # A locked weight is laid out as its input once, or else torch would do it at each call.
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if named or len(rest) != 4:
         return None
-    stride, padding, dilation, groups = rest
-    if (*stride, *padding, *dilation, groups) != (1,) * 7:
+    (stride, across), padding, dilation, groups = rest
+    if (*padding, *dilation, groups) != (1,) * 5 or stride != across:
         return None
     if _all_are(torch.bfloat16, x, weight):
-        return as_product(x, weight, bias) if _pays_as_product(x, weight) else None
-    if _all_are(torch.float32, x, weight) and (m := tile_of(x, weight)):
+        return as_product(x, weight, bias, stride) if _pays_as_product(x, weight, stride) else None
+    if stride == 1 and _all_are(torch.float32, x, weight) and (m := tile_of(x, weight)):
         return convolved(x, weight, bias, m)
     return None
 

@@ -52,7 +52,9 @@ class Optimizer:
     ) -> None:
         named, matrices = _matrices(module, name)
         # torch's Muon takes matrices alone, its Adafactor factors the last two sizes, which of a convolution are its
-        # kernel's: parameters that share the convolutions' memory.
+        # kernel's: parameters that share the convolutions' memory, which has to lie in rows for that.
+        for n in matrices:
+            named[n].data = named[n].data.contiguous()
         self._views = [(named[n], nn.Parameter(named[n].detach().view(len(named[n]), -1))) for n in matrices]
         views = [view for _, view in self._views]
         self._all = list(named.values())
