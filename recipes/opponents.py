@@ -96,7 +96,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the opponents.")],
     only: Annotated[list[str] | None, typer.Option(help="These opponents alone; repeatable.")] = None,
     factor: Annotated[float, typer.Option(help="A factor on each opponent's own operations.")] = 1.0,
-    share: Annotated[float, typer.Option(help="The share of them that each rate is tried with.")] = 0.1,
+    share: Annotated[float, typer.Option(help="The share of them that each rate is tried with.")] = 0.25,
     scenes: Annotated[int, typer.Option(help="Scenes to train on.")] = 6000,
     num: Annotated[int, typer.Option(help="Scenes to choose the rate on.")] = 24,
 ) -> None:

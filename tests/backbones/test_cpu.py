@@ -127,6 +127,8 @@ def test_only_plain_convolutions_in_float32_without_gradients_go_this_way(ways):
                 conv(x)
             plain.to(torch.bfloat16)(x.bfloat16())
             plain.to(torch.float64)(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                plain.to(torch.float32)(x)
         assert not ways
         with torch.no_grad():
             ours = plain.to(torch.float32)(x)
@@ -180,6 +182,36 @@ def test_only_plain_attention_in_bfloat16_without_gradients_goes_in_pieces(piece
             assert not pieces
             F.scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False)
     assert len(pieces) == 1
+
+
+@torch.no_grad()
+def test_functions_called_in_other_ways_are_torch_s_own(pieces):
+    x, weight = torch.randn(1, 8, 8, 8), torch.randn(8, 8, 3, 3)
+    query, key = heads(2, 2, 4, 8, dtype=torch.bfloat16), heads(1, 2, 4, 8, dtype=torch.bfloat16)
+    calls = {
+        "names": lambda: F.conv2d(input=x, weight=weight, padding=1),
+        "numbers": lambda: F.conv2d(x, weight, None, 1, 1, 1, 1),
+        "one picture": lambda: nn.Conv2d(8, 8, 3, padding=1)(x[0]).shape,
+        "same": lambda: F.conv2d(x, weight, None, (1, 1), "same", (1, 1), 1),
+        "broadcast": lambda: F.scaled_dot_product_attention(query, key, key),
+        "nothing": lambda: F.scaled_dot_product_attention(query[:, :, :0], query, query),
+        "rounded": lambda: torch.div(x, 1, rounding_mode="floor"),
+        "other": lambda: x.div(other=1),
+    }
+    for name, call in calls.items():
+        plain = call()
+        with FasterOnCPU():
+            ours = call()
+        assert ours == plain if isinstance(plain, tuple) else torch.equal(ours, plain), name
+    assert not pieces
+
+
+def test_it_works_in_inference_mode_and_leaves_weights_alone_there():
+    conv = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), FasterOnCPU():
+        conv(x)
+    assert conv.weight.is_contiguous()
 
 
 def test_a_division_by_one_makes_no_copy():

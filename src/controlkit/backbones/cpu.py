@@ -110,21 +110,26 @@ class FasterOnCPU(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if result is None else result
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor | None:
+def _convolution(*args: Any, **named: Any) -> Tensor | None:
     """The convolution by Winograd's algorithm in float32, as a product in bfloat16, where they pay; else None."""
-    if x.device.type == "cpu" and not weight.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
-        # A locked weight is laid out as its input once, or else torch would do it at each call.
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    if named or len(rest) != 4:
-        return None
-    (stride, across), padding, dilation, groups = rest
+    if named or len(args) != 7 or args[0].dim() != 4 or not all(isinstance(one, tuple) for one in args[3:6]):
+        return None  # not as layers call it
+    x, weight, bias, (stride, across), padding, dilation, groups = args
+    _lay_out(weight, x)
     if (*padding, *dilation, groups) != (1,) * 5 or stride != across:
         return None
     if _all_are(torch.bfloat16, x, weight):
         return as_product(x, weight, bias, stride) if _pays_as_product(x, weight, stride) else None
-    if stride == 1 and _all_are(torch.float32, x, weight) and (m := tile_of(x, weight)):
-        return convolved(x, weight, bias, m)
+    if stride == 1 and _all_are(torch.float32, x, weight) and not torch.is_autocast_enabled("cpu"):
+        return convolved(x, weight, bias, m) if (m := tile_of(x, weight)) else None
     return None
+
+
+def _lay_out(weight: Tensor, x: Tensor) -> None:
+    """Have a locked weight lie with the channels last, once, if its input does: torch would copy it at each call."""
+    free = weight.requires_grad or torch.is_inference_mode_enabled()
+    if x.device.type == "cpu" and not free and x.is_contiguous(memory_format=torch.channels_last):
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _attention(
@@ -139,14 +144,15 @@ def _attention(
 ) -> Tensor | None:
     """The attention in pieces, where it is plain and in bfloat16; else None."""
     plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa and query.dim() == 4
-    if not plain or not _all_are(torch.bfloat16, query, key, value):
+    alike = query.shape[:2] == key.shape[:2] == value.shape[:2] and query.numel() and key.numel()
+    if not plain or not alike or not _all_are(torch.bfloat16, query, key, value):
         return None
     return attention(query, key, value, scale)
 
 
-def _division(x: Tensor, by: Any) -> Tensor | None:
+def _division(x: Tensor, by: Any = None, **named: Any) -> Tensor | None:
     """x itself where it is divided by one: a copy takes longer than a normalisation; else None."""
-    return x if type(by) in (int, float) and by == 1 and x.is_floating_point() else None
+    return x if not named and type(by) in (int, float) and by == 1 and x.is_floating_point() else None
 
 
 def _all_are(dtype: torch.dtype, *values: Tensor) -> bool:
