@@ -28,6 +28,7 @@ from controlkit.reproduce.entrants import (
     pixels_of,
     write_report,
 )
+from controlkit.reproduce.order import order_words, ranks
 from controlkit.reproduce.rows import SystemRow
 
 KIND = "seg"
@@ -77,9 +78,11 @@ class Table2(Table):
     ceiling: Figure
 
     def notes(self) -> str:
-        """The words on floor and ceiling."""
+        """The words on the paper's order, floor and ceiling."""
         floors = "; ".join(f"{name} {figure}" for name, figure in self.floor.items())
-        return f"Floor: {floors}. Ceiling: {self.ceiling}."
+        systems = ranks(self.rows, lambda facts: (facts["paper"][0], facts["ours"]), leave_out=(TRUTH,))
+        order = order_words("IoU", systems, higher_is_better=True)
+        return " ".join(filter(None, (order, f"Floor: {floors}. Ceiling: {self.ceiling}.")))
 
 
 def make_table2(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table2:

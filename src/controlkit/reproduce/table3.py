@@ -32,6 +32,7 @@ from controlkit.reproduce.entrants import (
     entrant,
     write_report,
 )
+from controlkit.reproduce.order import order_words, ranks
 from controlkit.reproduce.rows import SystemRow
 from controlkit.reproduce.table2 import KIND
 
@@ -73,14 +74,18 @@ class Table3(Table):
     rows: Sequence[Row]
 
     def notes(self) -> str:
-        """Floor and ceiling, and the reasons why figures are missing, if any are."""
+        """The paper's order, floor and ceiling, and the reasons why figures are missing, if any are."""
         reports = [row.report for row in self.rows if isinstance(row, Row) and row.report]  # kept ones have their cells
         ends = [f"{reports[0][name]['mean']:.3f}" for name in ("floor_no_control", "ceiling")]
         words = (
             "Obedience: 0 is the better one of no control (mean IoU {}) and the same system with hints of others, 1 is "
             "the true pictures out of the VAE ({}).".format(*ends)
         )
-        return " ".join([words, *sorted({note for report in reports for note in report.get("notes", ())})])
+        systems = ranks(self.rows, lambda facts: (facts["paper"][0], facts["report"]["fid"]), leave_out=(NO_CONTROL,))
+        order = order_words("FID", systems, higher_is_better=False)
+        return " ".join(
+            [*filter(None, [order]), words, *sorted({note for report in reports for note in report.get("notes", ())})]
+        )
 
 
 def make_table3(base: Backbone, plan: Plan, out: Path, on_row: Callable[[str], None] = lambda name: None) -> Table3:
