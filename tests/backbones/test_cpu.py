@@ -88,17 +88,18 @@ def test_in_bfloat16_few_places_and_many_channels_go_as_a_product(monkeypatch):
         assert relative(halved.float(), down(larger).float()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_locked_weight_comes_to_lie_as_its_input(dtype):
-    locked, learning = (nn.Conv2d(8, 8, 3, padding=1).to(dtype).requires_grad_(i == 1) for i in range(2))
+def test_a_locked_weight_in_bfloat16_comes_to_lie_as_its_input():
+    locked, learning, single = (nn.Conv2d(8, 8, 3, padding=1).bfloat16().requires_grad_(i == 1) for i in range(3))
+    single.float()
     before = locked.weight.clone()
     with torch.no_grad(), FasterOnCPU():
-        locked(torch.zeros(1, 8, 4, 4, dtype=dtype))
+        locked(torch.zeros(1, 8, 4, 4).bfloat16())
         assert locked.weight.is_contiguous()
-        for conv in (locked, learning):
-            conv(torch.zeros(1, 8, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last))
+        for conv in (locked, learning, single):
+            conv(torch.zeros(1, 8, 4, 4).to(conv.weight.dtype).contiguous(memory_format=torch.channels_last))
     assert locked.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(locked.weight, before)
     assert learning.weight.is_contiguous(), "an optimizer may have views of it"
+    assert single.weight.is_contiguous()
 
 
 @pytest.fixture
@@ -207,8 +208,8 @@ def test_functions_called_in_other_ways_are_torch_s_own(pieces):
 
 
 def test_it_works_in_inference_mode_and_leaves_weights_alone_there():
-    conv = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
-    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(8, 8, 3, padding=1).bfloat16().requires_grad_(False)
+    x = torch.randn(1, 8, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), FasterOnCPU():
         conv(x)
     assert conv.weight.is_contiguous()

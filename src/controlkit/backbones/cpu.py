@@ -115,10 +115,12 @@ def _convolution(*args: Any, **named: Any) -> Tensor | None:
     if named or len(args) != 7 or args[0].dim() != 4 or not all(isinstance(one, tuple) for one in args[3:6]):
         return None  # not as layers call it
     x, weight, bias, (stride, across), padding, dilation, groups = args
-    _lay_out(weight, x)
+    halves = _all_are(torch.bfloat16, x, weight)
+    if halves:
+        _lay_out(weight, x)
     if (*padding, *dilation, groups) != (1,) * 5 or stride != across:
         return None
-    if _all_are(torch.bfloat16, x, weight):
+    if halves:
         return as_product(x, weight, bias, stride) if _pays_as_product(x, weight, stride) else None
     if stride == 1 and _all_are(torch.float32, x, weight) and not torch.is_autocast_enabled("cpu"):
         return convolved(x, weight, bias, m) if (m := tile_of(x, weight)) else None
@@ -126,9 +128,12 @@ def _convolution(*args: Any, **named: Any) -> Tensor | None:
 
 
 def _lay_out(weight: Tensor, x: Tensor) -> None:
-    """Have a locked weight lie with the channels last, once, if its input does: torch would copy it at each call."""
+    """Have a locked weight lie with the channels last, once, if its input does: torch would copy it at each call.
+
+    In float32 most convolutions go another way, and what this takes of memory stays more than it saves of time.
+    """
     free = weight.requires_grad or torch.is_inference_mode_enabled()
-    if x.device.type == "cpu" and not free and x.is_contiguous(memory_format=torch.channels_last):
+    if not free and x.is_contiguous(memory_format=torch.channels_last):
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
