@@ -130,7 +130,7 @@ def _convolution(*args: Any, **named: Any) -> Tensor | None:
 def _lay_out(weight: Tensor, x: Tensor) -> None:
     """Have a locked weight lie with the channels last, once, if its input does: torch would copy it at each call.
 
-    In float32 most convolutions go another way, and what this takes of memory stays more than it saves of time.
+    Not in float32: most convolutions go another way there, so it would take memory and save no time.
     """
     free = weight.requires_grad or torch.is_inference_mode_enabled()
     if not free and x.is_contiguous(memory_format=torch.channels_last):
