@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.baselines.taming import CODES, STRIDE, _quarter
+from controlkit.baselines.taming import CODE, CODES, DEAD, KEPT, STRIDE, _quarter
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,34 @@ def test_a_picture_becomes_codes_and_codes_a_picture(taming, material_for, toy_b
             tokens.flatten(), (2, side, side, taming.vq.config.latent_channels)
         )
     assert torch.equal(codes[:, :, 0, 1], taming.vq.quantize.embedding(tokens[:, 1]))
+
+
+def test_codes_that_nothing_is_near_are_drawn_anew(fresh):
+    made, rng = fresh("taming"), torch.Generator().manual_seed(0)
+    latents = torch.randn(2, CODE, 4, 4, generator=rng)
+    rows = latents.movedim(1, -1).flatten(0, -2)
+    made.revive(latents, rng)
+    codes, used = made.vq.quantize.embedding.weight.detach(), made.vq.used
+    assert torch.equal(used, torch.ones(CODES)) and float(torch.cdist(codes, rows).min(1).values.max()) < 1e-3
+    codes.copy_(torch.randn(codes.shape, generator=rng))
+    before = codes.clone()
+    used[3] = DEAD
+    alone = codes[7].view(1, CODE, 1, 1)
+    made.revive(alone, rng)
+    assert torch.equal(codes[3], before[7])
+    codes[3] = before[3]
+    assert torch.equal(codes, before), "those in use stay"
+    assert used[3] == used[7] == 1 and torch.allclose(used[8], torch.tensor(KEPT))
+
+
+def test_codes_are_drawn_anew_in_training_alone(fresh, material_for):
+    made = fresh("taming")
+    before = made.vq.quantize.embedding.weight.detach().clone()
+    made.loss(material_for("seg"), 0, "autoencoder")
+    assert torch.equal(made.vq.quantize.embedding.weight, before) and not made.vq.used.any()
+    made.begin("autoencoder")
+    made.loss(material_for("seg"), 0, "autoencoder")
+    assert not torch.equal(made.vq.quantize.embedding.weight, before) and made.vq.used.all()
 
 
 def test_gradients_pass_straight_through_the_codebook(taming):

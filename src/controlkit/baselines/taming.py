@@ -32,6 +32,8 @@ PATCH = 2 * STRIDE
 """Pixels a side of a patch of the label map."""
 TOP = 100
 """Tokens are drawn among so many, as there."""
+KEPT, DEAD = 0.9, 0.05
+"""A code's use fades by ``KEPT`` a step; below ``DEAD``, after some 30 steps without, it is drawn anew."""
 ADVERSARIAL = 0.8
 """The share of the critic's loss relative to the reconstruction's, by the gradients of the last layer (equation 7)."""
 
@@ -77,7 +79,7 @@ class Taming(Baseline):
             num_vq_embeddings=CODES,
             norm_num_groups=16,
         )
-        vq.quantize.embedding.weight.data.normal_()  # as spread as what the encoder gives, or few are ever used
+        vq.register_buffer("used", torch.zeros(CODES))
         self.gan = nn.ModuleDict({"vq": vq, "critic": Critic()})
         self.grid = base.size // STRIDE
         places = (base.size // PATCH) ** 2 + self.grid**2
@@ -103,17 +105,20 @@ class Taming(Baseline):
         """The loss of a stage: of the reconstruction, with the critic's; or the negative log-likelihood of tokens."""
         pixels = material.pictures(step)
         if stage == "autoencoder":
-            return self.reconstruction(_quarter(pixels, material.seed, step), False)
-        if stage == "vqgan":
-            return self.reconstruction(pixels, True)
+            pixels = _quarter(pixels, material.seed, step)
+        if stage in ("autoencoder", "vqgan"):
+            return self.reconstruction(pixels, stage == "vqgan", torch_rng("codes", material.seed, step))
         tokens = self.tokens(pixels)
         logits = self.logits(material.drawn(step).hints[""], tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
-    def reconstruction(self, pixels: Tensor, judged: bool) -> Tensor:
+    def reconstruction(self, pixels: Tensor, judged: bool, rng: torch.Generator) -> Tensor:
         """The absolute error of pictures (B, 3, H, W) as they come back, and the codebook's loss; ``judged``: with the
-        critic's opinion of them, and the critic's own hinge loss."""
-        made = self.vq(pixels)
+        critic's opinion of them, and the critic's own hinge loss. ``rng``: draws codes anew (``revive``)."""
+        latents = self.vq.encode(pixels).latents
+        if self.vq.training:
+            self.revive(latents, rng)
+        made = self.vq.decode(latents)
         error = (made.sample - pixels).abs().mean()
         loss = error + made.commit_loss.mean()
         if not judged:
@@ -126,6 +131,20 @@ class Taming(Baseline):
         weight = (ADVERSARIAL * slopes[0] / (slopes[1] + 1e-6)).clamp(max=1e4).detach()
         hinge = F.relu(1 - critic(pixels)).mean() + F.relu(1 + critic(made.sample.detach())).mean()
         return loss + weight * opinion + 0.5 * hinge
+
+    @torch.no_grad()
+    def revive(self, latents: Tensor, rng: torch.Generator) -> None:
+        """Draw codes that no latents (B, C, h, w) have been near for some steps anew, from these.
+
+        Or else a few codes stand for everything, and the transformer has nothing to learn. The first step draws all.
+        """
+        codes, rows = self.vq.quantize.embedding.weight, latents.movedim(1, -1).flatten(0, -2).float()
+        near = torch.cdist(rows, codes.float()).argmin(1)
+        self.vq.used.mul_(KEPT)[near] = 1.0
+        dead = self.vq.used < DEAD
+        chosen = torch.randint(len(rows), (int(dead.sum()),), generator=rng).to(rows.device)
+        codes[dead] = rows[chosen].to(codes)
+        self.vq.used[dead] = 1.0
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor) -> Tensor:
