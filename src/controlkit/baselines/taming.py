@@ -136,7 +136,8 @@ class Taming(Baseline):
     def revive(self, latents: Tensor, rng: torch.Generator) -> None:
         """Draw codes that no latents (B, C, h, w) have been near for some steps anew, from these.
 
-        Or else a few codes stand for everything, and the transformer has nothing to learn. The first step draws all.
+        Or else a few codes stand for everything, and the transformer has nothing to learn. The first step draws nearly
+        all.
         """
         codes, rows = self.vq.quantize.embedding.weight, latents.movedim(1, -1).flatten(0, -2).float()
         near = torch.cdist(rows, codes.float()).argmin(1)
