@@ -1,4 +1,4 @@
-"""What a CPU computes faster in another way: attention and feed-forward layers in pieces, convolutions by Winograd.
+"""Faster ways of a CPU: attention and feed-forward layers in pieces, convolutions by Winograd or as a product.
 
 Where a piece of the work fits into the processor's caches, memory need not be fetched from the system, filled and given
 back for each intermediate result, which takes longer than the arithmetic. Every rule here is one of shapes and formats,
@@ -138,17 +138,11 @@ def _lay_out(weight: Tensor, x: Tensor) -> None:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, *more: Any, scale: float | None = None, **others: Any
 ) -> Tensor | None:
     """The attention in pieces, where it is plain and in bfloat16; else None."""
-    plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa and query.dim() == 4
+    masked = bool(more) or others.pop("attn_mask", None) is not None
+    plain = not masked and not any(others.values()) and query.dim() == 4  # no dropout, not causal, no groups of heads
     alike = query.shape[:2] == key.shape[:2] == value.shape[:2] and query.numel() and key.numel()
     if not plain or not alike or not _all_are(torch.bfloat16, query, key, value):
         return None
