@@ -102,6 +102,8 @@ def attended(transformer: Any, h: Tensor, tokens: Tensor) -> Tensor:
         places = by_rows(block.ff, block.norm3(places), inner) + places
     places = transformer.proj_out(places) if linear else places
     h = places.unflatten(1, before.shape[-2:]).permute(0, 3, 1, 2)
+    if not before.is_contiguous(memory_format=torch.channels_last):
+        h = h.contiguous()  # as the base's own blocks leave it: norms round differently with the channels last
     return (h if linear else transformer.proj_out(h)) + in_rows(before, len(tokens))
 
 
