@@ -8,10 +8,10 @@ no control, where the prompt is all there is; ceiling: the hint with its own pro
     controlkit reproduce fig-limits --out runs/fig-limits
 
 Cost: `--quick` 1.8 minutes of CPU time (one thread of an AMD EPYC, AVX2, beside other work).
-Expected (`--quick`, 16 scenes): the prompt's solid is drawn in 19% [0%, 38%] under the hint (as with the hint's own
-prompt), with a strong prompt in 31% [6%, 56%], in mode "prompt" in 44% [19%, 69%], without control in 62% [38%, 88%]: a
-strong prompt mends little, as in the paper. The observer finds the true solid in 81% of the true pictures; the referee
-tells their captions apart in 44%, that is, not at all.
+Expected (64 scenes): the prompt's solid is drawn in 20% [11%, 31%] under the hint (19% with its own prompt), with
+a strong prompt in 34% [23%, 45%], in mode "prompt" in 45% [34%, 58%], without control in 72% [59%, 81%]: a strong
+prompt mends little, as in the paper. The observer finds the true solid in 80% of the true pictures; the referee tells
+their captions apart in 61% [50%, 73%], hardly.
 """
 
 import re
