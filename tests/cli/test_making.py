@@ -4,20 +4,23 @@ import numpy as np
 import pytest
 
 from controlkit import measure
+from controlkit.backbones import load_base
 from controlkit.images import grid, read_picture, read_settings, thumbnail
 from controlkit.measure import chosen_caption
 from controlkit.measure.captioned import known_concepts
+from controlkit.precision import weights_type
 from controlkit.sample import PLAIN_PROMPT, Request, Step, generate
 
 
-def test_a_preview_is_written_every_so_many_steps(run, toy_base, toy_folder, tmp_path, monkeypatch):
+def test_a_preview_is_written_every_so_many_steps(run, toy_folder, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr("controlkit.cli.making._Following._write_preview", lambda self, step: written.append(step.step))
     command = ["generate", "x", "--base", toy_folder, "--steps", 5, "--num-images", 2, "--out", tmp_path]
     assert run(*command, "--preview", 2)[0] == 0 and written == [2, 4]
     monkeypatch.undo()
     assert run(*command, "--preview", 2)[0] == 0
-    records = generate(toy_base, [Request(prompt="x", steps=5, seed=seed) for seed in (0, 1)])
+    base = load_base(toy_folder, dtype=weights_type("cpu"))  # as the command does
+    records = generate(base, [Request(prompt="x", steps=5, seed=seed) for seed in (0, 1)])
     [shown] = [record.preview() for record in records if isinstance(record, Step) and record.step == 4]
     assert np.array_equal(read_picture(tmp_path / "preview.png"), grid([shown], cell=256))
 
