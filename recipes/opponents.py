@@ -7,7 +7,7 @@
 Each opponent is tried at its three rates with a share of the operations, measured on scenes that are neither trained
 nor reported on, and trained whole at the best rate. Where guidance leads away from no hint, its strength is chosen on
 the same scenes. Run the same command again to go on. Leaves ``OUT/NAME``, which
-``controlkit reproduce`` reads, and ``OUT/rates.json``: the fidelity of each try with its cost. One thread is used.
+``controlkit reproduce`` reads, ``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity of each try with its cost. One thread is used.
 """
 
 import json
@@ -55,7 +55,6 @@ def tried(base: Backbone, name: str, folder: Path, num: int, strength: float = 4
         "fidelity": figure.mean,
         "low": figure.low,
         "high": figure.high,
-    } | {
         "steps": about.step,
         "seconds": about.seconds,
         "flops": about.flops,

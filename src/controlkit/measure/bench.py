@@ -234,7 +234,8 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
         told(f"{name}: {taken:.3f} s")
     bench.laid_out(torch.contiguous_format)
     report, throughput = _report(plan, bench, seconds), _throughput(bench, told)
-    told("the peer in float32, to compare both with")  # last, as its weights stay in float32
+    if bench.dtype != torch.float32:
+        told("the peer in float32, to compare both with")  # last, as its weights stay in float32
     return report | {
         "distance": _distance(*latents),
         "distance_ratio": _distance_ratio(bench, *latents),
