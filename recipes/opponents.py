@@ -6,8 +6,8 @@
 
 Each opponent is tried at its three rates with a share of the operations, measured on scenes that are neither trained
 nor reported on, and trained whole at the best rate. Where guidance leads away from no hint, its strength is chosen on
-the same scenes. Run the same command again to go on. Leaves ``OUT/NAME``, which
-``controlkit reproduce`` reads, ``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity of each try with its cost. One thread is used.
+the same scenes. Run the same command again to go on. Leaves ``OUT/NAME``, which ``controlkit reproduce`` reads, and
+``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity of each try with its cost. One thread is used.
 """
 
 import json
