@@ -2,15 +2,18 @@
 
     nice -n 19 python recipes/opponents.py --out runs/opponents            # all; hours, see docs/reproduction.md
     python recipes/opponents.py --out runs/opponents --only piti --only lite
+    python recipes/opponents.py --out runs/opponents --only lite --hint canny      # on other hints, in OUT/lite-canny
     controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 
 Each opponent is tried at its three rates with a share of the operations, measured on scenes that are neither trained
 nor reported on, and trained whole at the best rate. Where guidance leads away from no hint, its strength is chosen on
-the same scenes. Run the same command again to go on. Leaves ``OUT/NAME``, which ``controlkit reproduce`` reads, and
-``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity of each try with its cost. One thread is used.
+the same scenes. Run the same command again to go on. Leaves ``OUT/NAME`` (``OUT/NAME-KIND`` on other hints than an
+opponent's own), which ``controlkit reproduce`` reads, and ``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity
+of each try with its cost. One thread is used.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,9 +64,9 @@ def tried(base: Backbone, name: str, folder: Path, num: int, strength: float = 4
     }
 
 
-def train(base: Backbone, name: str, settings: Settings, folder: Path, material: Material) -> None:
+def train(base: Backbone, row: Opponent, settings: Settings, folder: Path, material: Material) -> None:
     """Train, or go on, and write the curve."""
-    for record in train_baseline(name, base, settings, folder, material=material):
+    for record in train_baseline(row.name, base, settings, folder, row.hint, material=material):
         if record.step % 100 == 0:
             console.print(f"{folder}: step {record.step}, {record.stage}, loss {record.loss:.4f}", highlight=False)
     write_curve(folder)
@@ -83,17 +86,18 @@ def note(path: Path, name: str, found: list[dict[str, Any]]) -> None:
 
 def choose_strength(base: Backbone, row: Opponent, out: Path, num: int) -> None:
     """Choose the strength of a trained opponent's guidance, and write it into its record."""
-    folder = out / row.name
+    folder = out / row.folder
     found = [tried(base, row.name, folder, num, strength) for strength in row.strengths]
-    note(out / "strengths.json", row.name, found)
+    note(out / "strengths.json", row.folder, found)
     best = best_of(found, row, base)["strength"]
     write_about(folder, read_about(folder).model_copy(update={"strength": best}))
-    console.print(f"{row.name}: guidance {best:g} of {[round(one['fidelity'], 3) for one in found]}", highlight=False)
+    console.print(f"{row.folder}: guidance {best:g} of {[round(one['fidelity'], 3) for one in found]}", highlight=False)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the opponents.")],
     only: Annotated[list[str] | None, typer.Option(help="These opponents alone; repeatable.")] = None,
+    hint: Annotated[str, typer.Option(help="The kind of hints; else each opponent's own.")] = "",
     factor: Annotated[float, typer.Option(help="A factor on each opponent's own operations.")] = 1.0,
     share: Annotated[float, typer.Option(help="The share of them that each rate is tried with.")] = 0.25,
     scenes: Annotated[int, typer.Option(help="Scenes to train on.")] = 6000,
@@ -103,27 +107,27 @@ def main(
     torch.set_num_threads(1)
     base = load_base("mini")
     chosen = [opponent(name) for name in only or OPPONENTS]
-    for row in [row for row in chosen if row.learns]:
+    for row in [replace(row, hint=hint or row.hint) for row in chosen if row.learns]:
         common = {"steps": 10**6, "batch": row.batch, "scenes": scenes}
-        material = material_of(row.new(base), Settings(**common), out / "pairs" / row.hint)  # of all of that kind
+        material = material_of(row.new(base), Settings(**common), out / "pairs" / f"{row.hint}-{scenes}")
         found = []
         for rate in row.rates:
-            folder = out / "rates" / row.name / f"{rate:g}"
+            folder = out / "rates" / row.folder / f"{rate:g}"
             try:
-                train(base, row.name, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
+                train(base, row, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
             except Diverged as error:
-                console.print(f"{row.name} at {rate:g}: {error}", highlight=False)
+                console.print(f"{row.folder} at {rate:g}: {error}", highlight=False)
                 continue
             found.append(tried(base, row.name, folder, num))
-            console.print(f"{row.name} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
+            console.print(f"{row.folder} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
         if not found:
-            raise typer.BadParameter(f"{row.name} learns at none of its rates {row.rates}: give it lower ones.")
-        note(out / "rates.json", row.name, found)
+            raise typer.BadParameter(f"{row.folder} learns at none of its rates {row.rates}: give it lower ones.")
+        note(out / "rates.json", row.folder, found)
         rate = best_of(found, row, base)["rate"]
-        train(base, row.name, Settings(rate=rate, pflop=factor * row.pflop, **common), out / row.name, material)
+        train(base, row, Settings(rate=rate, pflop=factor * row.pflop, **common), out / row.folder, material)
         if row.strengths:
             choose_strength(base, row, out, num)
-        console.print(f"[bold green]done[/]: {out / row.name} at {rate:g}")
+        console.print(f"[bold green]done[/]: {out / row.folder} at {rate:g}")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def trainings(recipe, monkeypatch, error, rates):
     """The rates that are trained whole; tries at ``rates`` raise."""
     whole = []
 
-    def train(base, name, settings, folder, material):
-        if folder.parent.name != name:
+    def train(base, row, settings, folder, material):
+        if folder.parent.name != row.folder:
             whole.append(settings.rate)
         elif settings.rate in rates:
             raise error
@@ -66,6 +66,16 @@ def test_a_rate_at_which_the_loss_is_no_number_is_left_out(recipe, monkeypatch, 
     recipe.main(tmp_path, ["lite"])
     assert whole == [RATES[1]]
     assert [one["rate"] for one in json.loads((tmp_path / "rates.json").read_text())["lite"]] == [*RATES[1:]]
+
+
+def test_other_hints_have_a_folder_of_their_own(recipe, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(recipe, "train", lambda base, row, settings, folder, material: seen.append((row.hint, folder)))
+    recipe.main(tmp_path, ["lite", "sketch-guided"], hint="canny")
+    tries = [tmp_path / "rates" / "lite-canny" / f"{rate:g}" for rate in RATES]
+    assert seen[:4] == [("canny", folder) for folder in [*tries, tmp_path / "lite-canny"]]
+    assert seen[-1] == ("canny", tmp_path / "sketch-guided")
+    assert json.loads((tmp_path / "rates.json").read_text()).keys() == {"lite-canny", "sketch-guided"}
 
 
 def test_other_faults_and_no_rate_at_all_end_it(recipe, monkeypatch, tmp_path):

@@ -48,6 +48,11 @@ class Opponent:
         """Whether there is anything to train."""
         return self.build is not NoControl
 
+    @property
+    def folder(self) -> str:
+        """The name of its folder among others': its own, with the kind of hints where that is not its own."""
+        return self.name if self.hint == OPPONENTS[self.name].hint else f"{self.name}-{self.hint}"
+
     def new(self, base: Backbone, hint: str = "", seed: int = 0) -> Baseline:
         """A fresh one for hints of a kind, with weights drawn by ``seed``; raises where a base cannot have it."""
         with torch.random.fork_rng(devices=[]):

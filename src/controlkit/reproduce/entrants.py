@@ -170,9 +170,9 @@ def advice(rows: Sequence[SystemRow], opponents: Path | None) -> str:
 
 def training(name: str, kind: str, opponents: Path | None) -> str:
     """The command that trains an opponent on hints of a kind, "" for its own kind, where reports look for it."""
-    other = kind and kind != OPPONENTS[name].hint
-    words, ending = (f" --hint {kind}", f"-{kind}") if other else ("", "")
-    return f"`controlkit baseline train {name}{words} --out {opponents or 'runs/opponents'}/{name}{ending}`"
+    row = replace(OPPONENTS[name], hint=kind or OPPONENTS[name].hint)
+    words = f" --hint {kind}" if row.folder != name else ""
+    return f"`controlkit baseline train {name}{words} --out {opponents or 'runs/opponents'}/{row.folder}`"
 
 
 class Cells(Protocol):
