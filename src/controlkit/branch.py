@@ -44,7 +44,7 @@ def in_rows(value: Any, count: int) -> Any:
     """Rows (b, ...), or a mapping of such, repeated to ``count`` of them where they are fewer."""
     if isinstance(value, Mapping):
         return {name: in_rows(one, count) for name, one in value.items()}
-    return value if len(value) == count else value.repeat(count // len(value), *[1] * (value.dim() - 1))
+    return value if len(value) == count else torch.cat([value] * (count // len(value)))  # which keeps the layout
 
 
 @dataclass(frozen=True)

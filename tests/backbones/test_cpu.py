@@ -35,20 +35,40 @@ def test_in_bfloat16_its_error_is_that_of_rounded_scores():
     query, key, value = (heads(1, 2, 300, 40, dtype=torch.bfloat16) for _ in range(3))
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     assert relative(attention(query, key, value).double(), exact) < 0.01
-    query[:, :, 0] *= 1000  # scores of thousands: the largest is taken off before they become powers
-    assert attention(query, key, value).isfinite().all()
+
+
+@pytest.mark.parametrize("width", [40, 64], ids=["sum beside the values", "sum of its own"])
+def test_scores_beyond_powers_of_two_are_searched_for_the_largest(width, monkeypatch):
+    """Rows of scores around +-1000, of which powers would be infinite or zero; and the rest of that head after them."""
+    monkeypatch.setattr(cpu, "_PIECE", 64 * 100)
+    query, key, value = (heads(2, 3, 100, width, dtype=torch.bfloat16) for _ in range(3))
+    key[0, 1] = key[0, 1].abs()
+    query[0, 1, 70], query[0, 1, 71] = -30.0, 30.0
+    soft = []
+    plain = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *args, **named: soft.append(args) or plain(*args, **named))
+    ours = attention(query, key, value)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert len(soft) == 1, "one piece of one head"
+    assert relative(ours.double(), exact) < 0.02
+    query[0, 1, 5] = 30.0
+    attention(query, key, value)
+    assert len(soft) == 3, "both pieces of that head"
 
 
 @pytest.mark.parametrize("shape", [(2, 50, 16), (1, 1, 16), (3, 7, 2, 16)])
 def test_a_layer_by_rows_is_the_layer(shape, monkeypatch):
-    monkeypatch.setattr(cpu, "_PIECE", 128 * 9)  # nine rows at once, where there are over 36
+    monkeypatch.setattr(
+        cpu, "_PIECE", 128 * 8
+    )  # nine rows at once, three and a multiple of three, where there are over 32
+    monkeypatch.setattr(cpu, "_ROWS", 3)
     layer = FeedForward(16).double().eval()
     x = torch.randn(shape, dtype=torch.float64)
     counts = []
     layer.register_forward_pre_hook(lambda module, args: counts.append(args[0].numel() // 16))
     with torch.no_grad():
         ours = by_rows(layer, x, 128)
-        assert counts == ([9] * 11 + [1] if x.numel() > 36 * 16 and len(shape) == 3 else counts)
+        assert counts == ([9] * 11 + [1] if x.numel() > 32 * 16 and len(shape) == 3 else counts)
         assert sum(counts) == x.numel() // 16 and (max(counts) <= 9 or len(counts) == 1)
         assert ours.shape == x.shape and torch.allclose(ours, layer(x), atol=1e-12)
     counts.clear()
