@@ -85,7 +85,11 @@ def test_half_precision_is_compared_with_the_peer_in_float32(small, toy_folder, 
     made.control.branch.bfloat16()
     made = Bench(PLAN, torch.bfloat16)
     ours, theirs = made.ours().float(), made.theirs().float()
-    ratio = bench._distance_ratio(made, ours, theirs)
+    said = []
+    with monkeypatch.context() as full:
+        full.setattr(bench.Meter, "free", lambda self: 0)
+        assert bench._distance_ratio(made, ours, theirs, said.append) is None and "which are not free" in said[0]
+    ratio = bench._distance_ratio(made, ours, theirs, said.append)
     found = made.theirs()
     assert found.dtype == torch.float32 and (found - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
     assert ratio == pytest.approx(float((ours - found).norm() / (theirs - found).norm())) and 0.5 < ratio < 2

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from controlkit.annotators import contract
 from controlkit.backbones import load_base
-from controlkit.backbones.memory import high_water
+from controlkit.backbones.memory import Meter, bytes_of, high_water
 from controlkit.backbones.random import draw, random_base
 from controlkit.backbones.stock import stock_decode, stock_pipeline
 from controlkit.controls import new_control
@@ -234,11 +234,9 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
         told(f"{name}: {taken:.3f} s")
     bench.laid_out(torch.contiguous_format)
     report, throughput = _report(plan, bench, seconds), _throughput(bench, told)
-    if bench.dtype != torch.float32:
-        told("the peer in float32, to compare both with")  # last, as its weights stay in float32
     return report | {
         "distance": _distance(*latents),
-        "distance_ratio": _distance_ratio(bench, *latents),
+        "distance_ratio": _distance_ratio(bench, *latents, told),  # last, as the weights stay in float32
         "pictures_a_minute": throughput,
         "memory": memory,
         "memory_ratio": memory["exact"] / memory["diffusers"],
@@ -264,10 +262,19 @@ def _distance(latents: Tensor, exact: Tensor) -> float:
     return float((latents - exact).norm() / exact.norm())
 
 
-def _distance_ratio(bench: Bench, ours: Tensor, theirs: Tensor) -> float | None:
-    """Our distance from the peer's latents in float32, over the peer's own; None where it computed in float32."""
+def _distance_ratio(bench: Bench, ours: Tensor, theirs: Tensor, told: Callable[[str], None]) -> float | None:
+    """Our distance from the peer's latents in float32, over the peer's own.
+
+    None where it computed in float32, or there is no memory for that.
+    """
     if bench.dtype == torch.float32:
         return None
+    networks = [one for one in bench.pipeline.components.values() if isinstance(one, nn.Module)]
+    grows = sum(weight.numel() * 4 for network in networks for weight in network.parameters()) - bytes_of(networks)
+    if grows > 0.9 * Meter(bench.base).free():
+        told(f"no distance_ratio: the peer in float32 takes {grows / 1e9:.1f} GB more, which are not free")
+        return None
+    told("the peer in float32, to compare both with")
     exact = bench.theirs_in_float32().float()
     return _distance(ours, exact) / _distance(theirs, exact)
 
