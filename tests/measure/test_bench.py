@@ -88,10 +88,13 @@ def test_half_precision_is_compared_with_the_peer_in_float32(small, toy_folder, 
     said = []
     with monkeypatch.context() as full:
         full.setattr(bench.Meter, "free", lambda self: 0)
-        assert bench._distance_ratio(made, ours, theirs, said.append) is None and "which are not free" in said[0]
-    ratio = bench._distance_ratio(made, ours, theirs, said.append)
+        assert bench._beside_float32(made, ours, theirs, 1.0, said.append) == {} and "which are not free" in said[0]
+    monkeypatch.setattr(bench, "timed", lambda work, device: work() is not None and 6.0)
+    ratios = bench._beside_float32(made, ours, theirs, 2.0, said.append)
+    assert ratios["ratio_eager_fp32"] == 3.0 / PLAN.steps
     found = made.theirs()
     assert found.dtype == torch.float32 and (found - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
+    ratio = ratios["distance_ratio"]
     assert ratio == pytest.approx(float((ours - found).norm() / (theirs - found).norm())) and 0.5 < ratio < 2
 
 
