@@ -110,3 +110,11 @@ def test_the_first_blocks_run_once_a_picture(toy_base, deep_base, kind):
             hook.remove()
         once = [2, 2, 2, 6] if len(rows) == 4 * len(bodies) else [2, 2]
         assert rows == [*once] * len(bodies)
+
+
+def test_repeated_rows_keep_their_layout():
+    x = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        repeated = in_rows({"": x.contiguous(memory_format=layout)}, 4)[""]
+        assert repeated.is_contiguous(memory_format=layout) and torch.equal(repeated, torch.cat([x, x]))
+    assert in_rows(x, 2) is x
