@@ -30,7 +30,8 @@ def small(base, drawn_joins, monkeypatch):
     saved = SavedControl(drawn_joins(new_control(base), 2, base).eval().requires_grad_(False), contract("canny"))
     monkeypatch.setattr(bench, "load_base", lambda *args, **options: base)
     monkeypatch.setattr(bench, "load_control", lambda *args: saved)
-    monkeypatch.setattr(bench, "_memory", lambda plan, system: 3 if system == "exact" else 4)
+    alone = {"exact": bench.Alone(3, 1.0), "diffusers": bench.Alone(4, 1.5)}
+    monkeypatch.setattr(bench, "_alone", lambda plan, system: alone[system])
     monkeypatch.setattr(bench, "_rate", lambda dtype, device: 1e11)  # a product that takes seconds
 
 
@@ -57,6 +58,7 @@ def test_the_report(small, run, tmp_path):
     found = bench_sample(PLAN, words.append)
     seconds = found["seconds_a_step"]
     assert found["distance"] <= 1e-4 and found["memory_ratio"] == 0.75 and found["distance_ratio"] is None
+    assert found["memory"] == {"exact": 3, "diffusers": 4} and found["ratio_first_step"] == 1.5
     assert found["ratio_best"] == min(seconds["diffusers"], seconds["diffusers channels-last"]) / seconds["exact"]
     assert found["ratio_eager_bf16"] is None and found["ratio_eager_fp32"] == seconds["diffusers"] / seconds["exact"]
     assert found["share_of_limit"] == found["flops_a_step"] / found["rate_of_a_product"] / seconds["exact"]
@@ -96,6 +98,12 @@ def test_half_precision_is_compared_with_the_peer_in_float32(small, toy_folder, 
     assert found.dtype == torch.float32 and (found - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
     ratio = ratios["distance_ratio"]
     assert ratio == pytest.approx(float((ours - found).norm() / (theirs - found).norm())) and 0.5 < ratio < 2
+
+
+@pytest.mark.parametrize("system", ["exact", "diffusers"])
+def test_a_system_alone(small, system):
+    alone = bench.in_this_process(system, PLAN)
+    assert alone.memory > 2**20 and 0 < alone.seconds < 60
 
 
 def test_where_memory_cannot_be_measured_it_is_said_before_anything_is_timed(small, monkeypatch):

@@ -4,6 +4,7 @@ Ours and the peer's turns alternate in one process, warm; medians are compared (
 ControlNet and guidance, from the same noise, prompts and hint.
 """
 
+import json
 import os
 import platform
 import statistics
@@ -194,8 +195,8 @@ def alternating(systems: dict[str, Callable[[], float]], turns: int) -> Iterator
 
 def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
     """The facts of a benchmark, ready for JSON: medians, spreads and ratios of seconds a step, memory, the machine."""
-    told("the memory of each, in a process of its own")  # first, as the networks here would leave it too little
-    memory = {system: _memory(plan, system) for system in ("exact", "diffusers")}
+    told("the memory and the first step of each, in a process of its own")  # as the networks here leave too little
+    alone = {system: _alone(plan, system) for system in ("exact", "diffusers")}
     bench = Bench(plan)
     told(f"{plan.size}, {bench.side} pixels, {_name(bench.dtype)}, {plan.steps} steps a turn, {plan.turns} turns")
     latents = bench.ours().float(), bench.theirs().float()
@@ -239,8 +240,10 @@ def bench_sample(plan: BenchPlan, told: Callable[[str], None] = lambda words: No
     return report | {
         "distance": _distance(*latents),
         "pictures_a_minute": throughput,
-        "memory": memory,
-        "memory_ratio": memory["exact"] / memory["diffusers"],
+        "memory": {system: one.memory for system, one in alone.items()},
+        "memory_ratio": alone["exact"].memory / alone["diffusers"].memory,
+        "seconds_of_first_step": {system: one.seconds for system, one in alone.items()},
+        "ratio_first_step": alone["diffusers"].seconds / alone["exact"].seconds,
     }
 
 
@@ -346,30 +349,38 @@ def _flops(bench: Bench) -> float:
     return float(counter.get_total_flops())
 
 
-def _memory(plan: BenchPlan, system: str) -> int:
-    """The peak memory of one step and a picture's decoding in a process of its own, in bytes."""
+@dataclass(frozen=True)
+class Alone:
+    """A system in a fresh process: one step and a picture's decoding."""
+
+    memory: int
+    """Peak bytes."""
+    seconds: float
+    """Of the step, the first of that process."""
+
+
+def _alone(plan: BenchPlan, system: str) -> Alone:
+    """Measure a system in a process of its own."""
     words = [sys.executable, "-m", "controlkit.measure.bench", system, plan.size, plan.device, str(plan.side or 0)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         last = one_line(done.stderr.strip().rpartition("\n")[2])
         raise OutOfRoom(f"The process that measures the memory of {system} ended with {done.returncode} ({last}).")
-    return int(done.stdout.split()[-1])
+    return Alone(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def peak_of(system: str, plan: BenchPlan) -> int:
-    """The peak memory of this process in bytes, after one step of a system and a picture's decoding."""
+def in_this_process(system: str, plan: BenchPlan) -> Alone:
+    """Measure a system in this process, which has made no step before."""
     bench = Bench(replace(plan, steps=1))
     if system == "exact":
-        bench.ours()
+        seconds = timed(bench.ours, plan.device)
         bench.decode()
     else:
         bench.pipeline  # noqa: B018  # made while the control is there
         bench.control = replace(bench.control, branch=nn.Identity())  # type: ignore[arg-type]  # the peer has its own
-        bench.theirs()
+        seconds = timed(bench.theirs, plan.device)
         bench.decode_theirs()
-    if plan.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return high_water()
+    return Alone(torch.cuda.max_memory_allocated() if plan.device == "cuda" else high_water(), seconds)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -398,4 +409,5 @@ def machine(device: str) -> dict[str, Any]:
 if __name__ == "__main__":
     words = sys.argv[1:]
     side = int(words[3]) or None
-    print(peak_of(words[0], BenchPlan(size=words[1], device=words[2], side=side)))  # type: ignore[arg-type]
+    plan = BenchPlan(size=words[1], device=words[2], side=side)  # type: ignore[arg-type]
+    print(json.dumps(asdict(in_this_process(words[0], plan))))
