@@ -78,7 +78,7 @@ def test_generate_writes_pictures_with_settings_hint_and_grid(run, toy_folder, c
     assert again.controls == (ControlRequest(name=str(control), images=drawing, hint_cfg_scale=1.0),)
     (tmp_path / "request.json").write_text(json.dumps(written | {"seed": 5}))
     repeat = ["generate", "--request", tmp_path / "request.json", "--base", toy_folder, "--out", tmp_path / "again"]
-    code, _, err = run(*repeat, "--num-images", 2)
+    code, _, err = run(*repeat, "--num", 2)
     assert code == 0, err
     assert (tmp_path / "again" / "picture-6.png").read_bytes() == (out / "picture-6.png").read_bytes()
     code, _, err = run(*repeat, "--steps", 3)

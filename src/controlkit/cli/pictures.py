@@ -169,7 +169,7 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on. -1 draws one.")] = 0,
-    num_images: Annotated[int, typer.Option(help="How many pictures.", min=1, max=MOST)] = 1,
+    num_images: Annotated[int, typer.Option("--num-images", "--num", help="How many pictures.", min=1, max=MOST)] = 1,
     size: SizeOption = None,
     init_image: Annotated[
         Path | None, typer.Option(help="A picture to be changed; where it is transparent, it is made anew.")
