@@ -7,9 +7,9 @@ holds are counted, the same on every machine, also at Stable Diffusion 1.5's siz
 
     controlkit reproduce cost --out runs/cost
 
-Cost: `--quick` 0.7 minutes of CPU time (one thread of an AMD EPYC, AVX2, beside other work).
+Cost: 0.4 minutes (one thread of an AMD EPYC with AVX-512 BF16, beside other work).
 Expected: a step with a branch, beside fine-tuning: at Stable Diffusion 1.5's size operations -6% and memory -15% (9,061
-GFLOP and 27.9 GB for 4 pictures); on `mini` operations +77%, memory +6%, time +67%, as its hint encoder reads 128
+GFLOP and 27.9 GB for 4 pictures); on `mini` operations +77%, memory -5%, time +45%, as its hint encoder reads 128
 pixels for a small base. The paper's +23% and +34% cannot be beside fine-tuning of the whole base in float32.
 """
 
