@@ -17,9 +17,9 @@ Cost: ``--num 192`` 2 minutes with both at hand; half an hour and ten minutes on
 --factor 0.5 --share 0.25 --only depth2img`` and ``--only controlnet --hint depth --scenes 1000`` (an AMD EPYC with
 AVX-512 BF16, bfloat16).
 Expected (192 scenes, half of the operations): depth RMSE of the large model 0.078, ControlNet 0.090, depth as shipped
-0.073, no control 0.165, true pictures 0.066. ControlNet is told from the large model in 0.85 ± 0.05, the shipped control
-in 0.88, true pictures in 0.90, the large model with other seeds in 0.52: so it is told apart here. With 64 scenes that
-floor is 0.67, and between other pairs of seeds 0.45 to 0.60: take many. Paper: 0.52 ± 0.17.
+0.073, no control 0.165, true pictures 0.066. ControlNet is told from the large model in 0.85 ± 0.05, the shipped
+control in 0.88, true pictures in 0.90, the large model with other seeds in 0.52: so it is told apart here. With 64
+scenes that floor is 0.67, and between other pairs of seeds 0.45 to 0.60: take many. Paper: 0.52 ± 0.17.
 """
 
 from collections.abc import Callable, Sequence
