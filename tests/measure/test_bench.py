@@ -100,6 +100,12 @@ def test_half_precision_is_compared_with_the_peer_in_float32(small, toy_folder, 
     assert ratio == pytest.approx(float((ours - found).norm() / (theirs - found).norm())) and 0.5 < ratio < 2
 
 
+def test_a_process_of_its_own_is_read_by_its_last_line(monkeypatch):
+    said = 'a warning\n{"memory": 5, "seconds": 0.5}\n'
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **named: bench.subprocess.CompletedProcess([], 0, said))
+    assert bench._alone(PLAN, "exact") == bench.Alone(5, 0.5)
+
+
 @pytest.mark.parametrize("system", ["exact", "diffusers"])
 def test_a_system_alone(small, system):
     alone = bench.in_this_process(system, PLAN)

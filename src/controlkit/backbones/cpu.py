@@ -1,8 +1,8 @@
 """Faster ways of a CPU: attention and feed-forward layers in pieces, convolutions by Winograd or as a product.
 
 Where a piece of the work fits into the processor's caches, memory need not be fetched from the system, filled and given
-back for each intermediate result, which takes longer than the arithmetic. Every rule here is one of shapes and formats,
-so that a picture does not depend on how busy the machine is. Figures are in docs/speed.md.
+back for each intermediate result, which takes longer than the arithmetic. Every rule here is one of shapes, formats and
+a picture's own numbers, so that it does not depend on how busy the machine is. Figures are in docs/speed.md.
 """
 
 import math
@@ -27,8 +27,8 @@ _LEAST = 2.0**-100
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Attention of query (B, H, N, D) to key (B, H, M, D) and value (B, H, M, E), in pieces of rows: (B, H, N, E).
 
-    Products of matrices and softmax are those of the plain definition. Torch's fused kernel keeps scores in float32,
-    but runs its many small products in bfloat16 at a sixth of the machine's rate.
+    Products of matrices and powers of two, divided by their sum; a softmax where those leave the number format. Torch's
+    fused kernel keeps scores in float32, but runs its small products in bfloat16 at a sixth of the machine's rate.
 
     Args:
         query: of one number format with the others.

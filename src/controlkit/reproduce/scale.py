@@ -9,8 +9,8 @@ equally many steps, and measured on concepts that no control has seen.
 
 Run the same command again to go on after an interruption. Emoji are fetched by npm, once.
 
-Cost: 45 minutes on one thread (AMD EPYC with AVX-512 BF16, bfloat16), of them 28 for steps; ``--quick`` 3.2 minutes of
-CPU time (AVX2).
+Cost: about 45 minutes on one thread without pauses (AMD EPYC with AVX-512 BF16, bfloat16), of them 28 for steps;
+``--quick`` 3.2 minutes of CPU time (AVX2).
 Expected: of 100, 1,000, 10,000 and 100,000 pictures (800 steps each, 32 scenes) obedience is 0.52, 0.76, 0.75, 0.76
 (+- 0.04), CLIP-score 0.60, 0.72, 0.73, 0.72 (without control 0.71), FID 53.1, 40.9, 41.2, 41.3 (41.5). So 1,000
 pictures do not collapse, as in the paper, and more add nothing in so few steps; 100, each seen 128 times, follow the
