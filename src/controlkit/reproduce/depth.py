@@ -13,13 +13,13 @@ tells apart (floor), and true pictures and those without control, which differ (
 Opponents that are not in the folder (``depth2img``, ``controlnet-depth``) are trained below ``--out``; run the same
 command again to go on after an interruption.
 
-Cost: ``--num 192`` 2 minutes with both at hand; half an hour and ten minutes on one thread for ``recipes/opponents.py
+Cost: 2 minutes with both at hand; half an hour and ten minutes on one thread for ``recipes/opponents.py
 --factor 0.5 --share 0.25 --only depth2img`` and ``--only controlnet --hint depth --scenes 1000`` (an AMD EPYC with
 AVX-512 BF16, bfloat16).
-Expected (192 scenes, half of the operations): depth RMSE of the large model 0.078, ControlNet 0.090, depth as shipped
+Expected (half of the operations): depth RMSE of the large model 0.078, ControlNet 0.090, depth as shipped
 0.073, no control 0.165, true pictures 0.066. ControlNet is told from the large model in 0.85 ± 0.05, the shipped
 control in 0.88, true pictures in 0.90, the large model with other seeds in 0.52: so it is told apart here. With 64
-scenes that floor is 0.67, and between other pairs of seeds 0.45 to 0.60: take many. Paper: 0.52 ± 0.17.
+scenes in place of 192 that floor is 0.67, and between other pairs of seeds 0.45 to 0.60. Paper: 0.52 ± 0.17.
 """
 
 from collections.abc import Callable, Sequence

@@ -51,7 +51,7 @@ REPORTS = {
     "fig-convergence": Report(
         "Figure 4", convergence.make_convergence, convergence.ORDER, convergence.HEAD, 16, trains=True
     ),
-    "fig-depth": Report("Depth models", depth.make_depth, depth.ORDER, depth.HEAD, 64, trains=True),
+    "fig-depth": Report("Depth models", depth.make_depth, depth.ORDER, depth.HEAD, 192, trains=True),
     "fig-compare": Report("Earlier methods", compare.make_comparison, compare.ORDER, compare.HEAD, 32),
     "fig-cfg": Report("Figure 5", cfg.make_cfg, cfg.ORDER, cfg.HEAD, 32),
     "fig-compose": Report("Two controls at once", compose.make_compose, compose.ORDER, compose.HEAD, 32),
