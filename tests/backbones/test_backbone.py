@@ -148,6 +148,26 @@ def test_a_loaded_base_is_frozen_float32(toy_base):
         assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_the_type_follows_the_weights_and_is_found_once(toy_folder, monkeypatch):
+    base = load_base(toy_folder)
+    assert base.dtype == torch.float32
+    base.unet.half()
+    assert base.dtype == torch.float16
+    base.unet.conv_norm_out.float()  # before a question with this first weight: as in a narrowed base
+    other = base.with_own_denoiser()
+    assert other.dtype == torch.float32, "some of its weights are"
+    asked = []
+    parameters = torch.nn.Module.parameters
+
+    def counted(module, recurse=True):
+        for value in parameters(module, recurse):
+            asked.append(value)
+            yield value
+
+    monkeypatch.setattr(torch.nn.Module, "parameters", counted)
+    assert other.dtype == torch.float32 and len(asked) == 1, "a question at each step reads one weight"
+
+
 def change_index(folder, text):
     (folder / "model_index.json").write_text(text)
 
