@@ -1,4 +1,4 @@
-"""Train the paper's opponents at equal cost, each at the best of three learning rates.
+"""Train the paper's opponents at equal cost, each at the best of three learning rates or more.
 
     nice -n 19 python recipes/opponents.py --out runs/opponents            # all; hours, see docs/reproduction.md
     python recipes/opponents.py --out runs/opponents --only piti --only lite
@@ -6,13 +6,15 @@
     controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 
 Each opponent is tried at its three rates with a share of the operations, measured on scenes that are neither trained
-nor reported on, and trained whole at the best rate. Where guidance leads away from no hint, its strength is chosen on
-the same scenes. Run the same command again to go on. Leaves ``OUT/NAME`` (``OUT/NAME-KIND`` on other hints than an
-opponent's own), which ``controlkit reproduce`` reads, and ``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity
-of each try with its cost. One thread is used.
+nor reported on, and trained whole at the best rate. Where that is the lowest or the highest, a further one beyond it is
+tried, twice at most. Where guidance leads away from no hint, its strength is chosen on the same scenes. Run the same
+command again to go on. Leaves ``OUT/NAME`` (``OUT/NAME-KIND`` on other hints than an opponent's own), which
+``controlkit reproduce`` reads, and ``OUT/rates.json`` and ``OUT/strengths.json``: the fidelity of each try with its
+cost. One thread is used.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +45,10 @@ from controlkit.sample import ControlRequest
 console = Console()
 UNREPORTED = 2**31 + 7
 """The seed of scenes to choose rates on: no training and no report draws them."""
+FURTHER = 2
+"""So many rates are tried beyond an opponent's own three."""
+APART = 2.5
+"""The factor from one rate to a further one."""
 
 
 def tried(base: Backbone, name: str, folder: Path, num: int, strength: float = 4.0) -> dict[str, Any]:
@@ -78,6 +84,33 @@ def best_of(found: list[dict[str, Any]], row: Opponent, base: Backbone) -> dict[
     return (max if higher else min)(found, key=lambda one: one["fidelity"])
 
 
+def further_rate(rates: Sequence[float], best: float) -> float | None:
+    """A rate beyond the best of those tried, where that is the lowest or the highest of them."""
+    factor = {min(rates): 1 / APART, max(rates): APART}.get(best)
+    return float(f"{best * factor:.2g}") if factor else None
+
+
+def choose_rate(base: Backbone, row: Opponent, settings: Settings, out: Path, material: Material, num: int) -> float:
+    """Try an opponent at its rates, and write down the fidelity of each; returns the best rate."""
+    found: list[dict[str, Any]] = []
+    rates = list(row.rates)
+    for rate in rates:  # which grows
+        folder = out / "rates" / row.folder / f"{rate:g}"
+        try:
+            train(base, row, settings.model_copy(update={"rate": rate}), folder, material)
+            found.append(tried(base, row.name, folder, num))
+            console.print(f"{row.folder} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
+        except Diverged as error:
+            console.print(f"{row.folder} at {rate:g}: {error}", highlight=False)
+        if rate == rates[-1] and found and len(rates) < len(row.rates) + FURTHER:
+            further = further_rate(rates, best_of(found, row, base)["rate"])
+            rates += [further] if further else []
+    if not found:
+        raise typer.BadParameter(f"{row.folder} learns at none of its rates {row.rates}: give it lower ones.")
+    note(out / "rates.json", row.folder, found)
+    return float(best_of(found, row, base)["rate"])
+
+
 def note(path: Path, name: str, found: list[dict[str, Any]]) -> None:
     """Write the tries of an opponent into a file that holds those of others."""
     held = json.loads(path.read_text()) if path.exists() else {}
@@ -108,23 +141,11 @@ def main(
     base = load_base("mini")
     chosen = [opponent(name) for name in only or OPPONENTS]
     for row in [replace(row, hint=hint or row.hint) for row in chosen if row.learns]:
-        common = {"steps": 10**6, "batch": row.batch, "scenes": scenes}
-        material = material_of(row.new(base), Settings(**common), out / "pairs" / f"{row.hint}-{scenes}")
-        found = []
-        for rate in row.rates:
-            folder = out / "rates" / row.folder / f"{rate:g}"
-            try:
-                train(base, row, Settings(rate=rate, pflop=share * factor * row.pflop, **common), folder, material)
-            except Diverged as error:
-                console.print(f"{row.folder} at {rate:g}: {error}", highlight=False)
-                continue
-            found.append(tried(base, row.name, folder, num))
-            console.print(f"{row.folder} at {rate:g}: fidelity {found[-1]['fidelity']:.3f}", highlight=False)
-        if not found:
-            raise typer.BadParameter(f"{row.folder} learns at none of its rates {row.rates}: give it lower ones.")
-        note(out / "rates.json", row.folder, found)
-        rate = best_of(found, row, base)["rate"]
-        train(base, row, Settings(rate=rate, pflop=factor * row.pflop, **common), out / row.folder, material)
+        whole = Settings(steps=10**6, pflop=factor * row.pflop, batch=row.batch, scenes=scenes)
+        material = material_of(row.new(base), whole, out / "pairs" / f"{row.hint}-{scenes}")
+        part = whole.model_copy(update={"pflop": share * factor * row.pflop})
+        rate = choose_rate(base, row, part, out, material, num)
+        train(base, row, whole.model_copy(update={"rate": rate}), out / row.folder, material)
         if row.strengths:
             choose_strength(base, row, out, num)
         console.print(f"[bold green]done[/]: {out / row.folder} at {rate:g}")

@@ -22,8 +22,17 @@ def recipe(monkeypatch, toy_base):
     module = importlib.import_module("opponents")
     monkeypatch.setattr(module, "load_base", lambda name: toy_base)
     monkeypatch.setattr(module, "material_of", lambda *given: None)
-    monkeypatch.setattr(module, "tried", lambda base, name, folder, num: {"rate": float(folder.name), "fidelity": 0.5})
+    best_at(module, monkeypatch, RATES[1])
     return module
+
+
+def best_at(module, monkeypatch, best):
+    """Tries at a rate are the better the nearer that is to the best one."""
+
+    def tried(base, name, folder, num):
+        return {"rate": float(folder.name), "fidelity": -abs(float(folder.name) - best)}
+
+    monkeypatch.setattr(module, "tried", tried)
 
 
 def test_the_strength_of_guidance_by_the_hint_is_chosen_by_fidelity(recipe, monkeypatch, tmp_path, toy_base):
@@ -66,6 +75,37 @@ def test_a_rate_at_which_the_loss_is_no_number_is_left_out(recipe, monkeypatch, 
     recipe.main(tmp_path, ["lite"])
     assert whole == [RATES[1]]
     assert [one["rate"] for one in json.loads((tmp_path / "rates.json").read_text())["lite"]] == [*RATES[1:]]
+
+
+@pytest.mark.parametrize(
+    ("best", "further", "chosen"),
+    [
+        (RATES[1], [], RATES[1]),
+        (RATES[2], [0.015], RATES[2]),
+        (0.015, [0.015, 0.037], 0.015),
+        (1.0, [0.015, 0.037], 0.037),
+        (RATES[0], [0.0004], RATES[0]),
+        (0.0, [0.0004, 0.00016], 0.00016),
+    ],
+)
+def test_a_best_rate_at_an_end_has_one_tried_beyond_it_twice_at_most(
+    recipe, monkeypatch, tmp_path, best, further, chosen
+):
+    whole = trainings(recipe, monkeypatch, Diverged("no number"), ())
+    best_at(recipe, monkeypatch, best)
+    recipe.main(tmp_path, ["lite"])
+    assert whole == [chosen]
+    tries = [one["rate"] for one in json.loads((tmp_path / "rates.json").read_text())["lite"]]
+    assert tries == [*RATES, *further]
+
+
+def test_nothing_is_tried_beyond_a_rate_that_was_too_high(recipe, monkeypatch, tmp_path):
+    whole = trainings(recipe, monkeypatch, Diverged("no number"), (RATES[2], 0.0004))
+    best_at(recipe, monkeypatch, RATES[1])
+    recipe.main(tmp_path, ["lite"])
+    best_at(recipe, monkeypatch, 0.0)
+    recipe.main(tmp_path, ["lite"])
+    assert whole == [RATES[1], RATES[0]]
 
 
 def test_other_hints_have_a_folder_of_their_own(recipe, monkeypatch, tmp_path):
