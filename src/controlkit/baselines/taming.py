@@ -1,7 +1,7 @@
 """Taming Transformers: a VQGAN, and a transformer that writes its tokens (Esser, Rombach and Ommer, CVPR 2021).
 
 Two networks of diffusers and transformers. Not as there: no LPIPS in the reconstruction's loss, whose network has no
-weights for these pictures; and label patches go into the sequence as they are, not by a second codebook, so that
+weights for these pictures, and so a weaker critic (``ADVERSARIAL``); and label patches go into the sequence as they are, not by a second codebook, so that
 nothing of the map is lost. Prompts are not read.
 """
 
@@ -34,8 +34,12 @@ TOP = 100
 """Tokens are drawn among so many, as there."""
 KEPT, DEAD = 0.9, 0.05
 """A code's use fades by ``KEPT`` a step; below ``DEAD``, after some 30 steps without, it is drawn anew."""
-ADVERSARIAL = 0.8
-"""The share of the critic's loss relative to the reconstruction's, by the gradients of the last layer (equation 7)."""
+ADVERSARIAL = 0.1
+"""The share of the critic's loss relative to the reconstruction's, by the gradients of the last layer (equation 7).
+
+There it is 0.8, beside a reconstruction's loss that LPIPS makes several times as strong. Without it 0.8 spoils the
+autoencoder: in 48 steps the absolute error of its pictures rises from 0.17 to 0.26, where 0.1 has it fall to 0.13.
+"""
 
 
 class Critic(nn.Sequential):
