@@ -1,8 +1,8 @@
 """Taming Transformers: a VQGAN, and a transformer that writes its tokens (Esser, Rombach and Ommer, CVPR 2021).
 
 Two networks of diffusers and transformers. Not as there: no LPIPS in the reconstruction's loss, whose network has no
-weights for these pictures, and so a weaker critic (``ADVERSARIAL``); and label patches go into the sequence as they are, not by a second codebook, so that
-nothing of the map is lost. Prompts are not read.
+weights for these pictures, and so a weaker critic (``ADVERSARIAL``); and label patches go into the sequence as they
+are, not by a second codebook, so that nothing of the map is lost. Prompts are not read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ KEPT, DEAD = 0.9, 0.05
 ADVERSARIAL = 0.1
 """The share of the critic's loss relative to the reconstruction's, by the gradients of the last layer (equation 7).
 
-There it is 0.8, beside a reconstruction's loss that LPIPS makes several times as strong. Without it 0.8 spoils the
-autoencoder: in 48 steps the absolute error of its pictures rises from 0.17 to 0.26, where 0.1 has it fall to 0.13.
+There it is 0.8, beside a reconstruction's loss that LPIPS is part of. Without that 0.8 spoils the autoencoder: in 48
+steps the absolute error of its pictures rises from 0.17 to 0.26, and with 0.1 it falls to 0.13.
 """
 
 
