@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit.baselines.taming import CODE, CODES, DEAD, KEPT, STRIDE, _quarter
+from controlkit.baselines.taming import ADVERSARIAL, CODE, CODES, DEAD, KEPT, STRIDE, _quarter
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,19 @@ def test_the_critic_learns_from_its_own_loss_alone(fresh, material_for):
     hinge.backward()
     for name, value in critic.named_parameters():
         assert torch.allclose(found[name], value.grad, atol=1e-6)
+
+
+def test_the_critic_moves_the_last_layer_by_a_tenth_of_what_the_error_does(fresh, material_for):
+    """More spoils the autoencoder, as there is no LPIPS in the error."""
+    taming = fresh("taming")
+    taming.begin("vqgan")
+    pixels, last = pixels_of(material_for("seg")), taming.vq.decoder.conv_out.weight
+    plain, judged = (
+        torch.autograd.grad(taming.reconstruction(pixels, one, torch.Generator().manual_seed(0)), last)[0]
+        for one in (False, True)
+    )
+    assert float((judged - plain).norm() / plain.norm()) == pytest.approx(ADVERSARIAL, rel=1e-3)
+    assert ADVERSARIAL == 0.1
 
 
 def test_quarters_are_parts_of_the_picture_drawn_by_step():
