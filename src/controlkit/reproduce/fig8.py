@@ -6,9 +6,9 @@ lost where the prompt says nothing. Here each cell has the fidelity to the label
     controlkit reproduce fig8 --opponents runs/opponents --out runs/fig8
 
 Cost: 2 minutes on one thread (an AMD EPYC with AVX-512 BF16) with three opponents.
-Expected (32 scenes, opponents of half their operations): IoU without a prompt, where it says too little, where it
-conflicts and with a perfect one: ControlNet 0.43, 0.43, 0.32, 0.40; Gaussian joins 0.41, 0.42, 0.30, 0.40; lite 0.39,
-0.40, 0.29, 0.38; the shipped control 0.52, 0.52, 0.44, 0.53; ceiling 0.58. The paper has pictures, no numbers.
+Expected (32 scenes): IoU without a prompt, where it says too little, where it conflicts and with a perfect one:
+ControlNet 0.43, 0.43, 0.34, 0.45; Gaussian joins 0.41, 0.41, 0.33, 0.43; lite 0.39, 0.40, 0.31, 0.40; the shipped
+control 0.52, 0.51, 0.44, 0.53; ceiling 0.58. The paper has pictures, no numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -9,11 +9,11 @@ edges are found again. The base without control is ranked, too: the floor.
     controlkit reproduce table1 --opponents runs/opponents --out runs/table1
 
 Cost: 0.8 minutes on one thread (an AMD EPYC with AVX-512 BF16) with four opponents.
-Expected (20 sketches, opponents of half their operations, the referees as raters; ranks of quality and fidelity, 1 to
-7, and F1): PITI 3.20, 1.45 (0.24), Sketch-Guided Diffusion 4.00, 4.67 (0.68), at twice the strength 4.65, 5.80
-(0.71), lite 3.60, 4.30 (0.63), ControlNet 3.80, 3.67 (0.61), canny as shipped 4.35, 6.55 (0.79), no control 4.40,
-1.55 (0.26). The paper, of five: PITI 1.10 and 1.02, Sketch-Guided Diffusion 3.21 and 2.31, at twice the strength 2.52
-and 3.28, lite 3.93 and 4.09, ControlNet 4.22 and 4.28.
+Expected (20 sketches, the referees as raters; ranks of quality and fidelity, 1 to 7, and F1): PITI 3.05, 1.45 (0.24, of
+half of the operations), Sketch-Guided Diffusion 4.10, 4.55 (0.69), at twice the strength 4.20, 5.50 (0.73), lite 4.25,
+4.65 (0.67), ControlNet 3.85, 3.80 (0.64), canny as shipped 4.30, 6.50 (0.79), no control 4.25, 1.55 (0.26).
+The paper, of five: PITI 1.10 and 1.02, Sketch-Guided Diffusion 3.21 and 2.31, at twice the strength 2.52 and 3.28, lite
+3.93 and 4.09, ControlNet 4.22 and 4.28.
 """
 
 from collections.abc import Callable, Mapping, Sequence
