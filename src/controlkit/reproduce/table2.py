@@ -6,9 +6,9 @@ scenes, and the observer of their world segments. Floor and ceiling stand beside
     controlkit reproduce table2 --opponents runs/opponents --out runs/table2
 
 Cost: 1.5 minutes on one thread (an AMD EPYC with AVX-512 BF16) with five opponents.
-Expected (64 scenes, opponents of half their operations): IoU of the truth 0.59 ± 0.16, ControlNet 0.42 ± 0.12, lite
-0.39, LDM 0.57, PITI 0.27, VQGAN 0.15, the shipped control 0.53; floor 0.21, ceiling 0.58. The paper: truth 0.58 ± 0.10,
-ControlNet 0.35 ± 0.14, lite 0.32, LDM 0.31, PITI 0.26, VQGAN 0.21.
+Expected (64 scenes): IoU of the truth 0.59 ± 0.16, ControlNet 0.46 ± 0.12, lite 0.41, PITI 0.31, LDM 0.57, VQGAN 0.19
+(those two of half their operations), the shipped control 0.53; floor 0.21, ceiling 0.58. The paper: truth
+0.58 ± 0.10, ControlNet 0.35 ± 0.14, lite 0.32, LDM 0.31, PITI 0.26, VQGAN 0.21.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -6,9 +6,9 @@ held-out scenes. FID alone says nothing of control: that of no control is the be
     controlkit reproduce table3 --opponents runs/opponents --out runs/table3
 
 Cost: 3 minutes on one thread (an AMD EPYC with AVX-512 BF16) with five opponents.
-Expected (64 scenes, opponents of half their operations): FID 11.6 without control, ControlNet 11.5, lite 11.2, PITI
-12.1, LDM 18.4, VQGAN 45.6, 10.5 under the shipped control; obedience 0.55, 0.49, 0.15, 0.96, -0.17 and 0.86. The
-paper's FID: no control 6.09, ControlNet 15.27, lite 17.92, PITI 19.74, LDM 25.35, VQGAN 26.28.
+Expected (64 scenes): FID 11.6 without control, ControlNet 10.8, lite 11.3, PITI 12.4, LDM 18.4, VQGAN 23.9 (those two
+of half their operations), 10.5 under the shipped control; obedience of those with control 0.67, 0.52, 0.25,
+0.96, -0.07 and 0.86. The paper's FID: no control 6.09, ControlNet 15.27, lite 17.92, PITI 19.74, LDM 25.35, VQGAN 26.28.
 """
 
 from collections.abc import Callable, Mapping, Sequence
