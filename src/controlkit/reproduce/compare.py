@@ -6,8 +6,8 @@ on label maps, and Sketch-Guided Diffusion, at its two strengths, beside Control
     controlkit reproduce fig-compare --opponents runs/opponents --out runs/fig-compare
 
 Cost: 1.5 minutes on one thread (an AMD EPYC with AVX-512 BF16) with four opponents.
-Expected (32 scenes): mean IoU of PITI 0.31, VQGAN 0.19 and LDM 0.56 (those two of half their operations), T2I-Adapter 0.37,
-ControlNet 0.45, seg as shipped 0.53, floor 0.23, ceiling 0.58; F1 of Sketch-Guided Diffusion 0.67, at twice the
+Expected (32 scenes): mean IoU of PITI 0.31, VQGAN 0.19 and LDM 0.56 (those two of half their operations), T2I-Adapter
+0.37, ControlNet 0.45, seg as shipped 0.53, floor 0.23, ceiling 0.58; F1 of Sketch-Guided Diffusion 0.67, at twice the
 strength 0.72, ControlNet 0.63, canny as shipped 0.79, floor 0.25, ceiling 0.88. The paper has pictures, no numbers.
 """
 

@@ -7,8 +7,8 @@ held-out scenes. FID alone says nothing of control: that of no control is the be
 
 Cost: 3 minutes on one thread (an AMD EPYC with AVX-512 BF16) with five opponents.
 Expected (64 scenes): FID 11.6 without control, ControlNet 10.8, lite 11.3, PITI 12.4, LDM 18.4, VQGAN 23.9 (those two
-of half their operations), 10.5 under the shipped control; obedience of those with control 0.67, 0.52, 0.25,
-0.96, -0.07 and 0.86. The paper's FID: no control 6.09, ControlNet 15.27, lite 17.92, PITI 19.74, LDM 25.35, VQGAN 26.28.
+of half their operations), 10.5 under the shipped control; obedience of those with control 0.67, 0.52, 0.25, 0.96,
+-0.07 and 0.86. The paper's FID: no control 6.09, ControlNet 15.27, lite 17.92, PITI 19.74, LDM 25.35, VQGAN 26.28.
 """
 
 from collections.abc import Callable, Mapping, Sequence
