@@ -31,8 +31,8 @@ Layer = Callable[[Tensor, Tensor, Any], Tensor]
 Stage = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 """(own feature before a place, the base's, time embedding, text) -> (own feature there, the residual of the base's)."""
 _DTYPES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype]] = WeakKeyDictionary()
-"""By denoiser: the type of its first weight, and ``Backbone.dtype``. Each step asks four times, and walking over all
-weights takes a millisecond at Stable Diffusion's size."""
+"""By denoiser: the type of its first weight, and ``Backbone.dtype``, which is found anew when that type changes. Each
+step asks four times, and walking over all weights takes a millisecond at Stable Diffusion's size."""
 
 
 @dataclass(frozen=True)
